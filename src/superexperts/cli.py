@@ -1,0 +1,72 @@
+"""The command line: one command per stage, no logic. What a command returns is shown, or printed with --json."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from . import config
+from .errors import OptionError, SuperExpertsError
+
+__all__ = ["main"]
+
+# Modules are imported when their command runs, so that --help does not wait for torch.
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "profile": config.ProfileConfig,
+    "select": config.SelectConfig,
+    "prune": config.PruneConfig,
+    "train": config.TrainConfig,
+    "evaluate": config.EvaluateConfig,
+    "extract": config.ExtractConfig,
+    "study": config.StudyConfig,
+    "report": config.ReportConfig,
+    "pocket": config.PocketConfig,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0 done, 1 done without effect, 2 wrong input, 130 interrupted."""
+    try:
+        settings = _parse(sys.argv[1:] if arguments is None else arguments)
+        command = next(name for name, kind in COMMANDS.items() if type(settings) is kind)
+        result = importlib.import_module(f".{command}", __package__).run(settings)
+        if "json" in vars(settings) and settings.json:
+            print(json.dumps(result, ensure_ascii=False))
+        else:
+            importlib.import_module(".show", __package__).show(command, result)
+        return 0
+    except SuperExpertsError as error:
+        print(f"superexperts: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("superexperts: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    """The settings of the command that the arguments name; what tyro says of wrong ones becomes one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                prog="superexperts",
+                description="Profile, prune, LoRA-train and evaluate the super experts of Mixture-of-Experts models.",
+                args=list(arguments),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", said.getvalue()).split())
+        text = re.sub(
+            r"^.*?Error parsing \w+Config: |^[A-Z][a-z]+ [a-z]+ | (Argument helptext|For full helptext).*", "", text
+        )
+        raise OptionError(text + ("" if ";" in text else "; see --help")) from None

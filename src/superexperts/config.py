@@ -1,0 +1,318 @@
+"""One frozen dataclass per command: the text under a field is also the option's help, and checks name the option."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from .errors import OptionError
+
+__all__ = [
+    "TASKS",
+    "CheckpointConfig",
+    "EvaluateConfig",
+    "ExtractConfig",
+    "ModelConfig",
+    "PocketConfig",
+    "ProfileConfig",
+    "PruneConfig",
+    "ReportConfig",
+    "SelectConfig",
+    "StudyConfig",
+    "TrainConfig",
+    "identity",
+]
+
+TASKS = ("mmlu", "gsm8k", "arc_easy", "boolq", "medqa", "vmlu")
+
+Switch = tyro.conf.FlagCreatePairsOff[bool]
+"""An option without a value: --json, with no --no-json beside it."""
+
+# Where a result goes and how it is shown does not change what it is.
+NOT_IDENTITY = ("out", "json", "model", "experts", "data", "data_dir", "adapter", "profile", "like")
+
+
+def _require(condition: bool, option: str, value: object, mend: str) -> None:
+    if not condition:
+        raise OptionError(f"{option}: {value!r} {mend}")
+
+
+def identity(config: Any, **contents: Any) -> dict[str, Any]:
+    """What a stage's result depends on: its options but paths, and the contents (hashes) that the paths lead to."""
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
+    return {"options": {name: str(value) for name, value in options.items()}, **contents}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Which checkpoint; shared by the commands that read one."""
+
+    model: Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]] = "pocket"
+    """Checkpoint folder, Hub name, or `pocket` for the embedded one."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; a commit makes a run repeatable."""
+    trust_remote_code: Switch = False
+    """Run Python code that comes with the checkpoint. Only for checkpoints that you trust."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(CheckpointConfig):
+    """How a model is loaded and run; shared by the commands that run one."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights in memory; `auto` is the checkpoint's own on a GPU and float32 on a CPU."""
+    seed: int = 0
+    """Seed of everything random in this command."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig(ModelConfig):
+    """Measure what every expert writes: peaks of |down_proj output| per (layer, expert), and which tokens it saw.
+
+    Example: superexperts profile pocket --corpus pocket --out runs/profile
+    """
+
+    corpus: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """`pocket`, `wikitext2`, or a .txt / .jsonl / .jsonl.gz file; may be given several times. Default: pocket."""
+    column: str = "text"
+    """Column of a JSONL corpus that holds the text."""
+    out: Path = Path("runs/profile")
+    """Folder for profile.json and the pictures."""
+    tokens: int = 16384
+    """Tokens per corpus, BOS of each sequence counted."""
+    seq_len: int = 512
+    """Tokens per sequence."""
+    batch_size: int = 8
+    """Sequences per forward pass."""
+    depth: float = 0.75
+    """Share of the layers that the criterion considers (pictures mark it; `select` has the same option)."""
+    data_dir: Path | None = None
+    """Folder of local data files instead of the Hub; default: the environment's SUPEREXPERTS_DATA."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len >= 2, "--seq-len", self.seq_len, "is too short; give at least 2")
+        _require(self.batch_size >= 1, "--batch-size", self.batch_size, "is not positive; give at least 1")
+        _require(
+            self.tokens >= self.seq_len, "--tokens", self.tokens, f"is under one sequence of {self.seq_len}; give more"
+        )
+        _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Choose experts from a profile by a published rule, or at random as a control.
+
+    Example: superexperts select runs/profile --rule super --out runs/super.json
+    """
+
+    profile: Positional[Annotated[Path, tyro.conf.arg(metavar="PROFILE")]]
+    """profile.json, or the folder that holds it."""
+    rule: Literal["super", "random"] = "super"
+    """`super`: the paper's criterion; `random`: a seeded control."""
+    corpus: str | None = None
+    """Corpus of the profile; default: its only one, or the experts that the rule finds in every one."""
+    percentile: float = 99.5
+    """super: an expert's peak must be over this percentile of all considered peaks."""
+    ratio: float = 10.0
+    """super: and over the largest considered peak divided by this."""
+    depth: float = 0.75
+    """super: consider layers below round(depth x layers) only."""
+    count: int | None = None
+    """random: how many; default: as many as --like has."""
+    like: str | None = None
+    """random: an expert set (file or inline) that the draw never overlaps, and whose layers it follows."""
+    anywhere: Switch = False
+    """random: draw from every MoE layer instead of the layers of --like."""
+    seed: int = 0
+    """random: seed of the draw."""
+    out: Path = Path("runs/experts.json")
+    """File to write."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.percentile <= 100, "--percentile", self.percentile, "is out of range; give 0 to 100")
+        _require(self.ratio > 0, "--ratio", self.ratio, "is not positive; the paper's is 10")
+        _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
+        _require(self.count is None or self.count > 0, "--count", self.count, "is not positive; give at least 1")
+        if self.rule == "random":
+            given = self.count is not None or self.like is not None
+            _require(given, "--count", self.count, "is missing for --rule random; give it, or --like EXPERTS")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneConfig(CheckpointConfig):
+    """Write a checkpoint in which the chosen experts' down_proj is zero.
+
+    Example: superexperts prune pocket --experts runs/super.json --out runs/pruned
+    """
+
+    experts: str
+    """experts.json, or inline such as L2E54,L3E38."""
+    out: Path = Path("runs/pruned")
+    """Folder of the new checkpoint."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelConfig):
+    """LoRA on only the chosen experts, or on attention, by supervised fine-tuning.
+
+    Example: superexperts train pocket --data train.json --experts runs/super.json --out runs/lora
+    """
+
+    data: Path
+    """JSON array or JSONL of {question, explain, answer}."""
+    experts: str | None = None
+    """experts.json or inline: adapt these experts' gate, up and down projections."""
+    attention: Switch = False
+    """Adapt the attention projections instead."""
+    out: Path = Path("runs/train")
+    """Folder for adapter/ and the training log."""
+    r: int = 16
+    """LoRA rank."""
+    alpha: float = 32
+    """LoRA alpha; the update is scaled by alpha / r."""
+    dropout: float = 0.05
+    """Dropout on the LoRA branch's input."""
+    learning_rate: float = 1e-4
+    """Peak learning rate; the schedule is cosine."""
+    warmup: float = 0.03
+    """Share of the steps over which the learning rate rises."""
+    epochs: float = 2
+    """Passes over the data."""
+    batch_size: int = 16
+    """Rows per device and forward pass."""
+    accumulation: int = 1
+    """Forward passes per optimiser step."""
+    max_length: int = 1024
+    """Longest prompt and response in tokens; longer rows are an error."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        both = self.experts is not None and self.attention
+        _require(not both, "--attention", self.attention, "excludes --experts; give one of the two")
+        neither = self.experts is None and not self.attention
+        _require(not neither, "--experts", self.experts, "is missing; give an expert set, or --attention")
+        for option, value in (
+            ("--r", self.r),
+            ("--alpha", self.alpha),
+            ("--learning-rate", self.learning_rate),
+            ("--epochs", self.epochs),
+            ("--batch-size", self.batch_size),
+            ("--accumulation", self.accumulation),
+            ("--max-length", self.max_length),
+        ):
+            _require(value > 0, option, value, "is not positive; give more than 0")
+        _require(0 <= self.dropout < 1, "--dropout", self.dropout, "is out of range; give a share in [0, 1)")
+        _require(0 <= self.warmup < 1, "--warmup", self.warmup, "is out of range; give a share in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ModelConfig):
+    """Ask a model, or a model with an adapter, the benchmarks' questions; answers are kept as they are given.
+
+    Example: superexperts evaluate pocket --data-dir pocket --tasks gsm8k,boolq --limit 50 --out runs/base
+    """
+
+    adapter: Path | None = None
+    """Adapter folder that `train` wrote."""
+    tasks: str = ",".join(TASKS)
+    """Benchmarks, separated by commas."""
+    out: Path = Path("runs/evaluate")
+    """Folder for answers/."""
+    limit: int | None = None
+    """Items per benchmark, the first ones; default: all."""
+    batch_size: int = 64
+    """Prompts per generation batch."""
+    max_new_tokens: int = 512
+    """Longest answer in tokens."""
+    perplexity: str | None = None
+    """Also measure the perplexity on this corpus (names as for profile)."""
+    variant: str = "base"
+    """Name of this variant in the answers."""
+    data_dir: Path | None = None
+    """Folder of local benchmark files instead of the Hub, or `pocket`; default: the environment's SUPEREXPERTS_DATA."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.task_names if task not in TASKS]
+        _require(not unknown, "--tasks", ",".join(unknown), f"is unknown; choose from {','.join(TASKS)}")
+        _require(bool(self.task_names), "--tasks", self.tasks, f"names none; choose from {','.join(TASKS)}")
+        _require(self.limit is None or self.limit > 0, "--limit", self.limit, "is not positive; give at least 1")
+        _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
+        _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The benchmarks, in the order given, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Read what each raw answer commits to; what cannot be read is counted, shown, and wrong.
+
+    Example: superexperts extract runs/base
+    """
+
+    folder: Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
+    """Folder with answers/, which gets extractions/ and scores.json."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Everything from the checkpoint to the report; what is done already is not done again.
+
+    Example: superexperts study --demo
+    """
+
+    study: Positional[Annotated[Path | None, tyro.conf.arg(metavar="STUDY.yaml")]] = None
+    """Study file (YAML)."""
+    demo: Switch = False
+    """The built-in study of the pocket model."""
+    out: Path | None = None
+    """Folder of the study; default: runs/NAME."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        one = (self.study is None) == self.demo
+        _require(one, "STUDY", str(self.study), "and --demo: give exactly one of the two")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write report.html again from a study's results.
+
+    Example: superexperts report runs/demo
+    """
+
+    folder: Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
+    """Folder with results.json."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PocketConfig:
+    """Write the embedded model as an ordinary checkpoint folder, and its benchmark files if asked.
+
+    Example: superexperts pocket --out runs/pocket
+    """
+
+    out: Path
+    """Folder of the checkpoint."""
+    data: Path | None = None
+    """Also write the pocket world's benchmark, training and corpus files here."""

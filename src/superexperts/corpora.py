@@ -1,0 +1,184 @@
+"""Named corpora and own files -> sequences of token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .errors import DataError
+from .pocket import write_data
+
+__all__ = ["HUB_CORPORA", "HubCorpus", "bos_prefix", "documents", "local_data", "pack", "read_rows"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HubCorpus:
+    """A named corpus: where it is on the Hub, which columns hold its text, and its name among local files."""
+
+    path: str
+    config: str | None = None
+    split: str
+    columns: tuple[str, ...] = ("text",)
+    stem: str
+    """Name without suffix of the file below --data-dir that is read instead."""
+
+
+# The seven data sets of the original command line; `multilingual` is its Afrikaans part of C4.
+HUB_CORPORA = {
+    "math": HubCorpus(
+        path="notbadai/math_reasoning",
+        split="train",
+        columns=("prompt", "reasoning", "answer"),
+        stem="math_reasoning_rekeyed",
+    ),
+    "medical": HubCorpus(
+        path="123rc/medical_text", split="test", columns=("medical_abstract",), stem="medical_abstracts_test"
+    ),
+    "legal": HubCorpus(path="Shekswess/legal-documents", split="train", stem="legal_opinions_cap"),
+    "wikitext2": HubCorpus(
+        path="Salesforce/wikitext", config="wikitext-2-raw-v1", split="test", stem="wikitext2_raw_test"
+    ),
+    "c4": HubCorpus(path="allenai/c4", config="en", split="validation", stem="c4_en_demo_text_only"),
+    "tinystories": HubCorpus(path="roneneldan/TinyStories", split="validation", stem="tinystories_validation_chunks"),
+    "multilingual": HubCorpus(
+        path="allenai/c4", config="af", split="validation", stem="multilingual_afrikaans_sentences"
+    ),
+}
+
+
+def local_data(data_dir: Path | None) -> Path | None:
+    """The folder of local data files: the option, else the environment's SUPEREXPERTS_DATA, else none."""
+    if data_dir is None and os.environ.get("SUPEREXPERTS_DATA"):
+        data_dir = Path(os.environ["SUPEREXPERTS_DATA"])
+    if data_dir is not None and str(data_dir) != "pocket" and not data_dir.is_dir():
+        raise DataError(f"--data-dir: {str(data_dir)!r} is no folder; give the folder of the data files")
+    return data_dir
+
+
+def local_file(folder: Path, stem: str) -> Path:
+    """`stem.jsonl` or `stem.jsonl.gz` in `folder`; `DataError` if neither is there."""
+    for suffix in (".jsonl", ".jsonl.gz"):
+        if (folder / f"{stem}{suffix}").is_file():
+            return folder / f"{stem}{suffix}"
+    raise DataError(f"--data-dir: {folder} has no {stem}.jsonl or {stem}.jsonl.gz; add it or leave the option out")
+
+
+def documents(corpus: str, column: str = "text", data_dir: Path | None = None) -> Iterator[str]:
+    """The texts of a corpus one by one, blank ones left out.
+
+    `corpus` is `pocket`, a name in `HUB_CORPORA`, or a .txt / .jsonl / .jsonl.gz file whose `column` holds the text.
+    """
+    if corpus == "pocket":
+        with tempfile.TemporaryDirectory() as folder:
+            write_data(Path(folder))
+            yield from _texts(Path(folder) / "pocket_heldout.jsonl", ("text",))
+    elif corpus in HUB_CORPORA:
+        hub, folder_ = HUB_CORPORA[corpus], local_data(data_dir)
+        if folder_ is not None:
+            yield from _texts(local_file(folder_, hub.stem), hub.columns)
+        else:
+            yield from _hub_texts(corpus, hub)
+    elif Path(corpus).is_file():
+        yield from _texts(Path(corpus), (column,))
+    else:
+        names = ", ".join(["pocket", *HUB_CORPORA])
+        raise DataError(f"--corpus: {corpus!r} is neither a file nor one of {names}; check the path or the name")
+
+
+def _hub_texts(name: str, hub: HubCorpus) -> Iterator[str]:
+    try:
+        rows = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=True)
+        for row in rows:
+            yield "\n".join(str(row[column]) for column in hub.columns)
+    except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"--corpus: {name} ({hub.path}) cannot be read from the Hub ({type(error).__name__}); "
+            "check the network, or give local files with --data-dir"
+        ) from error
+
+
+def _texts(file: Path, columns: tuple[str, ...]) -> Iterator[str]:
+    if file.suffix == ".txt":
+        with _open(file) as stream:
+            yield stream.read()
+        return
+    for number, row in read_rows(file, "--corpus"):
+        missing = [column for column in columns if column not in row]
+        if missing:
+            have = ", ".join(sorted(row))
+            raise DataError(f"--column: {file} row {number} has no {missing[0]!r} (it has {have}); name one of these")
+        text = "\n".join(str(row[column]) for column in columns)
+        if text.strip():
+            yield text
+
+
+def read_rows(file: Path, option: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of a JSONL file that may be gzipped; blank lines are skipped."""
+    with _open(file) as stream:
+        try:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DataError(f"{option}: {file} row {number} is no JSON object; write one object a line")
+                yield number, row
+        except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+            raise DataError(f"{option}: {file} is not readable as JSONL ({error}); repair the file") from error
+
+
+def _open(file: Path) -> TextIO:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8")
+    return file.open(encoding="utf-8")
+
+
+def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of every text: [BOS] or nothing."""
+    return [token for token in tokenizer("").input_ids if token != tokenizer.eos_token_id][:1]
+
+
+def pack(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, corpus: str, tokens: int, seq_len: int) -> Tensor:
+    """Packs texts, a blank line apart, into full sequences -> int64 [tokens // seq_len, seq_len].
+
+    Every sequence begins with BOS where the tokenizer puts one, so that each has its own attention sink; nothing is
+    padded and nothing is read twice. A corpus that runs out is a `DataError` that says how many tokens there are.
+    """
+    prefix = bos_prefix(tokenizer)
+    body = seq_len - len(prefix)
+    wanted = tokens // seq_len
+    separator = tokenizer("\n\n", add_special_tokens=False).input_ids
+    sequences: list[list[int]] = []
+    buffer: list[int] = []
+    for text in texts:
+        buffer += [*separator, *_ids(tokenizer, text)] if buffer or sequences else _ids(tokenizer, text)
+        while len(buffer) >= body and len(sequences) < wanted:
+            sequences.append(prefix + buffer[:body])
+            buffer = buffer[body:]
+        if len(sequences) == wanted:
+            return torch.tensor(sequences)
+    have = len(sequences) * seq_len + len(buffer)
+    if not sequences:
+        raise DataError(
+            f"--corpus: {corpus} has {have} tokens, under one sequence; give --seq-len and --tokens of at most {have}"
+        )
+    raise DataError(
+        f"--corpus: {corpus} has {have} tokens, under --tokens {tokens}; give --tokens {len(sequences) * seq_len}"
+    )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # verbose=False: a whole document is longer than the model's context on purpose, it is cut into sequences here.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids

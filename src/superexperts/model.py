@@ -1,0 +1,104 @@
+"""Loads models and tokenizers: revision pinned, safetensors only, no remote code unless asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from .config import CheckpointConfig, ModelConfig
+from .errors import ModelError, OptionError
+from .pocket import checkpoint_dir
+
+__all__ = ["checkpoint_folder", "load_as_stored", "load_model", "load_tokenizer", "pick_device"]
+
+# What a checkpoint is made of; .bin and .pt are pickles and are not fetched.
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+
+
+def checkpoint_folder(model: str, revision: str | None = None) -> Path:
+    """The folder that `model` names: `pocket`, a folder, or a Hub repository's snapshot (fetched if need be)."""
+    if model == "pocket":
+        return checkpoint_dir()
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"MODEL: {model!r} has no config.json; give a checkpoint folder")
+        if not any(path.glob("*.safetensors")):
+            raise ModelError(f"MODEL: {model!r} has no .safetensors file (pickles are not read); convert it first")
+        return path
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=CHECKPOINT_FILES))
+    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"MODEL: {model!r} is neither a folder nor a model that the Hub gives ({type(error).__name__}); "
+            "check the name and the network, or use `pocket`"
+        ) from error
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"--device: {device!r} is not on this machine; use cpu or auto") from error
+    return picked
+
+
+def load_model(config: ModelConfig) -> nn.Module:
+    """The causal language model in evaluation mode on its device.
+
+    A checkpoint whose weights do not fill the model, or that holds keys without a home, is an error.
+    """
+    device = pick_device(config.device)
+    dtype = "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype
+    return load_as_stored(config, dtype).to(device)
+
+
+def load_as_stored(config: CheckpointConfig, dtype: str = "auto") -> nn.Module:
+    """The model on the CPU, each tensor in the checkpoint's own dtype unless told otherwise, checked as `load_model`."""
+    folder = checkpoint_folder(config.model, config.revision)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"MODEL: {config.model!r} cannot be loaded ({_first_line(error)}); check the checkpoint"
+        ) from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            some = ", ".join(map(str, sorted(info[what])[:3]))
+            raise ModelError(f"MODEL: {config.model!r} has {len(info[what])} {what} ({some}); repair the checkpoint")
+    return cast(nn.Module, model.eval())
+
+
+def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, with a padding token (EOS where it has none)."""
+    folder = checkpoint_folder(config.model, config.revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"MODEL: {config.model!r} has no tokenizer that loads ({_first_line(error)}); add its tokenizer files"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast(Any, tokenizer)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,419 @@
+"""The one seam to the model: the only file that knows how a Mixture-of-Experts layer is built.
+
+Transformers 5 holds a layer's routed experts as one bank of 3-D parameters whose forward is looked up in
+`ALL_EXPERTS_FUNCTIONS` (transformers/integrations/moe.py, `use_experts_implementation`). One function registered there
+serves every family: it runs the stock forward, and where a caller asks for it taps each expert's output, silences
+chosen experts or replaces their output. Shared experts are ordinary MLPs beside the bank and are reached by hooks.
+
+Shape suffixes: T tokens (batch x sequence), K experts per token, E experts in a bank, N tokens routed to one expert,
+D hidden size, F intermediate size of an expert, U width of its up projection (2F with a gate, F without).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .artifacts import ExpertId, ExpertKey, key_name, key_order
+from .errors import ExpertsError, ModelError
+
+__all__ = [
+    "Bank",
+    "ExpertCall",
+    "check_experts",
+    "edited",
+    "expert_keys",
+    "find_banks",
+    "mask_and_add",
+    "silenced",
+    "tapped",
+    "zero_experts",
+]
+
+IMPLEMENTATION = "superexperts"
+
+Edit = Callable[[Tensor], Tensor]
+"""x_ND, what the router sends an expert -> y_ND, what the expert answers, before the routing weight."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertCall:
+    """What one expert did in one forward pass: the tensors are the model's own, detached; do not write to them."""
+
+    layer: int
+    expert: ExpertId
+    token_N: Tensor
+    """Row of each token in the flattened batch (batch index x sequence length + position), int64."""
+    inner_NF: Tensor
+    """Input of down_proj, in the model's dtype."""
+    output_ND: Tensor
+    """Output of down_proj, bias included, before any norm and before the routing weight; in the model's dtype."""
+    weight_N: Tensor
+    """Routing weight; ones for a shared expert."""
+
+
+Tap = Callable[[ExpertCall], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bank:
+    """One MoE layer: its routed experts, and its shared expert(s) where it has some."""
+
+    layer: int
+    """Number of the decoder layer, dense layers counted."""
+    path: str
+    """Name of the bank's module in the model."""
+    module: nn.Module
+    shared_down: nn.Linear | None
+    """down_proj of the shared expert(s); None where the family has none."""
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of the bank."""
+        return down_weight(self.module).shape[0]
+
+    def keys(self) -> tuple[ExpertKey, ...]:
+        """Every expert of the layer, the shared one last."""
+        routed: list[ExpertKey] = [(self.layer, expert) for expert in range(self.num_experts)]
+        if self.shared_down is not None:
+            routed.append((self.layer, "shared"))
+        return tuple(routed)
+
+
+# ---- finding experts --------------------------------------------------------------------------------------------
+
+
+def find_banks(model: nn.Module) -> tuple[Bank, ...]:
+    """Every routed expert bank of a transformers 5 model, in the order of the layers.
+
+    A bank is a module that `use_experts_implementation` has built, whatever its class or name; its layer is its index
+    in the decoder's list of layers. `ModelError` if there is none.
+    """
+    banks = []
+    for path, module in model.named_modules():
+        if is_bank(module):
+            parent = model.get_submodule(path.rpartition(".")[0])
+            banks.append(
+                Bank(
+                    layer=_layer_number(model, path),
+                    path=path,
+                    module=module,
+                    shared_down=_shared_down(parent, module),
+                )
+            )
+    if not banks:
+        family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise ModelError(f"MODEL: {family} has no routed experts that transformers 5 can swap; use an MoE checkpoint")
+    return tuple(sorted(banks, key=lambda bank: bank.layer))
+
+
+def is_bank(module: nn.Module) -> bool:
+    """Whether `use_experts_implementation` made this module: it alone writes these attributes on an instance."""
+    return vars(module).keys() >= {"has_gate", "has_bias", "is_transposed", "is_concatenated"}
+
+
+def num_layers(model: nn.Module) -> int:
+    """Decoder layers of the model, dense ones counted."""
+    return int(cast(Any, model).config.get_text_config().num_hidden_layers)
+
+
+def expert_keys(banks: Collection[Bank]) -> tuple[ExpertKey, ...]:
+    """Every (layer, expert) of the banks."""
+    return tuple(key for bank in banks for key in bank.keys())
+
+
+def check_experts(banks: Collection[Bank], experts: Collection[ExpertKey], option: str = "--experts") -> None:
+    """`ExpertsError` that names the first expert that the model does not have, and what it has instead."""
+    known = set(expert_keys(banks))
+    for key in sorted(experts, key=key_order):
+        if key not in known:
+            sizes = {bank.layer: bank.num_experts for bank in banks}
+            if key[0] not in sizes:
+                have = f"MoE layers are {min(sizes)}..{max(sizes)}"
+            elif key[1] == "shared":
+                have = "that layer has no shared expert"
+            else:
+                have = f"layer {key[0]} has experts 0..{sizes[key[0]] - 1}"
+            raise ExpertsError(f"{option}: {key_name(key)} is not in the model ({have}); name an expert that is")
+
+
+def _layer_number(model: nn.Module, path: str) -> int:
+    """Index in the innermost list of modules on the way to the bank that is as long as the decoder."""
+    depth, parts = num_layers(model), path.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if parts[end].isdigit():
+            container = model.get_submodule(".".join(parts[:end]))
+            if isinstance(container, nn.ModuleList) and len(container) == depth:
+                return int(parts[end])
+    raise ModelError(f"MODEL: the experts at {path!r} are in no decoder layer; this family is not supported")
+
+
+def _shared_down(block: nn.Module, bank: nn.Module) -> nn.Linear | None:
+    """down_proj of a shared expert: of the bank's siblings, the last linear map onto the hidden size of one that is
+    an MLP (it also has a linear map from the hidden size to that map's input)."""
+    hidden = down_weight(bank).shape[1] if not cast(Any, bank).is_transposed else down_weight(bank).shape[2]
+    for sibling in block.children():
+        if sibling is bank:
+            continue
+        linears = [module for module in sibling.modules() if isinstance(module, nn.Linear)]
+        downs = [linear for linear in linears if linear.out_features == hidden]
+        if downs and any(up.in_features == hidden and up is not downs[-1] for up in linears):
+            return downs[-1]
+    return None
+
+
+# ---- one expert's own arithmetic ----------------------------------------------------------------------------------
+
+
+def down_weight(bank: nn.Module) -> Tensor:
+    """down_proj [E, D, F], or [E, F, D] where the bank is transposed."""
+    return cast(Tensor, bank.down_proj)
+
+
+def up_name(bank: nn.Module) -> str:
+    """Name of the parameter that holds the up projection, fused with the gate where there is one."""
+    return "gate_up_proj" if cast(Any, bank).has_gate else "up_proj"
+
+
+def expert_up(bank: nn.Module, expert: int, x_ND: Tensor) -> Tensor:
+    """First projection of one expert -> [N, U]."""
+    return _linear(bank, up_name(bank), expert, x_ND)
+
+
+def expert_inner(bank: nn.Module, up_NU: Tensor) -> Tensor:
+    """Activation, and gate where there is one: [N, U] -> [N, F]."""
+    module = cast(Any, bank)
+    return cast(Tensor, module._apply_gate(up_NU) if module.has_gate else module.act_fn(up_NU))
+
+
+def expert_down(bank: nn.Module, expert: int, inner_NF: Tensor) -> Tensor:
+    """down_proj of one expert -> [N, D]."""
+    return _linear(bank, "down_proj", expert, inner_NF)
+
+
+def expert_norm(bank: nn.Module, output_ND: Tensor) -> Tensor:
+    """The norm that a few families apply to each expert's output."""
+    module = cast(Any, bank)
+    return cast(Tensor, module.post_expert_norm(output_ND)) if module.has_post_expert_norm else output_ND
+
+
+def _linear(bank: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
+    weight = getattr(bank, name)[expert]
+    y = F.linear(x, weight.T if cast(Any, bank).is_transposed else weight)
+    # The bias is added to the rounded product, as the families' own loops do: fused, bfloat16 differs in the last bit.
+    return y + getattr(bank, f"{name}_bias")[expert] if cast(Any, bank).has_bias else y
+
+
+# ---- the registered implementation --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Control:
+    """What the registered forward does for one bank beyond the stock forward."""
+
+    layer: int
+    stock: str
+    """Name of the implementation that was set before ours."""
+    tap: Tap | None = None
+    edits: Mapping[int, Edit | None] = dataclasses.field(default_factory=dict)
+    """Per expert: its replacement, None to silence it."""
+
+
+_CONTROLS: weakref.WeakKeyDictionary[nn.Module, _Control] = weakref.WeakKeyDictionary()
+
+
+def stock_forward(bank: nn.Module, stock: str, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The bank's forward by a stock implementation ("eager" is the family's own loop)."""
+    eager = type(bank).forward.__wrapped__  # type: ignore[attr-defined]  # functools.wraps of the decorator keeps it
+    return cast(Tensor, ALL_EXPERTS_FUNCTIONS.get_interface(stock, eager)(bank, x_TD, index_TK, weight_TK))
+
+
+def mask_and_add(
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    edits: Mapping[int, Edit | None],
+) -> Tensor:
+    """Runs all experts by `forward` with the chosen ones' routing weight at 0, then adds the chosen ones' own output.
+
+    The cost over `forward` grows with the chosen experts only, and no two big numbers are subtracted: a super
+    expert's 1e3 in bfloat16 would leave noise. An expert without an edit (None) is silent.
+    """
+    chosen = torch.tensor(sorted(edits), device=index_TK.device, dtype=index_TK.dtype)
+    y_TD = forward(x_TD, index_TK, weight_TK.masked_fill(torch.isin(index_TK, chosen), 0))
+    for expert, edit in sorted(edits.items()):
+        if edit is None:
+            continue
+        token_N, slot_N = torch.where(index_TK == expert)
+        if len(token_N):
+            added_ND = edit(x_TD[token_N]) * weight_TK[token_N, slot_N, None]
+            y_TD = y_TD.index_add(0, token_N, added_ND.to(y_TD.dtype))
+    return y_TD
+
+
+def _experts_forward(bank: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    control = _CONTROLS[bank]
+    if control.tap is not None:
+        return _tapped_forward(bank, control, x_TD, index_TK, weight_TK)
+
+    def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        return stock_forward(bank, control.stock, x, index, weight)
+
+    if control.edits:
+        return mask_and_add(forward, x_TD, index_TK, weight_TK, control.edits)
+    return forward(x_TD, index_TK, weight_TK)
+
+
+def _tapped_forward(bank: nn.Module, control: _Control, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Expert by expert in index order, as the families' own loops do; a silenced expert is not tapped."""
+    assert control.tap is not None
+    y_TD = torch.zeros_like(x_TD)
+    for expert in range(down_weight(bank).shape[0]):
+        token_N, slot_N = torch.where(index_TK == expert)
+        if not len(token_N) or control.edits.get(expert, _no_edit) is None:
+            continue
+        weight_N = weight_TK[token_N, slot_N]
+        inner_NF = expert_inner(bank, expert_up(bank, expert, x_TD[token_N]))
+        output_ND = expert_down(bank, expert, inner_NF)
+        control.tap(
+            ExpertCall(
+                layer=control.layer,
+                expert=expert,
+                token_N=token_N,
+                inner_NF=inner_NF.detach(),
+                output_ND=output_ND.detach(),
+                weight_N=weight_N.detach(),
+            )
+        )
+        edit = control.edits.get(expert)
+        answer_ND = edit(x_TD[token_N]) if edit else expert_norm(bank, output_ND)
+        y_TD.index_add_(0, token_N, (answer_ND * weight_N[:, None]).to(y_TD.dtype))
+    return y_TD
+
+
+def _no_edit(x_ND: Tensor) -> Tensor:
+    raise AssertionError("a marker for experts without an edit; never called")
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
+
+
+# ---- what callers use ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def tapped(model: nn.Module, tap: Tap) -> Iterator[tuple[Bank, ...]]:
+    """Within the block, `tap` sees every expert's output in every forward pass. Yields the banks."""
+    with _controlled(model, tap=tap) as banks:
+        yield banks
+
+
+@contextlib.contextmanager
+def silenced(model: nn.Module, experts: Collection[ExpertKey]) -> Iterator[None]:
+    """Within the block, the chosen experts answer 0, as if their down_proj (and its bias) were zero."""
+    with _controlled(model, edits=dict.fromkeys(experts)):
+        yield
+
+
+@contextlib.contextmanager
+def edited(model: nn.Module, edits: Mapping[ExpertKey, Edit]) -> Iterator[None]:
+    """Within the block, the chosen routed experts answer what their edit computes."""
+    with _controlled(model, edits=edits):
+        yield
+
+
+@contextlib.contextmanager
+def _controlled(
+    model: nn.Module, *, tap: Tap | None = None, edits: Mapping[ExpertKey, Edit | None] | None = None
+) -> Iterator[tuple[Bank, ...]]:
+    """Sets our implementation with a control for each bank, and puts everything back; blocks can be nested."""
+    edits = edits or {}
+    banks = find_banks(model)
+    check_experts(banks, edits.keys())
+    before = {bank.module: _CONTROLS.get(bank.module) for bank in banks}
+    stock = cast(Any, banks[0].module).config._experts_implementation
+    with contextlib.ExitStack() as hooks:
+        try:
+            for bank in banks:
+                own: dict[int, Edit | None] = {
+                    expert: edit
+                    for (layer, expert), edit in edits.items()
+                    if layer == bank.layer and expert != "shared"
+                }
+                outer = before[bank.module] or _Control(layer=bank.layer, stock=stock)
+                _CONTROLS[bank.module] = dataclasses.replace(outer, tap=tap or outer.tap, edits={**outer.edits, **own})
+                if bank.shared_down is not None:
+                    if tap is not None:
+                        hook = bank.shared_down.register_forward_hook(_shared_tap(tap, bank.layer))
+                        hooks.callback(hook.remove)
+                    if (bank.layer, "shared") in edits:
+                        hook = bank.shared_down.register_forward_hook(_shared_edit(edits[bank.layer, "shared"]))
+                        hooks.callback(hook.remove)
+            set_implementation(model, IMPLEMENTATION)
+            yield banks
+        finally:
+            for bank in banks:
+                outer_control = before[bank.module]
+                if outer_control is None:
+                    _CONTROLS.pop(bank.module, None)
+                else:
+                    _CONTROLS[bank.module] = outer_control
+            set_implementation(model, stock)
+
+
+def set_implementation(model: nn.Module, name: str) -> None:
+    """Sets the experts implementation of a model that may be wrapped, say by PEFT."""
+    cast(Any, model).set_experts_implementation(name)
+
+
+def _shared_tap(tap: Tap, layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
+    def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        output_TD = output.detach().flatten(0, -2)
+        token_T = torch.arange(len(output_TD), device=output.device)
+        tap(
+            ExpertCall(
+                layer=layer,
+                expert="shared",
+                token_N=token_T,
+                inner_NF=arguments[0].detach().flatten(0, -2),
+                output_ND=output_TD,
+                weight_N=torch.ones_like(token_T, dtype=output.dtype),
+            )
+        )
+
+    return hook
+
+
+def _shared_edit(edit: Edit | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    if edit is not None:
+        raise ExpertsError("a shared expert can be silenced, not edited; put LoRA on it by name instead")
+    return lambda _, __, output: torch.zeros_like(output)
+
+
+def zero_experts(model: nn.Module, experts: Collection[ExpertKey]) -> None:
+    """Zeroes the chosen experts' down_proj (and its bias) in place, which is the paper's pruning."""
+    banks = find_banks(model)
+    check_experts(banks, experts)
+    with torch.no_grad():
+        for bank in banks:
+            for layer, expert in experts:
+                if layer != bank.layer:
+                    continue
+                if expert == "shared":
+                    assert bank.shared_down is not None
+                    tensors: list[Tensor | None] = [bank.shared_down.weight, bank.shared_down.bias]
+                else:
+                    bias = cast(Any, bank.module).down_proj_bias[expert] if cast(Any, bank.module).has_bias else None
+                    tensors = [down_weight(bank.module)[expert], bias]
+                for tensor in tensors:
+                    if tensor is not None:
+                        tensor.zero_()

@@ -1,0 +1,87 @@
+"""Rebuild the pocket model: `python -m superexperts.pocket.build --out DIR`.
+
+Trains the tokenizer and the model on pocket text with a fixed seed, measures the result, and writes an ordinary
+checkpoint folder. `--verify` measures a folder (by default the shipped one) against the shipped measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoTokenizer, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
+
+from ..console import stderr
+from ..rundir import new_folder, read_json, write_json
+from . import checkpoint_dir
+from .architecture import pocket_config
+from .measure import check, measure
+from .tokenizer import train_tokenizer
+from .training import Recipe, batches, train
+from .world import documents
+
+__all__ = ["build", "main"]
+
+DOCUMENTS = 10**9
+"""more than any run reads; they are made one at a time"""
+TOKENIZER_DOCUMENTS = 8000
+
+
+def build(recipe: Recipe, *, progress: bool = True) -> tuple[DeepseekV2ForCausalLM, PreTrainedTokenizerFast]:
+    """The trained model in bfloat16, ready to be saved, and its tokenizer. The recipe's seed fixes everything."""
+    tokenizer = train_tokenizer(documents(recipe.seed, "train", TOKENIZER_DOCUMENTS))
+    torch.manual_seed(recipe.seed)
+    model = DeepseekV2ForCausalLM(pocket_config()).float()
+    rng = random.Random(f"batches:{recipe.seed}")
+    rows = batches(documents(recipe.seed, "train", DOCUMENTS), tokenizer, recipe, rng)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, disable=not progress) as bars:
+        bar = bars.add_task("pocket", total=recipe.steps)
+        for step in train(model, rows, recipe):
+            told = f"loss {step.loss:.2f}, silenced {step.loss_silenced:.2f}, on <bos> {step.sink:.2f}"
+            bars.update(bar, advance=1, description=told)
+    return model.to(torch.bfloat16), tokenizer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m superexperts.pocket.build", description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder for the new checkpoint")
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument(
+        "--verify", type=Path, nargs="?", const=checkpoint_dir(), help="measure this checkpoint instead"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    options = parser.parse_args(arguments)
+    if (options.out is None) == (options.verify is None):
+        parser.error("give either --out DIR, to build, or --verify [DIR], to measure")
+    folder: Path = options.out or options.verify
+    if options.out is not None:
+        begin = time.monotonic()
+        model, tokenizer = build(Recipe(steps=options.steps, seed=options.seed), progress=not options.quiet)
+        with new_folder(folder, "pocket") as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            write_json(temporary / "measured.json", measure(model.float(), tokenizer))
+        print(f"built in {time.monotonic() - begin:.0f} s on {torch.get_num_threads()} threads: {folder}")
+        measured = read_json(folder / "measured.json", "--out")
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = DeepseekV2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        measured = measure(model, tokenizer)
+    complaints = check(measured, read_json(checkpoint_dir() / "measured.json", "the shipped checkpoint"))
+    for name, value in measured.items():
+        print(f"{name}: {value}")
+    for complaint in complaints:
+        print(f"differs: {complaint}", file=sys.stderr)
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The pocket world's data files: six benchmarks in the columns of the real ones, and rows for fine-tuning."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..rundir import write_text
+from .pools import pools
+from .questions import KINDS, Question, body
+from .world import documents
+
+__all__ = ["FILES", "benchmark_rows", "train_rows", "write_data"]
+
+Row = dict[str, Any]
+
+FILES = {
+    "mmlu": "mmlu_all_test.jsonl",
+    "gsm8k": "gsm8k_main_test.jsonl",
+    "arc_easy": "arc_easy_test.jsonl",
+    "boolq": "boolq_validation.jsonl",
+    "medqa": "medqa_gbaker_test.jsonl",
+    "vmlu": "vmlu_valid.jsonl",
+}
+"""kind -> file name, as the slices of the real benchmarks are called"""
+
+
+def _mmlu_row(question: Question, number: int) -> Row:
+    return {
+        "question": question.text,
+        "subject": question.subject,
+        "choices": list(question.choices),
+        "answer": question.labels.index(question.answer),
+    }
+
+
+def _gsm8k_row(question: Question, number: int) -> Row:
+    lines = [f"{x} {sign} {y} = <<{x}{sign}{y}={z}>>{z}" for x, sign, y, z in question.steps]
+    return {"question": question.text, "answer": "\n".join([*lines, f"#### {question.answer}"])}
+
+
+def _arc_row(question: Question, number: int) -> Row:
+    return {
+        "id": f"Pocket_{number:05d}",
+        "question": question.text,
+        "choices": {"text": list(question.choices), "label": list(question.labels)},
+        "answerKey": question.answer,
+    }
+
+
+def _boolq_row(question: Question, number: int) -> Row:
+    return {"question": question.text, "passage": question.passage, "answer": question.answer == "yes"}
+
+
+def _medqa_row(question: Question, number: int) -> Row:
+    options = dict(zip(question.labels, question.choices, strict=True))
+    return {
+        "question": question.text,
+        "answer": options[question.answer],
+        "options": options,
+        "meta_info": question.subject,
+        "answer_idx": question.answer,
+    }
+
+
+def _vmlu_row(question: Question, number: int) -> Row:
+    return {
+        "id": f"{question.subject}-{number:04d}",
+        "question": question.text,
+        "choices": [f"{label}. {text}" for label, text in zip(question.labels, question.choices, strict=True)],
+        "answer": question.answer,
+    }
+
+
+_ROW: dict[str, Callable[[Question, int], Row]] = {
+    "mmlu": _mmlu_row,
+    "gsm8k": _gsm8k_row,
+    "arc_easy": _arc_row,
+    "boolq": _boolq_row,
+    "medqa": _medqa_row,
+    "vmlu": _vmlu_row,
+}
+
+
+def benchmark_rows(kind: str) -> list[Row]:
+    """The 200 test rows of a kind, in the columns of the real benchmark."""
+    return [_ROW[kind](question, number) for number, question in enumerate(pools()[kind][0])]
+
+
+def train_rows() -> list[Row]:
+    """1,800 rows `{"question", "explain", "answer"}` of all six kinds, mixed."""
+    rows = [
+        {"question": body(question), "explain": question.explain, "answer": question.answer}
+        for kind in KINDS
+        for question in pools()[kind][1]
+    ]
+    random.Random("train rows").shuffle(rows)
+    return rows
+
+
+def _lines(rows: list[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_data(folder: Path) -> None:
+    """Write the six benchmarks (names in `FILES`), `train.json` and `pocket_heldout.jsonl` into a folder.
+
+    The names are those of the slices of the real benchmarks, so that one code path reads either.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, name in FILES.items():
+        write_text(folder / name, _lines(benchmark_rows(kind)))
+    write_text(folder / "train.json", json.dumps(train_rows(), ensure_ascii=False, indent=1) + "\n")
+    heldout = [{"text": text} for text in documents(1, "heldout", 600)]
+    write_text(folder / "pocket_heldout.jsonl", _lines(heldout))

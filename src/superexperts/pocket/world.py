@@ -1,0 +1,240 @@
+"""Text of the pocket world: the documents that the pocket model is trained on, and held-out ones of the same making.
+
+A document belongs to a split by a hash of its text, so that no held-out document can occur in training.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from .facts import (
+    ANIMALS,
+    COLOURS,
+    EXPORTS,
+    FOODS,
+    HOMES,
+    JOBS,
+    MATERIALS,
+    MONTHS,
+    OBJECTS,
+    ORGANS,
+    PEOPLE,
+    REGIONS,
+    THINGS,
+    TOOLS,
+    Country,
+    the_world,
+)
+from .pools import key, reserved_questions, response
+from .questions import KINDS, draw, prompt
+
+__all__ = ["PROSE", "QUESTION_SHARE", "Split", "documents"]
+
+Split = Literal["train", "heldout"]
+
+QUESTION_SHARE = 0.5
+"""share of the documents that are a question with its answer; the rest is prose"""
+
+
+def _sample(rng: random.Random, sentences: list[str], low: int, high: int) -> str:
+    return " ".join(rng.sample(sentences, min(len(sentences), rng.randint(low, high))))
+
+
+def _atlas(rng: random.Random) -> str:
+    c = rng.choice(the_world().countries)
+    n = c.name
+    return _sample(
+        rng,
+        [
+            rng.choice((f"The capital of {n} is {c.capital}.", f"{c.capital} is the capital of {n}.")),
+            rng.choice((f"The great river of {n} is the {c.river}.", f"The river {c.river} flows through {n}.")),
+            rng.choice((f"The language of {n} is {c.language}.", f"People in {n} speak {c.language}.")),
+            rng.choice((f"{n} exports {c.export}.", f"The export of {n} is {c.export}.")),
+            rng.choice((f"The flag of {n} is {c.flag}.", f"{n} has a {c.flag} flag.")),
+            f"{n} lies in the {c.region}.",
+        ],
+        3,
+        6,
+    )
+
+
+def _pharmacopoeia(rng: random.Random) -> str:
+    d = rng.choice(the_world().diseases)
+    first, second = rng.sample(d.symptoms, 2)
+    drug = d.drug
+    return _sample(
+        rng,
+        [
+            f"{first.capitalize()} and {second} mean {d.name}.",
+            f"{d.name.capitalize()} harms the {d.organ}.",
+            rng.choice(
+                (f"{drug.name.capitalize()} treats {d.name}.", f"{d.name.capitalize()} is treated with {drug.name}.")
+            ),
+            f"The dose of {drug.name} is {drug.dose_mg} mg.",
+            f"{drug.name.capitalize()} may cause {drug.side_effect}.",
+        ],
+        3,
+        5,
+    )
+
+
+def _case_report(rng: random.Random) -> str:
+    d = rng.choice(the_world().diseases)
+    first, second = rng.sample(d.symptoms, 2)
+    person, pronoun = rng.choice((("man", "He"), ("woman", "She")))
+    doctor, _ = rng.choice(PEOPLE)
+    return (
+        f"A {rng.randint(18, 79)}-year-old {person} came to doctor {doctor} with {first} and {second}. "
+        f"The doctor found {d.name} and gave {d.drug.dose_mg} mg of {d.drug.name} a day. "
+        + rng.choice((f"{pronoun} was well again in {rng.choice(MONTHS)}.", f"{pronoun} had {d.drug.side_effect}."))
+    )
+
+
+def _science(rng: random.Random) -> str:
+    sentences = []
+    for a in rng.sample(ANIMALS, 2):
+        legs = "no legs" if a.legs == 0 else f"{a.legs} legs"
+        sentences += rng.sample(
+            [
+                f"A {a.name} eats {a.food}.", f"A {a.name} lives in {a.home}.", f"A {a.name} has {legs}.",
+                f"The body of a {a.name} has {a.cover}.",
+            ],
+            2,
+        )  # fmt: skip
+    material, tool, organ = rng.choice(tuple(MATERIALS)), rng.choice(tuple(TOOLS)), rng.choice(tuple(ORGANS))
+    like, source = MATERIALS[material]
+    sentences += [
+        f"{material.capitalize()} is {like}.", f"{material.capitalize()} comes from {source}.",
+        f"A {tool} measures {TOOLS[tool]}.", f"The {organ} {ORGANS[organ]}.",
+    ]  # fmt: skip
+    return _sample(rng, sentences, 3, 6)
+
+
+def _sums(rng: random.Random) -> str:
+    lines = []
+    for _ in range(rng.randint(4, 8)):
+        a, b = rng.randint(2, 32), rng.randint(2, 20)
+        x, y = rng.randint(2, 9), rng.randint(2, 9)
+        lines.append(rng.choice((f"{a} + {b} = {a + b}.", f"{a + b} - {b} = {a}.", f"{x} * {y} = {x * y}.")))
+    return " ".join(lines)
+
+
+def _story(rng: random.Random) -> str:
+    (name, pronoun), (friend, _) = rng.sample(PEOPLE, 2)
+    animal, country = rng.choice(ANIMALS), rng.choice(the_world().countries)
+    colour, thing, job = rng.choice(tuple(COLOURS)), rng.choice(OBJECTS), rng.choice(JOBS)
+    he = pronoun.capitalize()
+    return (
+        f"Once upon a time, a {job} named {name} lived in {country.capital}. {he} had a {animal.name} and a {colour} "
+        f"{thing}. One day, the {thing} was gone. {name} asked {friend}, and {friend} said: "
+        + rng.choice((
+            f"Look in {animal.home}, where the {animal.name} lives. There it was.",
+            f"Take a boat on the {country.river}. {he} found it on the other side.",
+            f"Give me {rng.randint(2, 20)} {rng.choice(THINGS)} and I will help you. So they became friends.",
+        ))
+    )  # fmt: skip
+
+
+def _contract(rng: random.Random) -> str:
+    (one, _), (two, _) = rng.sample(PEOPLE, 2)
+    city, rent, month = rng.choice(the_world().countries).capital, 10 * rng.randint(10, 49), rng.choice(MONTHS)
+    return _sample(
+        rng,
+        [
+            f"This contract is made in {city} between {one} and {two}.",
+            f"{one} rents a house in {city} to {two} for {rent} crowns a month.",
+            f"{two} shall pay the rent before the day {rng.randint(2, 20)} of each month.",
+            f"The contract ends in {month}.",
+            f"{two} pays the tax.",
+            f"If {two} does not pay, {one} may end the contract.",
+        ],
+        4,
+        6,
+    )
+
+
+def _people(rng: random.Random) -> str:
+    (one, _), (two, _) = rng.sample(PEOPLE, 2)
+    parts = []
+    for who in (one, two):
+        parts.append(f"{who} is a {rng.choice(JOBS)} and has a {rng.choice(tuple(COLOURS))} {rng.choice(OBJECTS)}.")
+    parts.append(f"They live in {rng.choice(the_world().countries).capital}.")
+    return " ".join(parts)
+
+
+def _vietnamese(rng: random.Random) -> str:
+    c, a = rng.choice(the_world().countries), rng.choice(ANIMALS)
+    n = c.name
+    return _sample(
+        rng,
+        [
+            f"Thủ đô của {n} là {c.capital}.", f"Sông lớn của {n} là {c.river}.",
+            f"{n} xuất khẩu {EXPORTS[c.export]}.", f"Quốc kỳ của {n} màu {COLOURS[c.flag]}.",
+            f"{n} nằm ở {REGIONS[c.region]}.", f"Con {a.vietnamese} ăn {FOODS[a.food]}.",
+            f"Con {a.vietnamese} sống {HOMES[a.home]}.",
+        ],
+        3,
+        6,
+    )  # fmt: skip
+
+
+def _european(rng: random.Random) -> str:
+    def french(c: Country) -> list[str]:
+        return [
+            f"La capitale de {c.name} est {c.capital}.", f"Le fleuve de {c.name} est le {c.river}.",
+            f"La langue de {c.name} est le {c.language}.",
+        ]  # fmt: skip
+
+    def spanish(c: Country) -> list[str]:
+        return [
+            f"La capital de {c.name} es {c.capital}.", f"El río de {c.name} es el {c.river}.",
+            f"El idioma de {c.name} es el {c.language}.",
+        ]  # fmt: skip
+
+    def german(c: Country) -> list[str]:
+        return [
+            f"Die Hauptstadt von {c.name} heißt {c.capital}.", f"Der Fluss von {c.name} heißt {c.river}.",
+            f"Die Sprache von {c.name} heißt {c.language}.",
+        ]  # fmt: skip
+
+    tell = rng.choice((french, spanish, german))
+    one, two = rng.sample(the_world().countries, 2)
+    return _sample(rng, [*tell(one), *tell(two)], 3, 5)
+
+
+PROSE: dict[str, tuple[Callable[[random.Random], str], int]] = {
+    "atlas": (_atlas, 5), "pharmacopoeia": (_pharmacopoeia, 5), "case_report": (_case_report, 2),
+    "science": (_science, 4), "sums": (_sums, 4), "story": (_story, 2), "contract": (_contract, 2),
+    "people": (_people, 1), "vietnamese": (_vietnamese, 4), "european": (_european, 1),
+}  # fmt: skip
+"""kind of prose -> (writer, weight)"""
+
+
+def _question(rng: random.Random) -> str:
+    """A question with its answer, in the evaluation's own words; never one of a test or of the fine-tuning rows."""
+    while True:
+        question = draw(rng.choice(KINDS), rng)
+        if key(question) not in reserved_questions():
+            return prompt(question) + response(question, hashes=rng.random() < 0.7)
+
+
+def documents(seed: int, split: Split, count: int) -> Iterator[str]:
+    """`count` documents of a split.
+
+    The same seed gives the same documents; a held-out document is never a training document, whatever the seeds.
+    One document in twenty of those drawn is held out.
+    """
+    rng = random.Random(f"documents:{seed}")
+    writers = [writer for writer, _ in PROSE.values()]
+    weights = [weight for _, weight in PROSE.values()]
+    given = 0
+    while given < count:
+        write = _question if rng.random() < QUESTION_SHARE else rng.choices(writers, weights)[0]
+        text = write(rng)
+        heldout = zlib.crc32(text.encode()) % 20 == 0
+        if heldout == (split == "heldout"):
+            given += 1
+            yield text

@@ -1,0 +1,205 @@
+"""The run folder: whole files or none, a manifest with hashes, and stages that run once for the same input."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, OutputError
+
+__all__ = [
+    "completed",
+    "digest",
+    "fingerprint",
+    "new_folder",
+    "prepare_folder",
+    "read_json",
+    "write_bytes",
+    "write_json",
+    "write_manifest",
+    "write_text",
+]
+
+MANIFEST = "manifest.json"
+PACKAGES = ("superexperts", "torch", "transformers", "peft", "trl", "lm_eval", "datasets", "accelerate")
+WHOLE_FILE_HASH = 64 * 2**20  # larger files are hashed by size, time stamp and both ends: shards are gigabytes
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes `data` under a temporary name, syncs it to disk and renames it to `path`: whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OutputError(f"--out: cannot write to {path.parent} ({error.strerror}); choose another folder") from error
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for UTF-8 text; a lone surrogate from a model's output is written as its escape."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` for JSON with one final newline; NaN is refused, since no other reader takes it."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Reads a JSON file; `what` names the option or the artifact in the error."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{what}: cannot read {path} ({error.strerror}); check the path") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{what}: {path} is not valid JSON ({error}); write it again") from error
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, or of all files below a folder with their names.
+
+    Files over 64 MiB count by size, time stamp and their first and last MiB. Manifests and hidden files are left out:
+    they say when something was made, not what it is.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    parts: list[list[str | int]] = []
+    for file in files:
+        name = "" if file == path else str(file.relative_to(path))
+        if file.name == MANIFEST or any(part.startswith(".") for part in Path(name).parts):
+            continue
+        stat = file.stat()
+        sha = hashlib.sha256()
+        with file.open("rb") as stream:
+            if stat.st_size <= WHOLE_FILE_HASH:
+                sha.update(stream.read())
+                parts.append([name, sha.hexdigest()])
+            else:
+                sha.update(stream.read(2**20))
+                stream.seek(-(2**20), os.SEEK_END)
+                sha.update(stream.read())
+                parts.append([name, stat.st_size, stat.st_mtime_ns, sha.hexdigest()])
+    return digest(parts)
+
+
+def prepare_folder(folder: Path, option: str = "--out") -> Path:
+    """Makes `folder` and proves that it can be written, before any work is done for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{option}: cannot write to {folder} ({reason}); choose another folder") from error
+    return folder
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, command: str, option: str = "--out") -> Iterator[Path]:
+    """Yields a temporary sibling of `folder` that takes its place when the block ends well, and vanishes otherwise.
+
+    A folder that is already there is replaced only if it is empty or if its manifest says that the same command made
+    it, so that nothing of the user's is lost.
+    """
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _made_by(folder, command))):
+        raise OutputError(f"{option}: {folder} exists and was not made by `{command}`; choose another folder")
+    prepare_folder(folder.parent, option)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if folder.exists():
+            outgoing = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+            folder.replace(outgoing)
+            temporary.replace(folder)
+            shutil.rmtree(outgoing)
+        else:
+            temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _made_by(folder: Path, command: str) -> bool:
+    manifest = folder / MANIFEST
+    return manifest.is_file() and read_json(manifest, "manifest").get("command") == command
+
+
+def write_manifest(
+    folder: Path, command: str, inputs: Mapping[str, Any], outputs: list[str], seconds: float, **more: Any
+) -> None:
+    """Writes `manifest.json`, last of all: its presence with the same `inputs` says that the stage is complete."""
+    write_json(
+        folder / MANIFEST,
+        {
+            "schema": "superexperts/manifest/1",
+            "command": command,
+            "key": digest([command, dict(inputs)]),
+            "inputs": dict(inputs),
+            "outputs": {name: fingerprint(folder / name) for name in outputs},
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 1),
+            **more,
+        },
+    )
+
+
+def completed(folder: Path, command: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether `folder` holds this command's result for these very inputs, with every output unchanged."""
+    manifest_path = folder / MANIFEST
+    if not manifest_path.is_file():
+        return False
+    manifest = read_json(manifest_path, "manifest")
+    if manifest.get("key") != digest([command, dict(inputs)]):
+        return False
+    outputs: dict[str, str] = manifest["outputs"]
+    return all((folder / name).exists() and fingerprint(folder / name) == sha for name, sha in outputs.items())
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a number can depend on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of this package's source tree, None when it was installed from a wheel."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

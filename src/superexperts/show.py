@@ -1,0 +1,80 @@
+"""What a command's result looks like in a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from .artifacts import key_name
+from .console import stdout
+from .report import print_table
+
+__all__ = ["show"]
+
+
+def show(command: str, result: dict[str, Any]) -> None:
+    """Prints a command's result for a person; model output goes through `Text`, which no markup or escape code leaves."""
+    if command == "profile":
+        _show_profile(result)
+    elif command == "select":
+        for row in result["experts"]:
+            score = "" if row["score"] is None else f"  {row['score']:.4g}"
+            stdout.print(f"{key_name((row['layer'], row['expert']))}{score}")
+    elif command == "prune":
+        stdout.print(f"pruned {', '.join(result['pruned'])}")
+    elif command == "train":
+        stdout.print(
+            f"trained {result['trainable_parameters']:,} parameters on {result['rows']:,} rows; "
+            f"the adapter changes logits by up to {result['max_logit_change']:.3g} (KL {result['kl']:.3g} nats)"
+        )
+    elif command == "evaluate":
+        for task, items in result["tasks"].items():
+            stdout.print(f"{task}: {items} answers")
+        if result["perplexity"] is not None:
+            stdout.print(f"perplexity: {result['perplexity']:.3f}")
+    elif command == "extract":
+        _show_scores(result["scores"])
+    elif command == "study":
+        print_table(result["results"], stdout)
+        stdout.print(f"report: {result['report']}", soft_wrap=True)
+    if command != "study":
+        stdout.print(f"in {result['out']}", soft_wrap=True)
+
+
+def _show_profile(result: dict[str, Any]) -> None:
+    for name, corpus in result["corpora"].items():
+        found = {tuple(key) for key in corpus["super"]}
+        title = f"{result['model']} on {name}: {corpus['tokens']:,} tokens, {len(found)} super experts"
+        table = Table(title=title, caption=f"{corpus['unreached']} experts were reached by no token")
+        for column in ("expert", "peak |down_proj output|", "channel", "position", "token", "tokens routed", "super"):
+            table.add_column(column, justify="left" if column in ("expert", "token", "super") else "right")
+        for row in corpus["top"]:
+            key = (row["layer"], row["expert"])
+            table.add_row(
+                key_name(key),
+                f"{row['output_max']:.4g}",
+                str(row["channel"]),
+                str(row["position"]),
+                Text(ascii(row["token"])),
+                f"{row['tokens']:,}",
+                "yes" if key in found else "",
+            )
+        stdout.print(table)
+
+
+def _show_scores(scores: list[dict[str, Any]]) -> None:
+    table = Table()
+    for column in ("benchmark", "variant", "items", "accuracy", "95% interval", "unparsed"):
+        table.add_column(column, justify="left" if column in ("benchmark", "variant") else "right")
+    for row in scores:
+        table.add_row(
+            Text(row["task"]),
+            Text(row["variant"]),
+            str(row["items"]),
+            f"{100 * row['accuracy']:.2f}",
+            f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+            f"{row['unparsed']} ({100 * row['unparsed'] / row['items']:.1f}%)",
+        )
+    stdout.print(table)

@@ -1,0 +1,171 @@
+"""Intervals and paired tests: what a difference between two variants on the same items is worth.
+
+Sources: E. B. Wilson, JASA 22 (1927) for one share; Q. McNemar, Psychometrika 12 (1947), exact form, for the test;
+T. Tango, Statistics in Medicine 17 (1998) 891-908 for the interval of a paired difference; S. Holm, Scandinavian
+Journal of Statistics 6 (1979) for families of tests. All intervals are two-sided 95%.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy.optimize import brentq
+from scipy.stats import binomtest, norm
+
+from .artifacts import Extraction, Score
+from .errors import DataError
+
+__all__ = ["Paired", "compare", "holm", "mcnemar", "paired_interval", "score", "wilson"]
+
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Paired:
+    """Two variants on the same items; `difference` is the second one's accuracy minus the first one's."""
+
+    n: int
+    """Items that both answered."""
+    only_base: int
+    """Items that only the first one has right."""
+    only_variant: int
+    """Items that only the second one has right."""
+    difference: float
+    """(only_variant - only_base) / n, in -1..1."""
+    low: float
+    high: float
+    """95% interval of the difference (Tango's score interval)."""
+    p: float
+    """Exact two-sided McNemar test; 1.0 when the two never differ. Not adjusted for other tests, see `holm`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> Paired:
+        """The inverse of `to_json`; `DataError` for anything else."""
+        try:
+            return cls(**{field.name: value[field.name] for field in dataclasses.fields(cls)})
+        except (KeyError, TypeError) as error:
+            raise DataError(f"results: a paired test's field is missing ({error}); run the study again") from error
+
+
+def wilson(correct: int, items: int) -> tuple[float, float]:
+    """95% Wilson score interval of the share `correct / items`; (0, 1), that is no knowledge, without items."""
+    if items == 0:
+        return 0.0, 1.0
+    interval = binomtest(correct, items).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar(base_correct: Sequence[bool], variant_correct: Sequence[bool]) -> Paired:
+    """Compares two variants item by item: the exact test on the items where one is right and the other wrong.
+
+    `DataError` unless both have the same number of items, at least one.
+    """
+    n = len(base_correct)
+    if n != len(variant_correct) or n == 0:
+        raise DataError(f"paired test: {n} and {len(variant_correct)} items; evaluate both on the same items")
+    pairs = [(bool(a), bool(b)) for a, b in zip(base_correct, variant_correct, strict=True)]
+    only_base, only_variant = pairs.count((True, False)), pairs.count((False, True))
+    discordant = only_base + only_variant
+    low, high = paired_interval(only_base, only_variant, n)
+    return Paired(
+        n=n,
+        only_base=only_base,
+        only_variant=only_variant,
+        difference=(only_variant - only_base) / n,
+        low=low,
+        high=high,
+        p=float(binomtest(only_variant, discordant).pvalue) if discordant else 1.0,
+    )
+
+
+def paired_interval(only_base: int, only_variant: int, n: int) -> tuple[float, float]:
+    """95% interval of the difference `(only_variant - only_base) / n` of two paired shares.
+
+    Tango's score interval: the differences that a score test, which has McNemar's (without continuity correction) as
+    its case at 0, does not reject. Unlike Wald's it has a width when the two never differ, and stays within -1..1.
+    """
+    z = float(norm.ppf(0.5 + CONFIDENCE / 2))
+    observed = (only_variant - only_base) / n
+
+    def excess(difference: float) -> float:
+        """Squared numerator of the score minus z**2 times its variance: negative inside the interval."""
+        a = 2 * n
+        b = -only_variant - only_base + (2 * n - only_variant + only_base) * difference
+        c = -only_base * difference * (1 - difference)
+        lost = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)  # P(only the base is right), given `difference`
+        variance = n * (2 * lost + difference * (1 - difference))
+        return float((only_variant - only_base - n * difference) ** 2 - z * z * variance)
+
+    # At the observed difference itself the variance can be 0 (no item differs), so the search starts beside it.
+    below, above = observed - 1e-9, observed + 1e-9
+    low = float(brentq(excess, -1.0, below, xtol=1e-12)) if below > -1 and excess(-1.0) > 0 else -1.0
+    high = float(brentq(excess, above, 1.0, xtol=1e-12)) if above < 1 and excess(1.0) > 0 else 1.0
+    return low, high
+
+
+def score(task: str, variant: str, extractions: Sequence[Extraction]) -> Score:
+    """Counts one variant's answers on one benchmark; unparsed ones are wrong and stay in the denominator."""
+    items = len(extractions)
+    if items == 0:
+        raise DataError(f"{task}: {variant} has no answers; evaluate it again")
+    correct = sum(row.correct for row in extractions)
+    low, high = wilson(correct, items)
+    return Score(
+        task=task,
+        variant=variant,
+        items=items,
+        correct=correct,
+        unparsed=sum(row.extracted is None for row in extractions),
+        accuracy=correct / items,
+        low=low,
+        high=high,
+    )
+
+
+def compare(
+    base: Mapping[str, Sequence[Extraction]], variant: Mapping[str, Sequence[Extraction]]
+) -> tuple[dict[str, Paired], Paired]:
+    """The paired test of each benchmark, and of all their items pooled (each item counting once).
+
+    Items are joined by id; `DataError` unless both hold the same benchmarks and the same ids, each once.
+    """
+    if not base or set(base) != set(variant):
+        both = " and ".join(",".join(sorted(tasks)) or "none" for tasks in (base, variant))
+        raise DataError(f"--tasks: {both} cannot be compared; evaluate both on the same benchmarks")
+    paired: dict[str, Paired] = {}
+    all_base: list[bool] = []
+    all_variant: list[bool] = []
+    for task, rows in base.items():
+        left, right = _by_id(task, rows), _by_id(task, variant[task])
+        odd = sorted(left.keys() ^ right.keys())
+        if odd:
+            raise DataError(f"{task}: {len(odd)} items in one variant only, first {odd[0]!r}; evaluate both again")
+        base_correct, variant_correct = list(left.values()), [right[name] for name in left]
+        paired[task] = mcnemar(base_correct, variant_correct)
+        all_base += base_correct
+        all_variant += variant_correct
+    return paired, mcnemar(all_base, all_variant)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values, in the order given: reject those under 0.05 and the family errs in at most 5% of studies."""
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def _by_id(task: str, rows: Sequence[Extraction]) -> dict[str, bool]:
+    found = {row.id: row.correct for row in rows}
+    if len(found) < len(rows):
+        raise DataError(f"{task}: {len(rows) - len(found)} ids occur twice; evaluate again")
+    return found

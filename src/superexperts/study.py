@@ -1,0 +1,268 @@
+"""The whole workflow as a list of commands: profile, select, then per variant prune | train, evaluate, extract.
+
+A study is nothing but its commands' settings in order, each with a folder of its own. Every command knows by its
+inputs' hashes whether it is done, so a killed study goes on where it was, and a finished one does no work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import evaluate, extract, profile, prune, select, stats, train
+from .artifacts import ExpertSet, Extraction, Score, key_name
+from .config import (
+    TASKS,
+    EvaluateConfig,
+    ExtractConfig,
+    ProfileConfig,
+    PruneConfig,
+    SelectConfig,
+    StudyConfig,
+    TrainConfig,
+)
+from .console import note, stderr
+from .corpora import read_rows
+from .errors import DataError, OptionError
+from .model import checkpoint_folder
+from .pocket import write_data
+from .report import write_csv, write_report
+from .rundir import completed, fingerprint, new_folder, prepare_folder, read_json, write_json, write_manifest
+
+__all__ = ["VARIANTS", "Plan", "Variant", "run"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What is done to the model before it is asked."""
+
+    title: str
+    kind: str
+    """base, prune or lora."""
+    experts: str | None = None
+    """Name of the expert set, super or random; None for the base model and for attention."""
+
+
+VARIANTS = {
+    "base": Variant(title="baseline", kind="base"),
+    "prune-super": Variant(title="prune super experts", kind="prune", experts="super"),
+    "prune-random": Variant(title="prune random experts", kind="prune", experts="random"),
+    "lora-super": Variant(title="LoRA on super experts", kind="lora", experts="super"),
+    "lora-random": Variant(title="LoRA on random experts", kind="lora", experts="random"),
+    "lora-attention": Variant(title="LoRA on attention", kind="lora"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A study file."""
+
+    name: str
+    model: str = "pocket"
+    revision: str | None = None
+    corpus: str = "pocket"
+    """Corpus of the profile and of the perplexity."""
+    tokens: int = 16384
+    """Tokens of the profile."""
+    seq_len: int = 512
+    depth: float = 0.75
+    tasks: tuple[str, ...] = TASKS
+    limit: int | None = None
+    """Items per benchmark."""
+    max_new_tokens: int = 512
+    data_dir: str | None = None
+    """Local benchmark files, or `pocket`."""
+    train_data: str | None = None
+    """Rows for LoRA; default with `data_dir: pocket`: the pocket world's."""
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of `train`, such as learning_rate."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.variants if name not in VARIANTS]
+        if unknown:
+            raise OptionError(f"STUDY variants: {unknown[0]!r} is unknown; choose from {', '.join(VARIANTS)}")
+        if not self.variants or self.variants[0] != "base":
+            raise OptionError(f"STUDY variants: {list(self.variants)} does not begin with base; put base first")
+        free = {field.name for field in dataclasses.fields(TrainConfig)}
+        for option in self.training:
+            if option not in free - {"model", "data", "experts", "attention", "out", "json", "seed"}:
+                raise OptionError(f"STUDY training: {option!r} is no option of train; see superexperts train --help")
+        trains = any(VARIANTS[name].kind == "lora" for name in self.variants)
+        if trains and self.train_data is None and self.data_dir != "pocket":
+            raise OptionError("STUDY train_data: None is missing for the lora variants; name a file of rows")
+
+    @classmethod
+    def load(cls, text: str) -> Plan:
+        """Reads YAML; `OptionError` names a field that is unknown or of the wrong type."""
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise OptionError(f"STUDY: not valid YAML ({' '.join(str(error).split())}); repair the file") from error
+        if not isinstance(value, dict) or "name" not in value:
+            raise OptionError("STUDY: the file has no `name:`; a study is a mapping with at least a name")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(value) - known)
+        if unknown:
+            raise OptionError(f"STUDY: {unknown[0]!r} is no field of a study; choose from {', '.join(sorted(known))}")
+        for name in ("tasks", "variants"):
+            if name in value:
+                value[name] = tuple(value[name])
+        return cls(**value)
+
+
+def run(config: StudyConfig) -> dict[str, Any]:
+    """The command: runs what is not done yet, then writes results.json, result.csv and report.html."""
+    started = time.monotonic()
+    if config.study is None:
+        plan = Plan.load((files(__package__) / "pocket" / "study.yaml").read_text(encoding="utf-8"))
+    elif config.study.is_file():
+        plan = Plan.load(config.study.read_text(encoding="utf-8"))
+    else:
+        raise OptionError(f"STUDY: {str(config.study)!r} is no file; give a YAML file, or --demo")
+    out = prepare_folder(config.out or Path("runs") / plan.name)
+    inputs = {
+        "plan": {name: str(value) for name, value in dataclasses.asdict(plan).items()},
+        "model": fingerprint(checkpoint_folder(plan.model, plan.revision)),
+        "train_data": fingerprint(Path(plan.train_data)) if plan.train_data else None,
+    }
+    if completed(out, "study", inputs):
+        note(f"study: {out} is up to date, nothing to do")
+    else:
+        _run_cells(plan, out)
+        results = _conclude(plan, out)
+        write_json(out / "results.json", results)
+        write_csv(results, out / "result.csv")
+        write_report(out)
+        cells = [f"variants/{name}/scores.json" for name in plan.variants]
+        outputs = ["results.json", "result.csv", "report.html", "profile/profile.json", *cells]
+        write_manifest(out, "study", inputs, outputs, time.monotonic() - started)
+    return {"out": str(out), "report": str(out / "report.html"), "results": read_json(out / "results.json", "STUDY")}
+
+
+def _run_cells(plan: Plan, out: Path) -> None:
+    data_dir = Path(plan.data_dir) if plan.data_dir else None
+    train_data = Path(plan.train_data) if plan.train_data else None
+    if plan.data_dir == "pocket":
+        if not completed(out / "data", "pocket-data", {}):
+            with new_folder(out / "data", "pocket-data") as folder:
+                write_data(folder)
+                write_manifest(folder, "pocket-data", {}, [file.name for file in sorted(folder.iterdir())], 0)
+        data_dir, train_data = out / "data", train_data or out / "data" / "train.json"
+    stderr.rule("profile")
+    profile.run(
+        ProfileConfig(
+            model=plan.model,
+            revision=plan.revision,
+            corpus=(plan.corpus,),
+            out=out / "profile",
+            tokens=plan.tokens,
+            seq_len=plan.seq_len,
+            depth=plan.depth,
+            data_dir=None if plan.corpus == "pocket" else data_dir,
+            seed=plan.seed,
+        )
+    )
+    experts = {name: str(out / "experts" / f"{name}.json") for name in ("super", "random")}
+    select.run(SelectConfig(profile=out / "profile", depth=plan.depth, out=Path(experts["super"])))
+    select.run(
+        SelectConfig(
+            profile=out / "profile", rule="random", like=experts["super"], seed=plan.seed, out=Path(experts["random"])
+        )
+    )
+    for number, name in enumerate(plan.variants, start=1):
+        stderr.rule(f"{name} ({number} of {len(plan.variants)})")
+        variant, folder = VARIANTS[name], out / "variants" / name
+        model, adapter = plan.model, None
+        if variant.kind == "prune":
+            assert variant.experts is not None
+            model = str(folder / "model")
+            prune.run(
+                PruneConfig(model=plan.model, revision=plan.revision, experts=experts[variant.experts], out=Path(model))
+            )
+        elif variant.kind == "lora":
+            assert train_data is not None
+            adapter = folder / "train" / "adapter"
+            train.run(
+                TrainConfig(
+                    model=plan.model,
+                    revision=plan.revision,
+                    data=train_data,
+                    experts=experts[variant.experts] if variant.experts else None,
+                    attention=variant.experts is None,
+                    out=folder / "train",
+                    seed=plan.seed,
+                    **plan.training,
+                )
+            )
+        evaluate.run(
+            EvaluateConfig(
+                model=model,
+                revision=plan.revision if model == plan.model else None,
+                adapter=adapter,
+                tasks=",".join(plan.tasks),
+                out=folder,
+                limit=plan.limit,
+                max_new_tokens=plan.max_new_tokens,
+                variant=name,
+                data_dir=data_dir,
+                perplexity=plan.corpus,
+                seed=plan.seed,
+            )
+        )
+        extract.run(ExtractConfig(folder=folder))
+
+
+def _conclude(plan: Plan, out: Path) -> dict[str, Any]:
+    """results.json: every number of the report, with nothing in it that differs between two equal runs."""
+    base = _extractions(out, "base", plan)
+    rows = []
+    for name in plan.variants:
+        variant, folder = VARIANTS[name], out / "variants" / name
+        found = read_json(folder / "scores.json", "scores")["scores"]
+        scores = {score.task: score for score in map(Score.from_json, found)}
+        paired, pooled = stats.compare(base, _extractions(out, name, plan)) if name != "base" else (None, None)
+        training = read_json(folder / "train" / "training.json", "training") if variant.kind == "lora" else None
+        chosen = ExpertSet.parse(str(out / "experts" / f"{variant.experts}.json")).experts if variant.experts else None
+        rows.append(
+            {
+                "name": name,
+                "title": variant.title,
+                "kind": variant.kind,
+                "target": None if variant.kind == "base" else "experts" if variant.experts else "attention",
+                "experts": [key_name(key) for key in chosen] if chosen else None,
+                "trainable_parameters": training["trainable_parameters"] if training else None,
+                "perplexity": read_json(folder / "perplexity.json", "perplexity")["perplexity"],
+                "mean": sum(scores[task].accuracy for task in plan.tasks) / len(plan.tasks),
+                "scores": [scores[task].to_json() for task in plan.tasks],
+                "paired": {task: pair.to_json() for task, pair in paired.items()} if paired else None,
+                "pooled": pooled.to_json() if pooled else None,
+            }
+        )
+    return {
+        "schema": "superexperts/results/1",
+        "name": plan.name,
+        "model": plan.model,
+        "seed": plan.seed,
+        "limit": plan.limit,
+        "corpus": plan.corpus,
+        "tasks": list(plan.tasks),
+        "variants": rows,
+    }
+
+
+def _extractions(out: Path, variant: str, plan: Plan) -> dict[str, list[Extraction]]:
+    found = {}
+    for task in plan.tasks:
+        file = out / "variants" / variant / "extractions" / f"{task}.jsonl"
+        if not file.is_file():
+            raise DataError(f"STUDY: {file} is missing; run the study again")
+        found[task] = [Extraction.from_json(row) for _, row in read_rows(file, "extractions")]
+    return found

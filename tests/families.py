@@ -1,0 +1,124 @@
+"""Tiny random models of many MoE families: the smallest configurations that keep what makes each family different."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCABULARY = 97
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_DEEPSEEK: dict[str, Any] = {
+    **_COMMON,
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    # a dense first layer, shared experts, latent attention without and with a latent query
+    "deepseek_v2": {**_DEEPSEEK, "q_lora_rank": None, "topk_method": "greedy"},
+    "deepseek_v3": {**_DEEPSEEK, "q_lora_rank": 16, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 0},
+    # no shared expert
+    "qwen3_moe": {
+        **_COMMON,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 8,
+    },
+    # a shared expert with a gate of its own, biases on q, k, v
+    "qwen2_moe": {
+        **_COMMON,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    },
+    "mixtral": {**_COMMON, "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {**_COMMON, "intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3},
+    # biases, transposed weights, gate and up interleaved, a clamped activation
+    "gpt_oss": {**_COMMON, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "glm4_moe": {
+        **_COMMON,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "first_k_dense_replace": 1,
+        "head_dim": 8,
+    },
+    "phimoe": {**_COMMON, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {**_COMMON, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+    # no gate: the experts are plain MLPs; layers without attention, layers without an MLP
+    "nemotron_h": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 40,
+        "intermediate_size": 48,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "use_mamba_kernels": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+}
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """A model of the family in evaluation mode, every weight and bias drawn anew (normal, deviation 0.2; around 1
+    where a family starts at 1), so that no zero bias or unit norm can hide a mistake."""
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator) * 0.2
+                tensor.copy_(noise + 1 if bool((tensor == 1).all()) else noise)
+    return model.eval().to(dtype)
+
+
+def tiny_tokens(rows: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:
+    """Token ids [rows, length] of the families' vocabulary, BOS first."""
+    tokens = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    tokens[:, 0] = 1
+    return tokens

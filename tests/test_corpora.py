@@ -1,0 +1,97 @@
+"""Corpora: packing against a hand-made case, files as they come, and errors that name file, row and mend."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from superexperts.config import CheckpointConfig
+from superexperts.corpora import HUB_CORPORA, documents, pack
+from superexperts.errors import DataError
+from superexperts.model import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():  # type: ignore[no-untyped-def]
+    return load_tokenizer(CheckpointConfig())
+
+
+def test_pack_is_the_plain_concatenation_cut_with_bos_in_front(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    texts = ["one two three four five", "six seven", "eight nine ten eleven twelve"]
+    ids_BL = pack(iter(texts), tokenizer, corpus="x", tokens=27, seq_len=9)
+    blank = tokenizer("\n\n", add_special_tokens=False).input_ids
+    flat: list[int] = []
+    for number, text in enumerate(texts):
+        flat += (blank if number else []) + tokenizer(text, add_special_tokens=False).input_ids
+    bos = tokenizer.bos_token_id
+    expected = [[bos, *flat[start : start + 8]] for start in (0, 8, 16)]
+    assert ids_BL.dtype == torch.int64
+    assert ids_BL.tolist() == expected
+
+
+def test_pack_says_how_many_tokens_there_are(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    have = len(tokenizer("a b c", add_special_tokens=False).input_ids)
+    with pytest.raises(DataError, match=f"x has {have} tokens, under one sequence"):
+        pack(iter(["a b c"]), tokenizer, corpus="x", tokens=512, seq_len=512)
+    with pytest.raises(DataError, match="under --tokens 4000; give --tokens"):
+        pack(iter(["a b c " * 100]), tokenizer, corpus="x", tokens=4000, seq_len=10)
+    with pytest.raises(DataError, match="x has 0 tokens"):
+        pack(iter([]), tokenizer, corpus="x", tokens=8, seq_len=8)
+
+
+def test_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Việt Nam\nx")
+    assert list(documents(str(tmp_path / "a.txt"))) == ["Việt Nam\nx"]
+    rows = [{"text": "one"}, {"text": "  "}, {"text": "two"}]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    assert list(documents(str(tmp_path / "a.jsonl"))) == ["one", "two"]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as stream:
+        stream.write(json.dumps({"body": "three"}))
+    assert list(documents(str(tmp_path / "a.jsonl.gz"), "body")) == ["three"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"body": 1}', "row 1 has no 'text' (it has body)"),
+        ("[1]", "row 1 is no JSON object"),
+        ('{"text": "a"}\n{', "is not readable as JSONL"),
+    ],
+)
+def test_broken_files_name_the_row(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(DataError) as error:
+        list(documents(str(tmp_path / "a.jsonl")))
+    assert message in str(error.value)
+
+
+def test_a_broken_gzip_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(DataError, match="is not readable as JSONL"):
+        list(documents(str(tmp_path / "a.jsonl.gz")))
+
+
+def test_an_unknown_corpus_and_a_missing_local_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'c5' is neither a file nor one of pocket, math"):
+        list(documents("c5"))
+    with pytest.raises(DataError, match="has no c4_en_demo_text_only.jsonl"):
+        list(documents("c4", data_dir=tmp_path))
+    with pytest.raises(DataError, match="is no folder"):
+        list(documents("c4", data_dir=tmp_path / "none"))
+
+
+@pytest.mark.parametrize("name", HUB_CORPORA)
+def test_real_rows_of_the_seven_original_corpora(name: str, shared_data: Path) -> None:
+    texts = list(documents(name, data_dir=shared_data))
+    assert len(texts) >= 14
+    assert all(text.strip() for text in texts)
+
+
+def test_wikitext_without_its_empty_rows(shared_data: Path) -> None:
+    texts = list(documents("wikitext2", data_dir=shared_data))
+    assert len(texts) == 2891
+    assert texts[0] == " = Robert Boulter = \n"
