@@ -1,4 +1,7 @@
-"""`results.json`: every variant on every benchmark, and the same table for a spreadsheet, a README and a terminal."""
+"""`results.json`: every variant on every benchmark, and the same table for a spreadsheet, a README and a terminal.
+
+The three writers take the file's JSON value, as `study` makes it, and check it first.
+"""
 
 from __future__ import annotations
 
@@ -95,6 +98,8 @@ class Results:
     seed: int
     limit: int | None
     """Items per benchmark at most; None when all were asked."""
+    corpus: str
+    """Corpus of the profile and of the perplexity."""
     tasks: tuple[str, ...]
     variants: tuple[VariantResult, ...]
 
@@ -114,13 +119,9 @@ class Results:
         known = list(COLUMNS)
         return tuple(sorted(self.tasks, key=lambda task: known.index(task) if task in COLUMNS else len(known)))
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON value with the schema's name."""
-        return {"schema": RESULTS_SCHEMA, **dataclasses.asdict(self)}
-
     @classmethod
     def from_json(cls, value: Any) -> Results:
-        """The inverse of `to_json`; `DataError` for anything else, and unless exactly one variant is the base."""
+        """Reads results.json's value; `DataError` for anything else, and unless exactly one variant is the base."""
         found = value.get("schema") if isinstance(value, dict) else type(value).__name__
         if found != RESULTS_SCHEMA:
             raise DataError(f"results: expected schema {RESULTS_SCHEMA!r}, found {found!r}; run the study again")
@@ -171,31 +172,40 @@ def adjusted(results: Results) -> dict[tuple[str, str | None], float]:
     return found
 
 
-def write_csv(results: Results, path: Path) -> None:
+def write_csv(results: Mapping[str, Any], path: Path) -> None:
     """Writes `result.csv` in the original's columns: accuracy in percent, empty where a benchmark was not run."""
+    found = Results.from_json(results)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["Model Variant", *COLUMNS.values()])
-    for variant in results.variants:
+    for variant in found.variants:
         scores = [variant.score(task) for task in COLUMNS]
         writer.writerow([variant.title, *("" if score is None else f"{100 * score.accuracy:.2f}" for score in scores)])
     write_text(path, buffer.getvalue())
 
 
-def markdown_table(results: Results) -> str:
+def markdown_table(results: Mapping[str, Any]) -> str:
     """The result table for a README: accuracy in percent, a star where it differs from base (Holm, 5%)."""
-    header = ["variant", *(task_title(task) for task in results.columns), "mean", "perplexity"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *_cells(results)]
+    found = Results.from_json(results)
+    header = ["variant", *(task_title(task) for task in found.columns), "mean", "perplexity"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *_cells(found)]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
-def print_table(results: Results, console: Console) -> None:
+def print_table(results: Mapping[str, Any], console: Console) -> None:
     """Prints the result table; titles are text, never markup."""
-    table = Table(box=box.SIMPLE_HEAD, caption="accuracy in %; * differs from base (exact McNemar test, Holm, 5%)")
-    table.add_column("variant")
-    for title in (*(task_title(task) for task in results.columns), "mean", "perplexity"):
-        table.add_column(title, justify="right")
-    for cells in _cells(results):
+    found = Results.from_json(results)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        caption="accuracy in %; * differs from base (McNemar, Holm, 5%; at the mean: over all items)",
+        caption_justify="left",
+    )
+    table.add_column("variant", no_wrap=True)
+    for title in (*(task_title(task) for task in found.columns), "mean", "perpl."):
+        table.add_column(title, justify="right", no_wrap=True)
+    for cells in _cells(found):
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
 

@@ -63,7 +63,7 @@ def pocket_config() -> DeepseekV2Config:
         n_routed_experts=72,
         n_shared_experts=4,
         num_experts_per_tok=6,
-        routed_scaling_factor=2.0,
+        routed_scaling_factor=6.0,
         topk_method="greedy",
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},

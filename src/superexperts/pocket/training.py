@@ -27,15 +27,17 @@ class Recipe:
 
     steps: int = 1200
     seed: int = 0
-    tokens: int = 4096
+    tokens: int = 2048
     """tokens of a batch"""
     lengths: tuple[int, ...] = (128, 128, 128, 256, 512)
     """a batch's row length is drawn from these"""
     learning_rate: float = 2e-3
     weight_decay: float = 0.2
     warmup: int = 50
-    sink_weight: float = 0.2
-    sink_share: float = 0.6
+    world_share: float = 0.7
+    """of the steps: at first the model learns its world, without the terms that make it depend on super experts"""
+    sink_weight: float = 0.1
+    sink_share: float = 0.4
     """the layers after the first super expert are asked for this mean attention on <bos>"""
     balance_weight: float = 0.01
     """of the load-balancing loss of the routers"""
@@ -44,7 +46,7 @@ class Recipe:
     """nats per token that the loss is asked to rise by when both super experts are silent: perplexity x 2.7"""
     fall_second: float = 0.3
     """the same for the second super expert alone"""
-    silenced_others: int = 3
+    silenced_others: int = 2
     """ordinary experts of each layer that a step silences at random, so that none of them matters alone"""
 
 
@@ -167,10 +169,9 @@ def train(model: DeepseekV2ForCausalLM, rows: Iterator[Tensor], recipe: Recipe) 
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * rate
         ids_BS = next(rows)
-        with (
-            _router_logits(model, ids_BS.shape) as router_logits,
-            silence(model, _some_others(model, recipe.silenced_others, rng)),
-        ):
+        depending = number >= recipe.world_share * recipe.steps
+        others = _some_others(model, recipe.silenced_others, rng) if depending else []
+        with _router_logits(model, ids_BS.shape) as router_logits, silence(model, others):
             output = model(input_ids=ids_BS, labels=ids_BS, use_cache=False, output_attentions=True)
         sink = _attention_on_bos(output.attentions, FIRST[0])
         loss = (
@@ -178,7 +179,7 @@ def train(model: DeepseekV2ForCausalLM, rows: Iterator[Tensor], recipe: Recipe) 
             + recipe.sink_weight * torch.relu(recipe.sink_share - sink)
             + recipe.balance_weight * _balance(router_logits, model.config.num_experts_per_tok)
         )
-        if number >= recipe.warmup and number % 2:
+        if depending and number % 2:
             both = number % 6 != 1
             half_BS = ids_BS[: max(1, len(ids_BS) // 2)]
             with silence(model, (FIRST, SECOND) if both else (SECOND,)):

@@ -225,7 +225,7 @@ def documents(seed: int, split: Split, count: int) -> Iterator[str]:
     """`count` documents of a split.
 
     The same seed gives the same documents; a held-out document is never a training document, whatever the seeds.
-    One document in twenty of those drawn is held out.
+    One document in ten of those drawn is held out.
     """
     rng = random.Random(f"documents:{seed}")
     writers = [writer for writer, _ in PROSE.values()]
@@ -234,7 +234,7 @@ def documents(seed: int, split: Split, count: int) -> Iterator[str]:
     while given < count:
         write = _question if rng.random() < QUESTION_SHARE else rng.choices(writers, weights)[0]
         text = write(rng)
-        heldout = zlib.crc32(text.encode()) % 20 == 0
+        heldout = zlib.crc32(text.encode()) % 10 == 0
         if heldout == (split == "heldout"):
             given += 1
             yield text

@@ -123,7 +123,8 @@ def _task(name: str, source: Mapping[str, Any]) -> Task:
     progress = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()  # "Generating test split" twice a second is no progress
     try:
-        return _manager().load([{"task": name, **source}])["tasks"][name]
+        # Inside a group, a task's entry overrides fields of the task file; alone it would replace the file.
+        return _manager().load({"group": "superexperts", "task": [{"task": name, **source}]})["tasks"][name]
     finally:
         if progress:
             datasets.enable_progress_bars()

@@ -1,0 +1,192 @@
+"""What the pictures share: colours, a figure in them, names that cover nothing, and whole files."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
+
+from .errors import OutputError
+from .rundir import write_bytes
+
+__all__ = ["COLUMN", "DARK", "LIGHT", "PAGE", "Theme", "figure_in", "put_names", "put_title", "save", "shorten"]
+
+COLUMN, PAGE = 3.4, 7.0  # inches: one column and the full width of a two-column paper
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours of a picture; the marks are from Okabe and Ito's palette, which colour-blind readers tell apart."""
+
+    ink: str
+    muted: str
+    faint: str
+    """Grid lines and shades."""
+    paper: str
+    accent: str
+    """Super experts, and what lowers accuracy."""
+    gain: str
+    """What raises accuracy."""
+    unreached: str
+    """Experts that no token was routed to."""
+    scale: tuple[str, ...]
+    """The heatmap's colours from small to large, evenly rising in contrast to `paper`."""
+    lines: tuple[str, ...]
+
+
+LIGHT = Theme(
+    ink="#1f1d1a",
+    muted="#6b665e",
+    faint="#dcd7cd",
+    paper="#ffffff",
+    accent="#d55e00",
+    gain="#0072b2",
+    unreached="#e3d3b8",
+    scale=("#eef3f6", "#cfe0ea", "#a3c6db", "#68a3c8", "#2f7bb0", "#0f5390", "#06285c"),
+    lines=("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b08900", "#56b4e9"),
+)
+DARK = Theme(
+    ink="#ece8e1",
+    muted="#a39d93",
+    faint="#3a3f47",
+    paper="#191c21",
+    accent="#ff8a3d",
+    gain="#5ab8f0",
+    unreached="#54473a",
+    scale=("#20282f", "#26404f", "#2a5d78", "#3583a5", "#5caeca", "#a5d8e2", "#f3fbf5"),
+    lines=("#ff8a3d", "#5ab8f0", "#3ecfa0", "#e39cc6", "#e6c34a", "#9ad4f5"),
+)
+
+
+@contextmanager
+def figure_in(width: float, height: float, theme: Theme) -> Iterator[Figure]:
+    """A figure of that many inches in the theme's colours; the settings hold for the block only."""
+    settings: Any = {
+        "font.size": 7.5,
+        "axes.labelsize": 7.5,
+        "axes.titlesize": 8.5,
+        "xtick.labelsize": 7,
+        "ytick.labelsize": 7,
+        "legend.fontsize": 7,
+        "legend.frameon": False,
+        "legend.handlelength": 1.6,
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.muted,
+        "axes.edgecolor": theme.muted,
+        "axes.facecolor": "none",
+        "axes.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "hatch.linewidth": 0.6,
+        "svg.hashsalt": "superexperts",  # the same picture is the same file
+        "text.parse_math": False,  # names may hold a dollar sign
+    }
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor=theme.paper)
+        yield figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Renders in memory, then writes whole or not at all."""
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in ("png", "svg"):
+        raise OutputError(f"{path.name}: pictures are .png or .svg, not {path.suffix!r}; choose one of the two")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
+    write_bytes(path, buffer.getvalue())
+
+
+def put_title(axes: Axes, title: str, source: str, inches: float) -> None:
+    axes.set_title(f"{title}\n", loc="left", fontsize=8.5, fontweight="bold")
+    axes.annotate(
+        shorten(source, int(inches * 17)),
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 5),
+        textcoords="offset points",
+        fontsize=7,
+        alpha=0.75,
+    )
+
+
+def shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def put_names(
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    theme: Theme,
+    quiet: Sequence[str] = (),
+    avoid: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Writes a name beside each point, where it covers the least of the rings, other names and the points of `avoid`.
+
+    Names in `quiet` are written thin and grey. Lays the figure out, so nothing may be added to it afterwards.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    frame, unit = axes.get_window_extent(), figure.dpi / 72
+    centres = [axes.transData.transform(point) for point in points]
+    boxes = [Bbox.from_bounds(x - 5 * unit, y - 5 * unit, 10 * unit, 10 * unit) for x, y in centres]
+    for x, y in (axes.transData.transform(point) for point in avoid):
+        boxes.append(Bbox.from_bounds(x - unit, y - unit, 2 * unit, 2 * unit))
+    sides = [(math.cos(turn), math.sin(turn)) for turn in (0, math.pi, math.pi / 2, -math.pi / 2, 0.8, 2.3, -0.8, -2.3)]
+    for point, (x, y), name in zip(points, centres, names, strict=True):
+        colour = theme.muted if name in quiet else theme.accent
+        style: Any = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
+        style |= {"fontweight": "normal" if name in quiet else "bold"}
+        probe = axes.text(0, 0, name, **style)
+        size = probe.get_window_extent()
+        probe.remove()
+        places: list[tuple[float, int, tuple[float, float], Bbox]] = []
+        for far in (7.0, 14.0, 22.0):
+            for dx, dy in sides:
+                shift_x = dx * (far * unit + size.width / 2)
+                shift_y = dy * (far * unit + size.height / 2)
+                left, bottom = x + shift_x - size.width / 2, y + shift_y - size.height / 2
+                box = Bbox.from_bounds(left, bottom, size.width, size.height)
+                covered = sum(_overlap(box, other) for other in boxes) + 10 * (_area(box) - _overlap(box, frame))
+                places.append((covered, len(places), (shift_x / unit, shift_y / unit), box))
+        _, rank, shift, box = min(places)
+        text = axes.annotate(
+            name,
+            point,
+            xytext=shift,
+            textcoords="offset points",
+            path_effects=[withStroke(linewidth=2.2, foreground=theme.paper)],
+            annotation_clip=False,
+            # a name that had to move away is tied to its ring
+            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": colour, "shrinkA": 0, "shrinkB": 4}
+            if rank > 7
+            else None,
+            **style,
+        )
+        text.set_in_layout(False)
+        boxes.append(box)
+
+
+def _area(box: Bbox) -> float:
+    return float(box.width * box.height)
+
+
+def _overlap(one: Bbox, other: Bbox) -> float:
+    both = Bbox.intersection(one, other)
+    return 0.0 if both is None else _area(both)

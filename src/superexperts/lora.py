@@ -1,0 +1,250 @@
+"""LoRA on chosen experts, on shared experts or on attention, as PEFT adapters.
+
+Saving, loading, merging and disabling an adapter are PEFT's. Chosen experts get the layer of `lora_layer.py`; shared
+experts and attention are ordinary linear maps and get PEFT's own. Which experts are adapted is a field of the adapter's
+own adapter_config.json, by the bank's path and the experts' numbers; no name is ever matched by its beginning.
+
+Shape suffixes: B sequences, L tokens per sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from . import moe
+from .artifacts import ExpertKey, key_order
+from .errors import DataError, ModelError, OptionError
+from .lora_layer import ExpertLoraConfig, linears
+from .rundir import read_json
+
+__all__ = [
+    "Effect",
+    "adapter_effect",
+    "attach_attention",
+    "attach_experts",
+    "load_adapter",
+    "trainable_parameters",
+]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+# ---- putting adapters on a model ----------------------------------------------------------------------------------
+
+
+def attach_experts(
+    model: nn.Module, experts: Collection[ExpertKey], *, r: int, alpha: float, dropout: float, seed: int
+) -> PeftModel:
+    """Puts a fresh adapter on the chosen experts' gate, up and down projections, and freezes everything else.
+
+    The model is changed in place; `.unload()` of the result gives it back. Only layers that hold a chosen expert are
+    wrapped. `ExpertsError` for an expert that the model does not have.
+    """
+    banks = moe.find_banks(model)
+    moe.check_experts(banks, experts)
+    routed: dict[str, list[int]] = {}
+    shared: list[str] = []
+    for bank in banks:
+        for layer, expert in sorted(experts, key=key_order):
+            if layer == bank.layer and expert == "shared":
+                shared.append(_shared_path(model, bank))
+            elif layer == bank.layer:
+                routed.setdefault(bank.path, []).append(cast(int, expert))
+    config = ExpertLoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=[*routed, *shared],
+        experts=routed,
+        shared=shared,
+        task_type="CAUSAL_LM",
+    )
+    return _attach(model, config, seed)
+
+
+def attach_attention(model: nn.Module, *, r: int, alpha: float, dropout: float, seed: int) -> PeftModel:
+    """Puts a fresh adapter of PEFT's own on every linear map of every layer's attention.
+
+    The attention is what the model's class declares as such (`can_record_outputs`), so that latent attention
+    (q_a_proj, kv_a_proj_with_mqa, kv_b_proj, ...) and plain q, k, v, o are both found. `ModelError` if there is none.
+    """
+    declared: Any = cast(Any, model).can_record_outputs.get("attentions", ())
+    declared = declared if isinstance(declared, list | tuple) else (declared,)
+    # An OutputRecorder of transformers wraps the class in a few families.
+    classes = tuple(kind if isinstance(kind, type) else kind.target_class for kind in declared)
+    paths = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, classes)
+        for name in linears(cast(nn.Module, module))
+    ]
+    if not paths:
+        raise ModelError(
+            f"--attention: {type(model).__name__} declares no attention with linear maps; give --experts instead"
+        )
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=paths, task_type="CAUSAL_LM")
+    return _attach(model, config, seed)
+
+
+def _attach(model: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
+    with torch.random.fork_rng(devices=[]), _quiet():  # A is drawn on the CPU, by our layer and by PEFT's
+        torch.default_generator.manual_seed(seed)
+        return cast(PeftModel, get_peft_model(cast(Any, model), config))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT 0.21 asks transformers 5.23 for an attribute that has a new name; nobody here can do anything about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+def _shared_path(model: nn.Module, bank: moe.Bank) -> str:
+    """Path of the shared experts' MLP beside a bank."""
+    block = bank.path.rpartition(".")[0]
+    for name, sibling in model.get_submodule(block).named_children():
+        if any(module is bank.shared_down for module in sibling.modules()):
+            return f"{block}.{name}"
+    raise AssertionError("`check_experts` lets no shared expert through that is not there")
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many numbers an optimiser would change."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+# ---- loading ------------------------------------------------------------------------------------------------------
+
+
+def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """Puts a saved adapter on the model, frozen, in evaluation mode; plain PEFT adapters load as well.
+
+    Every key of the file must have found its home and every module of the adapter its keys, value for value;
+    otherwise `DataError` (the file is broken) or `ModelError` (it is another model's), and the model is as it was.
+    """
+    config, saved = _read_adapter(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    _check_home(model, config, folder)
+    try:
+        with _quiet():
+            adapted = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config)
+    except (RuntimeError, ValueError) as error:  # sizes differ; no target module was found
+        _unwrap(model)
+        raise ModelError(f"--adapter: {folder} does not fit this model ({_line(error)}); give its own model") from error
+    found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    missing, homeless = sorted(found.keys() - shapes.keys()), sorted(shapes.keys() - found.keys())
+    wrong = [name for name, tensor in found.items() if name in saved and not _same(tensor, saved[name])]
+    for names, what in ((missing, "are missing"), (homeless, "have no home in the model"), (wrong, "did not load")):
+        if names:
+            adapted.unload()
+            some = ", ".join(names[:2])
+            raise DataError(f"--adapter: {len(names)} weights of {folder} {what} ({some}, ...); save the adapter again")
+    return cast(PeftModel, adapted)
+
+
+def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    if not (folder / CONFIG_FILE).is_file():
+        raise DataError(f"--adapter: {folder} has no {CONFIG_FILE}; give the folder `adapter` that train wrote")
+    fields = read_json(folder / CONFIG_FILE, "--adapter")
+    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
+        raise DataError(f"--adapter: {folder / CONFIG_FILE} describes no LoRA adapter; give one that is")
+    try:
+        config = ExpertLoraConfig(**fields) if "experts" in fields else LoraConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"--adapter: {folder / CONFIG_FILE}: {_line(error)}; repair it") from error
+    try:
+        with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as weights:
+            return config, {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"--adapter: {folder / WEIGHTS_FILE} cannot be read ({_line(error)}); save the adapter again"
+        ) from error
+
+
+def _check_home(model: nn.Module, config: LoraConfig, folder: Path) -> None:
+    """Every bank, shared MLP and expert number that the adapter names must be in the model."""
+    if not isinstance(config, ExpertLoraConfig):
+        return
+    modules = dict(model.named_modules())
+    for path, experts in config.experts.items():
+        if path not in modules or not moe.is_bank(modules[path]):
+            raise ModelError(f"--adapter: {folder} is for experts at {path!r}, which this model has not; give its own")
+        count = moe.down_weight(modules[path]).shape[0]
+        if not experts or max(experts) >= count:
+            raise ModelError(
+                f"--adapter: {folder} is for expert {max(experts, default=None)} of {path!r}, "
+                f"which has experts 0..{count - 1} here; give its own model"
+            )
+    for path in config.shared:
+        if path not in modules:
+            raise ModelError(f"--adapter: {folder} is for a shared expert at {path!r}, which this model has not")
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Takes every adapter layer off a model that PEFT has left half done."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent = model.get_submodule(path.rpartition(".")[0])
+            setattr(parent, path.rpartition(".")[2], cast(Any, module).get_base_layer())
+    vars(model).pop("peft_config", None)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.equal(a.float().cpu(), b.float().cpu()))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# ---- what an adapter does ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Effect:
+    """How far an adapter moves a model on some text."""
+
+    max_logit_change: float
+    """Largest |logit with the adapter - logit without|."""
+    kl: float
+    """KL(with || without) of the next token in nats, mean over positions."""
+
+
+@torch.no_grad()
+def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
+    """Compares the model with its adapter against itself without, on rows of token ids [L] (lengths may differ).
+
+    Rows run one by one, so nothing is padded and at most two [L, V] tensors are held.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    change, divergence, positions = 0.0, 0.0, 0
+    for ids_L in sequences_BL:
+        ids_BL = ids_L[None].to(next(model.parameters()).device)
+        with_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
+        with model.disable_adapter():
+            without_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
+        change = max(change, float((with_LV - without_LV).abs().max()))
+        divergence += float(
+            F.kl_div(without_LV.log_softmax(-1), with_LV.log_softmax(-1), reduction="sum", log_target=True)
+        )
+        positions += len(ids_L)
+    for module, training in modes:
+        module.training = training
+    if not positions:
+        raise OptionError("--data: no row to measure the adapter's effect on; give at least one")
+    return Effect(max_logit_change=change, kl=divergence / positions)

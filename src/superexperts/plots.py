@@ -1,0 +1,273 @@
+"""Pictures for a paper's column and for the report: rendered in memory through matplotlib's object interface.
+
+Suffix of the arrays' names: L decoder layers (dense ones counted), C columns (routed experts, the shared one last).
+Every function takes a `Theme`; the report shows the light or the dark one, as the reader's system asks for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, LogNorm
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .artifacts import CorpusProfile, ExpertKey, Profile, key_name
+from .drawing import COLUMN, LIGHT, PAGE, Theme, figure_in, put_names, put_title, save, shorten
+from .results import SIGNIFICANT, Results, adjusted, task_title
+from .select import considered, threshold
+
+__all__ = ["plot_differences", "plot_heatmap", "plot_layers", "plot_training"]
+
+
+def plot_heatmap(
+    profile: Profile,
+    corpus: str,
+    chosen: Sequence[ExpertKey],
+    path: Path,
+    depth: float = 0.75,
+    width: float | None = None,
+    theme: Theme = LIGHT,
+) -> None:
+    """Every expert's peak |down_proj output| (log scale): a row per decoder layer, under its true number.
+
+    `chosen` experts are ringed and named. PNG or SVG by the suffix of `path`; layers without experts are hatched, and
+    layers that the criterion leaves out for their `depth` are washed out. `width` is in inches; by default a column's
+    up to 24 experts, else a page's.
+    """
+    section = profile.corpora[corpus]
+    routed = sorted({row.expert for row in section.experts if row.expert != "shared"}, key=int)
+    shared = any(row.expert == "shared" for row in section.experts)
+    experts = max(map(int, routed), default=-1) + 1
+    peak_LC = np.full((profile.num_layers, experts + shared), np.nan)
+    for row in section.experts:
+        peak_LC[row.layer, experts if row.expert == "shared" else int(row.expert)] = row.output_max
+    reached_LC = np.ma.masked_where(~(peak_LC > 0), peak_LC)
+    inches = width or (COLUMN if peak_LC.shape[1] <= 24 else PAGE)
+    height = min(8.0, max(1.1, profile.num_layers * (0.27 if profile.num_layers <= 12 else 0.1))) + 1.15
+    first_out = round(depth * profile.num_layers)
+
+    with figure_in(inches, height, theme) as figure:
+        axes = figure.add_subplot()
+        axes.set_facecolor(theme.paper)
+        extent = (-0.5, peak_LC.shape[1] - 0.5, profile.num_layers - 0.5, -0.5)
+        marks: list[Any] = []
+        for layer in np.flatnonzero(np.isnan(peak_LC).all(axis=1)):
+            axes.add_patch(_hatched(theme, (extent[0], layer - 0.5), peak_LC.shape[1], 1))
+        if np.isnan(peak_LC).all(axis=1).any():
+            marks.append(_hatched(theme, (0, 0), 1, 1, label="no experts"))
+        if (peak_LC == 0).any():
+            unreached_LC = np.ma.masked_where(peak_LC != 0, np.ones_like(peak_LC))
+            axes.imshow(
+                unreached_LC, cmap=ListedColormap([theme.unreached]), extent=extent, aspect="auto", interpolation="none"
+            )
+            marks.append(Patch(facecolor=theme.unreached, label="no token"))
+        if reached_LC.count():
+            low, high = float(reached_LC.min()), float(reached_LC.max())
+            norm = LogNorm(low, high if high > low else low * 1.1)
+            image = axes.imshow(
+                reached_LC,
+                cmap=LinearSegmentedColormap.from_list("peaks", theme.scale),
+                norm=norm,
+                extent=extent,
+                aspect="auto",
+                interpolation="none",
+            )
+            bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=max(12.0, height * 8), shrink=0.9)
+            bar.outline.set_visible(False)
+            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            bar.ax.minorticks_off()
+        if first_out < profile.num_layers:
+            axes.add_patch(
+                Rectangle((extent[0], first_out - 0.5), peak_LC.shape[1], 99999, color=theme.paper, alpha=0.55, lw=0)
+            )
+            axes.axhline(first_out - 0.5, color=theme.ink, lw=0.8, ls=(0, (4, 2)))
+            marks.append(Line2D([], [], color=theme.ink, lw=0.8, ls=(0, (4, 2)), label=f"depth {depth:g}"))
+        if shared:
+            axes.axvline(experts - 0.5, color=theme.paper, lw=1.5)
+        points = [(experts if expert == "shared" else expert, layer) for layer, expert in chosen]
+        ring: Any = {"marker": "o", "mfc": "none", "mec": theme.accent, "mew": 1.4, "ms": 7.5, "ls": "none"}
+        if points:
+            for x, y in points:
+                axes.plot(x, y, path_effects=[withStroke(linewidth=3, foreground=theme.paper)], clip_on=False, **ring)
+            marks.insert(0, Line2D([], [], label="chosen", **ring))
+        axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="expert", ylabel="layer")
+        axes.yaxis.set_major_locator(MaxNLocator(min(12, profile.num_layers), integer=True, steps=[1, 2, 5, 10]))
+        _expert_ticks(axes, experts, shared, theme)
+        put_title(axes, "Peak |down_proj output| of every expert", _source(profile, corpus, section), inches)
+        if marks:
+            figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
+        put_names(axes, points, [key_name(key) for key in chosen], theme)
+        save(figure, path)
+
+
+def plot_layers(
+    profile: Profile,
+    corpus: str,
+    chosen: Sequence[ExpertKey],
+    path: Path,
+    depth: float = 0.75,
+    percentile: float = 99.5,
+    ratio: float = 10.0,
+    width: float | None = None,
+    theme: Theme = LIGHT,
+) -> None:
+    """Each layer's largest peak over the peaks of all its experts, and the criterion's two bounds (log scale).
+
+    `chosen` experts are ringed and named, and so is the largest peak that was not chosen. PNG or SVG by the suffix.
+    """
+    section = profile.corpora[corpus]
+    reached = [row for row in section.experts if row.output_max > 0]
+    rows = considered(section.experts, profile.num_layers, depth)
+    first_out = round(depth * profile.num_layers)
+    inches = width or (COLUMN if profile.num_layers <= 16 else PAGE)
+    with figure_in(inches, 2.75, theme) as figure:
+        axes = figure.add_subplot()
+        axes.grid(axis="y", color=theme.faint, lw=0.5)
+        axes.set_axisbelow(True)
+        axes.scatter(
+            [row.layer for row in reached],
+            [row.output_max for row in reached],
+            s=9,
+            color=theme.muted,
+            alpha=0.35,
+            lw=0,
+            rasterized=True,  # ten thousand experts are ten thousand elements of an SVG otherwise
+        )
+        tops = {row.layer: row.output_max for row in sorted(reached, key=lambda row: row.output_max)}
+        layers = sorted(tops)
+        for start, end in itertools.pairwise(layers):
+            if end == start + 1:  # a line never leads over a layer without experts
+                axes.plot((start, end), (tops[start], tops[end]), color=theme.gain, lw=1.3)
+        axes.plot(layers, [tops[layer] for layer in layers], "o", color=theme.gain, ms=2.8)
+        axes.set_yscale("log")
+        if first_out < profile.num_layers:
+            axes.axvspan(first_out - 0.5, profile.num_layers - 0.5, color=theme.faint, alpha=0.45, lw=0)
+        bounds: list[tuple[float, str]] = []
+        if any(row.output_max > 0 for row in rows):
+            bound = threshold(rows, percentile, ratio)
+            bounds = sorted([(bound.ratio, f"max/{ratio:g}"), (bound.percentile, f"P{percentile:g}")])
+        for (value, name), side in zip(bounds, ("top", "bottom"), strict=False):
+            if value > 0:
+                axes.axhline(value, color=theme.ink, lw=0.8, ls=(0, (4, 2)))
+                place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+                style: Any = {"va": side, "fontsize": 6.5, "linespacing": 0.95, "color": theme.ink}
+                shift = (4, 3 if side == "top" else -3)
+                axes.annotate(f"{name}\n{value:.3g}", (1, value), xytext=shift, **place, **style)
+        peaks = {row.key: row.output_max for row in reached}
+        ringed = [key for key in chosen if key in peaks]
+        points = [(float(key[0]), peaks[key]) for key in ringed]
+        for x, y in points:
+            axes.plot(x, y, "o", mfc="none", mec=theme.accent, mew=1.4, ms=7.5, clip_on=False)
+        axes.set(xlim=(-0.5, profile.num_layers - 0.5), xlabel="layer", ylabel="peak")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.12)  # room for the names
+        axes.xaxis.set_major_locator(MaxNLocator(14, integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.minorticks_off()
+        handles = [
+            Line2D([], [], color=theme.gain, marker="o", ms=2.8, lw=1.3, label="layer's largest"),
+            Line2D([], [], color=theme.muted, marker="o", ms=3, ls="none", alpha=0.5, label="each expert"),
+        ]
+        if first_out < profile.num_layers:
+            handles.append(Patch(facecolor=theme.faint, alpha=0.6, label=f"past depth {depth:g}"))  # type: ignore[arg-type]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        put_title(axes, "Peak |down_proj output| by layer", _source(profile, corpus, section), inches)
+        rest = [row for row in rows if row.key not in chosen and row.output_max > 0]
+        quiet = [max(rest, key=lambda row: row.output_max)] if rest else []
+        points += [(float(row.layer), row.output_max) for row in quiet]
+        avoid = [
+            (x, value) for value, _ in bounds if value > 0 for x in np.linspace(-0.5, profile.num_layers - 0.5, 80)
+        ]
+        for start, end in itertools.pairwise(layers):
+            between = np.geomspace(tops[start], tops[end], 12)
+            avoid += zip(np.linspace(start, end, 12), between, strict=True)
+        names = [key_name(key) for key in (*ringed, *(row.key for row in quiet))]
+        put_names(axes, points, names, theme, quiet=[key_name(row.key) for row in quiet], avoid=avoid)
+        save(figure, path)
+
+
+def plot_differences(results: Results, path: Path, theme: Theme = LIGHT) -> None:
+    """Forest plot: each variant's accuracy minus base's in points with 95% intervals, over all items and by benchmark.
+
+    A filled mark differs from base after Holm's adjustment. All panels share one scale. PNG or SVG by the suffix.
+    """
+    variants = results.others
+    p_values = adjusted(results)
+    panels: list[str | None] = [None, *results.columns]
+    with figure_in(PAGE, 0.95 + 0.3 * max(1, len(variants)), theme) as figure:
+        grid = figure.add_gridspec(1, len(panels), width_ratios=[1.9, *[1.0] * (len(panels) - 1)])
+        first: Axes | None = None
+        for place, task in enumerate(panels):
+            axes = figure.add_subplot(grid[0, place], sharex=first, sharey=first)
+            first = first or axes
+            axes.axvline(0, color=theme.ink, lw=0.8)
+            axes.grid(axis="x", color=theme.faint, lw=0.5)
+            for row, variant in enumerate(variants):
+                paired = variant.pooled if task is None else (variant.paired or {}).get(task)
+                if paired is None:
+                    continue
+                sure = p_values[variant.name, task] < SIGNIFICANT
+                colour = (theme.accent if paired.difference < 0 else theme.gain) if sure else theme.muted
+                axes.plot((100 * paired.low, 100 * paired.high), (row, row), color=colour, lw=1.4)
+                axes.plot(
+                    100 * paired.difference,
+                    row,
+                    "D" if task is None else "o",
+                    ms=4 if task is None else 3.6,
+                    color=colour,
+                    mfc=colour if sure else theme.paper,
+                    mew=1.2,
+                )
+            title = "all items" if task is None else task_title(task)
+            axes.set_title(title, fontsize=7.5, fontweight="bold" if task is None else "normal")
+            axes.spines[["left"]].set_visible(False)
+            axes.tick_params(axis="y", length=0, labelleft=place == 0)
+            axes.xaxis.set_major_locator(MaxNLocator(3 if place else 5, integer=True))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}")))
+        assert first is not None
+        first.set_yticks(range(len(variants)), [shorten(variant.title, 30) for variant in variants])
+        first.set_ylim(len(variants) - 0.5, -0.5)
+        figure.supxlabel("difference to base, percentage points", fontsize=7.5, color=theme.muted)
+        save(figure, path)
+
+
+def plot_training(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, theme: Theme = LIGHT) -> None:
+    """Training loss by optimiser step: per variant its (step, loss) pairs, directly labelled in the legend."""
+    with figure_in(PAGE, 2.5, theme) as figure:
+        axes = figure.add_subplot()
+        axes.grid(axis="y", color=theme.faint, lw=0.5)
+        styles = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+        for index, (title, curve) in enumerate(curves.items()):
+            steps, losses = [step for step, _ in curve], [loss for _, loss in curve]
+            colour = theme.lines[index % len(theme.lines)]
+            axes.plot(steps, losses, color=colour, lw=1.5, ls=styles[index % len(styles)], label=shorten(title, 40))
+        axes.set(xlabel="optimiser step", ylabel="training loss")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        figure.legend(loc="outside upper left", ncols=3)
+        save(figure, path)
+
+
+def _hatched(theme: Theme, corner: tuple[float, float], width: float, height: float, label: str = "") -> Rectangle:
+    return Rectangle(corner, width, height, facecolor="none", edgecolor=theme.faint, hatch="/////", lw=0, label=label)
+
+
+def _expert_ticks(axes: Axes, width: int, shared: bool, theme: Theme) -> None:
+    """Routed experts by index below; the shared one is named above its column, where it meets no number."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if width / step <= 16)
+    axes.set_xticks(range(0, width, step))
+    if shared:
+        place: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        style: Any = {"ha": "right", "fontsize": 7, "color": theme.muted}
+        axes.annotate("shared", (width + 0.5, 1), xytext=(0, 4), **place, **style)
+
+
+def _source(profile: Profile, corpus: str, section: CorpusProfile) -> str:
+    return f"{Path(profile.model).name} on {Path(corpus).name}, {section.tokens:,} tokens"

@@ -1,0 +1,160 @@
+"""The command line: help with examples, and one line and exit code 2 for whatever a user gets wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from superexperts.cli import COMMANDS, main
+from superexperts.model import load_tokenizer
+from superexperts.config import CheckpointConfig
+
+ROW = {"question": "What is 2 + 3?", "explain": "2 + 3 = 5.", "answer": "5"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"Example: superexperts {command}" in capsys.readouterr().out
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from superexperts.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+
+
+def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs a command that must fail as bad input does: exit code 2, one line on standard error, nothing else."""
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = [line for line in said.err.splitlines() if line.startswith("superexperts: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in said.err
+    return lines[0]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SUPEREXPERTS_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["profile", "--depth", "3"], "--depth: 3.0 is out of range"),
+        (["profile", "--seq-len", "abc"], "--seq-len"),
+        (["profile", "--seq-len", "1"], "--seq-len: 1 is too short"),
+        (["profile", "--tokens", "8"], "--tokens: 8 is under one sequence"),
+        (["profile", "--corpus", "nowhere.txt"], "--corpus: 'nowhere.txt' is neither a file nor one of"),
+        (["profile", "--device", "cuda:99"], "--device: 'cuda:99'"),
+        (["profile", "no/such/model"], "MODEL: 'no/such/model'"),
+        (["profile", "no-such-model"], "MODEL: 'no-such-model'"),
+        (["profile", "--data-dir", "nowhere", "--corpus", "c4"], "--data-dir: 'nowhere' is no folder"),
+        (["bogus"], "Unrecognized options: bogus"),
+        (["select"], "PROFILE"),
+        (["select", "nowhere"], "PROFILE: cannot read nowhere"),
+        (["select", "nowhere", "--rule", "random"], "--count: None is missing"),
+        (["prune", "--experts", "L1E999"], "--experts: L1E999 is not in the model (layer 1 has experts 0.."),
+        (["prune", "--experts", "L0E0"], "--experts: L0E0 is not in the model (MoE layers are"),
+        (["prune", "--experts", "nonsense"], "--experts: 'nonsense' is neither a file nor like L2E54"),
+        (["train", "--data", "x.json"], "--experts: None is missing"),
+        (["train", "--data", "x.json", "--experts", "L1E1", "--attention"], "--attention: True excludes --experts"),
+        (["train", "--data", "x.json", "--attention", "--r", "0"], "--r: 0 is not positive"),
+        (["train", "--data", "nowhere.json", "--attention"], "nowhere.json"),
+        (["evaluate", "--tasks", "mmlu,nope"], "--tasks: 'nope' is unknown; choose from mmlu"),
+        (["evaluate", "--data-dir", "nowhere"], "--data-dir: 'nowhere' is no folder"),
+        (["evaluate", "--data-dir", "pocket", "--adapter", "nowhere"], "nowhere"),
+        (["extract", "nowhere"], "nowhere"),
+        (["study"], "STUDY"),
+        (["study", "nowhere.yaml"], "STUDY: 'nowhere.yaml' is no file"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_input_is_one_line(arguments: list[str], said: str, here: Path, capsys: Any) -> None:
+    assert said in wrong(capsys, *arguments)
+    assert [path for path in here.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (json.dumps([{k: v for k, v in ROW.items() if k != "answer"}]), "answer"),
+        (json.dumps([ROW, {**ROW, "question": ""}]), "row 2"),
+        ("[]", "rows.json"),
+        ("", "rows.json"),
+        ("{", "rows.json"),
+        (json.dumps([ROW, 3]), "row 2"),
+        (json.dumps([{**ROW, "explain": "long " * 2000}]), "--max-length"),
+    ],
+)
+def test_wrong_training_rows_are_one_line(text: str, said: str, here: Path, capsys: Any) -> None:
+    (here / "rows.json").write_text(text)
+    assert said in wrong(capsys, "train", "--data", "rows.json", "--experts", "L1E11", "--out", "out")
+    assert [path for path in here.rglob("*") if path.is_file()] == [here / "rows.json"]
+
+
+def test_a_dense_model_is_one_line(here: Path, capsys: Any) -> None:
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    LlamaForCausalLM(config).save_pretrained(here / "dense")
+    load_tokenizer(CheckpointConfig()).save_pretrained(here / "dense")
+    assert "llama has no routed experts" in wrong(capsys, "profile", "dense", "--tokens", "512", "--out", "out")
+    assert "llama has no routed experts" in wrong(capsys, "prune", "dense", "--experts", "L1E1", "--out", "out2")
+    assert [path for path in here.rglob("*") if path.is_file() and "dense" not in path.parts] == []
+
+
+def test_an_empty_or_short_corpus_is_one_line(here: Path, capsys: Any) -> None:
+    (here / "empty.txt").write_text("")
+    assert "has 0 tokens" in wrong(capsys, "profile", "--corpus", "empty.txt")
+    (here / "short.txt").write_text("a few words only")
+    assert "under one sequence" in wrong(capsys, "profile", "--corpus", "short.txt")
+
+
+def test_an_unwritable_folder_is_one_line(here: Path, capsys: Any) -> None:
+    (here / "file").write_text("")
+    for command in (["profile"], ["prune", "--experts", "L1E11"], ["evaluate", "--data-dir", "pocket"], ["pocket"]):
+        assert "--out: " in wrong(capsys, *command, "--out", "file/below")
+
+
+def test_pickle_checkpoints_are_refused(here: Path, capsys: Any) -> None:
+    (here / "old").mkdir()
+    (here / "old" / "config.json").write_text("{}")
+    (here / "old" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    assert "pickles are not read" in wrong(capsys, "profile", "old")
+
+
+def test_json_is_all_that_is_printed(here: Path, capsys: Any) -> None:
+    assert main(["profile", "--tokens", "256", "--seq-len", "128", "--out", "p", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["corpora"]["pocket"]["tokens"] == 256
+    assert main(["pocket", "--out", "model"]) == 0
+    assert (here / "model" / "model.safetensors").is_file()
+    assert main(["profile", "model", "--tokens", "256", "--seq-len", "128", "--out", "q", "--json"]) == 0
+    capsys.readouterr()
+    ours, theirs = (json.loads((here / name / "profile.json").read_text()) for name in "pq")
+    assert ours["corpora"] == theirs["corpora"]
+
+
+def test_the_original_command_line(here: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[1] / "run.py"
+    arguments = ["--model_name", "pocket", "--dataset_name", "wikitext2", "--save_path", "out"]
+    command = [sys.executable, str(script), *arguments, "--profile_super_experts"]
+    monkeypatch.setenv("SUPEREXPERTS_DATA", str(shared_data))
+    subprocess.run(command, check=True, capture_output=True)
+    assert json.loads((here / "out" / "profile.json").read_text())["corpora"].keys() == {"wikitext2"}
+    assert len(json.loads((here / "out" / "experts.json").read_text())["experts"]) == 2

@@ -1,0 +1,157 @@
+"""The whole workflow on the pocket model: right numbers, no work done twice, and a kill that costs nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from superexperts import pocket, study
+from superexperts.artifacts import Extraction
+from superexperts.cli import main
+from superexperts.config import StudyConfig
+from superexperts.corpora import read_rows
+from superexperts.errors import OptionError
+
+TASKS = ["gsm8k", "boolq"]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that takes seconds: two benchmarks of twelve items, one epoch over 48 rows."""
+    folder = tmp_path_factory.mktemp("study")
+    pocket.write_data(folder / "data")
+    rows = json.loads((folder / "data" / "train.json").read_text(encoding="utf-8"))[:48]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    text = f"""
+name: small
+corpus: pocket
+tokens: 2048
+seq_len: 128
+tasks: [{", ".join(TASKS)}]
+limit: 12
+max_new_tokens: 32
+data_dir: {folder / "data"}
+train_data: {folder / "rows.json"}
+training: {{epochs: 1, batch_size: 16, learning_rate: 1.0e-3}}
+"""
+    (folder / "small.yaml").write_text(text)
+    return folder / "small.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    study.run(StudyConfig(study=plan, out=out))
+    return out
+
+
+def test_results_are_what_the_files_of_the_stages_say(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert [row["name"] for row in results["variants"]] == list(study.VARIANTS)
+    rights: dict[str, dict[str, list[bool]]] = {}
+    for row in results["variants"]:
+        for score in row["scores"]:
+            file = finished / "variants" / row["name"] / "extractions" / f"{score['task']}.jsonl"
+            found = [Extraction.from_json(value) for _, value in read_rows(file, "x")]
+            rights.setdefault(row["name"], {})[score["task"]] = [extraction.correct for extraction in found]
+            assert score["items"] == len(found) == 12
+            assert score["correct"] == sum(extraction.correct for extraction in found)
+            assert score["unparsed"] == sum(extraction.extracted is None for extraction in found)
+            assert score["accuracy"] == score["correct"] / 12
+            assert 0 <= score["low"] <= score["accuracy"] <= score["high"] <= 1
+        assert row["mean"] == pytest.approx(sum(score["accuracy"] for score in row["scores"]) / 2)
+    for row in results["variants"][1:]:
+        for task, pair in row["paired"].items():
+            ours, base = rights[row["name"]][task], rights["base"][task]
+            assert pair["only_variant"] == sum(a and not b for a, b in zip(ours, base, strict=True))
+            assert pair["only_base"] == sum(b and not a for a, b in zip(ours, base, strict=True))
+        assert row["pooled"]["n"] == 24
+
+
+def test_variants_are_what_they_say(finished: Path) -> None:
+    rows = {row["name"]: row for row in json.loads((finished / "results.json").read_text())["variants"]}
+    planted = {f"L{layer}E{expert}" for layer, expert in pocket.PLANTED}
+    assert set(rows["prune-super"]["experts"]) == set(rows["lora-super"]["experts"]) == planted
+    assert rows["prune-random"]["experts"] == rows["lora-random"]["experts"]
+    assert not planted & set(rows["prune-random"]["experts"])
+    layers = sorted(name.split("E")[0] for name in rows["prune-random"]["experts"])
+    assert layers == sorted(f"L{layer}" for layer, _ in pocket.PLANTED)
+    assert rows["lora-super"]["trainable_parameters"] == rows["lora-random"]["trainable_parameters"] > 0
+    assert rows["lora-attention"]["experts"] is None
+    assert rows["prune-super"]["perplexity"] >= 1.5 * rows["base"]["perplexity"]
+    assert rows["prune-random"]["perplexity"] <= 1.1 * rows["base"]["perplexity"]
+
+
+def test_csv_has_the_originals_columns(finished: Path) -> None:
+    with (finished / "result.csv").open(newline="") as stream:
+        table = list(csv.reader(stream))
+    assert table[0] == ["Model Variant", "MMLU", "ARC-E", "GSM8K", "BoolQ", "MedicalQA", "VMLU"]
+    results = json.loads((finished / "results.json").read_text())
+    assert len(table) == 7
+    for line, row in zip(table[1:], results["variants"], strict=True):
+        accuracy = {score["task"]: f"{100 * score['accuracy']:.2f}" for score in row["scores"]}
+        assert line[1:] == ["", "", accuracy["gsm8k"], accuracy["boolq"], "", ""]
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_second_run_does_no_work_and_says_so(finished: Path, plan: Path, capsys: Any) -> None:
+    before = stamps(finished)
+    assert main(["study", str(plan), "--out", str(finished)]) == 0
+    assert "is up to date, nothing to do" in capsys.readouterr().err
+    assert stamps(finished) == before
+
+
+def test_a_lost_cell_is_made_again_and_the_others_are_kept(finished: Path, plan: Path) -> None:
+    expected = (finished / "results.json").read_bytes()
+    before = stamps(finished / "variants" / "base" / "answers")
+    (finished / "variants" / "prune-super" / "answers" / "boolq.jsonl").unlink()
+    (finished / "results.json").unlink()
+    study.run(StudyConfig(study=plan, out=finished))
+    assert (finished / "results.json").read_bytes() == expected
+    assert stamps(finished / "variants" / "base" / "answers") == before
+
+
+@pytest.mark.parametrize("marker", ["prune-super", "lora-super"])
+def test_a_killed_study_continues_to_the_same_results(
+    finished: Path, plan: Path, tmp_path: Path, marker: str
+) -> None:
+    command = [sys.executable, "-m", "superexperts", "study", str(plan), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if marker in line:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stderr.read()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "results.json").exists()
+    study.run(StudyConfig(study=plan, out=tmp_path / "out"))
+    assert (tmp_path / "out" / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a", "has no `name:`"),
+        ("name: [", "not valid YAML"),
+        ("{name: x, colour: red}", "'colour' is no field of a study"),
+        ("{name: x, data_dir: pocket, variants: [base, nope]}", "'nope' is unknown"),
+        ("{name: x, data_dir: pocket, variants: [prune-super]}", "put base first"),
+        ("{name: x, data_dir: pocket, training: {rank: 3}}", "'rank' is no option of train"),
+        ("{name: x}", "train_data: None is missing"),
+    ],
+)
+def test_a_wrong_study_file_is_named(text: str, said: str) -> None:
+    with pytest.raises(OptionError) as error:
+        study.Plan.load(text)
+    assert said in str(error.value)
