@@ -95,7 +95,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "ssm_state_size": 8,
         "n_groups": 2,
         "chunk_size": 8,
-        "use_mamba_kernels": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
@@ -103,10 +102,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> nn.Module:
     """A model of the family in evaluation mode, every weight and bias drawn anew (normal, deviation 0.2; around 1
-    where a family starts at 1), so that no zero bias or unit norm can hide a mistake."""
-    config = AutoConfig.for_model(family, **FAMILIES[family])
+    where a family starts at 1), so that no zero bias or unit norm can hide a mistake. `settings` replace the family's
+    own in its configuration."""
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **settings})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -8,7 +8,6 @@ Shape suffixes: B prompts in a batch, L tokens of the longest one.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -30,6 +29,7 @@ from .config import EvaluateConfig, identity
 from .console import stderr
 from .corpora import documents, local_data, pack
 from .errors import OptionError
+from .lora import load_adapter
 from .model import checkpoint_folder, load_model, load_tokenizer
 from .perplexity import perplexity
 from .rundir import completed, fingerprint, prepare_folder, read_json, write_json, write_manifest, write_text
@@ -39,7 +39,7 @@ __all__ = ["ask", "run"]
 
 PERPLEXITY_SCHEMA = "superexperts/perplexity/1"
 PERPLEXITY_TOKENS = 16384
-PERPLEXITY_LENGTH = 128
+PERPLEXITY_LENGTH = 512
 
 
 def ask(
@@ -61,9 +61,7 @@ def ask(
     benchmarks = load_benchmarks(tasks, data_dir)
     asker = _Asker(model, tokenizer, batch_size, max_new_tokens)
     return {
-        name: _ask_one(
-            asker, name, benchmark, limit=limit, variant=variant, seed=seed, max_new_tokens=max_new_tokens
-        )
+        name: _ask_one(asker, name, benchmark, limit=limit, variant=variant, seed=seed, max_new_tokens=max_new_tokens)
         for name, benchmark in benchmarks.items()
     }
 
@@ -100,7 +98,7 @@ def _ask_one(
 
 
 class _Asker(HFLM):  # type: ignore[misc]  # the harness is untyped
-    """The harness's own model class, with two changes: a prompt that must be cut keeps its BOS, and one progress bar."""
+    """The harness's own model class, with two changes: a prompt that is cut keeps its BOS, and one progress bar."""
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_new_tokens: int
@@ -144,7 +142,7 @@ class _Asker(HFLM):  # type: ignore[misc]  # the harness is untyped
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Left-padded ids and mask [B, L]. What is too long loses its beginning, but for the BOS that the sinks need."""
+        """Left-padded ids and mask [B, L]. What is too long loses its beginning, but keeps the sinks' BOS."""
         ids_BL, mask_BL = super().tok_batch_encode(strings, padding_side, None, truncation)
         if left_truncate_len is None or ids_BL.shape[1] <= left_truncate_len:
             return ids_BL, mask_BL
@@ -160,7 +158,7 @@ class _Asker(HFLM):  # type: ignore[misc]  # the harness is untyped
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Within the block the harness says only what is wrong: not that a model is a model, nor how a loop gets on."""
-    # Called for every prompt that is longer than the model's context, which is counted here instead.
+    # transformers warns of each prompt that is longer than the context; `truncated` counts them.
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers.tokenization_utils_base")]
     levels = [logger.level for logger in loggers]
     bar = lm_eval.api.task.tqdm
@@ -197,8 +195,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"])
     model = load_model(config)
     if config.adapter:
-        from .lora import load_adapter
-
         model = load_adapter(model, config.adapter)
     asker = _Asker(model, tokenizer, config.batch_size, config.max_new_tokens)
     outputs = []
@@ -217,6 +213,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         write_text(out / outputs[-1], "".join(lines))
     for stale in set((out / "answers").glob("*.jsonl")) - {out / name for name in outputs}:
         stale.unlink()  # an earlier run's benchmark: extract would take it for this one's
+    (out / "perplexity.json").unlink(missing_ok=True)
     if sequences_BL is not None:
         measured = perplexity(model, sequences_BL, description=f"{config.variant}: perplexity")
         value = {
@@ -246,9 +243,7 @@ def _sequences(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Te
         return None
     data_dir = local_data(config.data_dir)
     texts = documents(config.perplexity, data_dir=None if str(data_dir) == "pocket" else data_dir)
-    return pack(
-        texts, tokenizer, corpus=config.perplexity, tokens=PERPLEXITY_TOKENS, seq_len=PERPLEXITY_LENGTH
-    )
+    return pack(texts, tokenizer, corpus=config.perplexity, tokens=PERPLEXITY_TOKENS, seq_len=PERPLEXITY_LENGTH)
 
 
 def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ __all__ = [
     "adapter_effect",
     "attach_attention",
     "attach_experts",
+    "detach",
     "load_adapter",
     "trainable_parameters",
 ]
@@ -100,15 +102,17 @@ def attach_attention(model: nn.Module, *, r: int, alpha: float, dropout: float, 
 
 
 def _attach(model: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
-    with torch.random.fork_rng(devices=[]), _quiet():  # A is drawn on the CPU, by our layer and by PEFT's
+    with torch.random.fork_rng(devices=[]), quiet():  # A is drawn on the CPU, by our layer and by PEFT's
         torch.default_generator.manual_seed(seed)
         return cast(PeftModel, get_peft_model(cast(Any, model), config))
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """PEFT 0.21 asks transformers 5.23 for an attribute that has a new name; nobody here can do anything about it."""
+def quiet() -> Iterator[None]:
+    """Without two warnings of PEFT 0.21: that it asks transformers for an attribute that has a new name, which nobody
+    here can mend, and that keys are missing from a file, which `load_adapter` makes an error."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
 
@@ -120,6 +124,15 @@ def _shared_path(model: nn.Module, bank: moe.Bank) -> str:
         if any(module is bank.shared_down for module in sibling.modules()):
             return f"{block}.{name}"
     raise AssertionError("`check_experts` lets no shared expert through that is not there")
+
+
+def detach(model: nn.Module) -> None:
+    """Takes every adapter layer off a model, half-done ones as well; without any, nothing happens."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent = model.get_submodule(path.rpartition(".")[0])
+            setattr(parent, path.rpartition(".")[2], cast(Any, module).get_base_layer())
+    vars(model).pop("peft_config", None)
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -140,10 +153,10 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     _check_home(model, config, folder)
     try:
-        with _quiet():
+        with quiet():
             adapted = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config)
     except (RuntimeError, ValueError) as error:  # sizes differ; no target module was found
-        _unwrap(model)
+        detach(model)
         raise ModelError(f"--adapter: {folder} does not fit this model ({_line(error)}); give its own model") from error
     found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     missing, homeless = sorted(found.keys() - shapes.keys()), sorted(shapes.keys() - found.keys())
@@ -194,15 +207,6 @@ def _check_home(model: nn.Module, config: LoraConfig, folder: Path) -> None:
             raise ModelError(f"--adapter: {folder} is for a shared expert at {path!r}, which this model has not")
 
 
-def _unwrap(model: nn.Module) -> None:
-    """Takes every adapter layer off a model that PEFT has left half done."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent = model.get_submodule(path.rpartition(".")[0])
-            setattr(parent, path.rpartition(".")[2], cast(Any, module).get_base_layer())
-    vars(model).pop("peft_config", None)
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.equal(a.float().cpu(), b.float().cpu()))
 
@@ -224,10 +228,25 @@ class Effect:
     """KL(with || without) of the next token in nats, mean over positions."""
 
 
+@contextlib.contextmanager
+def _scaled_to_zero(model: nn.Module) -> Iterator[None]:
+    scalings = [module.scaling for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [dict(scaling) for scaling in scalings]
+    for scaling in scalings:
+        scaling.update(dict.fromkeys(scaling, 0.0))
+    try:
+        yield
+    finally:
+        for scaling, values in zip(scalings, before, strict=True):
+            scaling.update(values)
+
+
 @torch.no_grad()
 def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
     """Compares the model with its adapter against itself without, on rows of token ids [L] (lengths may differ).
 
+    "Without" keeps the layers in place and sets their scaling to 0: the same sums in the same order, so that an adapter
+    that does nothing measures exactly 0, where `disable_adapter` would leave the last bits of another order of sums.
     Rows run one by one, so nothing is padded and at most two [L, V] tensors are held.
     """
     modes = [(module, module.training) for module in model.modules()]
@@ -236,7 +255,7 @@ def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
     for ids_L in sequences_BL:
         ids_BL = ids_L[None].to(next(model.parameters()).device)
         with_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
-        with model.disable_adapter():
+        with _scaled_to_zero(model):
             without_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
         change = max(change, float((with_LV - without_LV).abs().max()))
         divergence += float(

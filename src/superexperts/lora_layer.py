@@ -184,8 +184,31 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
             return self.base_layer(x, index, weight, *rest, **kwargs)
 
-        edits = {expert: functools.partial(self._adapted, expert) for expert in chosen}
-        return moe.mask_and_add(forward, x_TD, index_TK, weight_TK, edits)
+        reached: set[int] = set()
+
+        def answer(expert: int, x_ND: Tensor) -> Tensor:
+            reached.add(expert)
+            return self._adapted(expert, x_ND)
+
+        edits = {expert: functools.partial(answer, expert) for expert in chosen}
+        y_TD = moe.mask_and_add(forward, x_TD, index_TK, weight_TK, edits)
+        if torch.is_grad_enabled():
+            # An expert that no token of the batch reached has a gradient of 0, not none: else a batch that reaches
+            # no adapted expert has no graph to go back through, and processes wait for each other's gradients.
+            idle = [parameter for expert in sorted(chosen - reached) for parameter in self._parameters_of(expert)]
+            for parameter in idle:
+                y_TD = y_TD + (parameter.sum() * 0).to(y_TD.dtype)
+        return y_TD
+
+    def _parameters_of(self, expert: int) -> list[Tensor]:
+        """A and B of an expert in every active adapter, those that are trained."""
+        return [
+            parameter
+            for name in self._adapters_of(expert)
+            for part in (self.lora_A[name], self.lora_B[name])
+            for own, parameter in part.items()
+            if own.partition("_")[0] == str(expert) and parameter.requires_grad
+        ]
 
     def _adapted(self, expert: int, x_ND: Tensor) -> Tensor:
         """One chosen expert's answer with every active adapter."""

@@ -30,7 +30,8 @@ def perplexity(
     result is inf; `ModelError` if a logit is not a number. `description` shows a progress bar.
     """
     batch, length = sequences_BL.shape
-    assert batch > 0 and length > 1, "nothing to predict"
+    assert batch > 0, "no sequence"
+    assert length > 1, "nothing to predict"
     device = next(model.parameters()).device
     total = 0.0
     for start in track(

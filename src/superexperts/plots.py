@@ -230,7 +230,7 @@ def plot_differences(results: Results, path: Path, theme: Theme = LIGHT) -> None
             axes.set_title(title, fontsize=7.5, fontweight="bold" if task is None else "normal")
             axes.spines[["left"]].set_visible(False)
             axes.tick_params(axis="y", length=0, labelleft=place == 0)
-            axes.xaxis.set_major_locator(MaxNLocator(3 if place else 5, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(3 if place else 6, integer=True))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}")))
         assert first is not None
         first.set_yticks(range(len(variants)), [shorten(variant.title, 30) for variant in variants])

@@ -197,13 +197,13 @@ def print_table(results: Mapping[str, Any], console: Console) -> None:
     found = Results.from_json(results)
     table = Table(
         box=box.SIMPLE_HEAD,
-        collapse_padding=True,
+        padding=0,
         pad_edge=False,
         caption="accuracy in %; * differs from base (McNemar, Holm, 5%; at the mean: over all items)",
         caption_justify="left",
     )
     table.add_column("variant", no_wrap=True)
-    for title in (*(task_title(task) for task in found.columns), "mean", "perpl."):
+    for title in (*(task_title(task) for task in found.columns), "mean", "ppl"):
         table.add_column(title, justify="right", no_wrap=True)
     for cells in _cells(found):
         table.add_row(*(Text(cell) for cell in cells))

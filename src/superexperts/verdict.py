@@ -101,6 +101,8 @@ def headline(results: Results, controls: Sequence[Comparison]) -> list[str]:
         names = {comparison.name for comparison in adapted}
         direct = [comparison for comparison in controls if comparison.name in names]
         sentences.append(_on_adapters(adapted, direct))
+    if sentences:
+        sentences[0] = sentences[0].replace(" points", " points of accuracy", 1)
     return [sentence[0].upper() + sentence[1:] for sentence in sentences]
 
 
@@ -111,7 +113,8 @@ def _on_adapters(adapted: Sequence[Comparison], direct: Sequence[Comparison]) ->
     elif len(effects) == 1 and len(adapted) > 1:
         points = sorted(abs(comparison.paired.difference) for comparison in adapted)
         low, high = (signed_points(value).lstrip("+") for value in (points[0], points[-1]))
-        start = f"LoRA {'gains' if effects == {'up'} else 'costs'} {low} to {high} points"
+        size = low if low == high else f"{low} to {high}"
+        start = f"LoRA {'gains' if effects == {'up'} else 'costs'} {size} points"
     else:
         start = "; ".join(f"{comparison.title} {comparison.words}" for comparison in adapted)
     if not direct:

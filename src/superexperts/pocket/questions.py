@@ -98,8 +98,16 @@ def _choice(
     labels: str = LABELS,
 ) -> Question:
     choices, index = _shuffled(rng, right, others)
+    label = labels[index]
+    assert explain.lower().endswith(f"{right.lower()}."), explain  # so that the label comes right after the choice
     return Question(
-        kind=kind, text=text, subject=subject, answer=labels[index], explain=explain, choices=choices, labels=labels
+        kind=kind,
+        text=text,
+        subject=subject,
+        answer=label,
+        explain=f"{explain[:-1]} ({label}).",
+        choices=choices,
+        labels=labels,
     )
 
 
@@ -138,7 +146,7 @@ def _mmlu(rng: random.Random) -> Question:
                 f"Which country has the capital {country.capital}?",
                 f"{country.capital} is the capital of which country?",
             ),
-            name, [c.name for c in countries], f"The capital of {name} is {country.capital}.",
+            name, [c.name for c in countries], f"{country.capital} is the capital of {name}.",
         ),
     }  # fmt: skip
     subject = rng.choice(tuple(cases))
@@ -210,7 +218,8 @@ def _medqa(rng: random.Random) -> Question:
     finding = f"{first.capitalize()} and {second} mean {disease.name}."
     if topic == "drug":
         text, right, others = f"{case} Which drug should {pronoun} take?", drug.name, [d.drug.name for d in diseases]
-        explain, subject = f"{finding} {drug.name.capitalize()} treats {disease.name}.", "step2&3"
+        explain = f"{finding} {disease.name.capitalize()} is treated with {drug.name}."
+        subject = "step2&3"
     elif topic == "disease":
         text, right, others, explain = f"{case} Which disease is it?", disease.name, [d.name for d in diseases], finding
     elif topic == "organ":

@@ -4,14 +4,15 @@ One prompt for every variant of a model: `Question: {body}\\nAnswer:`. Real rows
 
     mmlu      {"question": "Find the degree for ...", "subject": "abstract_algebra", "choices": ["0", "4", "2", "6"],
                "answer": 1}
-    gsm8k     {"question": "Janet's ducks lay 16 eggs ...", "answer": "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 ...\\n#### 18"}
+    gsm8k     {"question": "Janet's ducks lay 16 eggs ...", "answer": "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs
+               a day.\\n ... \\n#### 18"}
     arc_easy  {"id": "Mercury_417466", "question": "Which statement best explains ...", "choices": {"text": ["Sunlight
                is ...", ...], "label": ["A", "B", "C", "D"]}, "answerKey": "A"}; labels can be 1-4, choices 3 to 5
     boolq     {"question": "is house tax and property tax are same", "passage": "Property tax ...", "answer": true}
     medqa     {"question": "A junior ...", "answer": "Tell the ...", "options": {"A": "Disclose ...", ...},
                "meta_info": "step1", "answer_idx": "B"}
-    vmlu      {"id": "28-0007", "question": "Hoạt động nào ...", "choices": ["A. Bán ngoại tệ ...", ...], "answer": "C"};
-               three to five choices that begin with their label
+    vmlu      {"id": "28-0007", "question": "Hoạt động nào ...", "choices": ["A. Bán ngoại tệ ...", ...], "answer":
+               "C"}; three to five choices that begin with their label
 """
 
 from __future__ import annotations

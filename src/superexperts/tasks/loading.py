@@ -92,7 +92,8 @@ def _local_cached(name: str, file: Path, sha: str) -> Benchmark:
         }
         try:
             task = _task(name, source)
-        except (datasets.exceptions.DatasetsError, ValueError, TypeError, IndexError, KeyError, OSError) as error:
+        # StopIteration is what datasets raises for an empty file.
+        except (datasets.exceptions.DatasetsError, ValueError, TypeError, LookupError, OSError, StopIteration) as error:
             rows = [row for _, row in read_rows(file, f"--data-dir: {name}")]  # says which line is no JSON object
             _items(name, rows, str(file))
             reason = " ".join(str(error).split())[:200]

@@ -1,0 +1,88 @@
+"""Reads what each raw answer commits to, by the rules in `extraction`; what cannot be read is counted, and wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import stats
+from .artifacts import Answer, Extraction, Score
+from .config import TASKS, ExtractConfig
+from .errors import DataError
+from .extraction import number_value, read
+from .rundir import prepare_folder, write_json, write_text
+
+__all__ = ["extract", "extract_folder", "run"]
+
+SCORES_SCHEMA = "superexperts/scores/1"
+
+
+def extract(answer: Answer) -> Extraction:
+    """What an answer commits to, and whether that is right. The gold answer plays no part in the reading.
+
+    `extracted` is a choice's label, "yes" / "no", or a plain number or fraction; None, `how` "unparsed" and not
+    correct where nothing, or more than one thing, is committed to. Numbers are compared as numbers.
+    """
+    question = answer.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+    value, rule = read(answer.kind, answer.response, question, answer.choices)
+    if value is None:
+        return Extraction(id=answer.id, extracted=None, how="unparsed", correct=False)
+    return Extraction(id=answer.id, extracted=value, how=f"rule:{rule}", correct=_right(answer, value))
+
+
+def _right(answer: Answer, value: str) -> bool:
+    if answer.kind == "number":
+        gold = number_value(answer.gold)
+        return gold is not None and number_value(value) == gold
+    return value.casefold() == answer.gold.casefold()
+
+
+def extract_folder(folder: Path) -> list[Score]:
+    """Reads answers/*.jsonl; writes extractions/*.jsonl and scores.json. Scores in the benchmarks' usual order.
+
+    `DataError` without answers, or where a line is no answer.
+    """
+    files = sorted((folder / "answers").glob("*.jsonl"), key=_order)
+    if not files:
+        raise DataError(f"DIR: {str(folder)!r} has no answers/*.jsonl; give a folder that `evaluate` wrote")
+    answers = {file.name: list(_read_answers(file)) for file in files}  # all of them, before anything is written
+    prepare_folder(folder / "extractions", "DIR")
+    scores = []
+    for name, rows in answers.items():
+        extractions = [extract(answer) for answer in rows]
+        lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in extractions]
+        write_text(folder / "extractions" / name, "".join(lines))
+        scores.append(stats.score(rows[0].task, rows[0].variant, extractions))
+    for stale in set((folder / "extractions").glob("*.jsonl")) - {folder / "extractions" / name for name in answers}:
+        stale.unlink()
+    write_json(folder / "scores.json", _scores_json(scores))
+    return scores
+
+
+def _order(file: Path) -> tuple[int, str]:
+    return TASKS.index(file.stem) if file.stem in TASKS else len(TASKS), file.stem
+
+
+def _scores_json(scores: Sequence[Score]) -> dict[str, Any]:
+    return {"schema": SCORES_SCHEMA, "scores": [score.to_json() for score in scores]}
+
+
+def _read_answers(file: Path) -> Iterator[Answer]:
+    found = 0
+    with file.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                yield Answer.from_json(json.loads(line))
+            except (json.JSONDecodeError, UnicodeDecodeError, DataError) as error:
+                raise DataError(f"DIR: {file} line {number} is no answer ({error}); evaluate again") from error
+            found = number
+    if not found:
+        raise DataError(f"DIR: {file} is empty; evaluate again")
+
+
+def run(config: ExtractConfig) -> dict[str, Any]:
+    """The command: extracts a folder's answers and returns the scores."""
+    scores = extract_folder(config.folder)
+    return {"out": str(config.folder), **_scores_json(scores)}

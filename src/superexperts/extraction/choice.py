@@ -1,0 +1,195 @@
+"""Rules for answers that choose: a label, or an option's text."""
+
+from __future__ import annotations
+
+import re
+
+from .statements import (
+    CONCLUSION,
+    CUE,
+    INSTEAD,
+    LEAD,
+    NONE,
+    NOT,
+    REFUSAL,
+    Reading,
+    cut_off,
+    first_part,
+    statements,
+)
+from .text import normalise
+
+
+def choice_in(reading: Reading, tail: str) -> str | None:
+    """The choice that a statement's tail names by its label, else by its text."""
+    part = first_part(tail)
+    if not part:
+        return None
+    lead = LEAD.match(part)
+    assert lead is not None
+    rest = part[lead.end() :]
+    words = normalise(part)
+    if REFUSAL.match(rest):
+        return _option_in(reading, words, whole=True) or NONE
+    if NOT.match(rest):
+        other = INSTEAD.search(rest)
+        return None if other is None else choice_in(reading, rest[other.end() :])
+    label = label_at(reading, part, lead.end())
+    return _option_in(reading, words) if label is None else label
+
+
+def label_at(reading: Reading, part: str, at: int) -> str | None:
+    """The label that stands at a place; `NONE` if others are joined to it, or if it is a letter that is no option."""
+    found = re.compile(r"([A-Z]|\d{1,2})(?![\w'’%])(?!\.\d)").match(part, at)
+    bracket = part[max(0, at - 1) : at] in ("(", "[", "{")
+    if found is None:
+        small = re.compile(r"([a-h])(?:\s?[)\]}]|[.:](?:\s|$)|$)").match(part, at)
+        if small is None or not (bracket or small.end() > small.end(1) or reading.text.strip() == small[1]):
+            return None
+        found = small
+    label, after = found[1].upper(), part[found.end(1) :]
+    marked = bracket or re.match(r"\s?(?:[)\]}*_\"'.,:;`$\\!?—–-]|$|\()", after) is not None
+    known = any(label == choice for choice, _ in reading.choices)
+    if label.isdigit() and (not known or not marked):
+        return None  # a number in the answer, not a label
+    # "A" is a word too: without a mark, only what can be no word counts.
+    if not marked and not re.match(
+        r"\s+(?:because|since|as|is|was|vì|là|with|for|đúng)\b" + ("" if label in "AI" else r"|\s+[A-Z]"), after
+    ):
+        joined = re.match(rf"\s+(?:and|or|và|hoặc|hay|&)\s+\(?(?:{reading.labels})\b", after)
+        return NONE if joined else None
+    if re.match(
+        rf"[)\]}}*\"']{{0,3}}\s?(?:,\s?(?:and\s|or\s|và\s|hoặc\s)?|/|&|\+|\s(?:and|or|và|hoặc|hay)\s)\s?[*(\[\"']{{0,3}}"
+        rf"(?:{reading.labels})(?![\w'’])(?!\s[a-z])",
+        after,
+    ):
+        return NONE
+    if re.match(r"[)\]}*\"'.]{0,3}\s?(?:is|was|are)\s(?:not|incorrect|wrong|false)\b", after):
+        return None
+    if known:
+        return label
+    return NONE if marked and label <= "H" else None
+
+
+def _option_in(reading: Reading, words: str, *, whole: bool = False) -> str | None:
+    """The one option whose text stands in normalised `words`, or whose beginning they are; `NONE` if several are.
+
+    An option inside a longer one that stands there too does not count. `whole`: the option must be all that is said.
+    """
+    if whole:
+        same = [label for label, text in reading.options if text.strip() in words and len(text) * 2 > len(words)]
+        return same[0] if len(same) == 1 else None
+    found = [(label, text) for label, text in reading.options if text in words]
+    found = [(label, text) for label, text in found if not any(text != other and text in other for _, other in found)]
+    if len(found) == 1 or (found and len({text for _, text in found}) == 1):
+        return found[0][0]
+    if found:
+        return NONE
+    if len(words) > 12:
+        begun = [label for label, text in reading.options if text.startswith(words.rstrip())]
+        return begun[0] if len(begun) == 1 else None
+    return None
+
+
+def statement(reading: Reading) -> str | None:
+    for tail in statements(reading):
+        value = choice_in(reading, tail)
+        if value is not None:
+            return value
+    return None
+
+
+_IS_THE_ANSWER = re.compile(
+    r"\b(?:is|are|was|would\ be|seems|là)\s(?:likely\s|probably\s|indeed\s|also\s)?(?:the\s|an?\s)?"
+    r"(?:(?:most|more)\s\w{2,14}|answer|correct|right|best|only|true|false|đúng|chính\ xác|"
+    r"phương\ án|đáp\ án|câu\ trả\ lời|lựa\ chọn)"
+    r"(?:\s(?:correct|possible|likely|answer|choice|option|statement|one|response|đúng|chính\ xác|nhất))?",
+    re.IGNORECASE | re.VERBOSE,
+)
+_NAMED_OPTION = r"(?:\b(?i:option|choice|answer|statement|đáp án|phương án|câu)\s|^|[(\[])[*(\[\"]{0,2}"
+_CHOSEN = re.compile(r"answer|choice|option|response|most|best|phương án|đáp án|câu trả lời|lựa chọn", re.IGNORECASE)
+
+
+def is_the_answer(reading: Reading) -> str | None:
+    """ "Option B is correct", "so the roof is the most likely answer". `NONE` if several options are."""
+    values = []
+    for sentence in reading.conclusion:
+        found = _IS_THE_ANSWER.search(sentence)
+        if found is None:
+            continue
+        head = re.split(r"[,;:]\s(?:so|therefore|thus|hence|then|nên|but)\b|[;:]", sentence[: found.start()])[-1]
+        if re.search(r"\b(?:not|if|whether|nếu|không)\b|n't\b", head):
+            continue
+        labels = set(re.findall(rf"{_NAMED_OPTION}({reading.labels})\b(?!'| [a-z])", head))
+        value = labels.pop() if len(labels) == 1 else _option_in(reading, normalise(head))
+        if value:
+            values.append((value, _CHOSEN.search(found[0]) is not None))
+    # "is the best answer" is a choice; "is correct" may be said of each option in turn.
+    chosen = [value for value, is_choice in values if is_choice]
+    if chosen:
+        return chosen[-1]
+    return NONE if len({value for value, _ in values}) > 1 else values[0][0] if values else None
+
+
+_LINE_LABEL = re.compile(r"^[\s*\-•(\[]{0,8}(?:option\s)?([A-H])\s?[.):\]]", re.IGNORECASE | re.MULTILINE)
+
+
+def _lists_options(reading: Reading) -> bool:
+    """Whether the answer goes through the options one by one, each in a line of its own."""
+    return len({label.upper() for label in _LINE_LABEL.findall(reading.text[:CONCLUSION])}) > 2
+
+
+def first_label(reading: Reading) -> str | None:
+    """A label or an option's text at the very beginning: "B", "[B] because ...", "D, garage."."""
+    part = first_part(reading.text)
+    if not part or _lists_options(reading):
+        return None
+    lead = LEAD.match(part)
+    assert lead is not None
+    if REFUSAL.match(part, lead.end()):
+        return _option_in(reading, normalise(part), whole=True) or NONE
+    short = re.match(r"A\s?[:：]\s?[*(\[]{0,3}(?=[A-H](?:[.)\]*]|\s*$))", part)  # "A: B", A for answer
+    return label_at(reading, part, short.end() if short else lead.end())
+
+
+def first_option(reading: Reading) -> str | None:
+    """The first line is an option's text, or names just one in few words."""
+    part = first_part(reading.text)
+    words = normalise(part)
+    if not part or part.endswith("?") or _lists_options(reading):
+        return None
+    value = _option_in(reading, words)
+    if not value or NOT.search(part):
+        return None
+    length = len(dict(reading.options)[value])
+    return value if len(words) <= 2 * length + 12 else None
+
+
+def conclusion(reading: Reading) -> str | None:
+    """The last sentence that names an option, if it names one and says no ill of it."""
+    listed = _lists_options(reading)
+    for place, sentence in enumerate(reversed(reading.conclusion[-2:])):
+        if (listed and _LINE_LABEL.match(sentence)) or (cut_off(reading) and (place == 0 or not CUE.match(sentence))):
+            continue
+        if sentence.endswith(("?", ":")) or NOT.search(sentence) or re.search(r"\b(?:incorrect|wrong|if)\b", sentence):
+            continue
+        labels = set(re.findall(rf"[(\[]({reading.labels})[)\]]|\b(?:option|choice)\s({reading.labels})\b", sentence))
+        names: set[str] = {a or b for a, b in labels}
+        last = re.search(rf"\b(?:is|be|là)\s?:?\s[*\"]{{0,3}}({reading.labels})[*\"]{{0,3}}[.)]?$", sentence)
+        if last and not names:
+            return str(last[1])
+        if len(names) == 1:
+            return names.pop()
+        if len(names) > 1:
+            return None
+        value = _option_in(reading, normalise(sentence))
+        if value:
+            return value
+    return None
+
+
+def only_option(reading: Reading) -> str | None:
+    """A short answer in which the text of one option stands and that of no other."""
+    if len(reading.text) > 400 or _lists_options(reading):
+        return None
+    return _option_in(reading, normalise(reading.text)) or None

@@ -1,0 +1,97 @@
+"""Rules for answers that are a number."""
+
+from __future__ import annotations
+
+import re
+
+from .statements import CONCLUSION, INSTEAD, LEAD, NONE, NOT, REFUSAL, Reading, cut_off, first_part, statements
+from .text import find_numbers, normalise
+
+_OF = re.compile(r"[^\d,;&]{0,60}\b(?:out of|of|per|in|every|for|from|after|over|each|than|at|on|within|by|during)\b")
+_ARITHMETIC = re.compile(r"\d\s?[*×x·/÷+−-]\s?\$?\(?\d")
+_TOTAL = re.compile(r"\b(?:total|altogether|in\ all|final|sum|tổng)\b", re.IGNORECASE | re.VERBOSE)
+_COPULA = re.compile(rf"{_TOTAL.pattern}|\b(?:is|are|was|were|be|equals?|là|còn)\b", re.IGNORECASE | re.VERBOSE)
+
+
+def _result(sentence: str) -> str | None:
+    """What a sum comes to: the number after the last "=". `NONE` where two sums that do not build on each other are
+    joined by "and"."""
+    sides = [list(find_numbers(side)) for side in sentence[-CONCLUSION:].split("=")]
+    results = [side[0][2] for side in sides[1:] if side]
+    if len(results) > 1 and re.search(r"\band\b|&|;", sentence.rsplit("=", 2)[1]):
+        builds_on = len(sides[-2]) > 1 and sides[-2][1][2] == results[-2]
+        if not builds_on and results[-1] != results[-2]:
+            return NONE
+    return results[-1] if results else None
+
+
+def number_in(reading: Reading, sentence: str) -> str | None:
+    """The one number that a sentence states; `NONE` if it states several."""
+    if "=" in sentence:
+        return _result(sentence)
+    # What stands in brackets after a number explains it.
+    bare = re.sub(r"(?<=\w)\s?\([^()]{0,200}\)", " ", sentence)
+    numbers = list(find_numbers(bare))
+    if not numbers:
+        return None
+    if len(numbers) > 1:
+        asked = {value for _, _, value in find_numbers(reading.question[-CONCLUSION:])}
+        new = [number for number in numbers if number[2] not in asked]
+        numbers = new or numbers
+    if len({value for *_, value in numbers}) == 1:
+        return numbers[0][2]
+    if re.search(r"\bbetween\b|\beither\b", bare):
+        return NONE
+    if _ARITHMETIC.search(bare):
+        return None
+    _, end, value = numbers[0]
+    if _OF.match(bare, end, numbers[1][0]):  # 21 books out of 30
+        return value
+    joined = re.search(r"\band\b|&|,", bare[numbers[-2][1] : numbers[-1][0]])
+    for cue in reversed(list((_COPULA if joined is None else _TOTAL).finditer(bare))):
+        following = [number for number in numbers if number[0] >= cue.end()]
+        if following:
+            return following[0][2]
+    return NONE
+
+
+def statement(reading: Reading) -> str | None:
+    for tail in statements(reading):
+        part = first_part(tail)
+        lead = LEAD.match(part)
+        assert lead is not None
+        if REFUSAL.match(part, lead.end()) and not re.search(r"\d", part):
+            return NONE
+        if NOT.match(part, lead.end()):
+            other = INSTEAD.search(part, lead.end())
+            if other is None:
+                continue
+            part = part[other.end() :]
+        value = number_in(reading, part)
+        if value is not None:
+            return value
+    return None
+
+
+_CONCLUDES = re.compile(
+    r"^\W{0,6}(?:so|therefore|thus|hence|in total|total|altogether|finally|overall|then|vậy|do đó|as a result)\b",
+    re.IGNORECASE,
+)
+
+
+def conclusion(reading: Reading) -> str | None:
+    """The number of the last sentence, if the answer was not cut off in it and it is no question."""
+    found = reading.conclusion
+    if not found:
+        return None
+    asked = normalise(reading.question)
+    for place, sentence in enumerate(reversed(found[-3:])):
+        words = normalise(sentence)
+        if sentence.endswith("?") or (len(words) > 12 and words in asked):
+            return None
+        if cut_off(reading) and (place == 0 or not _CONCLUDES.match(sentence)):
+            continue
+        value = number_in(reading, sentence)
+        if value is not None:
+            return value
+    return None

@@ -1,0 +1,134 @@
+"""What an answer commits to, read by rules: one table, `RULES`, tried from top to bottom.
+
+A rule returns a value (a choice's label, "yes" / "no", a number), `NONE` where the answer commits to nothing that can
+be scored (several options, "none of the above", "it depends"), which ends the search, or None where it has no opinion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable
+from typing import Final
+
+from . import choice, number, yesno
+from .statements import LAST_STATEMENTS, NONE, TAIL, Choices, Kind, Reading, first_part
+from .text import find_numbers, own_turn, plain
+
+__all__ = ["RULES", "Rule", "read"]
+
+
+# ---- what is marked as the answer, whatever its kind ---------------------------------------------------------------
+
+
+def _read_marked(reading: Reading, inside: str) -> str | None:
+    """Reads what stands in a tag, a box or after ####: it is a statement by itself."""
+    inner = dataclasses.replace(reading, text=inside)
+    attempts: tuple[Callable[[], str | None], ...]
+    if reading.kind == "number":
+        attempts = (
+            lambda: number.statement(inner),
+            lambda: number.number_in(inner, first_part(inside)),
+            lambda: number.conclusion(inner),
+        )
+    elif reading.kind == "yesno":
+        attempts = (
+            lambda: yesno.first_word(inner),
+            lambda: yesno.statement(inner),
+            lambda: yesno.conclusion(inner),
+        )
+    else:
+        attempts = (
+            lambda: choice.statement(inner),
+            lambda: choice.choice_in(inner, inside),
+            lambda: choice.conclusion(inner),
+        )
+    return next((value for attempt in attempts if (value := attempt()) is not None), None)
+
+
+def _tag(reading: Reading) -> str | None:
+    start = reading.text.rfind("<answer>")
+    if start < 0:
+        return None
+    inside = reading.text[start + len("<answer>") :]
+    end = inside.find("</answer>")
+    inside = inside[: end if end >= 0 else len(inside)]
+    if not inside.strip():
+        return None
+    value = _read_marked(reading, inside)
+    return NONE if value is None else value
+
+
+def _boxed(reading: Reading) -> str | None:
+    start = max(reading.text.rfind(r"\boxed{"), reading.text.rfind(r"\fbox{"))
+    if start < 0:
+        return None
+    begin = reading.text.index("{", start) + 1
+    depth, end = 1, min(len(reading.text), begin + TAIL)
+    for place in range(begin, end):
+        depth += {"{": 1, "}": -1}.get(reading.text[place], 0)
+        if depth == 0:
+            end = place
+            break
+    return _read_marked(reading, reading.text[begin:end])
+
+
+def _hashes(reading: Reading) -> str | None:
+    """What stands right after the first #### that is no heading."""
+    for found in itertools.islice(re.finditer(r"#{4}(?!#)", reading.text), LAST_STATEMENTS):
+        line = reading.text[found.end() : found.end() + TAIL].split("\n", 1)[0]
+        if reading.kind == "number":
+            first = next(find_numbers(line), None)
+            value = first[2] if first and not re.search(r"\w", line[: first[0]]) else None
+        else:
+            value = (
+                yesno.yes_no_in(reading, line) if reading.kind == "yesno" else choice.label_at(reading, line.strip(), 0)
+            )
+        if value is not None:
+            return value
+    return None
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A rule: its name in `how`, the kinds of answer that it reads, and how."""
+
+    name: str
+    kinds: tuple[Kind, ...]
+    read: Callable[[Reading], str | None]
+
+
+RULES: Final = (
+    Rule("answer-tag", ("choice", "yesno", "number"), _tag),  # <answer> B </answer>
+    Rule("boxed", ("choice", "yesno", "number"), _boxed),  # \boxed{34}
+    Rule("hashes", ("choice", "yesno", "number"), _hashes),  # #### 34
+    Rule("statement", ("choice",), choice.statement),  # the answer is (B); đáp án đúng là B
+    Rule("statement", ("yesno",), yesno.statement),  # so the answer is no
+    Rule("statement", ("number",), number.statement),  # the answer is 34 apples
+    Rule("first-label", ("choice",), choice.first_label),  # B; [B] because ...; D, garage.
+    Rule("first-word", ("yesno",), yesno.first_word),  # Yes, because ...
+    Rule("is-the-answer", ("choice",), choice.is_the_answer),  # option B is correct
+    Rule("first-option", ("choice",), choice.first_option),  # desk drawer
+    Rule("conclusion", ("choice",), choice.conclusion),  # ... is a rabbit reservoir (B).
+    Rule("conclusion", ("yesno",), yesno.conclusion),  # So, no, she was not.
+    Rule("conclusion", ("number",), number.conclusion),  # She has 34 apples.
+    Rule("only-option", ("choice",), choice.only_option),  # print("desk drawer")
+)
+"""Tried from top to bottom; the first that has an opinion decides."""
+
+_BY_KIND: Final = {kind: tuple(rule for rule in RULES if kind in rule.kinds) for kind in ("choice", "yesno", "number")}
+
+
+def read(kind: Kind, response: str, question: str, choices: Choices) -> tuple[str | None, str]:
+    """(value, rule's name) of a response; value None where no rule reads a commitment, with the name of the rule that
+    said so, or "" where none had an opinion."""
+    reading = Reading(kind, own_turn(plain(response), question, choices), question, choices)
+    for rule in _BY_KIND[kind]:
+        value = rule.read(reading)
+        if value is not None:
+            return value or None, rule.name
+    return None, ""

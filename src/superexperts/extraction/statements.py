@@ -1,0 +1,146 @@
+"""An answer as the rules see it, and what is said in it: "the answer is", refusals, hedges, conclusions."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from typing import Final, Literal
+
+from .text import normalise, sentences
+
+__all__ = [
+    "CONCLUSION",
+    "CUE",
+    "INSTEAD",
+    "LAST_STATEMENTS",
+    "LEAD",
+    "NONE",
+    "NOT",
+    "REFUSAL",
+    "TAIL",
+    "Choices",
+    "Kind",
+    "Reading",
+    "cut_off",
+    "first_part",
+    "statements",
+]
+
+NONE: Final = ""
+"""A commitment to nothing that can be scored."""
+
+Kind = Literal["choice", "number", "yesno"]
+Choices = tuple[tuple[str, str], ...]
+
+LAST_STATEMENTS = 40  # of a text that says "the answer is" a thousand times, the last ones are looked at
+TAIL = 400  # characters after "the answer is" that are looked at
+CONCLUSION = 3000  # last characters in which a conclusion is looked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """An answer as the rules see it."""
+
+    kind: Kind
+    text: str
+    """The answer's own turn, see `own_turn`."""
+    question: str
+    choices: Choices
+
+    @functools.cached_property
+    def options(self) -> tuple[tuple[str, str], ...]:
+        """(label, normalised text) of each choice that has words."""
+        return tuple((label, words) for label, text in self.choices if (words := normalise(text)).strip())
+
+    @functools.cached_property
+    def labels(self) -> str:
+        """The choices' labels as a pattern's alternatives."""
+        return "|".join(re.escape(label) for label, _ in self.choices)
+
+    @functools.cached_property
+    def conclusion(self) -> list[str]:
+        """The last sentences, code fences and tags taken off."""
+        return sentences(re.sub(r"```|</?\w{1,12}>", "\n", self.text[-CONCLUSION:]))
+
+
+_HEDGE = (
+    r"(?:most\ likely|very\ likely|more\ likely|likely|probably|clearly|definitely|simply|therefore|thus|actually|"
+    r"still|indeed|perhaps|it's|it\ is|i\ think|i\ believe|i\ guess|closest\ to|approximately|about|around|either|"
+    r"option|choice|answer|letter|number|phương\ án|đáp\ án|lựa\ chọn|câu|ý)"
+)
+_OPENING = r"[\s*\"'“”‘’`$:=>~≈(\[{\\]"
+LEAD = re.compile(
+    rf"(?:{_OPENING}|(?:text|mathbf|mathrm|textbf)\{{|{_HEDGE}\b[\s:,]){{0,30}}", re.IGNORECASE | re.VERBOSE
+)
+
+_STATEMENT = re.compile(
+    r"""
+    \b(?:
+      (?:answer|solution|result)s?\b[*_\]]{0,4}
+        (?:\s?\([^()\n]{1,40}\))?                                              # the answer (Yes or No) is
+        (?:\s(?:to|for|of|from|here|among|choice|option|would\ then)\b[^.\n:?]{0,120}?)?
+        \s?(?:[*_]{0,3}[:：=][*_]{0,3}
+            | \s(?:is|are|was|(?:would|should|must|will|could|may|might|can|has\ to)(?:\s\w{2,10}ly)?\ be)\b[:：]?)
+    | (?:correct|right|best|false|true|incorrect|final|accurate|appropriate)\s
+        (?:option|choice|statement|one|letter|number)s?\s?(?:\s(?:is|are|would\ be)\b[:：]?|[:：])
+    | (?:đáp\ án|câu\ trả\ lời|trả\ lời|phương\ án|lựa\ chọn|kết\ luận|kết\ quả)
+        (?:\s(?:đúng(?:\ nhất)?|chính\ xác|cuối\ cùng|phù\ hợp|nhất)){0,3}(?:\scủa\ [^.\n:]{1,60}?)?
+        \s?[*_]{0,3}(?:\slà\b[:：]?|[:：])
+    | (?:choose|pick|select|go\ with)\s(?:option\s|answer\s)?(?=[*(\["]{0,3}[A-H]\b)
+    | answer\s(?=["“'(\[*]{0,2}(?:\$?\d|[A-H]\b|yes\b|no\b))
+    | (?:đáp\ án|phương\ án|chọn)\s(?=[*(\["]{0,3}[A-H]\b)
+    | (?:actually|correction|wait|sorry|rather|i\ mean|on\ second\ thought|thực\ ra|đúng\ ra|nhầm|sửa\ lại)
+        [,:;.!]{0,3}\s(?:no,?\s)?(?:the\ (?:correct\ )?answer\s|it|that|this|nó)?
+        (?:\s?(?:is|'s|should\ be|must\ be)|\s(?:phải\ )?là)\b
+    | (?:approaches|factors|reasons|statements|options|choices)\sare\b(?=\s?:?\s?\(?[A-H]\b)
+    )
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_SHORT_STATEMENT = re.compile(r"^\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：]\s", re.MULTILINE)
+
+NOT = re.compile(r"(?:not|no\ longer|isn't|cannot|can't|unlikely|không\ phải|không)\b", re.IGNORECASE | re.VERBOSE)
+INSTEAD = re.compile(r"(?:\bbut(?: rather)?|\bit is|\bit's|\binstead|\brather|mà là)\s[:\s]{0,3}", re.IGNORECASE)
+REFUSAL = re.compile(
+    r"""
+    (?:_{2,}
+    | not\ (?:in|on|one\ of|an?\ option|any|known|given|provided|possible|enough|clear|available|stated|sure|certain
+        |determin\w+|specified|mentioned|listed|among)
+    | (?:an?\ )?(?:unknown|unclear|uncertain|undetermined|ambiguous|inconclusive|indeterminate|n/a)
+    | none\b|neither\b|both\b|all\ of\b|it\ depends|depend(?:s|ent|ing)\b|cannot\ be|can't\ be|could\ be\ either
+    | không\ (?:có\ (?:đáp|câu|phương)|rõ|xác\ định|biết|thể)|cả\ (?:hai|ba|bốn)\b|tùy\b|tuỳ\b)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def statements(reading: Reading) -> Iterator[str]:
+    """What follows each "the answer is", the last one first."""
+    last = collections.deque((found.end() for found in _STATEMENT.finditer(reading.text)), maxlen=LAST_STATEMENTS)
+    if not last and reading.kind == "number":
+        last = collections.deque((found.end() for found in _SHORT_STATEMENT.finditer(reading.text)), maxlen=1)
+    for end in reversed(last):
+        yield reading.text[end : end + TAIL]
+
+
+def first_part(tail: str) -> str:
+    """The first sentence or line that says something, brackets of roles and blank check boxes left out."""
+    tail = re.sub(r"^(?:\s|\[\s?\]|(?:model|assistant)\s?\n|[*#>]|---+|```\w{0,10}|<\w{1,12}>)+", "", tail[:TAIL])
+    return next(iter(sentences(tail)), "")
+
+
+CUE = re.compile(
+    r"\b(?:so|therefore|thus|hence|then|overall|vì\ vậy|do\ đó|vậy|nên)\b[\s,:]{0,3}", re.IGNORECASE | re.VERBOSE
+)
+
+
+def cut_off(reading: Reading) -> bool:
+    """Whether the answer stops in the middle of a sentence that is not its first."""
+    found = reading.conclusion
+    if len(found) < 2 or not (found[-1][-1].isalnum() or found[-1][-1] in ",-("):
+        return False
+    line = reading.text[-CONCLUSION:].rstrip().rpartition("\n")[2]
+    return len(found[-1]) > 40 or found[-1] != line.strip()

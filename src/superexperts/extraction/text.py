@@ -1,0 +1,208 @@
+"""What the extraction rules share: an answer's own text, its sentences, and the numbers in it.
+
+Everything is linear in the text: no pattern has an unbounded repeat inside another, and every look around is bounded.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from fractions import Fraction
+
+__all__ = ["Quantity", "find_numbers", "normalise", "number_value", "own_turn", "plain", "sentences"]
+
+# ---- the answer's own text ------------------------------------------------------------------------------------------
+
+# Escape sequences of terminals (CSI and OSC), control characters but for tab and newline, and invisible format marks.
+_NOISE = re.compile(
+    r"\x1b\[[0-9;?]{0,20}[@-~]|\x1b\][^\x07\x1b]{0,200}\x07?|[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u2060\ufeff]"
+)
+
+_BLANKS = re.compile(r"\s{20,}")
+LONGEST = 200_000  # characters; a reasoning model's 32,768 tokens are about 130,000
+
+_TURN = re.compile(
+    r"""
+    <\|[\w\s]{1,30}\|> | \[/?INST\] | </?s>                              # templates of chat models
+    | ^[\s>*\#\-\[]{0,12}(?:
+        (?:user|human|người\ dùng)\s?[:：]                               # a new turn
+        | (?:new\ |next\ |another\ )?
+          (?:question|problem|exercise|q|câu\ hỏi|câu|bài\ tập|bài)\s?\d{0,4}\s?\*{0,3}[:：]
+        | (?:instruction|input)s?\s?[:：]
+        | (?:answer|trả\ lời)\ (?:the\ following|this|these|câu\ hỏi)\b
+      )
+    """,
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+_ROLE = re.compile(r"\s*(?:assistant|model|bot)\s?[:：\n]\s*", re.IGNORECASE)
+# A line that asks, with an answer to it below; and another question's choices.
+_ASKED = re.compile(r"\n[^\n]{1,600}\?[ \t]{0,8}\n\s{0,8}(?:answer|a|trả lời|đáp án)\s?[:：]", re.IGNORECASE)
+_LISTED = re.compile(r"\n\s{0,8}\(?A[.)]\s{1,4}(\S[^\n]{0,300})\n\s{0,8}\(?B[.)]\s")
+_LATER_ROLE = re.compile(r"\n\s{0,8}assistant\s?[:：]", re.IGNORECASE)
+
+
+def plain(text: str) -> str:
+    """The text in Unicode's composed form without terminal codes, control characters and stretches of blanks.
+
+    Of what is longer than any answer, the beginning and the end are kept.
+    """
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]}\n{text[-LONGEST // 2 :]}"
+    if not unicodedata.is_normalized("NFC", text):
+        # Word by word: composing takes time with the square of a run of marks.
+        text = "".join(unicodedata.normalize("NFC", part) for part in re.findall(r"\s+|\S{1,200}", text))
+    text = _NOISE.sub("", text.replace("\r", "\n"))
+    return _BLANKS.sub(lambda found: "\n\n" if "\n" in found[0] else " ", text)
+
+
+def own_turn(text: str, question: str = "", choices: Sequence[tuple[str, str]] = ()) -> str:
+    """What a response says before it goes on to another question, turn or example.
+
+    A response that first says its own question again is still about it.
+    """
+    role = _ROLE.match(text)
+    start = role.end() if role else 0
+    end = len(text)
+    repeated = " ".join(question.split()[:6])
+    for turn in _TURN.finditer(text, start):
+        again = repeated and repeated in " ".join(text[turn.end() : turn.end() + 200].split())
+        if again and not re.search(r"\w", text[start : turn.start()]):
+            continue
+        end = turn.start()
+        break
+    for marker in (_LATER_ROLE, _ASKED):
+        later = marker.search(text, start, end)
+        if later and text[start : later.start()].strip() and not (repeated and repeated in " ".join(later[0].split())):
+            end = later.start()
+    if choices:
+        listed = _LISTED.search(text, start, end)
+        if listed and normalise(listed[1]).strip() not in normalise(" ".join(f"{a} {b}" for a, b in choices)):
+            before = max(text.rfind("\n\n", start, listed.start()), start)
+            end = before if before > start else listed.start()
+    return text[start:end]
+
+
+_SENTENCE_END = re.compile(r"(?<=[.!?。])(?<![\s(\[*][A-Z]\.)(?<!\n\d\.)[\"'”’)\]]{0,3}\s+|\n+")
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences and lines, stripped, without the blank ones. The period after a label (`B. west`) ends none."""
+    return [part for piece in _SENTENCE_END.split(f"\n{text}") if (part := piece.strip())]
+
+
+_PUNCTUATION = re.compile(r"[\W_]+")
+_ARTICLE = re.compile(r" (?:the|an?)(?= )")
+# Vietnamese writes i or y in the same word: Mĩ and Mỹ, lí and lý.
+_Y_TO_I = str.maketrans("yýỳỷỹỵ", "iíìỉĩị")
+
+
+def normalise(text: str) -> str:
+    """Words only, casefolded, without English articles, one space between and at either end, to find ` phrase `."""
+    words = f" {_PUNCTUATION.sub(' ', text.casefold().translate(_Y_TO_I)).strip()} "
+    return _ARTICLE.sub("", words) if len(words) > 6 else words
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+Quantity = tuple[int, int, str]
+"""(start, end, value) of a number in a text; the value is as `number_value` reads it."""
+
+_UNITS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_WORDS = {word: value for value, word in enumerate(_UNITS)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+_WORD = "|".join([*_WORDS, *_SCALES])
+
+_DIGITS = r"\d{1,3}(?:,\d{3}){1,9}(?!\d)(?:\.\d{1,30})?|\d{1,30}(?!\d)(?:\.\d{1,30})?|\.\d{1,30}"
+_NUMBER = re.compile(
+    rf"""
+    (?P<sign>(?<![\w)])[-−–])?(?:\\?[$€£₫]\s?|US\$)?(?P<sign2>(?<=[$€£₫])[-−])?
+    (?:
+      \\[dt]?frac\{{(?P<top>\d{{1,30}})\}}\{{(?P<bottom>\d{{1,30}})\}}
+      | (?<![\w.^])(?P<digits>{_DIGITS})
+        (?:\s?/\s?(?P<over>\d{{1,30}})(?![\d/]))?
+        (?:\s(?P<scale>hundred|thousand|million|billion)\b)?
+    )
+    | (?<![\w-])(?P<words>(?:{_WORD})(?:(?:\s|-|\sand\s)(?:{_WORD})){{0,12}})(?![\w-])
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def find_numbers(text: str) -> Iterator[Quantity]:
+    """Every number of a text in order: digits with commas, signs, decimals, fractions, and English number words."""
+    for found in _NUMBER.finditer(text):
+        if found["words"]:
+            value = str(_from_words(found["words"].lower()))
+        elif found["top"]:
+            value = f"{found['top']}/{found['bottom']}"
+        else:
+            value = found["digits"].replace(",", "")
+            if found["over"]:
+                value += f"/{found['over']}"
+            if found["scale"]:
+                value = _plain_decimal(Fraction(value) * _SCALES[found["scale"].lower()])
+        if "/" in value and int(value.rpartition("/")[2]) == 0:
+            continue
+        if found["sign"] or found["sign2"]:
+            value = f"-{value}"
+        yield found.start(), found.end(), _canonical(value)
+
+
+def _from_words(words: str) -> int:
+    total = part = 0
+    for word in re.split(r"[\s-]+", words):
+        if word in _WORDS:
+            part += _WORDS[word]
+        elif word == "hundred":
+            part = max(part, 1) * 100
+        elif word in _SCALES:
+            total, part = total + max(part, 1) * _SCALES[word], 0
+    return total + part
+
+
+def _canonical(value: str) -> str:
+    """`2,125.50` -> `2125.5`; a fraction stays one."""
+    if "." in value and "/" not in value:
+        value = value.rstrip("0").rstrip(".")
+    sign, digits = ("-", value[1:]) if value.startswith("-") else ("", value)
+    digits = digits.lstrip("0")
+    digits = f"0{digits}" if not digits or not digits[0].isdigit() else digits
+    return digits if digits == "0" else sign + digits
+
+
+def _plain_decimal(value: Fraction) -> str:
+    return str(value.numerator) if value.denominator == 1 else format(Decimal(value.numerator) / value.denominator, "f")
+
+
+def number_value(text: str) -> Fraction | None:
+    """The exact value of a plain number or fraction (`-3`, `2.50`, `1/3`, `2,125`), None for anything else."""
+    if not re.fullmatch(r"\s*[-+]?[\d,]{0,400}(?:\.\d{0,400})?(?:/\d{1,400})?\s*", text) or not re.search(r"\d", text):
+        return None
+    top, _, bottom = text.replace(",", "").strip().partition("/")
+    if bottom and int(bottom) == 0:
+        return None
+    return Fraction(top) / int(bottom or 1) if re.search(r"\d", top) else None

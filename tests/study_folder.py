@@ -1,0 +1,140 @@
+"""A study's folder made by hand: small enough to know every number, with generations that attack the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from superexperts.artifacts import Answer, CorpusProfile, ExpertSet, ExpertStats, Extraction, Profile
+from superexperts.rundir import write_json, write_manifest, write_text
+from superexperts.stats import compare, score
+
+TASKS = ("mmlu", "boolq")
+HOSTILE = (
+    "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+    "\x00\x1b[31mred\x1b[0m \u202eevil <!--<script> &lt;b&gt; ]]> {{ 7 * 7 }} \udcff needle"
+)
+
+# one letter an item: + right, - wrong, ? unparsed; 40 items of mmlu and 20 of boolq
+CORRECT: dict[str, dict[str, str]] = {
+    "base": {"mmlu": "+" * 30 + "-" * 10, "boolq": "+" * 14 + "-" * 6},
+    "prune-super": {"mmlu": "+" * 10 + "?" * 20 + "-" * 10, "boolq": "+" * 8 + "-" * 12},
+    "prune-random": {"mmlu": "+" * 29 + "-" * 10 + "+", "boolq": "+" * 14 + "-" * 6},
+    "lora-super": {"mmlu": "+" * 38 + "-" * 2, "boolq": "+" * 19 + "-"},
+    "lora-attention": {"mmlu": "+" * 37 + "-" * 3, "boolq": "+" * 20},
+}
+TITLES = {
+    "base": "baseline",
+    "prune-super": "prune super experts",
+    "prune-random": "prune random experts",
+    "lora-super": "LoRA on super experts",
+    "lora-attention": 'LoRA on <b>"attention"</b>',
+}
+EXPERTS = {"prune-super": ["L1E2", "L2E5"], "prune-random": ["L1E0", "L2E1"], "lora-super": ["L2E5", "L1E2"]}
+PERPLEXITY = {"base": 6.0, "prune-super": 15.0, "prune-random": 6.03, "lora-super": 5.9, "lora-attention": None}
+
+
+def extractions(variant: str) -> dict[str, list[Extraction]]:
+    return {
+        task: [
+            Extraction(
+                id=f"{task}-{i}",
+                extracted=None if c == "?" else "B",
+                how="unparsed" if c == "?" else "rule:label",
+                correct=c == "+",
+            )
+            for i, c in enumerate(pattern)
+        ]
+        for task, pattern in CORRECT[variant].items()
+    }
+
+
+def results_json(variants: Mapping[str, str] = TITLES) -> dict[str, Any]:
+    rows = []
+    for name, title in variants.items():
+        scores = [score(task, name, rows) for task, rows in extractions(name).items()]
+        paired, pooled = compare(extractions("base"), extractions(name))
+        own = name != "base"
+        rows.append(
+            {
+                "name": name,
+                "title": title,
+                "kind": name.split("-")[0],
+                "experts": EXPERTS.get(name),
+                "target": {"lora-super": "experts", "lora-attention": "attention"}.get(name),
+                "trainable_parameters": 12_345 if name.startswith("lora") else None,
+                "perplexity": PERPLEXITY[name],
+                "mean": sum(one.accuracy for one in scores) / len(scores),
+                "scores": [one.to_json() for one in scores],
+                "paired": {task: pair.to_json() for task, pair in paired.items()} if own else None,
+                "pooled": pooled.to_json() if own else None,
+            }
+        )
+    return {
+        "schema": "superexperts/results/1",
+        "name": "by <i>hand</i>",
+        "model": "pocket",
+        "seed": 0,
+        "limit": 40,
+        "corpus": "pocket",
+        "tasks": list(TASKS),
+        "variants": rows,
+    }
+
+
+def profile(layers: int = 5, experts: int = 8, dense: int = 1, peak: float = 900.0) -> Profile:
+    """A dense first layer, one expert that no token reached, a shared expert, and L1E2 and L2E5 far above the rest."""
+    rows = []
+    for layer in range(dense, layers):
+        for expert in (*range(experts), "shared"):
+            reached = (layer, expert) != (dense, 0)
+            value = {(1, 2): peak, (2, 5): peak / 2}.get((layer, expert), 1.0 + (layer * 7 + len(str(expert)) % 5) / 9)
+            rows.append(
+                ExpertStats(
+                    layer=layer,
+                    expert=expert,  # type: ignore[arg-type]
+                    tokens=9 if reached else 0,
+                    output_max=value if reached else 0.0,
+                    channel=3 if reached else None,
+                    position=0 if reached else None,
+                    token_id=1 if reached else None,
+                )
+            )
+    return Profile(
+        model="pocket", num_layers=layers, corpora={"pocket": CorpusProfile(tokens=100, experts=tuple(rows))}
+    )
+
+
+def build(folder: Path, titles: Mapping[str, str] = TITLES) -> Path:
+    """Writes everything that `study` leaves for the report."""
+    write_json(folder / "results.json", results_json(titles))
+    write_json(folder / "profile" / "profile.json", profile().to_json())
+    rule = {"name": "super", "percentile": 99.5, "ratio": 10.0, "depth": 0.75}
+    chosen = ExpertSet(model="pocket", rule=rule, experts=((1, 2), (2, 5)), scores=(900.0, 450.0))
+    write_json(folder / "experts" / "super.json", chosen.to_json())
+    for name in titles:
+        where = folder / "variants" / name
+        for task, rows in extractions(name).items():
+            answers = [
+                Answer(
+                    id=row.id,
+                    prompt=f"Question {row.id} <em>?</em>",
+                    response=HOSTILE if i % 3 == 0 else f"The answer is B ({name}).",
+                    gold="B",
+                    choices=(("A", "a"), ("B", "b")),
+                    kind="choice",
+                    task=task,
+                    variant=name,
+                    seed=0,
+                )
+                for i, row in enumerate(rows)
+            ]
+            for kind, lines in (("answers", answers), ("extractions", rows)):
+                text = "".join(json.dumps(line.to_json()) + "\n" for line in lines)  # type: ignore[attr-defined]
+                write_text(where / kind / f"{task}.jsonl", text)
+        if name.startswith("lora"):
+            write_json(where / "train" / "training.json", {"loss": [[0, 2.0], [5, 1.0], [10, 0.5]]})
+        write_manifest(where, "evaluate", {"options": {"limit": "40"}, "model": "ab" * 32}, [], 1.5)
+    return folder

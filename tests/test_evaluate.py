@@ -1,0 +1,191 @@
+"""Asking through the harness: BOS, batches, adapters, what is written, and when nothing is done again."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from superexperts import evaluate
+from superexperts.artifacts import Answer
+from superexperts.config import TASKS, EvaluateConfig
+from superexperts.corpora import documents, pack
+from superexperts.errors import DataError, OptionError, OutputError
+from superexperts.evaluate import _Asker, ask
+from superexperts.lora import attach_attention
+from superexperts.model import load_model, load_tokenizer
+from superexperts.perplexity import perplexity
+from superexperts.pocket import write_data
+from superexperts.tasks import FILE_STEMS
+
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return load_model(EvaluateConfig(device="cpu", dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(EvaluateConfig())
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_batched_answers_equal_plain_greedy_generation_one_by_one(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Path
+) -> None:
+    found = ask(model, tokenizer, tasks=["gsm8k", "boolq"], data_dir=data, limit=7, batch_size=4, max_new_tokens=24)
+    assert list(found) == ["gsm8k", "boolq"]
+    for task, answers in found.items():
+        assert [answer.id for answer in answers] == [f"{task}-{index}" for index in range(7)]
+        for answer in answers:
+            ids = tokenizer(answer.prompt, return_tensors="pt").input_ids
+            assert (ids == tokenizer.bos_token_id).sum() == 1
+            with torch.no_grad():
+                out = cast(Any, model).generate(input_ids=ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+            alone = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            assert answer.response == alone.split("\nQuestion:")[0]
+
+
+def test_one_bos_in_front_even_where_the_beginning_is_cut(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    asker = _Asker(model, tokenizer, 2, NEW_TOKENS)
+    texts = ["Question: one two three four five six seven eight nine ten\nAnswer:", "Question: one\nAnswer:"]
+    ids_BL, mask_BL = asker.tok_batch_encode(texts)
+    assert ((ids_BL == tokenizer.bos_token_id).sum(1) == 1).all()
+    whole = ids_BL[0, mask_BL[0] == 1]
+    assert whole[0] == tokenizer.bos_token_id
+    room = len(whole) - 3
+    cut_BL, cut_mask_BL = asker.tok_batch_encode(texts, left_truncate_len=room)
+    assert cut_BL.shape == (2, room)
+    assert cut_BL[0].tolist() == [tokenizer.bos_token_id, *whole[4:].tolist()]
+    assert cut_BL[1, cut_mask_BL[1] == 1].tolist() == ids_BL[1, mask_BL[1] == 1].tolist()
+    assert asker.truncated == 1
+
+
+def test_stops_at_a_new_question(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, data: Path
+) -> None:
+    """The response ends before the next question, and the harness's generation is greedy whatever the seed."""
+
+    def say(*, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        assert settings["do_sample"] is False
+        said = tokenizer(" B\nQuestion: Which?\nAnswer: C", add_special_tokens=False, return_tensors="pt").input_ids
+        return torch.cat([input_ids, said.expand(len(input_ids), -1)], 1)
+
+    monkeypatch.setattr(model, "generate", say)
+    answers = ask(model, tokenizer, tasks=["mmlu"], data_dir=data, limit=3, max_new_tokens=NEW_TOKENS)["mmlu"]
+    assert [answer.response for answer in answers] == [" B"] * 3
+
+
+def test_an_adapter_is_asked_the_same_way(tokenizer: PreTrainedTokenizerBase, data: Path) -> None:
+    """A fresh LoRA changes no answer; one with weights does."""
+    model = load_model(EvaluateConfig(device="cpu", dtype="float32"))
+
+    def responses(asked: nn.Module) -> list[str]:
+        found = ask(asked, tokenizer, tasks=["arc_easy"], data_dir=data, limit=6, max_new_tokens=NEW_TOKENS)
+        return [answer.response for answer in found["arc_easy"]]
+
+    base = responses(model)
+    torch.manual_seed(0)
+    adapted = attach_attention(model, r=2, alpha=4, dropout=0.0, seed=0).eval()
+    assert responses(adapted) == base
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert responses(adapted) != base
+
+
+def _config(out: Path, data: Path, **changes: Any) -> EvaluateConfig:
+    settings: dict[str, Any] = {
+        "data_dir": data,
+        "out": out,
+        "limit": 3,
+        "max_new_tokens": NEW_TOKENS,
+        "device": "cpu",
+        "perplexity": "pocket",
+    }
+    return EvaluateConfig(**settings | changes)
+
+
+def test_run_writes_answers_and_does_no_work_twice(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = _config(tmp_path / "run", data)
+    first = evaluate.run(config)
+    assert first["tasks"] == dict.fromkeys(TASKS, 3)
+    assert first["truncated"] == 0
+    for task in TASKS:
+        lines = (tmp_path / "run" / "answers" / f"{task}.jsonl").read_text().splitlines()
+        answers = [Answer.from_json(json.loads(line)) for line in lines]
+        assert [(answer.task, answer.variant, answer.seed) for answer in answers] == [(task, "base", 0)] * 3
+    ids_BL = pack(documents("pocket"), tokenizer, corpus="pocket", tokens=16384, seq_len=512)
+    assert first["perplexity"] == pytest.approx(perplexity(model, ids_BL), rel=1e-6)
+
+    monkeypatch.setattr(evaluate, "load_model", lambda _: pytest.fail("the model was loaded again"))
+    assert evaluate.run(config) == first
+    with pytest.raises(pytest.fail.Exception, match="loaded again"):  # another question of the same number
+        evaluate.run(_config(tmp_path / "run", data, limit=2))
+
+
+def test_an_earlier_runs_files_are_not_left_behind(tmp_path: Path, data: Path) -> None:
+    evaluate.run(_config(tmp_path, data, tasks="mmlu,boolq", limit=1))
+    second = evaluate.run(_config(tmp_path, data, tasks="boolq", limit=1, perplexity=None))
+    assert [file.name for file in (tmp_path / "answers").iterdir()] == ["boolq.jsonl"]
+    assert second["perplexity"] is None
+    assert not (tmp_path / "perplexity.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"max_new_tokens": 2048}, OptionError, "--max-new-tokens: 2048 leaves no room"),
+        ({"adapter": Path("no/such")}, OptionError, "--adapter: 'no/such' is no folder"),
+        ({"perplexity": "no-such-corpus"}, DataError, "no-such-corpus"),
+    ],
+)
+def test_bad_options(tmp_path: Path, data: Path, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        evaluate.run(_config(tmp_path, data, **changes))
+    assert message in str(caught.value)
+    assert not (tmp_path / "answers").exists()
+
+
+def test_unwritable_folder(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="--out: cannot write"):
+        evaluate.run(_config(tmp_path / "file" / "run", data))
+
+
+def test_bad_rows_stop_it_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = {"question": "a", "passage": "b", "answer": True}
+    (tmp_path / "boolq_validation.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | {'answer': None})}\n")
+    monkeypatch.setattr(evaluate, "load_model", lambda _: pytest.fail("the model was loaded"))
+    with pytest.raises(DataError, match=r"boolq_validation\.jsonl: boolq: row 2: field 'answer' is missing"):
+        evaluate.run(_config(tmp_path / "out", tmp_path, tasks="boolq", limit=1))
+
+
+def test_real_rows_go_the_same_way(model: nn.Module, tokenizer: PreTrainedTokenizerBase, shared_data: Path) -> None:
+    found = ask(model, tokenizer, tasks=list(FILE_STEMS), data_dir=shared_data, limit=2, max_new_tokens=8)
+    assert {task: len(answers) for task, answers in found.items()} == dict.fromkeys(FILE_STEMS, 2)

@@ -1,0 +1,148 @@
+"""Pictures: what is drawn where, taken from the figure itself, and that files are whole and the same each time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from study_folder import profile, results_json
+from superexperts import plots
+from superexperts.artifacts import CorpusProfile
+from superexperts.drawing import DARK, LIGHT
+from superexperts.errors import OutputError
+from superexperts.plots import plot_differences, plot_heatmap, plot_layers, plot_training
+from superexperts.results import Results
+from superexperts.select import considered, threshold
+
+CHOSEN = ((1, 2), (2, 5))
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures that were drawn instead of saved."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def texts(figure: Figure) -> dict[str, tuple[float, float]]:
+    return {text.get_text(): getattr(text, "xy", (np.nan, np.nan)) for text in figure.axes[0].texts}
+
+
+def test_heatmap_puts_each_expert_on_its_own_layer(drawn: list[Figure]) -> None:
+    found = profile(layers=5, experts=8, dense=1)
+    plot_heatmap(found, "pocket", CHOSEN, Path("x.png"))
+    axes = drawn[0].axes[0]
+    image = axes.images[-1]
+    values = np.ma.filled(image.get_array(), np.nan)
+    assert values.shape == (5, 9)  # the shared expert last
+    assert np.isnan(values[0]).all()  # dense
+    assert np.isnan(values[1, 0])  # reached by no token
+    for row in found.corpora["pocket"].experts:
+        if row.tokens:
+            assert values[row.layer, 8 if row.expert == "shared" else row.expert] == row.output_max
+    assert tuple(image.get_extent()) == (-0.5, 8.5, 4.5, -0.5)
+    assert texts(drawn[0])["L1E2"] == pytest.approx((2, 1))
+    assert texts(drawn[0])["L2E5"] == pytest.approx((5, 2))
+    rings = [
+        tuple(map(float, (line.get_xdata()[0], line.get_ydata()[0]))) for line in axes.lines if line.get_marker() == "o"
+    ]
+    assert rings == [(2, 1), (5, 2)]
+    dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    assert dashed == [3.5]  # round(0.75 * 5) = 4 layers are considered
+    legend = [text.get_text() for text in drawn[0].legends[0].texts]
+    assert legend == ["chosen", "no experts", "no token", "depth 0.75"]
+
+
+def test_layers_plot_shows_the_criterion(drawn: list[Figure]) -> None:
+    found = profile()
+    plot_layers(found, "pocket", CHOSEN, Path("x.png"))
+    axes = drawn[0].axes[0]
+    bound = threshold(considered(found.corpora["pocket"].experts, 5, 0.75))
+    dashed = sorted(line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--")
+    assert dashed == pytest.approx(sorted([bound.percentile, bound.ratio]))
+    assert texts(drawn[0])["L1E2"] == pytest.approx((1, 900))
+    assert texts(drawn[0])["L2E5"] == pytest.approx((2, 450))
+
+
+def test_names_do_not_cover_each_other(drawn: list[Figure]) -> None:
+    chosen = [(1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, "shared"), (1, "shared")]
+    plot_heatmap(profile(experts=64), "pocket", chosen, Path("x.png"))  # type: ignore[arg-type]
+    figure = drawn[0]
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text().startswith("L")]
+    assert len(boxes) == 7
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
+    title = figure.axes[0].get_title(loc="left")
+    assert title.startswith("Peak |down_proj output|")
+
+
+def test_differences_show_every_interval_and_fill_only_detected_ones(drawn: list[Figure]) -> None:
+    results = Results.from_json(results_json())
+    plot_differences(results, Path("x.png"))
+    axes = drawn[0].axes
+    assert [one.get_title() for one in axes] == ["all items", "MMLU", "BoolQ"]
+    marks = [line for line in axes[0].lines if line.get_marker() == "D"]
+    spans = [line.get_xdata() for line in axes[0].lines if len(line.get_xdata()) == 2 and line.get_marker() == "None"][
+        1:
+    ]
+    for variant, mark, span in zip(results.others, marks, spans, strict=True):
+        assert variant.pooled is not None
+        assert mark.get_xdata()[0] == pytest.approx(100 * variant.pooled.difference)
+        assert list(span) == pytest.approx([100 * variant.pooled.low, 100 * variant.pooled.high])
+    assert [mark.get_markerfacecolor() == LIGHT.paper for mark in marks] == [False, True, False, False]
+
+
+DRAW: dict[str, Callable[[Path], None]] = {
+    "heatmap": lambda path: plot_heatmap(profile(), "pocket", CHOSEN, path),
+    "layers": lambda path: plot_layers(profile(), "pocket", CHOSEN, path, theme=DARK),
+    "differences": lambda path: plot_differences(Results.from_json(results_json()), path),
+    "training": lambda path: plot_training({"a $x$": [(0, 2.0), (5, 1.0)], "b": []}, path),
+}
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_files_are_whole_and_repeatable(name: str, tmp_path: Path) -> None:
+    before = dict(mpl.rcParams)
+    for path in (tmp_path / "one.png", tmp_path / "one.svg", tmp_path / "two.svg"):
+        DRAW[name](path)
+    assert dict(mpl.rcParams) == before
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    assert ElementTree.parse(tmp_path / "one.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.width in (680, 1400)  # a column or a page at 200 dpi
+        assert len(image.convert("L").getcolors() or []) > 20
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.png", "one.svg", "two.svg"]
+
+
+@pytest.mark.parametrize(("layers", "experts", "dense"), [(2, 2, 0), (27, 64, 1), (61, 160, 3)])
+def test_shapes_from_tiny_to_the_largest(layers: int, experts: int, dense: int, tmp_path: Path) -> None:
+    found = profile(layers=layers, experts=experts, dense=dense)
+    chosen = [(dense, 1), (layers - 1, "shared")]
+    plot_heatmap(found, "pocket", chosen, tmp_path / "heatmap.svg")  # type: ignore[arg-type]
+    plot_layers(found, "pocket", chosen, tmp_path / "layers.svg")  # type: ignore[arg-type]
+    for name in ("heatmap.svg", "layers.svg"):
+        assert 5_000 < (tmp_path / name).stat().st_size < 400_000
+
+
+def test_a_profile_without_any_peak_is_drawn(drawn: list[Figure]) -> None:
+    full = profile(layers=3, experts=2)
+    rows = [dataclasses.replace(row, tokens=0, output_max=0.0) for row in full.corpora["pocket"].experts]
+    found = dataclasses.replace(full, corpora={"pocket": CorpusProfile(tokens=0, experts=tuple(rows))})
+    plot_heatmap(found, "pocket", (), Path("x.svg"))
+    plot_layers(found, "pocket", (), Path("y.svg"))
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["no experts", "no token", "depth 0.75"]
+    assert not drawn[1].axes[0].texts[1:]  # the subtitle only: no bound and no name
+
+
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"x\.pdf: pictures are \.png or \.svg"):
+        plot_heatmap(profile(), "pocket", CHOSEN, tmp_path / "x.pdf")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,188 @@
+"""Rows of the six benchmarks: exact prompts and golds, full test sets, and what is wrong with a bad file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from superexperts.config import TASKS
+from superexperts.errors import DataError
+from superexperts.tasks import FILE_STEMS, load_benchmarks, prompt, read_item
+
+ROWS: dict[str, dict[str, Any]] = {
+    "mmlu": {"question": " Which? ", "subject": "s", "choices": ["1", " 2", "2", "4"], "answer": 2},
+    "gsm8k": {"question": "How many?", "answer": "a <<1+1=2>>2\n#### 2,125"},
+    "arc_easy": {
+        "id": "X_1",
+        "question": "Which?",
+        "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]},
+        "answerKey": "2",
+    },
+    "boolq": {"question": "is it so", "passage": "It is. ", "answer": True},
+    "medqa": {"question": "Why?", "answer": "b", "options": {"A": "a", "B": "b"}, "answer_idx": "B"},
+    "vmlu": {"id": "01-0001", "question": "Nào?", "choices": ["A. một", "B.hai", "C. ba "], "answer": "C"},
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "item_id", "said", "gold", "kind"),
+    [
+        ("mmlu", "mmlu-6", "Question: Which?\nA. 1\nB. 2\nC. 2\nD. 4\nAnswer:", "C", "choice"),
+        ("gsm8k", "gsm8k-6", "Question: How many?\nAnswer:", "2125", "number"),
+        ("arc_easy", "X_1", "Question: Which?\n1. a\n2. b\n3. c\nAnswer:", "2", "choice"),
+        ("boolq", "boolq-6", "Question: It is.\nis it so?\nAnswer:", "yes", "yesno"),
+        ("medqa", "medqa-6", "Question: Why?\nA. a\nB. b\nAnswer:", "B", "choice"),
+        ("vmlu", "01-0001", "Question: Nào?\nA. một\nB. hai\nC. ba\nAnswer:", "C", "choice"),
+    ],
+)
+def test_prompt_and_gold(task: str, item_id: str, said: str, gold: str, kind: str) -> None:
+    item = read_item(task, ROWS[task], 6)
+    assert (item.id, prompt(item), item.gold, item.kind) == (item_id, said, gold, kind)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("mmlu", {"question": None}, "mmlu: row 3: field 'question' is missing"),
+        ("mmlu", {"answer": 4}, "the answer is '4'"),
+        ("mmlu", {"answer": True}, "'answer' is 'True', of the wrong type"),
+        ("gsm8k", {"answer": "about five"}, "'#### NUMBER'"),
+        ("arc_easy", {"answerKey": "D"}, "the answer is 'D', which is none of the labels"),
+        ("arc_easy", {"choices": {"text": ["a"], "label": ["A", "B"]}}, "2 labels and 1 texts"),
+        ("boolq", {"answer": "true"}, "'answer' is 'true', of the wrong type"),
+        ("boolq", {"passage": "  "}, "'passage' is empty"),
+        ("medqa", {"options": {"A": "a", "B": None}}, "two or more different labels"),
+        ("vmlu", {"choices": ["một", "hai"]}, "does not begin with a label"),
+        ("vmlu", {"answer": None}, "test rows have none"),
+    ],
+)
+def test_bad_field(task: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match="row 3") as caught:
+        read_item(task, ROWS[task] | change, 2)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def _rows(folder: Path, stem: str) -> Iterator[dict[str, Any]]:
+    file = next(folder.glob(f"{stem}.jsonl*"))
+    with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as stream:
+        yield from map(json.loads, stream)
+
+
+@pytest.mark.parametrize(
+    ("task", "count"),
+    [("mmlu", 14042), ("gsm8k", 1319), ("arc_easy", 2376), ("boolq", 3270), ("medqa", 1273), ("vmlu", 744)],
+)
+def test_full_real_test_sets(task: str, count: int, shared_data: Path) -> None:
+    benchmark = load_benchmarks([task], shared_data)[task]
+    assert len(benchmark.items) == len(benchmark.task.eval_docs) == count
+    for index, (row, item) in enumerate(zip(_rows(shared_data, FILE_STEMS[task]), benchmark.items, strict=True)):
+        assert item == read_item(task, row, index), "the harness's rows are not the file's"
+        said, question = prompt(item), row["question"].strip()
+        texts = dict(item.choices)
+        if task == "mmlu":
+            assert said.startswith(f"Question: {question}\nA. ")
+            assert texts[item.gold] == row["choices"][row["answer"]].strip()
+        elif task == "gsm8k":
+            assert said == f"Question: {question}\nAnswer:"
+            assert float(item.gold) == float(row["answer"].split("####")[1].replace(",", ""))
+        elif task == "arc_easy":
+            assert (item.id, list(texts), item.gold) == (row["id"], row["choices"]["label"], row["answerKey"])
+        elif task == "boolq":
+            assert said == f"Question: {row['passage'].strip()}\n{question}?\nAnswer:"
+            assert item.gold == ("yes" if row["answer"] else "no")
+        elif task == "medqa":
+            assert texts[item.gold] == row["answer"].strip()
+        else:
+            lines = [" ".join(choice.split()) for choice in row["choices"]]
+            assert [" ".join(line.split()) for line in said.split("\n")[-1 - len(lines) : -1]] == lines or "\n" in str(
+                row["choices"]
+            )
+            assert item.gold == row["answer"]
+
+
+def test_real_rows_word_for_word(shared_data: Path) -> None:
+    """The first MMLU row (choices by index), and one of ARC's rows labelled 1-4."""
+    benchmarks = load_benchmarks(["mmlu", "arc_easy"], shared_data)
+    first = benchmarks["mmlu"].items[0]
+    assert prompt(first) == (
+        "Question: Find the degree for the given field extension Q(sqrt(2), sqrt(3), sqrt(18)) over Q.\n"
+        "A. 0\nB. 4\nC. 2\nD. 6\nAnswer:"
+    )
+    assert first.gold == "B"
+    numbered = [item for item in benchmarks["arc_easy"].items if item.choices[0][0] == "1"]
+    assert len(numbered) == 97
+    assert all(item.gold in "1234" and "\n1. " in item.body for item in numbered)
+
+
+def test_pocket_rows() -> None:
+    benchmarks = load_benchmarks(TASKS, Path("pocket"))
+    assert {name: len(benchmark.items) for name, benchmark in benchmarks.items()} == dict.fromkeys(TASKS, 200)
+
+
+def _write(folder: Path, task: str, rows: list[dict[str, Any]]) -> Path:
+    file = folder / f"{FILE_STEMS[task]}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_task_of_the_harness(tmp_path: Path) -> None:
+    """The harness itself builds our prompt, zero-shot and greedy, from a plain or gzipped file, without a metric."""
+    file = _write(tmp_path, "boolq", [ROWS["boolq"]])
+    with gzip.open(f"{file}.gz", "wt") as stream:
+        stream.write(file.read_text())
+    file.unlink()
+    task = load_benchmarks(["boolq"], tmp_path)["boolq"].task
+    task.build_all_requests(limit=None)
+    [instance] = task.instances
+    text, settings = instance.args
+    assert text == "Question: It is.\nis it so?\nAnswer:"
+    assert settings["do_sample"] is False
+    assert settings["until"] == ["\nQuestion:"]
+    assert task.process_results(ROWS["boolq"], [" no"]) == {"bypass": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "boolq has no rows"),
+        ('{"question": "a", "passage": "b", "answer": true}\n{"question": "a", "answer": true}\n', "row 2: field 'pas"),
+        ('{"question": "a", "answer": true}\n', "row 1: field 'passage' is missing"),
+        ('{"question": "a", "passage": "b", "answer": true}\n{"question": ', "boolq_validation.jsonl"),
+        ('{"question": "a", "passage": "b", "answer": true}\n{"question": 1, "passage": [], "answer": 3}\n', "row 2"),
+        ("[1]\n", "row 1 is no JSON object"),
+    ],
+)
+def test_bad_file(tmp_path: Path, lines: str, message: str) -> None:
+    (tmp_path / "boolq_validation.jsonl").write_text(lines)
+    with pytest.raises(DataError) as caught:
+        load_benchmarks(["boolq"], tmp_path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"no medqa_gbaker_test\.jsonl or \.jsonl\.gz"):
+        load_benchmarks(["medqa"], tmp_path)
+    with pytest.raises(DataError, match="ZaloAI-Jaist/VMLU"):
+        load_benchmarks(["vmlu"], tmp_path)
+    monkeypatch.delenv("SUPEREXPERTS_DATA", raising=False)
+    with pytest.raises(DataError, match=r"not on the Hub.*vmlu_valid\.jsonl"):
+        load_benchmarks(["vmlu"])
+
+
+def test_ids_are_unique(tmp_path: Path) -> None:
+    _write(tmp_path, "arc_easy", [ROWS["arc_easy"], ROWS["arc_easy"]])
+    with pytest.raises(DataError, match="two rows with the id 'X_1'"):
+        load_benchmarks(["arc_easy"], tmp_path)
+
+
+def test_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path, "gsm8k", [ROWS["gsm8k"]])
+    monkeypatch.setenv("SUPEREXPERTS_DATA", str(tmp_path))
+    assert [item.gold for item in load_benchmarks(["gsm8k"])["gsm8k"].items] == ["2125"]
