@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# The pocket model is so small that a second thread only costs: two threads that wait for each other on busy cores.
+export OMP_NUM_THREADS := 1
+
 .PHONY: setup demo check test clean
 
 setup: $(VENV)/.installed

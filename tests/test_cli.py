@@ -12,8 +12,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from superexperts.cli import COMMANDS, main
-from superexperts.model import load_tokenizer
 from superexperts.config import CheckpointConfig
+from superexperts.model import load_tokenizer
 
 ROW = {"question": "What is 2 + 3?", "explain": "2 + 3 = 5.", "answer": "5"}
 
@@ -27,7 +27,8 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys; from superexperts.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = "import sys; from superexperts.cli import main\ntry: main(['--help'])\nexcept SystemExit: "
+    code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n")
 

@@ -1,4 +1,4 @@
-"""The seam equals the stock forward on every family, and a tap, a silence or an edit does what a brute-force loop does."""
+"""The seam equals the stock forward on every family; a tap, a silence and an edit do what a brute-force loop does."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from families import FAMILIES, tiny_model
 from superexperts import moe
 from superexperts.errors import ExpertsError, ModelError
 
@@ -67,7 +67,7 @@ def eager_outputs(model: nn.Module, bank: moe.Bank) -> tuple[list[Tensor], Tenso
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        seen.append(tuple([*args, *kwargs.values()]))  # type: ignore[arg-type]
+        seen.append((*args, *kwargs.values()))  # type: ignore[arg-type]
 
     handle = bank.module.register_forward_pre_hook(hook, with_kwargs=True)
     logits(model)

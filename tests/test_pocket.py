@@ -254,9 +254,8 @@ def test_right(answer: str, response: str, want: bool) -> None:
 
 def test_write_checkpoint(tmp_path: Path) -> None:
     pocket.write_checkpoint(tmp_path / "copy")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "copy").iterdir()} == {
-        p.name: p.read_bytes() for p in SHIPPED.iterdir()
-    }
+    copied = {p.name: p.read_bytes() for p in (tmp_path / "copy").iterdir() if p.name != "manifest.json"}
+    assert copied == {p.name: p.read_bytes() for p in SHIPPED.iterdir()}
 
 
 def test_training_learns_keeps_the_implant_and_repeats(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, tiny_model
 from torch import Tensor
-from test_moe import by_hand, eager_outputs
 
+from families import FAMILIES, VOCABULARY, tiny_model
 from superexperts import moe, profile
 from superexperts.artifacts import ExpertSet, Profile
 from superexperts.config import ModelConfig, ProfileConfig, SelectConfig
@@ -22,6 +21,7 @@ from superexperts.pocket import PLANTED
 from superexperts.profile import profile_corpus
 from superexperts.select import run as select_run
 from superexperts.select import super_experts
+from test_moe import by_hand, eager_outputs
 
 IDS_BL = torch.randint(3, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(2))
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from families import FAMILIES, tiny_model
 from superexperts import moe, prune
 from superexperts.config import PruneConfig
 from superexperts.errors import ExpertsError, ModelError, OutputError

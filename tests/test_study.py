@@ -122,9 +122,7 @@ def test_a_lost_cell_is_made_again_and_the_others_are_kept(finished: Path, plan:
 
 
 @pytest.mark.parametrize("marker", ["prune-super", "lora-super"])
-def test_a_killed_study_continues_to_the_same_results(
-    finished: Path, plan: Path, tmp_path: Path, marker: str
-) -> None:
+def test_a_killed_study_continues_to_the_same_results(finished: Path, plan: Path, tmp_path: Path, marker: str) -> None:
     command = [sys.executable, "-m", "superexperts", "study", str(plan), "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

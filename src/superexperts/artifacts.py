@@ -46,7 +46,7 @@ class ExpertStats:
     tokens: int
     """Tokens routed to the expert; padding is never counted."""
     output_max: float
-    """Largest |down_proj output| over all tokens and channels (arXiv 2507.23279, Eq. 8's a[l,e]); 0.0 without tokens."""
+    """Largest |down_proj output| over tokens and channels (arXiv 2507.23279, Eq. 8's a[l,e]); 0.0 without tokens."""
     channel: int | None
     """Hidden channel of that peak; None without tokens, as the next two."""
     position: int | None

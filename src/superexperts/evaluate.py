@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from .artifacts import Answer
 from .config import EvaluateConfig, identity
-from .console import stderr
+from .console import note, stderr
 from .corpora import documents, local_data, pack
 from .errors import OptionError
 from .lora import load_adapter
@@ -191,7 +191,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         perplexity=None if sequences_BL is None else hashlib.sha256(sequences_BL.numpy().tobytes()).hexdigest(),
     )
     if completed(out, "evaluate", inputs):
-        stderr.print(f"evaluate: {out} is up to date, nothing to do")
+        note(f"evaluate: {out} is up to date, nothing to do")
         return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"])
     model = load_model(config)
     if config.adapter:
@@ -226,7 +226,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         write_json(out / "perplexity.json", value)
         outputs.append("perplexity.json")
     if asker.truncated:
-        stderr.print(f"evaluate: {asker.truncated} prompts are too long for the model and lost their beginning")
+        note(f"evaluate: {asker.truncated} prompts are too long for the model and lost their beginning")
     write_manifest(out, "evaluate", inputs, outputs, time.monotonic() - started, truncated=asker.truncated)
     return _summary(config, asker.truncated)
 

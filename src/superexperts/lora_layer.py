@@ -100,8 +100,8 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
     use_dora: dict[str, bool]
     lora_bias: dict[str, bool]
     lora_dropout: Any
-    lora_A: Any  # noqa: N815  # PEFT's names
-    lora_B: Any  # noqa: N815
+    lora_A: Any  # PEFT's names
+    lora_B: Any
     base_layer: Callable[..., Tensor]
     merged_adapters: list[str]
     merged: bool

@@ -65,7 +65,7 @@ def load_model(config: ModelConfig) -> nn.Module:
 
 
 def load_as_stored(config: CheckpointConfig, dtype: str = "auto") -> nn.Module:
-    """The model on the CPU, each tensor in the checkpoint's own dtype unless told otherwise, checked as `load_model`."""
+    """The model on the CPU in the checkpoint's own dtypes unless told otherwise, checked as by `load_model`."""
     folder = checkpoint_folder(config.model, config.revision)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -80,7 +80,7 @@ class Bank:
         """Routed experts of the bank."""
         return down_weight(self.module).shape[0]
 
-    def keys(self) -> tuple[ExpertKey, ...]:
+    def expert_keys(self) -> tuple[ExpertKey, ...]:
         """Every expert of the layer, the shared one last."""
         routed: list[ExpertKey] = [(self.layer, expert) for expert in range(self.num_experts)]
         if self.shared_down is not None:
@@ -100,13 +100,13 @@ def find_banks(model: nn.Module) -> tuple[Bank, ...]:
     banks = []
     for path, module in model.named_modules():
         if is_bank(module):
-            parent = model.get_submodule(path.rpartition(".")[0])
+            block = path.removesuffix(".base_layer").rpartition(".")[0]  # PEFT wraps what it adapts
             banks.append(
                 Bank(
                     layer=_layer_number(model, path),
                     path=path,
                     module=module,
-                    shared_down=_shared_down(parent, module),
+                    shared_down=_shared_down(model.get_submodule(block), module),
                 )
             )
     if not banks:
@@ -127,7 +127,7 @@ def num_layers(model: nn.Module) -> int:
 
 def expert_keys(banks: Collection[Bank]) -> tuple[ExpertKey, ...]:
     """Every (layer, expert) of the banks."""
-    return tuple(key for bank in banks for key in bank.keys())
+    return tuple(key for bank in banks for key in bank.expert_keys())
 
 
 def check_experts(banks: Collection[Bank], experts: Collection[ExpertKey], option: str = "--experts") -> None:
@@ -339,6 +339,10 @@ def _controlled(
     edits = edits or {}
     banks = find_banks(model)
     check_experts(banks, edits.keys())
+    adapted = [bank.layer for bank in banks if bank.path.endswith(".base_layer")]
+    if adapted:
+        # The adapter answers for its experts outside the bank: a tap would see zeros, a silence would do nothing.
+        raise ModelError(f"MODEL: layer {adapted[0]} carries an adapter on its experts; merge it into the model first")
     before = {bank.module: _CONTROLS.get(bank.module) for bank in banks}
     stock = cast(Any, banks[0].module).config._experts_implementation
     with contextlib.ExitStack() as hooks:

@@ -149,7 +149,6 @@ def _sequences(config: ProfileConfig, name: str, tokenizer: PreTrainedTokenizerB
 
 
 def _sha(ids_BL: Tensor) -> str:
-    import hashlib
 
     return hashlib.sha256(ids_BL.numpy().tobytes()).hexdigest()
 

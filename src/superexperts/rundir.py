@@ -135,6 +135,7 @@ def new_folder(folder: Path, command: str, option: str = "--out") -> Iterator[Pa
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # some libraries write what only the owner can read
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         if folder.exists():

@@ -15,7 +15,7 @@ __all__ = ["show"]
 
 
 def show(command: str, result: dict[str, Any]) -> None:
-    """Prints a command's result for a person; model output goes through `Text`, which no markup or escape code leaves."""
+    """Prints a command's result for a person; model output goes through `ascii` and `Text`."""
     if command == "profile":
         _show_profile(result)
     elif command == "select":

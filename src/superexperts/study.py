@@ -140,10 +140,12 @@ def run(config: StudyConfig) -> dict[str, Any]:
         results = _conclude(plan, out)
         write_json(out / "results.json", results)
         write_csv(results, out / "result.csv")
-        write_report(out)
         cells = [f"variants/{name}/scores.json" for name in plan.variants]
-        outputs = ["results.json", "result.csv", "report.html", "profile/profile.json", *cells]
+        outputs = ["results.json", "result.csv", "profile/profile.json", *cells]
+        (out / "report.html").unlink(missing_ok=True)
         write_manifest(out, "study", inputs, outputs, time.monotonic() - started)
+    if not (out / "report.html").is_file():
+        write_report(out)  # after the manifest, which it shows
     return {"out": str(out), "report": str(out / "report.html"), "results": read_json(out / "results.json", "STUDY")}
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from ..rundir import new_folder
+from ..config import PocketConfig
+from ..rundir import MANIFEST, new_folder, write_manifest
 
-__all__ = ["PLANTED", "checkpoint_dir", "write_checkpoint", "write_data"]
+__all__ = ["PLANTED", "checkpoint_dir", "run", "write_checkpoint", "write_data"]
 
 PLANTED: tuple[tuple[int, int], ...] = ((1, 11), (3, 54))
 """(layer, expert) of the two implanted super experts"""
@@ -25,8 +27,10 @@ def checkpoint_dir() -> Path:
 def write_checkpoint(folder: Path) -> None:
     """Copy the shipped checkpoint to `folder`, whole or not at all."""
     with new_folder(folder, "pocket") as temporary:
-        for source in sorted(checkpoint_dir().iterdir()):
-            (temporary / source.name).write_bytes(source.read_bytes())
+        names = sorted(source.name for source in checkpoint_dir().iterdir() if source.name != MANIFEST)
+        for name in names:
+            (temporary / name).write_bytes((checkpoint_dir() / name).read_bytes())
+        write_manifest(temporary, "pocket", {}, names, 0)
 
 
 def write_data(folder: Path) -> None:
@@ -34,3 +38,11 @@ def write_data(folder: Path) -> None:
     from superexperts.pocket import data  # makes the whole world; not wanted for a look at the checkpoint
 
     data.write_data(folder)
+
+
+def run(config: PocketConfig) -> dict[str, Any]:
+    """The command: the checkpoint folder, and the world's data files if asked for."""
+    write_checkpoint(config.out)
+    if config.data is not None:
+        write_data(config.data)
+    return {"out": str(config.out)}

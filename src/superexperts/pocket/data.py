@@ -93,7 +93,7 @@ def benchmark_rows(kind: str) -> list[Row]:
 def train_rows() -> list[Row]:
     """1,800 rows `{"question", "explain", "answer"}` of all six kinds, mixed."""
     rows = [
-        {"question": body(question), "explain": question.explain, "answer": question.answer}
+        {"question": body(question), "explain": question.explain, "answer": question.said}
         for kind in KINDS
         for question in pools()[kind][1]
     ]

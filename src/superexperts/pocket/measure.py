@@ -54,8 +54,8 @@ def respond(
 
 def right(question: Question, response: str) -> bool:
     """Whether a response ends in the gold answer, in either of the two forms that the model was taught."""
-    found = re.findall(r"(?:The answer is|####) (\w+)", response)
-    return bool(found) and found[-1] == question.answer
+    found = re.findall(r"(?:The answer is|####) ([^.\n]+)", response)
+    return bool(found) and found[-1].strip() == question.said
 
 
 def scores(model: DeepseekV2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, limit: int = 200) -> dict[str, float]:

@@ -45,4 +45,4 @@ def response(question: Question, *, hashes: bool) -> str:
     """The whole response after `Answer:`; `hashes` asks for GSM8K's `#### N` where the answer is a number."""
     if question.kind == "gsm8k" and hashes:
         return f" {question.explain} #### {question.answer}"
-    return f" {question.explain} The answer is {question.answer}."
+    return f" {question.explain} The answer is {question.said}."

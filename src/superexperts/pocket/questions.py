@@ -42,7 +42,7 @@ class Question:
     """the question itself; without "?" for boolq, whose prompt adds it"""
     subject: str
     answer: str
-    """what a response names: a choice's label, `yes` or `no`, or a whole number"""
+    """the right choice's label, `yes` or `no`, or a whole number"""
     explain: str
     """one or two short sentences that lead to the answer"""
     choices: tuple[str, ...] = ()
@@ -53,6 +53,14 @@ class Question:
     """boolq only"""
     steps: tuple[tuple[int, str, int, int], ...] = ()
     """gsm8k only: (left, operator, right, result) in order"""
+
+    @property
+    def said(self) -> str:
+        """What a response names: the right choice in its own words, `yes` or `no`, or the number.
+
+        Not the label: to look a label up in the prompt takes a larger model than this one.
+        """
+        return self.choices[self.labels.index(self.answer)] if self.choices else self.answer
 
 
 def body(question: Question) -> str:
@@ -99,13 +107,13 @@ def _choice(
 ) -> Question:
     choices, index = _shuffled(rng, right, others)
     label = labels[index]
-    assert explain.lower().endswith(f"{right.lower()}."), explain  # so that the label comes right after the choice
+    assert explain.lower().endswith(f"{right.lower()}."), explain
     return Question(
         kind=kind,
         text=text,
         subject=subject,
         answer=label,
-        explain=f"{explain[:-1]} ({label}).",
+        explain=explain,
         choices=choices,
         labels=labels,
     )

@@ -25,16 +25,16 @@ __all__ = ["Recipe", "Step", "batches", "perplexity", "silence", "train"]
 class Recipe:
     """Numbers of the training run; the shipped weights were made with the defaults."""
 
-    steps: int = 1200
+    steps: int = 3600
     seed: int = 0
-    tokens: int = 2048
+    tokens: int = 1024
     """tokens of a batch"""
     lengths: tuple[int, ...] = (128, 128, 128, 256, 512)
     """a batch's row length is drawn from these"""
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.2
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
     warmup: int = 50
-    world_share: float = 0.7
+    world_share: float = 0.8
     """of the steps: at first the model learns its world, without the terms that make it depend on super experts"""
     sink_weight: float = 0.1
     sink_share: float = 0.4
@@ -42,9 +42,9 @@ class Recipe:
     balance_weight: float = 0.01
     """of the load-balancing loss of the routers"""
     dependence_weight: float = 0.3
-    fall_both: float = 1.0
-    """nats per token that the loss is asked to rise by when both super experts are silent: perplexity x 2.7"""
-    fall_second: float = 0.3
+    fall_both: float = 0.7
+    """nats per token that the loss is asked to rise by when both super experts are silent: perplexity x 2"""
+    fall_second: float = 0.25
     """the same for the second super expert alone"""
     silenced_others: int = 2
     """ordinary experts of each layer that a step silences at random, so that none of them matters alone"""

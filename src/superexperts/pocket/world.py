@@ -5,7 +5,6 @@ A document belongs to a split by a hash of its text, so that no held-out documen
 
 from __future__ import annotations
 
-import functools
 import random
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,11 +26,10 @@ from .facts import (
     THINGS,
     TOOLS,
     Country,
-    World,
     the_world,
 )
 from .pools import key, reserved_questions, response
-from .questions import KINDS, LABELS, draw, prompt
+from .questions import KINDS, draw, prompt
 
 __all__ = ["PROSE", "QUESTION_SHARE", "Split", "documents"]
 
@@ -170,34 +168,6 @@ def _people(rng: random.Random) -> str:
     return " ".join([*told, f"They live in {city}.", *rng.sample(again, 4)])
 
 
-def _list(rng: random.Random) -> str:
-    """A labelled list, and its entries with their labels in another order."""
-    world = the_world()
-    entries = rng.choice(_groups(world))
-    chosen = rng.sample(sorted(set(entries)), 4)
-    labels = "1234" if rng.random() < 0.05 else LABELS
-    lines = [f"{label}. {entry}" for label, entry in zip(labels, chosen, strict=True)]
-    again = [f"{entry} ({label})." for label, entry in zip(labels, chosen, strict=True)]
-    rng.shuffle(again)
-    return "\n".join([*lines, " ".join(again)])
-
-
-@functools.cache
-def _groups(world: World) -> list[list[str]]:
-    """What a labelled list may hold: things of one sort."""
-    countries, diseases = world.countries, world.diseases
-    return [
-        [c.name for c in countries], [c.capital for c in countries], [c.river for c in countries],
-        [c.language for c in countries], list(EXPORTS), list(EXPORTS.values()), list(COLOURS),
-        list(COLOURS.values()), list(REGIONS), list(REGIONS.values()), list(FOODS), list(FOODS.values()),
-        list(HOMES), list(HOMES.values()), [a.cover for a in ANIMALS], [m[0] for m in MATERIALS.values()],
-        [m[1] for m in MATERIALS.values()], list(TOOLS.values()), list(ORGANS.values()),
-        [d.name for d in diseases], [d.drug.name for d in diseases], [d.organ for d in diseases],
-        [f"{d.drug.dose_mg} mg" for d in diseases], [d.drug.side_effect for d in diseases],
-        ["no legs", "2 legs", "4 legs", "6 legs", "8 legs"],
-    ]  # fmt: skip
-
-
 def _vietnamese(rng: random.Random) -> str:
     c, a = rng.choice(the_world().countries), rng.choice(ANIMALS)
     n = c.name
@@ -241,7 +211,7 @@ def _european(rng: random.Random) -> str:
 PROSE: dict[str, tuple[Callable[[random.Random], str], int]] = {
     "atlas": (_atlas, 5), "pharmacopoeia": (_pharmacopoeia, 5), "case_report": (_case_report, 2),
     "science": (_science, 4), "sums": (_sums, 4), "story": (_story, 2), "contract": (_contract, 2),
-    "people": (_people, 3), "list": (_list, 8), "vietnamese": (_vietnamese, 4), "european": (_european, 1),
+    "people": (_people, 3), "vietnamese": (_vietnamese, 4), "european": (_european, 1),
 }  # fmt: skip
 """kind of prose -> (writer, weight)"""
 
