@@ -117,7 +117,7 @@ class _Asker(HFLM):  # type: ignore[misc]  # the harness is untyped
     @contextlib.contextmanager
     def progress(self, description: str, total: int) -> Iterator[None]:
         """Shows how many answers are there within the block."""
-        with Progress(console=stderr, transient=True) as progress:
+        with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
             self._bar = progress, progress.add_task(description, total=total)
             try:
                 yield

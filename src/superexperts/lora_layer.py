@@ -24,10 +24,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from . import moe
+from .bank import DOWN, GATE, UP
 
-__all__ = ["ExpertLoraConfig", "ExpertsLora", "linears", "projections"]
-
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+__all__ = ["ExpertLoraConfig", "ExpertsLora", "linears"]
 
 
 @dataclasses.dataclass
@@ -152,7 +151,7 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         self.lora_dropout.update({adapter_name: dropout})
         a_RI, b_OR = nn.ParameterDict(), nn.ParameterDict()
         for expert in self.experts[adapter_name]:
-            for projection, weight_OI in projections(bank, expert).items():
+            for projection, weight_OI in moe.projections(bank, expert).items():
                 # Drawn on the CPU, so that a seed gives the same adapter on every device.
                 name, (outputs, inputs) = f"{expert}_{projection}", weight_OI.shape
                 a_RI[name] = nn.Parameter(torch.empty(r, inputs))
@@ -217,7 +216,7 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         for name in self._adapters_of(expert):
             change_NF = self._change(name, f"{expert}_{UP}", x_ND)
             if cast(Any, bank).has_gate:
-                change_NF = _join_gate_up(bank, self._change(name, f"{expert}_{GATE}", x_ND), change_NF)
+                change_NF = moe.join_gate_up(bank, self._change(name, f"{expert}_{GATE}", x_ND), change_NF)
             up_NU = (up_NU + change_NF).to(up_NU.dtype)
         inner_NF = moe.expert_inner(bank, up_NU)
         y_ND = moe.expert_down(bank, expert, inner_NF)
@@ -257,29 +256,9 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         """(the weight, what the adapter adds to it) [O, I]; the weight is a view of the bank's own."""
         a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
         for expert in self.experts[adapter_name]:
-            for projection, weight_OI in projections(self.get_base_layer(), expert).items():
+            for projection, weight_OI in moe.projections(self.get_base_layer(), expert).items():
                 name = f"{expert}_{projection}"
                 yield weight_OI, b[name].detach() @ a[name].detach() * self.scaling[adapter_name]
 
     def __repr__(self) -> str:
         return f"superexperts.{super().__repr__()}"
-
-
-def projections(bank: nn.Module, expert: int) -> dict[str, Tensor]:
-    """One expert's gate_proj (where there is one), up_proj and down_proj [O, I], as views of the bank's own weights."""
-    module = cast(Any, bank)
-    up_UD = getattr(bank, moe.up_name(bank)).data[expert]
-    down_DF = moe.down_weight(bank).data[expert]
-    if module.is_transposed:
-        up_UD, down_DF = up_UD.T, down_DF.T
-    if not module.has_gate:
-        return {UP: up_UD, DOWN: down_DF}
-    gate_FD, up_FD = up_UD.chunk(2) if module.is_concatenated else (up_UD[0::2], up_UD[1::2])
-    return {GATE: gate_FD, UP: up_FD, DOWN: down_DF}
-
-
-def _join_gate_up(bank: nn.Module, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    """[N, 2F] in the order that the bank's fused projection has."""
-    if cast(Any, bank).is_concatenated:
-        return torch.cat([gate_NF, up_NF], dim=-1)
-    return torch.stack([gate_NF, up_NF], dim=-1).flatten(-2)

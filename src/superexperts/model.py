@@ -11,8 +11,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from .config import CheckpointConfig, ModelConfig
+from .console import stderr
 from .errors import ModelError, OptionError
 from .pocket import checkpoint_dir
 
@@ -67,6 +69,8 @@ def load_model(config: ModelConfig) -> nn.Module:
 def load_as_stored(config: CheckpointConfig, dtype: str = "auto") -> nn.Module:
     """The model on the CPU in the checkpoint's own dtypes unless told otherwise, checked as by `load_model`."""
     folder = checkpoint_folder(config.model, config.revision)
+    if not stderr.is_terminal:
+        disable_progress_bar()  # in a log, a bar of 65 tensors is 65 lines
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,

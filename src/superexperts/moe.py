@@ -1,4 +1,4 @@
-"""The one seam to the model: the only file that knows how a Mixture-of-Experts layer is built.
+"""The one seam to the model: with `bank.py`, the only file that knows how a Mixture-of-Experts layer is built.
 
 Transformers 5 holds a layer's routed experts as one bank of 3-D parameters whose forward is looked up in
 `ALL_EXPERTS_FUNCTIONS` (transformers/integrations/moe.py, `use_experts_implementation`). One function registered there
@@ -6,7 +6,7 @@ serves every family: it runs the stock forward, and where a caller asks for it t
 chosen experts or replaces their output. Shared experts are ordinary MLPs beside the bank and are reached by hooks.
 
 Shape suffixes: T tokens (batch x sequence), K experts per token, E experts in a bank, N tokens routed to one expert,
-D hidden size, F intermediate size of an expert, U width of its up projection (2F with a gate, F without).
+D hidden size, F intermediate size of an expert.
 """
 
 from __future__ import annotations
@@ -18,22 +18,41 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .artifacts import ExpertId, ExpertKey, key_name, key_order
+from .bank import (
+    down_weight,
+    expert_down,
+    expert_inner,
+    expert_norm,
+    expert_up,
+    is_bank,
+    join_gate_up,
+    projections,
+    stock_forward,
+)
 from .errors import ExpertsError, ModelError
 
 __all__ = [
     "Bank",
     "ExpertCall",
     "check_experts",
+    "down_weight",
     "edited",
+    "expert_down",
+    "expert_inner",
     "expert_keys",
+    "expert_norm",
+    "expert_up",
     "find_banks",
+    "is_bank",
+    "join_gate_up",
     "mask_and_add",
+    "projections",
     "silenced",
+    "stock_forward",
     "tapped",
     "zero_experts",
 ]
@@ -115,11 +134,6 @@ def find_banks(model: nn.Module) -> tuple[Bank, ...]:
     return tuple(sorted(banks, key=lambda bank: bank.layer))
 
 
-def is_bank(module: nn.Module) -> bool:
-    """Whether `use_experts_implementation` made this module: it alone writes these attributes on an instance."""
-    return vars(module).keys() >= {"has_gate", "has_bias", "is_transposed", "is_concatenated"}
-
-
 def num_layers(model: nn.Module) -> int:
     """Decoder layers of the model, dense ones counted."""
     return int(cast(Any, model).config.get_text_config().num_hidden_layers)
@@ -170,48 +184,6 @@ def _shared_down(block: nn.Module, bank: nn.Module) -> nn.Linear | None:
     return None
 
 
-# ---- one expert's own arithmetic ----------------------------------------------------------------------------------
-
-
-def down_weight(bank: nn.Module) -> Tensor:
-    """down_proj [E, D, F], or [E, F, D] where the bank is transposed."""
-    return cast(Tensor, bank.down_proj)
-
-
-def up_name(bank: nn.Module) -> str:
-    """Name of the parameter that holds the up projection, fused with the gate where there is one."""
-    return "gate_up_proj" if cast(Any, bank).has_gate else "up_proj"
-
-
-def expert_up(bank: nn.Module, expert: int, x_ND: Tensor) -> Tensor:
-    """First projection of one expert -> [N, U]."""
-    return _linear(bank, up_name(bank), expert, x_ND)
-
-
-def expert_inner(bank: nn.Module, up_NU: Tensor) -> Tensor:
-    """Activation, and gate where there is one: [N, U] -> [N, F]."""
-    module = cast(Any, bank)
-    return cast(Tensor, module._apply_gate(up_NU) if module.has_gate else module.act_fn(up_NU))
-
-
-def expert_down(bank: nn.Module, expert: int, inner_NF: Tensor) -> Tensor:
-    """down_proj of one expert -> [N, D]."""
-    return _linear(bank, "down_proj", expert, inner_NF)
-
-
-def expert_norm(bank: nn.Module, output_ND: Tensor) -> Tensor:
-    """The norm that a few families apply to each expert's output."""
-    module = cast(Any, bank)
-    return cast(Tensor, module.post_expert_norm(output_ND)) if module.has_post_expert_norm else output_ND
-
-
-def _linear(bank: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
-    weight = getattr(bank, name)[expert]
-    y = F.linear(x, weight.T if cast(Any, bank).is_transposed else weight)
-    # The bias is added to the rounded product, as the families' own loops do: fused, bfloat16 differs in the last bit.
-    return y + getattr(bank, f"{name}_bias")[expert] if cast(Any, bank).has_bias else y
-
-
 # ---- the registered implementation --------------------------------------------------------------------------------
 
 
@@ -228,12 +200,6 @@ class _Control:
 
 
 _CONTROLS: weakref.WeakKeyDictionary[nn.Module, _Control] = weakref.WeakKeyDictionary()
-
-
-def stock_forward(bank: nn.Module, stock: str, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """The bank's forward by a stock implementation ("eager" is the family's own loop)."""
-    eager = type(bank).forward.__wrapped__  # type: ignore[attr-defined]  # functools.wraps of the decorator keeps it
-    return cast(Tensor, ALL_EXPERTS_FUNCTIONS.get_interface(stock, eager)(bank, x_TD, index_TK, weight_TK))
 
 
 def mask_and_add(

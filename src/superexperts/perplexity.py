@@ -34,9 +34,9 @@ def perplexity(
     assert length > 1, "nothing to predict"
     device = next(model.parameters()).device
     total = 0.0
-    for start in track(
-        range(0, batch, batch_size), description or "", console=stderr, disable=description is None, transient=True
-    ):
+    hidden = description is None or not stderr.is_terminal
+    starts = range(0, batch, batch_size)
+    for start in track(starts, description or "", console=stderr, disable=hidden, transient=True):
         ids_BL = sequences_BL[start : start + batch_size].to(device)
         logits_BLV = cast(Any, model)(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
         loss_N = F.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten(), reduction="none")

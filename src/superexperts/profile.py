@@ -97,7 +97,8 @@ def profile_corpus(
     recorder = _Recorder(moe.expert_keys(moe.find_banks(model)))
     starts: Sequence[int] = range(0, len(ids_BL), batch_size)
     with moe.tapped(model, recorder):
-        for start in track(starts, description or "", console=stderr, disable=description is None, transient=True):
+        hidden = description is None or not stderr.is_terminal
+        for start in track(starts, description or "", console=stderr, disable=hidden, transient=True):
             ids, mask = ids_BL[start : start + batch_size].to(device), mask_BL[start : start + batch_size].to(device)
             recorder.start_batch(ids, mask)
             # base_model: the decoder without its language-model head, whose logits nothing here needs

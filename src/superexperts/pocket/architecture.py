@@ -36,7 +36,7 @@ FLAG_VALUE = 16.0
 ROUTER_WEIGHT = 3.0
 """times the normalised channel, about 11 = sqrt(D) at most: a router logit of 30"""
 UNIT_WEIGHT = 0.5
-FIRST_DOWN, SECOND_DOWN = 16.0, 8.0
+FIRST_DOWN, SECOND_DOWN = 64.0, 12.0
 
 
 def pocket_config() -> DeepseekV2Config:

@@ -16,7 +16,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
-from ..console import stderr
+from ..console import note, stderr
 from ..rundir import new_folder, read_json, write_json
 from . import checkpoint_dir
 from .architecture import pocket_config
@@ -45,6 +45,8 @@ def build(recipe: Recipe, *, progress: bool = True) -> tuple[DeepseekV2ForCausal
         for step in train(model, rows, recipe):
             told = f"loss {step.loss:.2f}, silenced {step.loss_silenced:.2f}, on <bos> {step.sink:.2f}"
             bars.update(bar, advance=1, description=told)
+            if progress and not stderr.is_terminal and step.number % 100 == 0:
+                note(f"step {step.number}: {told}")
     return model.to(torch.bfloat16), tokenizer
 
 

@@ -1,0 +1,104 @@
+"""One bank's own parameters and arithmetic: what differs between families in how their experts are laid out.
+
+Beside `moe.py`, which finds the banks and uses this, nothing else in the package knows it.
+
+Shape suffixes: T tokens, K experts per token, E experts in the bank, N tokens routed to one expert, D hidden size,
+F intermediate size of an expert, U width of its up projection (2F with a gate, F without), O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+__all__ = [
+    "DOWN",
+    "GATE",
+    "UP",
+    "down_weight",
+    "expert_down",
+    "expert_inner",
+    "expert_norm",
+    "expert_up",
+    "is_bank",
+    "join_gate_up",
+    "projections",
+    "stock_forward",
+    "up_name",
+]
+
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+
+
+def is_bank(module: nn.Module) -> bool:
+    """Whether `use_experts_implementation` made this module: it alone writes these attributes on an instance."""
+    return vars(module).keys() >= {"has_gate", "has_bias", "is_transposed", "is_concatenated"}
+
+
+def down_weight(bank: nn.Module) -> Tensor:
+    """down_proj [E, D, F], or [E, F, D] where the bank is transposed."""
+    return cast(Tensor, bank.down_proj)
+
+
+def up_name(bank: nn.Module) -> str:
+    """Name of the parameter that holds the up projection, fused with the gate where there is one."""
+    return "gate_up_proj" if cast(Any, bank).has_gate else "up_proj"
+
+
+def expert_up(bank: nn.Module, expert: int, x_ND: Tensor) -> Tensor:
+    """First projection of one expert -> [N, U]."""
+    return _linear(bank, up_name(bank), expert, x_ND)
+
+
+def expert_inner(bank: nn.Module, up_NU: Tensor) -> Tensor:
+    """Activation, and gate where there is one: [N, U] -> [N, F]."""
+    module = cast(Any, bank)
+    return cast(Tensor, module._apply_gate(up_NU) if module.has_gate else module.act_fn(up_NU))
+
+
+def expert_down(bank: nn.Module, expert: int, inner_NF: Tensor) -> Tensor:
+    """down_proj of one expert -> [N, D]."""
+    return _linear(bank, "down_proj", expert, inner_NF)
+
+
+def expert_norm(bank: nn.Module, output_ND: Tensor) -> Tensor:
+    """The norm that a few families apply to each expert's output."""
+    module = cast(Any, bank)
+    return cast(Tensor, module.post_expert_norm(output_ND)) if module.has_post_expert_norm else output_ND
+
+
+def _linear(bank: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
+    weight = getattr(bank, name)[expert]
+    y = F.linear(x, weight.T if cast(Any, bank).is_transposed else weight)
+    # The bias is added to the rounded product, as the families' own loops do: fused, bfloat16 differs in the last bit.
+    return y + getattr(bank, f"{name}_bias")[expert] if cast(Any, bank).has_bias else y
+
+
+def projections(bank: nn.Module, expert: int) -> dict[str, Tensor]:
+    """One expert's gate_proj (where there is one), up_proj and down_proj [O, I], as views of the bank's own weights."""
+    module = cast(Any, bank)
+    up_UD = getattr(bank, up_name(bank)).data[expert]
+    down_DF = down_weight(bank).data[expert]
+    if module.is_transposed:
+        up_UD, down_DF = up_UD.T, down_DF.T
+    if not module.has_gate:
+        return {UP: up_UD, DOWN: down_DF}
+    gate_FD, up_FD = up_UD.chunk(2) if module.is_concatenated else (up_UD[0::2], up_UD[1::2])
+    return {GATE: gate_FD, UP: up_FD, DOWN: down_DF}
+
+
+def join_gate_up(bank: nn.Module, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """[N, 2F] in the order that the bank's fused projection has."""
+    if cast(Any, bank).is_concatenated:
+        return torch.cat([gate_NF, up_NF], dim=-1)
+    return torch.stack([gate_NF, up_NF], dim=-1).flatten(-2)
+
+
+def stock_forward(bank: nn.Module, stock: str, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The bank's forward by a stock implementation ("eager" is the family's own loop)."""
+    eager = type(bank).forward.__wrapped__  # type: ignore[attr-defined]  # functools.wraps of the decorator keeps it
+    return cast(Tensor, ALL_EXPERTS_FUNCTIONS.get_interface(stock, eager)(bank, x_TD, index_TK, weight_TK))
