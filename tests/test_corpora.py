@@ -58,6 +58,7 @@ def test_files(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"body": 1}', "row 1 has no 'text' (it has body)"),
+        ('{"text": null}', "row 1 has a NoneType as 'text', not a text"),
         ("[1]", "row 1 is no JSON object"),
         ('{"text": "a"}\n{', "is not readable as JSONL"),
     ],
@@ -69,10 +70,24 @@ def test_broken_files_name_the_row(tmp_path: Path, text: str, message: str) -> N
     assert message in str(error.value)
 
 
-def test_a_broken_gzip_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
+@pytest.mark.parametrize("damage", ["header", "body", "end"])
+def test_a_broken_gzip_is_named(tmp_path: Path, damage: str) -> None:
+    data = bytearray(gzip.compress(b'{"text": "one two three four five six seven"}' * 9))
+    if damage == "header":
+        data[:2] = b"no"
+    elif damage == "body":
+        data[12:30] = b"\xff" * 18
+    else:
+        del data[-12:]
+    (tmp_path / "a.jsonl.gz").write_bytes(bytes(data))
     with pytest.raises(DataError, match="is not readable as JSONL"):
         list(documents(str(tmp_path / "a.jsonl.gz")))
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        list(documents(str(tmp_path / "a.txt")))
 
 
 def test_an_unknown_corpus_and_a_missing_local_file_are_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from superexperts.artifacts import Extraction
 from superexperts.cli import main
 from superexperts.config import StudyConfig
 from superexperts.corpora import read_rows
-from superexperts.errors import OptionError
+from superexperts.errors import DataError, OptionError
 
 TASKS = ["gsm8k", "boolq"]
 
@@ -111,6 +111,32 @@ def test_a_second_run_does_no_work_and_says_so(finished: Path, plan: Path, capsy
     assert stamps(finished) == before
 
 
+def test_numbers_may_be_written_as_yaml_reads_them() -> None:
+    plan = study.Plan.load("{name: x, data_dir: pocket, tokens: 1e4, training: {learning_rate: 1e-3}}")
+    assert (plan.tokens, plan.training["learning_rate"]) == (10_000, 0.001)
+
+
+def test_changed_benchmark_files_make_a_finished_study_old(plan: Path, finished: Path) -> None:
+    file = plan.parent / "data" / "gsm8k_main_test.jsonl"
+    text = file.read_text(encoding="utf-8")
+    loaded = study.Plan.load(plan.read_text(encoding="utf-8"))
+    before = study._data_identity(loaded)
+    file.write_text(text.replace("#### ", "#### 9", 1), encoding="utf-8")
+    try:
+        after = study._data_identity(loaded)
+    finally:
+        file.write_text(text, encoding="utf-8")
+    assert after["gsm8k"] != before["gsm8k"]
+    assert after["boolq"] == before["boolq"]
+
+
+def test_missing_files_are_named_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("{name: x, data_dir: pocket, train_data: nowhere.json}")
+    with pytest.raises(DataError, match="STUDY train_data: 'nowhere.json' is missing"):
+        study.run(StudyConfig(study=tmp_path / "s.yaml", out=tmp_path / "out"))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "s.yaml"]
+
+
 def test_a_lost_cell_is_made_again_and_the_others_are_kept(finished: Path, plan: Path) -> None:
     expected = (finished / "results.json").read_bytes()
     before = stamps(finished / "variants" / "base" / "answers")
@@ -147,6 +173,16 @@ def test_a_killed_study_continues_to_the_same_results(finished: Path, plan: Path
         ("{name: x, data_dir: pocket, variants: [prune-super]}", "put base first"),
         ("{name: x, data_dir: pocket, training: {rank: 3}}", "'rank' is no option of train"),
         ("{name: x}", "train_data: None is missing"),
+        ("{name: 5}", "STUDY name: 5 is not a text"),
+        ("{name: ../x}", "STUDY name: '../x' is not a text"),
+        ("{name: x, tasks: mmlu}", "STUDY tasks: 'mmlu' is not a list of names"),
+        ("{name: x, data_dir: pocket, tasks: [nope]}", "--tasks: 'nope' is unknown"),
+        ("{name: x, tokens: many}", "STUDY tokens: 'many' is not a whole number"),
+        ("{name: x, tokens: 1.5}", "STUDY tokens: 1.5 is not a whole number"),
+        ("{name: x, data_dir: pocket, depth: 2}", "--depth: 2.0 is out of range"),
+        ("{name: x, variants: [base, base]}", "names one twice"),
+        ("{name: x, data_dir: pocket, training: {r: -1}}", "--r: -1 is not positive"),
+        ("{name: x, data_dir: pocket, training: {r: [1]}}", "a value has the wrong type"),
     ],
 )
 def test_a_wrong_study_file_is_named(text: str, said: str) -> None:

@@ -192,7 +192,10 @@ class Answer:
         """The inverse of `to_json`."""
         try:
             choices = tuple((str(label), str(text)) for label, text in value["choices"])
-            return cls(**{**_own_fields(cls, value), "choices": choices})
+            answer = cls(**{**_own_fields(cls, value), "choices": choices})
+            if not isinstance(answer.response, str) or answer.kind not in ("choice", "number", "yesno"):
+                raise TypeError(f"response {answer.response!r:.40}, kind {answer.kind!r:.40}")
+            return answer
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"answers: a field is missing or wrong ({error}); evaluate again") from error
 

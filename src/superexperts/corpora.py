@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -100,7 +101,7 @@ def _hub_texts(name: str, hub: HubCorpus) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=True)
         for row in rows:
-            yield "\n".join(str(row[column]) for column in hub.columns)
+            yield "\n".join(_text(row[column], column, hub.path) for column in hub.columns)
     except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"--corpus: {name} ({hub.path}) cannot be read from the Hub ({type(error).__name__}); "
@@ -110,17 +111,26 @@ def _hub_texts(name: str, hub: HubCorpus) -> Iterator[str]:
 
 def _texts(file: Path, columns: tuple[str, ...]) -> Iterator[str]:
     if file.suffix == ".txt":
-        with _open(file) as stream:
-            yield stream.read()
+        try:
+            yield file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"--corpus: {file} is not UTF-8 text ({error}); convert it") from error
         return
     for number, row in read_rows(file, "--corpus"):
         missing = [column for column in columns if column not in row]
         if missing:
             have = ", ".join(sorted(row))
             raise DataError(f"--column: {file} row {number} has no {missing[0]!r} (it has {have}); name one of these")
-        text = "\n".join(str(row[column]) for column in columns)
+        text = "\n".join(_text(row[column], column, f"{file} row {number}") for column in columns)
         if text.strip():
             yield text
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise DataError(f"--column: {where} has a {kind} as {column!r}, not a text; name a column of texts")
+    return value
 
 
 def read_rows(file: Path, option: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -134,7 +144,7 @@ def read_rows(file: Path, option: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not isinstance(row, dict):
                     raise DataError(f"{option}: {file} row {number} is no JSON object; write one object a line")
                 yield number, row
-        except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise DataError(f"{option}: {file} is not readable as JSONL ({error}); repair the file") from error
 
 

@@ -32,7 +32,7 @@ from .errors import OptionError
 from .lora import load_adapter
 from .model import checkpoint_folder, load_model, load_tokenizer
 from .perplexity import perplexity
-from .rundir import completed, fingerprint, prepare_folder, read_json, write_json, write_manifest, write_text
+from .rundir import MANIFEST, completed, fingerprint, prepare_folder, read_json, write_json, write_manifest, write_text
 from .tasks import Benchmark, load_benchmarks, prompt
 
 __all__ = ["ask", "run"]
@@ -197,6 +197,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.adapter:
         model = load_adapter(model, config.adapter)
     asker = _Asker(model, tokenizer, config.batch_size, config.max_new_tokens)
+    for old in [out / MANIFEST, *(out / "answers").glob("*.jsonl")]:
+        old.unlink(missing_ok=True)  # answers of two runs must never stand side by side
     outputs = []
     for name, benchmark in benchmarks.items():
         answers = _ask_one(
@@ -211,9 +213,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         outputs.append(f"answers/{name}.jsonl")
         lines = [json.dumps(answer.to_json(), ensure_ascii=False) + "\n" for answer in answers]
         write_text(out / outputs[-1], "".join(lines))
-    for stale in set((out / "answers").glob("*.jsonl")) - {out / name for name in outputs}:
-        stale.unlink()  # an earlier run's benchmark: extract would take it for this one's
-    (out / "perplexity.json").unlink(missing_ok=True)
     if sequences_BL is not None:
         measured = perplexity(model, sequences_BL, description=f"{config.variant}: perplexity")
         value = {

@@ -71,11 +71,12 @@ def _scores_json(scores: Sequence[Score]) -> dict[str, Any]:
 
 def _read_answers(file: Path) -> Iterator[Answer]:
     found = 0
-    with file.open(encoding="utf-8") as stream:
+    # A byte that is no UTF-8 becomes a replacement character: it cannot turn one answer into another's error.
+    with file.open(encoding="utf-8", errors="replace") as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 yield Answer.from_json(json.loads(line))
-            except (json.JSONDecodeError, UnicodeDecodeError, DataError) as error:
+            except (json.JSONDecodeError, DataError) as error:
                 raise DataError(f"DIR: {file} line {number} is no answer ({error}); evaluate again") from error
             found = number
     if not found:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from . import moe
 from .artifacts import ExpertKey, key_order
-from .errors import DataError, ModelError, OptionError
+from .errors import DataError, EffectError, ModelError, OptionError
 from .lora_layer import ExpertLoraConfig, linears
 from .rundir import read_json
 
@@ -257,6 +257,8 @@ def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
         with_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
         with _scaled_to_zero(model):
             without_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
+        if not with_LV.isfinite().all():
+            raise EffectError("the adapter makes logits that are not finite: training diverged; lower --learning-rate")
         change = max(change, float((with_LV - without_LV).abs().max()))
         divergence += float(
             F.kl_div(without_LV.log_softmax(-1), with_LV.log_softmax(-1), reduction="sum", log_target=True)

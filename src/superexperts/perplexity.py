@@ -26,8 +26,8 @@ def perplexity(
     """Perplexity of full sequences of token ids [B, L], L at least 2, without padding.
 
     Log-likelihoods are taken in float32 whatever the model's dtype and summed in float64, so that the batch size
-    changes nothing but the model's own rounding. Where the model is so sure and so wrong that the mean overflows, the
-    result is inf; `ModelError` if a logit is not a number. `description` shows a progress bar.
+    changes nothing but the model's own rounding. `ModelError` if a logit is not a number, or if
+    the model is so sure and so wrong that the result overflows. `description` shows a progress bar.
     """
     batch, length = sequences_BL.shape
     assert batch > 0, "no sequence"
@@ -44,4 +44,6 @@ def perplexity(
     mean = total / (batch * (length - 1))
     if math.isnan(mean):
         raise ModelError("MODEL: a logit is not a number; try --dtype float32")
-    return math.exp(mean) if mean < 700 else math.inf
+    if mean > 700:
+        raise ModelError(f"MODEL: its perplexity is exp({mean:.0f}), more than a number holds; check the checkpoint")
+    return math.exp(mean)

@@ -51,8 +51,11 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(stream.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+            raise OutputError(f"--out: cannot write {path} ({reason}); make room or choose another path") from error
         raise
 
 
@@ -87,6 +90,8 @@ def fingerprint(path: Path) -> str:
     Files over 64 MiB count by size, time stamp and their first and last MiB. Manifests and hidden files are left out:
     they say when something was made, not what it is.
     """
+    if not path.exists():
+        raise DataError(f"{path} is missing; check the path")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     parts: list[list[str | int]] = []
     for file in files:
@@ -164,7 +169,7 @@ def write_manifest(
         {
             "schema": "superexperts/manifest/1",
             "command": command,
-            "key": digest([command, dict(inputs)]),
+            "key": _key(command, inputs),
             "inputs": dict(inputs),
             "outputs": {name: fingerprint(folder / name) for name in outputs},
             "versions": versions(),
@@ -176,13 +181,25 @@ def write_manifest(
     )
 
 
+def _key(command: str, inputs: Mapping[str, Any]) -> str:
+    """What must be equal for a result to stand: the inputs, and this package's own sources."""
+    return digest([command, dict(inputs), _sources()])
+
+
+@functools.cache
+def _sources() -> str:
+    """Digest of the package's modules: a mended prompt or rule makes old results old."""
+    here = Path(__file__).parent
+    return digest([[str(file.relative_to(here)), fingerprint(file)] for file in sorted(here.rglob("*.py"))])
+
+
 def completed(folder: Path, command: str, inputs: Mapping[str, Any]) -> bool:
     """Whether `folder` holds this command's result for these very inputs, with every output unchanged."""
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         return False
     manifest = read_json(manifest_path, "manifest")
-    if manifest.get("key") != digest([command, dict(inputs)]):
+    if manifest.get("key") != _key(command, inputs):
         return False
     outputs: dict[str, str] = manifest["outputs"]
     return all((folder / name).exists() and fingerprint(folder / name) == sha for name, sha in outputs.items())
@@ -197,10 +214,12 @@ def versions() -> dict[str, str]:
 @functools.cache
 def git_commit() -> str | None:
     """Commit of this package's source tree, None when it was installed from a wheel."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # A wheel in an environment inside somebody else's repository is not that repository's commit.
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=False)
+        done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return done.stdout.strip() if tracked.returncode == done.returncode == 0 else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def _values(file: Path, option: str) -> Iterator[tuple[int, Any]]:
         text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{option}: cannot read {file} ({error.strerror or error}); check the path") from error
-    except (UnicodeDecodeError, EOFError) as error:
+    except (UnicodeDecodeError, EOFError, zlib.error) as error:
         raise DataError(f"{option}: {file} is not UTF-8 text ({error}); save it as UTF-8") from error
     if text.lstrip().startswith("["):
         try:

@@ -7,6 +7,7 @@ inputs' hashes whether it is done, so a killed study goes on where it was, and a
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Mapping
 from importlib.resources import files
@@ -28,12 +29,13 @@ from .config import (
     TrainConfig,
 )
 from .console import note, stderr
-from .corpora import read_rows
+from .corpora import HUB_CORPORA, local_data, local_file, read_rows
 from .errors import DataError, OptionError
 from .model import checkpoint_folder
 from .pocket import write_data
 from .report import write_csv, write_report
 from .rundir import completed, fingerprint, new_folder, prepare_folder, read_json, write_json, write_manifest
+from .tasks import load_benchmarks
 
 __all__ = ["VARIANTS", "Plan", "Variant", "run"]
 
@@ -95,6 +97,12 @@ class Plan:
         for option in self.training:
             if option not in free - {"model", "data", "experts", "attention", "out", "json", "seed"}:
                 raise OptionError(f"STUDY training: {option!r} is no option of train; see superexperts train --help")
+        try:  # every option error before any work
+            ProfileConfig(tokens=self.tokens, seq_len=self.seq_len, depth=self.depth)
+            EvaluateConfig(tasks=",".join(self.tasks), limit=self.limit, max_new_tokens=self.max_new_tokens)
+            TrainConfig(data=Path("rows"), attention=True, **self.training)
+        except TypeError as error:
+            raise OptionError(f"STUDY: a value has the wrong type ({error}); see docs/study.md") from error
         trains = any(VARIANTS[name].kind == "lora" for name in self.variants)
         if trains and self.train_data is None and self.data_dir != "pocket":
             raise OptionError("STUDY train_data: None is missing for the lora variants; name a file of rows")
@@ -112,10 +120,58 @@ class Plan:
         unknown = sorted(set(value) - known)
         if unknown:
             raise OptionError(f"STUDY: {unknown[0]!r} is no field of a study; choose from {', '.join(sorted(known))}")
-        for name in ("tasks", "variants"):
-            if name in value:
-                value[name] = tuple(value[name])
+        for field in dataclasses.fields(cls):
+            if field.name in value:
+                value[field.name] = _checked(field.name, value[field.name])
         return cls(**value)
+
+
+TYPES: dict[str, type] = {
+    "tokens": int,
+    "seq_len": int,
+    "limit": int,
+    "max_new_tokens": int,
+    "seed": int,
+    "depth": float,
+    "tasks": list,
+    "variants": list,
+    "training": dict,
+}
+"""Of a study file's fields; all others are text."""
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A field's value of its right type; YAML 1.1 reads 1e-3 as text, so numbers may come as text."""
+    kind = TYPES.get(name, str)
+    nullable = name in ("limit", "revision", "data_dir", "train_data")
+    if value is None and nullable:
+        return None
+    if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if kind is float and number == number:
+            return number
+        if number == int(number if number == number else 0.5):
+            return int(number)
+    elif kind is list and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if len(set(value)) < len(value):
+            raise OptionError(f"STUDY {name}: {value} names one twice; name each once")
+        return tuple(value)
+    elif kind is dict and isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    elif kind is str and isinstance(value, str) and (name != "name" or re.fullmatch(r"[\w.-]*\w[\w.-]*", value)):
+        return value
+    wanted = {int: "a whole number", float: "a number", list: "a list of names", dict: "a mapping"}.get(kind, "a text")
+    raise OptionError(f"STUDY {name}: {value!r} is not {wanted}; write it as docs/study.md shows")
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def run(config: StudyConfig) -> dict[str, Any]:
@@ -124,14 +180,18 @@ def run(config: StudyConfig) -> dict[str, Any]:
     if config.study is None:
         plan = Plan.load((files(__package__) / "pocket" / "study.yaml").read_text(encoding="utf-8"))
     elif config.study.is_file():
-        plan = Plan.load(config.study.read_text(encoding="utf-8"))
+        plan = Plan.load(config.study.read_text(encoding="utf-8", errors="replace"))
     else:
         raise OptionError(f"STUDY: {str(config.study)!r} is no file; give a YAML file, or --demo")
     out = prepare_folder(config.out or Path("runs") / plan.name)
+    for option, path in (("data_dir", plan.data_dir), ("train_data", plan.train_data)):
+        if path is not None and path != "pocket" and not Path(path).exists():
+            raise DataError(f"STUDY {option}: {path!r} is missing; check the path")
     inputs = {
         "plan": {name: str(value) for name, value in dataclasses.asdict(plan).items()},
         "model": fingerprint(checkpoint_folder(plan.model, plan.revision)),
         "train_data": fingerprint(Path(plan.train_data)) if plan.train_data else None,
+        "data": _data_identity(plan),
     }
     if completed(out, "study", inputs):
         note(f"study: {out} is up to date, nothing to do")
@@ -147,6 +207,18 @@ def run(config: StudyConfig) -> dict[str, Any]:
     if not (out / "report.html").is_file():
         write_report(out)  # after the manifest, which it shows
     return {"out": str(out), "report": str(out / "report.html"), "results": read_json(out / "results.json", "STUDY")}
+
+
+def _data_identity(plan: Plan) -> dict[str, str]:
+    """Digests of what is asked and of a corpus that is a file; what comes from the Hub has its revision instead."""
+    data_dir = local_data(Path(plan.data_dir) if plan.data_dir else None)
+    benchmarks = load_benchmarks(plan.tasks, data_dir) if data_dir is not None else {}
+    digests = {name: benchmark.sha for name, benchmark in benchmarks.items()}
+    if plan.corpus in HUB_CORPORA and data_dir is not None:
+        digests["corpus"] = fingerprint(local_file(data_dir, HUB_CORPORA[plan.corpus].stem))
+    elif Path(plan.corpus).is_file():
+        digests["corpus"] = fingerprint(Path(plan.corpus))
+    return digests
 
 
 def _run_cells(plan: Plan, out: Path) -> None:

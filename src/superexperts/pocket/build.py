@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoTokenizer, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
 from ..console import note, stderr
-from ..rundir import new_folder, read_json, write_json
+from ..rundir import new_folder, read_json, write_json, write_manifest
 from . import checkpoint_dir
-from .architecture import pocket_config
+from .architecture import pocket_config, strengthen
 from .measure import check, measure
 from .tokenizer import train_tokenizer
 from .training import Recipe, batches, train
@@ -47,6 +47,7 @@ def build(recipe: Recipe, *, progress: bool = True) -> tuple[DeepseekV2ForCausal
             bars.update(bar, advance=1, description=told)
             if progress and not stderr.is_terminal and step.number % 100 == 0:
                 note(f"step {step.number}: {told}")
+    strengthen(model)
     return model.to(torch.bfloat16), tokenizer
 
 
@@ -66,11 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
     folder: Path = options.out or options.verify
     if options.out is not None:
         begin = time.monotonic()
-        model, tokenizer = build(Recipe(steps=options.steps, seed=options.seed), progress=not options.quiet)
         with new_folder(folder, "pocket") as temporary:
+            model, tokenizer = build(Recipe(steps=options.steps, seed=options.seed), progress=not options.quiet)
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             write_json(temporary / "measured.json", measure(model.float(), tokenizer))
+            write_manifest(temporary, "pocket", {}, ["model.safetensors"], time.monotonic() - begin)
         print(f"built in {time.monotonic() - begin:.0f} s on {torch.get_num_threads()} threads: {folder}")
         measured = read_json(folder / "measured.json", "--out")
     else:
