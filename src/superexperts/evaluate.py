@@ -197,7 +197,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.adapter:
         model = load_adapter(model, config.adapter)
     asker = _Asker(model, tokenizer, config.batch_size, config.max_new_tokens)
-    for old in [out / MANIFEST, *(out / "answers").glob("*.jsonl")]:
+    for old in [out / MANIFEST, out / "perplexity.json", *(out / "answers").glob("*.jsonl")]:
         old.unlink(missing_ok=True)  # answers of two runs must never stand side by side
     outputs = []
     for name, benchmark in benchmarks.items():
