@@ -85,7 +85,7 @@ def test_a_broken_gzip_is_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xe9")
     with pytest.raises(DataError, match="is not UTF-8 text"):
         list(documents(str(tmp_path / "a.txt")))
 
