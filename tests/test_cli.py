@@ -58,6 +58,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["profile", "--depth", "3"], "--depth: 3.0 is out of range"),
         (["profile", "--seq-len", "abc"], "--seq-len"),
         (["profile", "--seq-len", "1"], "--seq-len: 1 is too short"),
+        (["profile", "--seq-len", "4096"], "--seq-len: 4096 is over the model's context of 2048"),
         (["profile", "--tokens", "8"], "--tokens: 8 is under one sequence"),
         (["profile", "--corpus", "nowhere.txt"], "--corpus: 'nowhere.txt' is neither a file nor one of"),
         (["profile", "--device", "cuda:99"], "--device: 'cuda:99'"),
@@ -87,7 +88,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_wrong_input_is_one_line(arguments: list[str], said: str, here: Path, capsys: Any) -> None:
     assert said in wrong(capsys, *arguments)
-    assert [path for path in here.rglob("*") if path.is_file()] == []
+    assert list(here.rglob("*")) == []
 
 
 @pytest.mark.parametrize(

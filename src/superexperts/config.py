@@ -303,6 +303,8 @@ class ReportConfig:
 
     folder: Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
     """Folder with results.json."""
+    json: Switch = False
+    """Print the result as JSON."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,3 +318,5 @@ class PocketConfig:
     """Folder of the checkpoint."""
     data: Path | None = None
     """Also write the pocket world's benchmark, training and corpus files here."""
+    json: Switch = False
+    """Print the result as JSON."""

@@ -179,7 +179,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     The data are checked before the model is loaded. Nothing is done where the folder holds these very answers.
     """
     started = time.monotonic()
-    out = prepare_folder(config.out)
+    out = config.out
     benchmarks = load_benchmarks(config.task_names, config.data_dir)
     tokenizer = load_tokenizer(config)
     sequences_BL = _sequences(config, tokenizer)
@@ -197,6 +197,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.adapter:
         model = load_adapter(model, config.adapter)
     asker = _Asker(model, tokenizer, config.batch_size, config.max_new_tokens)
+    prepare_folder(out)
     for old in [out / MANIFEST, out / "perplexity.json", *(out / "answers").glob("*.jsonl")]:
         old.unlink(missing_ok=True)  # answers of two runs must never stand side by side
     outputs = []

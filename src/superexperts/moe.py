@@ -136,7 +136,12 @@ def find_banks(model: nn.Module) -> tuple[Bank, ...]:
 
 def num_layers(model: nn.Module) -> int:
     """Decoder layers of the model, dense ones counted."""
-    return int(cast(Any, model).config.get_text_config().num_hidden_layers)
+    return int(text_config(model).num_hidden_layers)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, which in a model of several parts is one of several."""
+    return cast(Any, model).config.get_text_config()
 
 
 def expert_keys(banks: Collection[Bank]) -> tuple[ExpertKey, ...]:

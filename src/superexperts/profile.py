@@ -21,7 +21,7 @@ from .artifacts import CorpusProfile, ExpertKey, ExpertStats, Profile, key_order
 from .config import ProfileConfig, identity
 from .console import note, stderr
 from .corpora import documents, local_data, pack
-from .errors import ModelError
+from .errors import ModelError, OptionError
 from .model import checkpoint_folder, load_model, load_tokenizer
 from .plots import plot_heatmap, plot_layers
 from .rundir import completed, fingerprint, prepare_folder, write_json, write_manifest
@@ -109,7 +109,6 @@ def profile_corpus(
 def run(config: ProfileConfig) -> dict[str, Any]:
     """The command: profiles each corpus, writes profile.json and the pictures."""
     started = time.monotonic()
-    prepare_folder(config.out)
     names = tuple(dict.fromkeys(config.corpus)) or ("pocket",)
     tokenizer = load_tokenizer(config)
     sequences = {name: _sequences(config, name, tokenizer) for name in names}
@@ -122,6 +121,11 @@ def run(config: ProfileConfig) -> dict[str, Any]:
         note(f"profile: {config.out} is up to date, nothing to do")
         return summary(Profile.load(config.out), config, tokenizer)
     model = load_model(config)
+    context = getattr(moe.text_config(model), "max_position_embeddings", None)  # a state-space model has no limit
+    if context is not None and config.seq_len > context:
+        raise OptionError(f"--seq-len: {config.seq_len} is over the model's context of {context}; give at most that")
+    moe.find_banks(model)
+    prepare_folder(config.out)
     profile = Profile(
         model=config.model,
         num_layers=moe.num_layers(model),

@@ -133,6 +133,7 @@ def new_folder(folder: Path, command: str, option: str = "--out") -> Iterator[Pa
     """
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _made_by(folder, command))):
         raise OutputError(f"{option}: {folder} exists and was not made by `{command}`; choose another folder")
+    parent_is_ours = not folder.parent.exists()
     prepare_folder(folder.parent, option)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     temporary.chmod(0o755)
@@ -152,6 +153,8 @@ def new_folder(folder: Path, command: str, option: str = "--out") -> Iterator[Pa
             temporary.replace(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if parent_is_ours:
+            folder.parent.rmdir()
         raise
 
 
