@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import tempfile
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from .errors import DataError
 from .pocket import write_data
 
-__all__ = ["HUB_CORPORA", "HubCorpus", "bos_prefix", "documents", "local_data", "pack", "read_rows"]
+__all__ = ["HUB_CORPORA", "HubCorpus", "bos_prefix", "digest_ids", "documents", "local_data", "pack", "read_rows"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +187,11 @@ def pack(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, corpus: st
     raise DataError(
         f"--corpus: {corpus} has {have} tokens, under --tokens {tokens}; give --tokens {len(sequences) * seq_len}"
     )
+
+
+def digest_ids(ids_BL: Tensor) -> str:
+    """SHA-256 of token ids, for a stage's inputs."""
+    return hashlib.sha256(ids_BL.numpy().tobytes()).hexdigest()
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

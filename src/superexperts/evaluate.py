@@ -8,7 +8,6 @@ Shape suffixes: B prompts in a batch, L tokens of the longest one.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import time
@@ -27,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from .artifacts import Answer
 from .config import EvaluateConfig, identity
 from .console import note, stderr
-from .corpora import documents, local_data, pack
+from .corpora import digest_ids, documents, local_data, pack
 from .errors import OptionError
 from .lora import load_adapter
 from .model import checkpoint_folder, load_model, load_tokenizer
@@ -188,7 +187,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         model=fingerprint(checkpoint_folder(config.model, config.revision)),
         adapter=fingerprint(_adapter(config.adapter)) if config.adapter else None,
         data={name: benchmark.sha for name, benchmark in benchmarks.items()},
-        perplexity=None if sequences_BL is None else hashlib.sha256(sequences_BL.numpy().tobytes()).hexdigest(),
+        perplexity=None if sequences_BL is None else digest_ids(sequences_BL),
     )
     if completed(out, "evaluate", inputs):
         note(f"evaluate: {out} is up to date, nothing to do")

@@ -6,7 +6,6 @@ Shape suffixes: B sequences, L tokens per sequence, N tokens routed to one exper
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Collection, Sequence
 from typing import Any, cast
@@ -20,7 +19,7 @@ from . import moe
 from .artifacts import CorpusProfile, ExpertKey, ExpertStats, Profile, key_order
 from .config import ProfileConfig, identity
 from .console import note, stderr
-from .corpora import documents, local_data, pack
+from .corpora import digest_ids, documents, local_data, pack
 from .errors import ModelError, OptionError
 from .model import checkpoint_folder, load_model, load_tokenizer
 from .plots import plot_heatmap, plot_layers
@@ -115,7 +114,7 @@ def run(config: ProfileConfig) -> dict[str, Any]:
     inputs = identity(
         config,
         model=fingerprint(checkpoint_folder(config.model, config.revision)),
-        corpora={name: _sha(ids_BL) for name, ids_BL in sequences.items()},
+        corpora={name: digest_ids(ids_BL) for name, ids_BL in sequences.items()},
     )
     if completed(config.out, "profile", inputs):
         note(f"profile: {config.out} is up to date, nothing to do")
@@ -151,11 +150,6 @@ def run(config: ProfileConfig) -> dict[str, Any]:
 def _sequences(config: ProfileConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     texts = documents(name, config.column, local_data(config.data_dir))
     return pack(texts, tokenizer, corpus=name, tokens=config.tokens, seq_len=config.seq_len)
-
-
-def _sha(ids_BL: Tensor) -> str:
-
-    return hashlib.sha256(ids_BL.numpy().tobytes()).hexdigest()
 
 
 def summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError, ModelError
+from .prompting import prompt_of
 
 __all__ = ["FIELDS", "IGNORED", "Example", "Row", "encode", "prompt", "read_rows", "response"]
 
@@ -47,7 +48,7 @@ class Example:
 
 def prompt(question: str) -> str:
     """What the model is asked."""
-    return f"Question: {question}\nAnswer:"
+    return prompt_of(question)
 
 
 def response(explain: str, answer: str) -> str:

@@ -147,14 +147,9 @@ def _checked(name: str, value: Any) -> Any:
     if value is None and nullable:
         return None
     if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            number = float("nan")
-        if kind is float and number == number:
-            return number
-        if number == int(number if number == number else 0.5):
-            return int(number)
+        number = _number(value)
+        if isinstance(number, int | float) and (kind is float or float(number).is_integer()):
+            return kind(number)
     elif kind is list and isinstance(value, list) and all(isinstance(item, str) for item in value):
         if len(set(value)) < len(value):
             raise OptionError(f"STUDY {name}: {value} names one twice; name each once")
@@ -168,6 +163,7 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
+    """A text that is a number as that number, anything else as it is."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -212,7 +208,9 @@ def run(config: StudyConfig) -> dict[str, Any]:
 def _data_identity(plan: Plan) -> dict[str, str]:
     """Digests of what is asked and of a corpus that is a file; what comes from the Hub has its revision instead."""
     data_dir = local_data(Path(plan.data_dir) if plan.data_dir else None)
-    benchmarks = load_benchmarks(plan.tasks, data_dir) if data_dir is not None else {}
+    # The pocket world is made by the package's own sources, which every stage's key holds.
+    local = data_dir is not None and str(data_dir) != "pocket"
+    benchmarks = load_benchmarks(plan.tasks, data_dir) if local else {}
     digests = {name: benchmark.sha for name, benchmark in benchmarks.items()}
     if plan.corpus in HUB_CORPORA and data_dir is not None:
         digests["corpus"] = fingerprint(local_file(data_dir, HUB_CORPORA[plan.corpus].stem))

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..prompting import prompt_of
 from .facts import (
     ANIMALS,
     COLOURS,
@@ -73,7 +74,7 @@ def body(question: Question) -> str:
 
 def prompt(question: Question) -> str:
     """The whole prompt; the response follows with a leading space."""
-    return f"Question: {body(question)}\nAnswer:"
+    return prompt_of(body(question))
 
 
 def _lead(rng: random.Random, text: str, topic: str) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from ..errors import DataError
+from ..prompting import prompt_of
 
 __all__ = ["Item", "prompt", "read_item"]
 
@@ -46,7 +47,7 @@ class Item:
 
 def prompt(item: Item) -> str:
     """The whole prompt; a response begins right after it."""
-    return f"Question: {item.body}\nAnswer:"
+    return prompt_of(item.body)
 
 
 def read_item(task: str, row: Row, index: int) -> Item:
