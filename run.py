@@ -5,21 +5,30 @@ python run.py --model_name M --dataset_name math --save_path DIR --profile_super
 
 import argparse
 import sys
+from typing import NoReturn
 
 from superexperts.cli import main
 
 NAMES = ("math", "medical", "legal", "wikitext2", "c4", "tinystories", "multilingual")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with the one-line errors of `superexperts`."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"run.py: {message}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
 def forward(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name", required=True, help="checkpoint folder, Hub name, or pocket")
     parser.add_argument("--dataset_name", required=True, choices=(*NAMES, "pocket"))
     parser.add_argument("--save_path", required=True, help="folder for profile.json, experts.json and the pictures")
     parser.add_argument("--profile_super_experts", action="store_true", help="profile, then write experts.json")
     options = parser.parse_args(arguments)
     if not options.profile_super_experts:
-        parser.error("--profile_super_experts is missing: there is nothing else that this script does")
+        parser.error("--profile_super_experts is missing: this script does nothing else; add it")
     profile = ["profile", options.model_name, "--corpus", options.dataset_name, "--out", options.save_path]
     select = ["select", options.save_path, "--rule", "super", "--out", f"{options.save_path}/experts.json"]
     return main(profile) or main(select)

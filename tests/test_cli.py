@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from superexperts.artifacts import Answer, ExpertSet
 from superexperts.cli import COMMANDS, main
 from superexperts.config import CheckpointConfig
 from superexperts.model import load_tokenizer
@@ -129,8 +130,48 @@ def test_an_empty_or_short_corpus_is_one_line(here: Path, capsys: Any) -> None:
 
 def test_an_unwritable_folder_is_one_line(here: Path, capsys: Any) -> None:
     (here / "file").write_text("")
-    for command in (["profile"], ["prune", "--experts", "L1E11"], ["evaluate", "--data-dir", "pocket"], ["pocket"]):
+    (here / "rows.json").write_text(json.dumps([ROW]))
+    main(["profile", "--tokens", "256", "--seq-len", "128", "--out", "profile"])
+    capsys.readouterr()
+    train = ["train", "--data", "rows.json", "--experts", "L1E11"]
+    for command in (
+        ["profile"], ["select", "profile"], ["prune", "--experts", "L1E11"], train,
+        ["evaluate", "--data-dir", "pocket"], ["study", "--demo"], ["pocket"],
+    ):  # fmt: skip
         assert "--out: " in wrong(capsys, *command, "--out", "file/below")
+
+
+def test_an_unwritable_folder_of_answers_is_one_line(here: Path, capsys: Any) -> None:
+    answer = Answer(
+        id="a", prompt="?", response="4", gold="4", choices=(), kind="number", task="gsm8k", variant="base", seed=0
+    )
+    (here / "answers").mkdir()
+    (here / "answers" / "gsm8k.jsonl").write_text(json.dumps(answer.to_json()))
+    (here / "extractions").write_text("a file where the folder should be")
+    assert "cannot write to extractions" in wrong(capsys, "extract", ".")
+
+
+def test_an_empty_benchmark_file_is_one_line(here: Path, capsys: Any) -> None:
+    (here / "boolq_validation.jsonl").write_text("")
+    assert "boolq" in wrong(capsys, "evaluate", "--data-dir", ".", "--tasks", "boolq")
+    assert not (here / "runs").exists()
+
+
+def test_a_checkpoint_is_not_pruned_into_itself(here: Path, capsys: Any) -> None:
+    main(["pocket", "--out", "model"])
+    capsys.readouterr()
+    before = {file.name: file.read_bytes() for file in (here / "model").iterdir()}
+    assert "is MODEL itself" in wrong(capsys, "prune", "model", "--experts", "L1E11", "--out", "./model")
+    assert {file.name: file.read_bytes() for file in (here / "model").iterdir()} == before
+
+
+def test_experts_of_another_model_are_told(here: Path, capsys: Any) -> None:
+    experts = ExpertSet(model="another", rule={"name": "super"}, experts=((1, 11),), scores=(1.0,))
+    (here / "experts.json").write_text(json.dumps(experts.to_json()))
+    assert main(["prune", "--experts", "experts.json", "--out", "out"]) == 0
+    assert "was selected from 'another', MODEL is 'pocket'" in capsys.readouterr().err
+    assert main(["prune", "--experts", "L1E11", "--out", "out"]) == 0
+    assert "was selected" not in capsys.readouterr().err
 
 
 def test_pickle_checkpoints_are_refused(here: Path, capsys: Any) -> None:
@@ -150,6 +191,15 @@ def test_json_is_all_that_is_printed(here: Path, capsys: Any) -> None:
     capsys.readouterr()
     ours, theirs = (json.loads((here / name / "profile.json").read_text()) for name in "pq")
     assert ours["corpora"] == theirs["corpora"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--model_name", "pocket", "--dataset_name", "x", "--save_path", "y"]])
+def test_the_original_command_line_says_what_is_wrong_in_one_line(arguments: list[str], here: Path) -> None:
+    script = Path(__file__).parents[1] / "run.py"
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("run.py: ")
 
 
 def test_the_original_command_line(here: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ from superexperts.config import TASKS, EvaluateConfig
 from superexperts.corpora import documents, pack
 from superexperts.errors import DataError, OptionError, OutputError
 from superexperts.evaluate import _Asker, ask
+from superexperts.extract import extract_folder
+from superexperts.journal import Journal
 from superexperts.lora import attach_attention
 from superexperts.model import load_model, load_tokenizer
 from superexperts.perplexity import perplexity
@@ -142,11 +144,52 @@ def test_run_writes_answers_and_does_no_work_twice(
         assert [(answer.task, answer.variant, answer.seed) for answer in answers] == [(task, "base", 0)] * 3
     ids_BL = pack(documents("pocket"), tokenizer, corpus="pocket", tokens=16384, seq_len=512)
     assert first["perplexity"] == pytest.approx(perplexity(model, ids_BL), rel=1e-6)
+    assert not list((tmp_path / "run" / "answers").glob(".*"))
 
     monkeypatch.setattr(evaluate, "load_model", lambda _: pytest.fail("the model was loaded again"))
     assert evaluate.run(config) == first
     with pytest.raises(pytest.fail.Exception, match="loaded again"):  # another question of the same number
         evaluate.run(_config(tmp_path / "run", data, limit=2))
+
+
+def test_a_killed_run_asks_nothing_twice_and_answers_the_same(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"tasks": "gsm8k,boolq", "limit": 10, "batch_size": 4, "perplexity": None}
+    evaluate.run(_config(tmp_path / "whole", data, **settings))
+    generate, asked = _Asker._model_generate, 0
+
+    def counted(self: _Asker, context: Any, *arguments: Any, **more: Any) -> Any:
+        nonlocal asked
+        asked += len(context)
+        if asked == 18:  # 10 of gsm8k, and the second batch of boolq
+            raise KeyboardInterrupt
+        return generate(self, context, *arguments, **more)
+
+    monkeypatch.setattr(_Asker, "_model_generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(_config(tmp_path / "killed", data, **settings))
+    with pytest.raises(DataError, match="are not complete; run `evaluate` again"):
+        extract_folder(tmp_path / "killed")
+    asked = 100
+    evaluate.run(_config(tmp_path / "killed", data, **settings))
+    assert asked == 106
+    assert "14 answers of an interrupted run are kept" in capsys.readouterr().err
+    whole, killed = (
+        {file.name: file.read_bytes() for file in (tmp_path / name / "answers").iterdir()}
+        for name in ("whole", "killed")
+    )
+    assert whole == killed
+    assert set(whole) == {"gsm8k.jsonl", "boolq.jsonl"}
+
+
+def test_another_limit_keeps_no_answer_of_a_killed_run(tmp_path: Path, data: Path, capsys: Any) -> None:
+    (tmp_path / "answers").mkdir()
+    Journal(tmp_path / "answers" / ".boolq.partial", "of another model").add({0: "yes"}, 0)
+    evaluate.run(_config(tmp_path, data, tasks="boolq", limit=1, perplexity=None))
+    answer = json.loads((tmp_path / "answers" / "boolq.jsonl").read_text())
+    assert answer["response"] != "yes"
+    assert "are kept" not in capsys.readouterr().err
 
 
 def test_an_earlier_runs_files_are_not_left_behind(tmp_path: Path, data: Path) -> None:
@@ -163,6 +206,7 @@ def test_an_earlier_runs_files_are_not_left_behind(tmp_path: Path, data: Path) -
         ({"max_new_tokens": 2048}, OptionError, "--max-new-tokens: 2048 leaves no room"),
         ({"adapter": Path("no/such")}, OptionError, "--adapter: 'no/such' is no folder"),
         ({"perplexity": "no-such-corpus"}, DataError, "no-such-corpus"),
+        ({"tokens": 256}, OptionError, "--tokens: 256 is under one sequence of 512"),
     ],
 )
 def test_bad_options(tmp_path: Path, data: Path, changes: dict[str, Any], error: type[Exception], message: str) -> None:

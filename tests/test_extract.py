@@ -379,10 +379,16 @@ def test_folder(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "scores.json").read_text())
     assert saved["schema"] == "superexperts/scores/1"
     assert [Score.from_json(row) for row in saved["scores"]] == scores
-    assert sorted(file.name for file in (tmp_path / "extractions").iterdir()) == ["gsm8k.jsonl", "mmlu.jsonl"]
+    assert sorted(file.name for file in (tmp_path / "extractions").iterdir()) == [
+        "gsm8k.jsonl", "manifest.json", "mmlu.jsonl",
+    ]  # fmt: skip
     lines = (tmp_path / "extractions" / "gsm8k.jsonl").read_text().splitlines()
     assert [Extraction.from_json(json.loads(line)) for line in lines] == [extract(answer) for answer in numbers]
+    before = (tmp_path / "scores.json").stat().st_mtime_ns
     assert module.run(ExtractConfig(folder=tmp_path))["scores"] == saved["scores"]
+    assert (tmp_path / "scores.json").stat().st_mtime_ns == before  # nothing was done again
+    _write_answers(tmp_path, "gsm8k", numbers[:2])
+    assert [score.items for score in extract_folder(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize(

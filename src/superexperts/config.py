@@ -41,6 +41,11 @@ def _require(condition: bool, option: str, value: object, mend: str) -> None:
         raise OptionError(f"{option}: {value!r} {mend}")
 
 
+def _require_sequences(tokens: int, seq_len: int) -> None:
+    _require(seq_len >= 2, "--seq-len", seq_len, "is too short; give at least 2")
+    _require(tokens >= seq_len, "--tokens", tokens, f"is under one sequence of {seq_len}; give more")
+
+
 def identity(config: Any, **contents: Any) -> dict[str, Any]:
     """What a stage's result depends on: its options but paths, and the contents (hashes) that the paths lead to."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
@@ -98,11 +103,8 @@ class ProfileConfig(ModelConfig):
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        _require(self.seq_len >= 2, "--seq-len", self.seq_len, "is too short; give at least 2")
+        _require_sequences(self.tokens, self.seq_len)
         _require(self.batch_size >= 1, "--batch-size", self.batch_size, "is not positive; give at least 1")
-        _require(
-            self.tokens >= self.seq_len, "--tokens", self.tokens, f"is under one sequence of {self.seq_len}; give more"
-        )
         _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
 
 
@@ -239,6 +241,10 @@ class EvaluateConfig(ModelConfig):
     """Longest answer in tokens."""
     perplexity: str | None = None
     """Also measure the perplexity on this corpus (names as for profile)."""
+    tokens: int = 16384
+    """perplexity: tokens of the corpus, BOS of each sequence counted."""
+    seq_len: int = 512
+    """perplexity: tokens per sequence."""
     variant: str = "base"
     """Name of this variant in the answers."""
     data_dir: Path | None = None
@@ -253,6 +259,7 @@ class EvaluateConfig(ModelConfig):
         _require(self.limit is None or self.limit > 0, "--limit", self.limit, "is not positive; give at least 1")
         _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
+        _require_sequences(self.tokens, self.seq_len)
 
     @property
     def task_names(self) -> tuple[str, ...]:

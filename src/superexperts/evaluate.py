@@ -28,17 +28,26 @@ from .config import EvaluateConfig, identity
 from .console import note, stderr
 from .corpora import digest_ids, documents, local_data, pack
 from .errors import OptionError
+from .journal import Journal
 from .lora import load_adapter
 from .model import checkpoint_folder, load_model, load_tokenizer
 from .perplexity import perplexity
-from .rundir import MANIFEST, completed, fingerprint, prepare_folder, read_json, write_json, write_manifest, write_text
+from .rundir import (
+    MANIFEST,
+    completed,
+    fingerprint,
+    input_key,
+    prepare_folder,
+    read_json,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from .tasks import Benchmark, load_benchmarks, prompt
 
 __all__ = ["ask", "run"]
 
 PERPLEXITY_SCHEMA = "superexperts/perplexity/1"
-PERPLEXITY_TOKENS = 16384
-PERPLEXITY_LENGTH = 512
 
 
 def ask(
@@ -66,12 +75,21 @@ def ask(
 
 
 def _ask_one(
-    asker: _Asker, name: str, benchmark: Benchmark, *, limit: int | None, variant: str, seed: int, max_new_tokens: int
+    asker: _Asker,
+    name: str,
+    benchmark: Benchmark,
+    *,
+    limit: int | None,
+    variant: str,
+    seed: int,
+    max_new_tokens: int,
+    journal: Journal | None = None,
 ) -> list[Answer]:
     set_seed(seed)
     task = benchmark.task
     task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
-    with _quiet(), asker.progress(f"{variant}: {name}", min(limit or len(benchmark.items), len(benchmark.items))):
+    total = min(limit or len(benchmark.items), len(benchmark.items))
+    with _quiet(), asker.asking(f"{variant}: {name}", total, journal):
         results = lm_eval.evaluate(
             lm=asker, task_dict={"tasks": {name: task}}, limit=limit, log_samples=True, bootstrap_iters=0
         )
@@ -97,7 +115,8 @@ def _ask_one(
 
 
 class _Asker(HFLM):  # type: ignore[misc]  # the harness is untyped
-    """The harness's own model class, with two changes: a prompt that is cut keeps its BOS, and one progress bar."""
+    """The harness's own model class, with three changes: a prompt that is cut keeps its BOS, one progress bar, and
+    a journal of the answers given."""
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_new_tokens: int
@@ -107,6 +126,7 @@ class _Asker(HFLM):  # type: ignore[misc]  # the harness is untyped
         self.truncated = 0
         """Prompts whose beginning was cut because the model's context has no room for them."""
         self._bar: tuple[Progress, TaskID] | None = None
+        self._journal: Journal | None = None
         if max_new_tokens >= self.max_length:
             raise OptionError(
                 f"--max-new-tokens: {max_new_tokens} leaves no room for a prompt in the model's context of "
@@ -114,17 +134,34 @@ class _Asker(HFLM):  # type: ignore[misc]  # the harness is untyped
             )
 
     @contextlib.contextmanager
-    def progress(self, description: str, total: int) -> Iterator[None]:
-        """Shows how many answers are there within the block."""
+    def asking(self, description: str, total: int, journal: Journal | None) -> Iterator[None]:
+        """Within the block answers go to the journal and are counted: by a bar, or without a terminal by one line."""
+        started = time.monotonic()
         with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-            self._bar = progress, progress.add_task(description, total=total)
+            self._bar, self._journal = (progress, progress.add_task(description, total=total)), journal
             try:
                 yield
             finally:
-                self._bar = None
+                self._bar = self._journal = None
+        if not stderr.is_terminal:
+            note(f"{description}: {total} answers in {time.monotonic() - started:.1f} s")
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        return cast(list[str], super().generate_until(requests, disable_tqdm=True))
+        """As the harness does it, longest prompts first, but batch by batch, so that each can be kept."""
+        given: dict[int, str] = {} if self._journal is None else dict(self._journal.answers)
+        order = sorted(range(len(requests)), key=lambda i: (-len(self.tok_encode(requests[i].args[0])), i))
+        if self._bar is not None:
+            self._bar[0].advance(self._bar[1], len(given))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            if all(i in given for i in batch):
+                continue
+            truncated = self.truncated
+            responses = super().generate_until([requests[i] for i in batch], disable_tqdm=True)
+            given |= dict(zip(batch, responses, strict=True))
+            if self._journal is not None:
+                self._journal.add({i: given[i] for i in batch}, self.truncated - truncated)
+        return [given[i] for i in range(len(requests))]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **more: Any) -> Tensor:
         with torch.inference_mode():
@@ -199,6 +236,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     prepare_folder(out)
     for old in [out / MANIFEST, out / "perplexity.json", *(out / "answers").glob("*.jsonl")]:
         old.unlink(missing_ok=True)  # answers of two runs must never stand side by side
+    journals = {
+        name: Journal(out / "answers" / f".{name}.partial", input_key("evaluate", inputs)) for name in benchmarks
+    }
+    for stale in set((out / "answers").glob(".*.partial")) - {journal.path for journal in journals.values()}:
+        stale.unlink()
+    asker.truncated = sum(journal.truncated for journal in journals.values())
+    if kept := sum(len(journal.answers) for journal in journals.values()):
+        note(f"evaluate: {kept} answers of an interrupted run are kept")
     outputs = []
     for name, benchmark in benchmarks.items():
         answers = _ask_one(
@@ -209,6 +254,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             variant=config.variant,
             seed=config.seed,
             max_new_tokens=config.max_new_tokens,
+            journal=journals[name],
         )
         outputs.append(f"answers/{name}.jsonl")
         lines = [json.dumps(answer.to_json(), ensure_ascii=False) + "\n" for answer in answers]
@@ -227,6 +273,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if asker.truncated:
         note(f"evaluate: {asker.truncated} prompts are too long for the model and lost their beginning")
     write_manifest(out, "evaluate", inputs, outputs, time.monotonic() - started, truncated=asker.truncated)
+    for journal in journals.values():
+        journal.path.unlink()
     return _summary(config, asker.truncated)
 
 
@@ -242,7 +290,7 @@ def _sequences(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Te
         return None
     data_dir = local_data(config.data_dir)
     texts = documents(config.perplexity, data_dir=None if str(data_dir) == "pocket" else data_dir)
-    return pack(texts, tokenizer, corpus=config.perplexity, tokens=PERPLEXITY_TOKENS, seq_len=PERPLEXITY_LENGTH)
+    return pack(texts, tokenizer, corpus=config.perplexity, tokens=config.tokens, seq_len=config.seq_len)
 
 
 def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:

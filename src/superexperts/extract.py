@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from . import stats
 from .artifacts import Answer, Extraction, Score
 from .config import TASKS, ExtractConfig
+from .console import note
 from .errors import DataError
 from .extraction import number_value, read
-from .rundir import prepare_folder, write_json, write_text
+from .rundir import completed, fingerprint, prepare_folder, read_json, write_json, write_manifest, write_text
 
 __all__ = ["extract", "extract_folder", "run"]
 
@@ -42,11 +44,19 @@ def _right(answer: Answer, value: str) -> bool:
 def extract_folder(folder: Path) -> list[Score]:
     """Reads answers/*.jsonl; writes extractions/*.jsonl and scores.json. Scores in the benchmarks' usual order.
 
-    `DataError` without answers, or where a line is no answer.
+    Nothing is done where both were read from these very answers. `DataError` without answers, where a line is no
+    answer, or where `evaluate` was interrupted.
     """
+    started = time.monotonic()
     files = sorted((folder / "answers").glob("*.jsonl"), key=_order)
+    if any((folder / "answers").glob(".*.partial")):
+        raise DataError(f"DIR: the answers in {str(folder)!r} are not complete; run `evaluate` again, it continues")
     if not files:
         raise DataError(f"DIR: {str(folder)!r} has no answers/*.jsonl; give a folder that `evaluate` wrote")
+    inputs = {"answers": {file.name: fingerprint(file) for file in files}}
+    if completed(folder / "extractions", "extract", inputs):
+        note(f"extract: {folder} is up to date, nothing to do")
+        return [Score.from_json(row) for row in read_json(folder / "scores.json", "DIR")["scores"]]
     answers = {file.name: list(_read_answers(file)) for file in files}  # all of them, before anything is written
     prepare_folder(folder / "extractions", "DIR")
     scores = []
@@ -58,6 +68,8 @@ def extract_folder(folder: Path) -> list[Score]:
     for stale in set((folder / "extractions").glob("*.jsonl")) - {folder / "extractions" / name for name in answers}:
         stale.unlink()
     write_json(folder / "scores.json", _scores_json(scores))
+    outputs = [*answers, "../scores.json"]
+    write_manifest(folder / "extractions", "extract", inputs, outputs, time.monotonic() - started)
     return scores
 
 

@@ -13,12 +13,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from .artifacts import ExpertSet
 from .config import CheckpointConfig, ModelConfig
-from .console import stderr
+from .console import note, stderr
 from .errors import ModelError, OptionError
 from .pocket import checkpoint_dir
 
-__all__ = ["checkpoint_folder", "load_as_stored", "load_model", "load_tokenizer", "pick_device"]
+__all__ = ["checkpoint_folder", "chosen_experts", "load_as_stored", "load_model", "load_tokenizer", "pick_device"]
 
 # What a checkpoint is made of; .bin and .pt are pickles and are not fetched.
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
@@ -102,6 +103,14 @@ def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast(Any, tokenizer)
+
+
+def chosen_experts(text: str, model: str) -> ExpertSet:
+    """The expert set that --experts names; says so where it was selected from another model than MODEL."""
+    chosen = ExpertSet.parse(text)
+    if chosen.model and chosen.model != model:
+        note(f"--experts: {text} was selected from {chosen.model!r}, MODEL is {model!r}")
+    return chosen
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "completed",
     "digest",
     "fingerprint",
+    "input_key",
     "new_folder",
     "prepare_folder",
     "read_json",
@@ -172,7 +173,7 @@ def write_manifest(
         {
             "schema": "superexperts/manifest/1",
             "command": command,
-            "key": _key(command, inputs),
+            "key": input_key(command, inputs),
             "inputs": dict(inputs),
             "outputs": {name: fingerprint(folder / name) for name in outputs},
             "versions": versions(),
@@ -184,7 +185,7 @@ def write_manifest(
     )
 
 
-def _key(command: str, inputs: Mapping[str, Any]) -> str:
+def input_key(command: str, inputs: Mapping[str, Any]) -> str:
     """What must be equal for a result to stand: the inputs, and this package's own sources."""
     return digest([command, dict(inputs), _sources()])
 
@@ -202,7 +203,7 @@ def completed(folder: Path, command: str, inputs: Mapping[str, Any]) -> bool:
     if not manifest_path.is_file():
         return False
     manifest = read_json(manifest_path, "manifest")
-    if manifest.get("key") != _key(command, inputs):
+    if manifest.get("key") != input_key(command, inputs):
         return False
     outputs: dict[str, str] = manifest["outputs"]
     return all((folder / name).exists() and fingerprint(folder / name) == sha for name, sha in outputs.items())

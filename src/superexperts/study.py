@@ -71,8 +71,9 @@ class Plan:
     corpus: str = "pocket"
     """Corpus of the profile and of the perplexity."""
     tokens: int = 16384
-    """Tokens of the profile."""
+    """Tokens of the profile, and of the perplexity."""
     seq_len: int = 512
+    """Tokens of their sequences."""
     depth: float = 0.75
     tasks: tuple[str, ...] = TASKS
     limit: int | None = None
@@ -286,6 +287,8 @@ def _run_cells(plan: Plan, out: Path) -> None:
                 variant=name,
                 data_dir=data_dir,
                 perplexity=plan.corpus,
+                tokens=plan.tokens,
+                seq_len=plan.seq_len,
                 seed=plan.seed,
             )
         )

@@ -20,11 +20,11 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from . import lora
-from .artifacts import ExpertKey, ExpertSet, key_name
+from .artifacts import ExpertKey, key_name
 from .config import TrainConfig, identity
 from .console import note, stderr
 from .errors import DataError, EffectError
-from .model import checkpoint_folder, load_model, load_tokenizer
+from .model import checkpoint_folder, chosen_experts, load_model, load_tokenizer
 from .rundir import completed, fingerprint, new_folder, read_json, write_json, write_manifest, write_text
 from .sft_data import Example, encode, read_rows
 
@@ -48,7 +48,7 @@ def train(
     Returns training.json's content and `out`. `EffectError`, with nothing written, where the adapter changes no logit.
     """
     started = time.monotonic()
-    chosen = None if config.experts is None else ExpertSet.parse(config.experts).experts
+    chosen = None if config.experts is None else chosen_experts(config.experts, config.model).experts
     if not config.data.is_file():
         raise DataError(
             f"--data: {config.data} is no file; give a JSON array or JSONL of {{question, explain, answer}}"

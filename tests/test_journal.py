@@ -1,0 +1,44 @@
+"""The journal of answers: whole batches, another key begins anew, and half a line is dropped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from superexperts.errors import OutputError
+from superexperts.journal import Journal
+
+
+def test_it_comes_back_as_it_was_left(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "a" / "j", "key")
+    journal.add({3: "three\n\u2028\r", 1: "\ud800"}, 2)
+    journal.add({0: ""}, 1)
+    again = Journal(tmp_path / "a" / "j", "key")
+    assert again.answers == journal.answers == {3: "three\n\u2028\r", 1: "\ud800", 0: ""}
+    assert again.truncated == 3
+
+
+def test_another_key_begins_anew(tmp_path: Path) -> None:
+    Journal(tmp_path / "j", "key").add({0: "a"}, 0)
+    assert Journal(tmp_path / "j", "other").answers == {}
+    assert Journal(tmp_path / "j", "key").answers == {}
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_half_a_line_is_dropped_and_written_again(tmp_path: Path, cut: int) -> None:
+    journal = Journal(tmp_path / "j", "key")
+    journal.add({0: "kept"}, 0)
+    journal.add({1: "the second batch, cut"}, 1)
+    whole = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(whole[:-cut])
+    again = Journal(tmp_path / "j", "key")
+    assert (again.answers, again.truncated) == ({0: "kept"}, 0)
+    again.add({1: "the second batch, cut"}, 1)
+    assert (tmp_path / "j").read_bytes() == whole
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="--out: cannot write"):
+        Journal(tmp_path / "file" / "j", "key")
