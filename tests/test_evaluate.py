@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from superexperts import evaluate
+from superexperts import evaluate, prune
 from superexperts.artifacts import Answer
-from superexperts.config import TASKS, EvaluateConfig
+from superexperts.config import TASKS, EvaluateConfig, PruneConfig
 from superexperts.corpora import documents, pack
-from superexperts.errors import DataError, OptionError, OutputError
+from superexperts.errors import DataError, ExpertsError, OptionError, OutputError
 from superexperts.evaluate import _Asker, ask
 from superexperts.extract import extract_folder
 from superexperts.journal import Journal
@@ -152,6 +152,19 @@ def test_run_writes_answers_and_does_no_work_twice(
         evaluate.run(_config(tmp_path / "run", data, limit=2))
 
 
+def test_silenced_experts_answer_as_the_pruned_checkpoint_does(tmp_path: Path, data: Path) -> None:
+    prune.run(PruneConfig(experts="L1E11,L3E54", out=tmp_path / "pruned"))
+    settings: dict[str, Any] = {"tasks": "arc_easy,vmlu", "limit": 8}
+    base = evaluate.run(_config(tmp_path / "base", data, **settings))
+    pruned = evaluate.run(_config(tmp_path / "p", data, model=str(tmp_path / "pruned"), **settings))
+    silent = evaluate.run(_config(tmp_path / "s", data, silence="L1E11,L3E54", **settings))
+    assert silent["perplexity"] == pytest.approx(pruned["perplexity"], rel=1e-5)
+    assert silent["perplexity"] > 1.5 * base["perplexity"]
+    for task in ("arc_easy", "vmlu"):
+        told = [(tmp_path / name / "answers" / f"{task}.jsonl").read_text() for name in ("p", "s", "base")]
+        assert told[0] == told[1] != told[2]
+
+
 def test_a_killed_run_asks_nothing_twice_and_answers_the_same(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +219,8 @@ def test_an_earlier_runs_files_are_not_left_behind(tmp_path: Path, data: Path) -
         ({"max_new_tokens": 2048}, OptionError, "--max-new-tokens: 2048 leaves no room"),
         ({"adapter": Path("no/such")}, OptionError, "--adapter: 'no/such' is no folder"),
         ({"perplexity": "no-such-corpus"}, DataError, "no-such-corpus"),
+        ({"silence": "L1E99"}, ExpertsError, "--silence: L1E99 is not in the model"),
+        ({"silence": "L1E9", "adapter": Path("a")}, OptionError, "--silence: 'L1E9' excludes --adapter"),
         ({"tokens": 256}, OptionError, "--tokens: 256 is under one sequence of 512"),
     ],
 )

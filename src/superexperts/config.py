@@ -33,7 +33,7 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 """An option without a value: --json, with no --no-json beside it."""
 
 # Where a result goes and how it is shown does not change what it is.
-NOT_IDENTITY = ("out", "json", "model", "experts", "data", "data_dir", "adapter", "profile", "like")
+NOT_IDENTITY = ("out", "json", "model", "experts", "data", "data_dir", "adapter", "silence", "profile", "like")
 
 
 def _require(condition: bool, option: str, value: object, mend: str) -> None:
@@ -229,6 +229,8 @@ class EvaluateConfig(ModelConfig):
 
     adapter: Path | None = None
     """Adapter folder that `train` wrote."""
+    silence: str | None = None
+    """Experts (file or inline) that answer 0 in this run, as if their down_proj were pruned."""
     tasks: str = ",".join(TASKS)
     """Benchmarks, separated by commas."""
     out: Path = Path("runs/evaluate")
@@ -260,6 +262,8 @@ class EvaluateConfig(ModelConfig):
         _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
         _require_sequences(self.tokens, self.seq_len)
+        both = self.adapter is not None and self.silence is not None
+        _require(not both, "--silence", self.silence, "excludes --adapter; merge the adapter into a checkpoint first")
 
     @property
     def task_names(self) -> tuple[str, ...]:

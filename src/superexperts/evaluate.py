@@ -23,6 +23,7 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from . import moe
 from .artifacts import Answer
 from .config import EvaluateConfig, identity
 from .console import note, stderr
@@ -30,7 +31,7 @@ from .corpora import digest_ids, documents, local_data, pack
 from .errors import OptionError
 from .journal import Journal
 from .lora import load_adapter
-from .model import checkpoint_folder, load_model, load_tokenizer
+from .model import checkpoint_folder, chosen_experts, load_model, load_tokenizer
 from .perplexity import perplexity
 from .rundir import (
     MANIFEST,
@@ -217,12 +218,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     started = time.monotonic()
     out = config.out
     benchmarks = load_benchmarks(config.task_names, config.data_dir)
+    silent = chosen_experts(config.silence, config.model, "--silence").experts if config.silence else ()
     tokenizer = load_tokenizer(config)
     sequences_BL = _sequences(config, tokenizer)
     inputs = identity(
         config,
         model=fingerprint(checkpoint_folder(config.model, config.revision)),
         adapter=fingerprint(_adapter(config.adapter)) if config.adapter else None,
+        silence=silent,
         data={name: benchmark.sha for name, benchmark in benchmarks.items()},
         perplexity=None if sequences_BL is None else digest_ids(sequences_BL),
     )
@@ -232,6 +235,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     model = load_model(config)
     if config.adapter:
         model = load_adapter(model, config.adapter)
+    if silent:
+        moe.check_experts(moe.find_banks(model), silent, "--silence")
     asker = _Asker(model, tokenizer, config.batch_size, config.max_new_tokens)
     prepare_folder(out)
     for old in [out / MANIFEST, out / "perplexity.json", *(out / "answers").glob("*.jsonl")]:
@@ -245,31 +250,32 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if kept := sum(len(journal.answers) for journal in journals.values()):
         note(f"evaluate: {kept} answers of an interrupted run are kept")
     outputs = []
-    for name, benchmark in benchmarks.items():
-        answers = _ask_one(
-            asker,
-            name,
-            benchmark,
-            limit=config.limit,
-            variant=config.variant,
-            seed=config.seed,
-            max_new_tokens=config.max_new_tokens,
-            journal=journals[name],
-        )
-        outputs.append(f"answers/{name}.jsonl")
-        lines = [json.dumps(answer.to_json(), ensure_ascii=False) + "\n" for answer in answers]
-        write_text(out / outputs[-1], "".join(lines))
-    if sequences_BL is not None:
-        measured = perplexity(model, sequences_BL, description=f"{config.variant}: perplexity")
-        value = {
-            "schema": PERPLEXITY_SCHEMA,
-            "corpus": config.perplexity,
-            "tokens": sequences_BL.numel(),
-            "seq_len": sequences_BL.shape[1],
-            "perplexity": measured,
-        }
-        write_json(out / "perplexity.json", value)
-        outputs.append("perplexity.json")
+    with moe.silenced(model, silent) if silent else contextlib.nullcontext():
+        for name, benchmark in benchmarks.items():
+            answers = _ask_one(
+                asker,
+                name,
+                benchmark,
+                limit=config.limit,
+                variant=config.variant,
+                seed=config.seed,
+                max_new_tokens=config.max_new_tokens,
+                journal=journals[name],
+            )
+            outputs.append(f"answers/{name}.jsonl")
+            lines = [json.dumps(answer.to_json(), ensure_ascii=False) + "\n" for answer in answers]
+            write_text(out / outputs[-1], "".join(lines))
+        if sequences_BL is not None:
+            measured = perplexity(model, sequences_BL, description=f"{config.variant}: perplexity")
+            value = {
+                "schema": PERPLEXITY_SCHEMA,
+                "corpus": config.perplexity,
+                "tokens": sequences_BL.numel(),
+                "seq_len": sequences_BL.shape[1],
+                "perplexity": measured,
+            }
+            write_json(out / "perplexity.json", value)
+            outputs.append("perplexity.json")
     if asker.truncated:
         note(f"evaluate: {asker.truncated} prompts are too long for the model and lost their beginning")
     write_manifest(out, "evaluate", inputs, outputs, time.monotonic() - started, truncated=asker.truncated)

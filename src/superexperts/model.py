@@ -105,11 +105,11 @@ def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerBase:
     return cast(Any, tokenizer)
 
 
-def chosen_experts(text: str, model: str) -> ExpertSet:
-    """The expert set that --experts names; says so where it was selected from another model than MODEL."""
+def chosen_experts(text: str, model: str, option: str = "--experts") -> ExpertSet:
+    """The expert set that an option names; says so where it was selected from another model than MODEL."""
     chosen = ExpertSet.parse(text)
     if chosen.model and chosen.model != model:
-        note(f"--experts: {text} was selected from {chosen.model!r}, MODEL is {model!r}")
+        note(f"{option}: {text} was selected from {chosen.model!r}, MODEL is {model!r}")
     return chosen
 
 
