@@ -278,10 +278,16 @@ class ExtractConfig:
     Example: superexperts extract runs/base
     """
 
-    folder: Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
+    folder: Positional[Annotated[Path | None, tyro.conf.arg(metavar="DIR")]] = None
     """Folder with answers/, which gets extractions/ and scores.json."""
+    audit: Path | None = None
+    """Measure the extraction itself instead, on labelled generations (JSONL)."""
     json: Switch = False
     """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        one = (self.folder is None) != (self.audit is None)
+        _require(one, "DIR", str(self.folder), "and --audit: give exactly one of the two")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import stats
 from .artifacts import Answer, Extraction, Score
+from .audit import audit_file
 from .config import TASKS, ExtractConfig
 from .console import note
 from .errors import DataError
@@ -96,6 +97,9 @@ def _read_answers(file: Path) -> Iterator[Answer]:
 
 
 def run(config: ExtractConfig) -> dict[str, Any]:
-    """The command: extracts a folder's answers and returns the scores."""
+    """The command: extracts a folder's answers and returns the scores, or audits the extraction."""
+    if config.audit is not None:
+        return audit_file(config.audit)
+    assert config.folder is not None
     scores = extract_folder(config.folder)
     return {"out": str(config.folder), **_scores_json(scores)}

@@ -34,8 +34,10 @@ def show(command: str, result: dict[str, Any]) -> None:
             stdout.print(f"{task}: {items} answers")
         if result["perplexity"] is not None:
             stdout.print(f"perplexity: {result['perplexity']:.3f}")
-    elif command == "extract":
+    elif command == "extract" and "scores" in result:
         _show_scores(result["scores"])
+    elif command == "extract":
+        _show_audit(result)
     elif command == "study":
         print_table(result["results"], stdout)
         stdout.print(f"report: {result['report']}", soft_wrap=True)
@@ -62,6 +64,20 @@ def _show_profile(result: dict[str, Any]) -> None:
                 "yes" if key in found else "",
             )
         stdout.print(table)
+
+
+def _show_audit(result: dict[str, Any]) -> None:
+    table = Table(caption="right, and rightly empty, over all")
+    for column in ("", "items", "right", "empty", "wrong", "missed", "invented", "accuracy", "95% interval"):
+        table.add_column(column, justify="right" if column else "left")
+    sections = [("all", result["all"]), *result["kinds"].items(), *(result["rules"].items())]
+    for name, row in sections:
+        counts = [str(row[column]) for column in ("items", "right", "empty", "wrong", "missed", "invented")]
+        interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+        table.add_row(name, *counts, f"{100 * row['accuracy']:.2f}", interval)
+    stdout.print(table)
+    for row in result["not_right"]:
+        stdout.print(Text(ascii(f"{row['id']}: {row['label']} read as {row['extracted']} ({row['rule']})")))
 
 
 def _show_scores(scores: list[dict[str, Any]]) -> None:

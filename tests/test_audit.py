@@ -1,0 +1,72 @@
+"""The audit of the extraction: outcomes by hand, and the real labelled generations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from superexperts.audit import audit, audit_file, outcome
+from superexperts.cli import main
+from superexperts.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "extracted", "want"),
+    [
+        ("number", "1/2", "0.5", "right"), ("number", "2125", "2125.0", "right"), ("number", "3", "4", "wrong"),
+        ("yesno", "yes", "Yes", "right"), ("choice", "B", "C", "wrong"), ("choice", None, "C", "invented"),
+        ("choice", "B", None, "missed"), ("choice", None, None, "empty"),
+    ],
+)  # fmt: skip
+def test_outcome(kind: str, label: str | None, extracted: str | None, want: str) -> None:
+    assert outcome(kind, label, extracted) == want
+
+
+def row(generation: str, label: str | None, **more: Any) -> dict[str, Any]:
+    base = {"id": "a", "task_type": "numeric", "question": "What is 2 + 2?", "choices": []}
+    return {**base, "generation": generation, "key_answer": label, **more}
+
+
+def test_counts_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row("#### 4", "4"), row("#### 5", "4"), row("who knows", None), row("who knows", "4"), row("#### 4", None)]
+    file = tmp_path / "labelled.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = audit_file(file)
+    one_each = {"right": 1, "empty": 1, "wrong": 1, "missed": 1, "invented": 1}
+    assert found["all"] == found["kinds"]["number"]
+    assert {name: found["all"][name] for name in one_each} == one_each
+    assert (found["all"]["items"], found["all"]["accuracy"]) == (5, 0.4)
+    assert {rule: section["items"] for rule, section in found["rules"].items()} == {"hashes": 3, "unparsed": 2}
+    assert [r["outcome"] for r in found["not_right"]] == ["wrong", "missed", "invented"]
+    assert main(["extract", "--audit", str(file)]) == 0
+    assert "40.00" in capsys.readouterr().out
+
+
+def test_real_labelled_generations(shared_data: Path) -> None:
+    """At least 95% by rules alone, and of the answers that commit to nothing at most 5% turned into one."""
+    found = audit_file(shared_data / "extraction_dev.jsonl")
+    assert found["all"]["items"] == 196
+    assert found["all"]["accuracy"] >= 0.95
+    assert found["all"]["invented"] <= 0.05 * (found["all"]["invented"] + found["all"]["empty"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no row"),
+        ("{", "is not JSONL"),
+        ("3\n", "row 1"),
+        (json.dumps(row("4", "4", task_type="x")), "row 1"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "f").write_text(text)
+    with pytest.raises(DataError, match=said):
+        audit_file(tmp_path / "f")
+    with pytest.raises(DataError, match="cannot read"):
+        audit_file(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="row 2"):
+        audit([row("4", "4"), {}])
