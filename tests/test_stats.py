@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from superexperts.artifacts import Extraction
 from superexperts.errors import DataError
-from superexperts.stats import Paired, compare, holm, mcnemar, paired_interval, score, wilson
+from superexperts.stats import Paired, compare, detectable, holm, mcnemar, paired_interval, score, wilson
 
 Z = 1.959963984540054
 
@@ -156,3 +157,22 @@ def test_holm_is_the_closure_of_bonferroni(p_values: list[float]) -> None:
         holding = [set_ for size in every for set_ in combinations(every, size + 1) if index in set_]
         closure = max(min(1.0, len(set_) * min(p_values[i] for i in set_)) for set_ in holding)
         assert adjusted == pytest.approx(closure)
+
+
+@pytest.mark.parametrize(
+    ("discordant", "n", "tests"), [(12, 600, 5), (60, 600, 5), (120, 600, 1), (30, 100, 3), (0, 200, 1)]
+)
+def test_detectable_difference_is_seen_with_80_percent_power(discordant: int, n: int, tests: int) -> None:
+    """The exact power of the exact test, summed over every outcome."""
+    difference = detectable(discordant, n, tests)
+    share = max(discordant / n, difference)
+    counts = np.arange(n + 1)
+    power = 0.0
+    for total, weight in zip(counts, binom.pmf(counts, n, share), strict=True):
+        if weight > 1e-9:
+            lost = np.arange(total + 1)
+            p_values = np.minimum(1, 2 * binom.cdf(np.minimum(lost, total - lost), total, 0.5))
+            odds = (1 + difference / share) / 2
+            power += weight * binom.pmf(lost, total, odds)[p_values < 0.05 / tests].sum()
+    assert 0.7 < power < 0.92
+    assert detectable(discordant, 4 * n, tests) < difference

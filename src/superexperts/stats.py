@@ -2,7 +2,8 @@
 
 Sources: E. B. Wilson, JASA 22 (1927) for one share; Q. McNemar, Psychometrika 12 (1947), exact form, for the test;
 T. Tango, Statistics in Medicine 17 (1998) 891-908 for the interval of a paired difference; S. Holm, Scandinavian
-Journal of Statistics 6 (1979) for families of tests. All intervals are two-sided 95%.
+Journal of Statistics 6 (1979) for families of tests; R. J. Connor, Biometrics 43 (1987) 207-211 for the power of
+McNemar's test. All intervals are two-sided 95%.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from scipy.stats import binomtest, norm
 from .artifacts import Extraction, Score
 from .errors import DataError
 
-__all__ = ["Paired", "compare", "holm", "mcnemar", "paired_interval", "score", "wilson"]
+__all__ = ["Paired", "compare", "detectable", "holm", "mcnemar", "paired_interval", "score", "wilson"]
 
 CONFIDENCE = 0.95
 
@@ -108,6 +109,22 @@ def paired_interval(only_base: int, only_variant: int, n: int) -> tuple[float, f
     low = float(brentq(excess, -1.0, below, xtol=1e-12)) if below > -1 and excess(-1.0) > 0 else -1.0
     high = float(brentq(excess, above, 1.0, xtol=1e-12)) if above < 1 and excess(1.0) > 0 else 1.0
     return low, high
+
+
+def detectable(discordant: int, n: int, tests: int = 1, power: float = 0.8) -> float:
+    """The smallest |difference| of two paired shares that McNemar's test would have detected with this `power`.
+
+    `discordant` items of `n` differ between the two variants; the level is 5% shared by `tests` tests (Bonferroni, the
+    first step of Holm's). Connor's formula, in which the discordant share is at least the difference itself: where the
+    two never differ, it is the difference that all discordant items going one way would make.
+    """
+    z_level, z_power = float(norm.isf((1 - CONFIDENCE) / 2 / tests)), float(norm.ppf(power))
+
+    def excess(difference: float) -> float:
+        share = max(discordant / n, difference)
+        return difference * math.sqrt(n) - z_level * math.sqrt(share) - z_power * math.sqrt(share - difference**2)
+
+    return float(brentq(excess, 1e-12, 1.0)) if excess(1.0) > 0 else 1.0
 
 
 def score(task: str, variant: str, extractions: Sequence[Extraction]) -> Score:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from .artifacts import Extraction
 from .results import SIGNIFICANT, Results, VariantResult, adjusted, signed_points
-from .stats import Paired, compare, holm
+from .stats import Paired, compare, detectable, holm
 
 __all__ = ["Comparison", "against_base", "against_controls", "format_p", "headline"]
 
@@ -23,6 +23,8 @@ class Comparison:
     paired: Paired
     p: float
     """Adjusted by Holm within its family."""
+    tests: int
+    """Size of that family."""
 
     @property
     def sure(self) -> bool:
@@ -43,6 +45,13 @@ class Comparison:
         return "makes no detectable difference"
 
     @property
+    def detectable(self) -> str:
+        """The smallest difference in points that would have been seen with 80% power."""
+        paired = self.paired
+        smallest = detectable(paired.only_base + paired.only_variant, paired.n, self.tests)
+        return signed_points(smallest).lstrip("+")
+
+    @property
     def interval(self) -> str:
         """The difference's 95% interval in points."""
         return f"{signed_points(self.paired.low)} to {signed_points(self.paired.high)}"
@@ -58,6 +67,7 @@ def against_base(results: Results) -> list[Comparison]:
             reference=results.base.title,
             paired=variant.pooled,
             p=p_values[variant.name, None],
+            tests=len(results.others),
         )
         for variant in results.others
         if variant.pooled is not None
@@ -84,7 +94,9 @@ def against_controls(
                 pairs.append((treated, control, pooled))
     p_values = holm([pooled.p for *_, pooled in pairs])
     return [
-        Comparison(name=treated.name, title=treated.title, reference=control.title, paired=pooled, p=p)
+        Comparison(
+            name=treated.name, title=treated.title, reference=control.title, paired=pooled, p=p, tests=len(pairs)
+        )
         for (treated, control, pooled), p in zip(pairs, p_values, strict=True)
     ]
 
