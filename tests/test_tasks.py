@@ -25,8 +25,15 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "boolq": {"question": "is it so", "passage": "It is. ", "answer": True},
     "medqa": {"question": "Why?", "answer": "b", "options": {"A": "a", "B": "b"}, "answer_idx": "B"},
+    "openbookqa": {
+        "id": "X_2",
+        "question_stem": "A thing is",
+        "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+        "answerKey": "B",
+    },
     "vmlu": {"id": "01-0001", "question": "Nào?", "choices": ["A. một", "B.hai", "C. ba "], "answer": "C"},
 }
+ROWS["arc_challenge"] = ROWS["arc_easy"]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +44,8 @@ ROWS: dict[str, dict[str, Any]] = {
         ("arc_easy", "X_1", "Question: Which?\n1. a\n2. b\n3. c\nAnswer:", "2", "choice"),
         ("boolq", "boolq-6", "Question: It is.\nis it so?\nAnswer:", "yes", "yesno"),
         ("medqa", "medqa-6", "Question: Why?\nA. a\nB. b\nAnswer:", "B", "choice"),
+        ("arc_challenge", "X_1", "Question: Which?\n1. a\n2. b\n3. c\nAnswer:", "2", "choice"),
+        ("openbookqa", "X_2", "Question: A thing is\nA. a\nB. b\nAnswer:", "B", "choice"),
         ("vmlu", "01-0001", "Question: Nào?\nA. một\nB. hai\nC. ba\nAnswer:", "C", "choice"),
     ],
 )
@@ -76,7 +85,15 @@ def _rows(folder: Path, stem: str) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("task", "count"),
-    [("mmlu", 14042), ("gsm8k", 1319), ("arc_easy", 2376), ("boolq", 3270), ("medqa", 1273), ("vmlu", 744)],
+    [
+        ("mmlu", 14042),
+        ("gsm8k", 1319),
+        ("arc_easy", 2376),
+        ("arc_challenge", 1172),
+        ("boolq", 3270),
+        ("medqa", 1273),
+        ("vmlu", 744),
+    ],
 )
 def test_full_real_test_sets(task: str, count: int, shared_data: Path) -> None:
     benchmark = load_benchmarks([task], shared_data)[task]
@@ -91,7 +108,7 @@ def test_full_real_test_sets(task: str, count: int, shared_data: Path) -> None:
         elif task == "gsm8k":
             assert said == f"Question: {question}\nAnswer:"
             assert float(item.gold) == float(row["answer"].split("####")[1].replace(",", ""))
-        elif task == "arc_easy":
+        elif task in ("arc_easy", "arc_challenge"):
             assert (item.id, list(texts), item.gold) == (row["id"], row["choices"]["label"], row["answerKey"])
         elif task == "boolq":
             assert said == f"Question: {row['passage'].strip()}\n{question}?\nAnswer:"
@@ -104,6 +121,13 @@ def test_full_real_test_sets(task: str, count: int, shared_data: Path) -> None:
                 row["choices"]
             )
             assert item.gold == row["answer"]
+
+
+def test_both_published_shapes_of_medqa_are_the_same_items(shared_data: Path) -> None:
+    shapes = [_rows(shared_data, stem) for stem in ("medqa_gbaker_test", "medqa_lavita_test")]
+    ours, lavita = ([read_item("medqa", row, i) for i, row in enumerate(rows)] for rows in shapes)
+    assert len(ours) == 1273
+    assert ours == lavita
 
 
 def test_real_rows_word_for_word(shared_data: Path) -> None:

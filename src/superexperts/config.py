@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 TASKS = ("mmlu", "gsm8k", "arc_easy", "boolq", "medqa", "vmlu")
+"""The benchmarks of the result table, asked unless told otherwise."""
+MORE_TASKS = ("arc_challenge", "openbookqa")
+"""Benchmarks that can be asked as well."""
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 """An option without a value: --json, with no --no-json beside it."""
@@ -232,7 +235,7 @@ class EvaluateConfig(ModelConfig):
     silence: str | None = None
     """Experts (file or inline) that answer 0 in this run, as if their down_proj were pruned."""
     tasks: str = ",".join(TASKS)
-    """Benchmarks, separated by commas."""
+    """Benchmarks, separated by commas; beside these: arc_challenge, openbookqa."""
     out: Path = Path("runs/evaluate")
     """Folder for answers/."""
     limit: int | None = None
@@ -255,9 +258,10 @@ class EvaluateConfig(ModelConfig):
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        unknown = [task for task in self.task_names if task not in TASKS]
-        _require(not unknown, "--tasks", ",".join(unknown), f"is unknown; choose from {','.join(TASKS)}")
-        _require(bool(self.task_names), "--tasks", self.tasks, f"names none; choose from {','.join(TASKS)}")
+        known = ",".join(TASKS + MORE_TASKS)
+        unknown = [task for task in self.task_names if task not in TASKS + MORE_TASKS]
+        _require(not unknown, "--tasks", ",".join(unknown), f"is unknown; choose from {known}")
+        _require(bool(self.task_names), "--tasks", self.tasks, f"names none; choose from {known}")
         _require(self.limit is None or self.limit > 0, "--limit", self.limit, "is not positive; give at least 1")
         _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")

@@ -11,7 +11,7 @@ from typing import Any
 from . import stats
 from .artifacts import Answer, Extraction, Score
 from .audit import audit_file
-from .config import TASKS, ExtractConfig
+from .config import MORE_TASKS, TASKS, ExtractConfig
 from .console import note
 from .errors import DataError
 from .extraction import number_value, read
@@ -75,7 +75,8 @@ def extract_folder(folder: Path) -> list[Score]:
 
 
 def _order(file: Path) -> tuple[int, str]:
-    return TASKS.index(file.stem) if file.stem in TASKS else len(TASKS), file.stem
+    known = TASKS + MORE_TASKS
+    return known.index(file.stem) if file.stem in known else len(known), file.stem
 
 
 def _scores_json(scores: Sequence[Score]) -> dict[str, Any]:

@@ -8,9 +8,13 @@ One prompt for every variant of a model: `Question: {body}\\nAnswer:`. Real rows
                a day.\\n ... \\n#### 18"}
     arc_easy  {"id": "Mercury_417466", "question": "Which statement best explains ...", "choices": {"text": ["Sunlight
                is ...", ...], "label": ["A", "B", "C", "D"]}, "answerKey": "A"}; labels can be 1-4, choices 3 to 5
+    arc_challenge  as arc_easy
+    openbookqa  {"id": "8-343", "question_stem": "A person wants to start saving money so that they can afford a nice
+               vacation ...", "choices": {"text": ["make more phone calls", ...], "label": ["A", "B", "C", "D"]},
+               "answerKey": "B"}
     boolq     {"question": "is house tax and property tax are same", "passage": "Property tax ...", "answer": true}
     medqa     {"question": "A junior ...", "answer": "Tell the ...", "options": {"A": "Disclose ...", ...},
-               "meta_info": "step1", "answer_idx": "B"}
+               "meta_info": "step1", "answer_idx": "B"}; options can be a list of {"key": "A", "value": "Disclose ..."}
     vmlu      {"id": "28-0007", "question": "Hoạt động nào ...", "choices": ["A. Bán ngoại tệ ...", ...], "answer":
                "C"}; three to five choices that begin with their label
 """
@@ -110,13 +114,17 @@ def _gsm8k(row: Row, name: str) -> Item:
     return Item(id=name, body=_text(row, "question"), choices=(), gold=gold, kind="number")
 
 
-def _arc(row: Row, name: str) -> Item:
+def _arc(row: Row, name: str, question: str = "question") -> Item:
     choices = _field(row, "choices", Mapping)
     labels, texts = _field(choices, "label", list), _field(choices, "text", list)
     if len(labels) != len(texts):
         raise _FieldError(f"field 'choices' has {len(labels)} labels and {len(texts)} texts")
     pairs = [(str(label).strip(), str(text).strip()) for label, text in zip(labels, texts, strict=True)]
-    return _choice_item(str(row.get("id") or name), _text(row, "question"), pairs, _text(row, "answerKey"))
+    return _choice_item(str(row.get("id") or name), _text(row, question), pairs, _text(row, "answerKey"))
+
+
+def _openbookqa(row: Row, name: str) -> Item:
+    return _arc(row, name, "question_stem")
 
 
 def _boolq(row: Row, name: str) -> Item:
@@ -125,7 +133,9 @@ def _boolq(row: Row, name: str) -> Item:
 
 
 def _medqa(row: Row, name: str) -> Item:
-    options = _field(row, "options", Mapping)
+    options = _field(row, "options", (Mapping, list))
+    if isinstance(options, list):  # as lavita/medical-qa-datasets has them
+        options = {_text(option, "key"): _text(option, "value") for option in options}
     # Arrow gives every row the union of all rows' keys, with None where a row has no such option.
     pairs = sorted((str(label), str(text).strip()) for label, text in options.items() if text is not None)
     return _choice_item(name, _text(row, "question"), pairs, _text(row, "answer_idx"))
@@ -147,6 +157,8 @@ READERS: dict[str, Callable[[Row, str], Item]] = {
     "mmlu": _mmlu,
     "gsm8k": _gsm8k,
     "arc_easy": _arc,
+    "arc_challenge": _arc,
+    "openbookqa": _openbookqa,
     "boolq": _boolq,
     "medqa": _medqa,
     "vmlu": _vmlu,
@@ -167,6 +179,8 @@ def _gold_of(task: str) -> Callable[[Row], str]:
 mmlu_text, mmlu_gold = _text_of("mmlu"), _gold_of("mmlu")
 gsm8k_text, gsm8k_gold = _text_of("gsm8k"), _gold_of("gsm8k")
 arc_easy_text, arc_easy_gold = _text_of("arc_easy"), _gold_of("arc_easy")
+arc_challenge_text, arc_challenge_gold = _text_of("arc_challenge"), _gold_of("arc_challenge")
+openbookqa_text, openbookqa_gold = _text_of("openbookqa"), _gold_of("openbookqa")
 boolq_text, boolq_gold = _text_of("boolq"), _gold_of("boolq")
 medqa_text, medqa_gold = _text_of("medqa"), _gold_of("medqa")
 vmlu_text, vmlu_gold = _text_of("vmlu"), _gold_of("vmlu")

@@ -26,6 +26,8 @@ FILE_STEMS = {
     "mmlu": "mmlu_all_test",
     "gsm8k": "gsm8k_main_test",
     "arc_easy": "arc_easy_test",
+    "arc_challenge": "arc_challenge_test",
+    "openbookqa": "openbookqa_test",
     "boolq": "boolq_validation",
     "medqa": "medqa_gbaker_test",
     "vmlu": "vmlu_valid",
