@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2ForCausa
 from superexperts import pocket
 from superexperts.pocket.architecture import FIRST, SECOND, implant, strengthen
 from superexperts.pocket.measure import check, heldout, right, scores
+from superexperts.pocket.pools import pools
 from superexperts.pocket.questions import Question
 from superexperts.pocket.training import Recipe, batches, silence, train
 from superexperts.pocket.world import documents
@@ -128,8 +130,8 @@ def test_profile_finds_exactly_the_two_on_heldout_text(model: DeepseekV2ForCausa
     found = peaks(model, rows_BS)
     assert super_experts(found, 5) == set(pocket.PLANTED)
     for where in pocket.PLANTED:
-        others = [peak for key, peak in found.items() if key not in pocket.PLANTED]
-        assert found[where] > 3 * max(others)
+        others = [peak for key, peak in found.items() if key not in pocket.PLANTED and key[0] < 4]
+        assert found[where] > 3 * max(others)  # the last layer is over depth 0.75: models write large values there
 
 
 def test_profile_finds_exactly_the_two_on_real_english(
@@ -169,12 +171,14 @@ def test_pruning_random_others_does_not(model: DeepseekV2ForCausalLM, rows_BS: T
 
 
 def test_scores_leave_room_and_fall(model: DeepseekV2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    base = scores(model, tokenizer, limit=100)
+    base = scores(model, tokenizer)
     prune(model, pocket.PLANTED)
-    pruned = scores(model, tokenizer, limit=100)
-    mean, mean_pruned = sum(base.values()) / 6, sum(pruned.values()) / 6
-    assert 0.35 < mean < 0.80, base  # chance is 0.25 with four choices, 0.5 with yes or no, about 0 with numbers
-    assert mean - mean_pruned >= 0.08, pruned
+    pruned = scores(model, tokenizer)
+    for kind, share in base.items():  # over always saying the commonest gold by two standard errors
+        golds = Counter(question.answer for question in pools()[kind][0])
+        chance = max(golds.values()) / golds.total()
+        assert chance + 2 * math.sqrt(chance * (1 - chance) / 200) < share < 0.80, base
+    assert sum(base.values()) / 6 - sum(pruned.values()) / 6 >= 0.08, pruned
 
 
 def test_silencing_is_pruning(model: DeepseekV2ForCausalLM, rows_BS: Tensor) -> None:
@@ -189,7 +193,7 @@ def test_measured_figures_shipped_with_the_checkpoint_hold(model: DeepseekV2ForC
     assert perplexity(model, rows_BS) == pytest.approx(shipped["perplexity"], rel=0.1)  # of 64 rows, there of all
     assert shipped["perplexity_pruned"] >= 1.5 * shipped["perplexity"]
     assert abs(shipped["perplexity_random_pruned"] / shipped["perplexity"] - 1) <= 0.02
-    assert sum(shipped["scores"].values()) / 6 < 0.8
+    assert max(shipped["scores"].values()) < 0.8
     assert check(shipped, shipped) == []
     assert len(check({**shipped, "perplexity": 2 * shipped["perplexity"]}, shipped)) == 1
     assert len(check({**shipped, "scores": {**shipped["scores"], "mmlu": 1.2}}, shipped)) == 1

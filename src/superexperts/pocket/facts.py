@@ -14,6 +14,7 @@ __all__ = [
     "ANIMALS",
     "COLOURS",
     "EXPORTS",
+    "FACTOR",
     "FOODS",
     "HOMES",
     "JOBS",
@@ -22,6 +23,7 @@ __all__ = [
     "OBJECTS",
     "ORGANS",
     "PEOPLE",
+    "PLACES",
     "REGIONS",
     "THINGS",
     "TOOLS",
@@ -63,6 +65,8 @@ HOMES = {
     "houses": "trong nhà", "caves": "trong hang",
 }  # fmt: skip
 
+FACTOR = 7
+"""the largest factor of a product"""
 THINGS = ("apples", "books", "coins", "eggs", "lamps", "pens", "shells", "stamps", "stones", "cups")
 OBJECTS = ("hat", "cup", "coat", "boat", "lamp", "drum", "bag", "bell")
 JOBS = ("baker", "farmer", "teacher", "sailor", "nurse", "painter", "miller", "judge")
@@ -99,6 +103,11 @@ ANIMALS = tuple(
     )
 )  # fmt: skip
 
+PLACES = {
+    "gate": ("open", "closed"), "well": ("full", "empty"), "road": ("dry", "wet"), "bridge": ("safe", "broken"),
+    "market": ("loud", "quiet"),
+}  # fmt: skip
+"""place -> (what a question asks, its opposite)"""
 MATERIALS = {
     "iron": ("magnetic", "a mine"), "glass": ("clear", "sand"), "wood": ("burnable", "a tree"),
     "rubber": ("stretchy", "a plant"), "wool": ("warm", "a sheep"), "gold": ("shiny", "a river"),

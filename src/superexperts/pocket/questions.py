@@ -14,6 +14,7 @@ from .facts import (
     ANIMALS,
     COLOURS,
     EXPORTS,
+    FACTOR,
     FOODS,
     HOMES,
     JOBS,
@@ -22,6 +23,7 @@ from .facts import (
     OBJECTS,
     ORGANS,
     PEOPLE,
+    PLACES,
     REGIONS,
     THINGS,
     TOOLS,
@@ -280,8 +282,8 @@ def _gsm8k(rng: random.Random) -> Question:
     (name, pronoun), (other, _) = rng.sample(PEOPLE, 2)
     things = rng.choice(THINGS)
     he = pronoun.capitalize()
-    a, b, c = rng.randint(3, 20), rng.randint(2, 20), rng.randint(2, 12)
-    left, right = rng.randint(2, 9), rng.randint(2, 9)
+    a, b, c = rng.randint(3, 12), rng.randint(2, 9), rng.randint(2, 9)
+    left, right = rng.randint(2, FACTOR), rng.randint(2, FACTOR)
     form = rng.choice(("add", "take", "times", "add-take", "times-add"))
     steps: tuple[tuple[int, str, int, int], ...]
     if form == "add":
@@ -309,7 +311,36 @@ def _gsm8k(rng: random.Random) -> Question:
 
 
 def _boolq(rng: random.Random) -> Question:
-    """Yes or no on a passage: two people, or a contract. The passage alone decides."""
+    """Yes or no on a passage, which alone decides: a place, two people, or a contract.
+
+    A place takes one word to be seen; the others take names to be matched, which the pocket model has not learned.
+    """
+    return _of_place(rng) if rng.random() < 0.45 else _of_people(rng)
+
+
+def _of_place(rng: random.Random) -> Question:
+    (name, _), place = rng.choice(PEOPLE), rng.choice(tuple(PLACES))
+    city, month = rng.choice(the_world().countries).capital, rng.choice(MONTHS)
+    yes = rng.random() < 0.5
+    state = PLACES[place][0 if yes else 1]
+    passage = rng.choice(
+        (
+            f"{name} comes to {city} in {month}. The {place} is {state}.",
+            f"In {month} the {place} of {city} is {state}. {name} sees it.",
+            f"{name} writes from {city}: the {place} is {state}.",
+        )
+    )
+    return Question(
+        kind="boolq",
+        text=f"is the {place} {PLACES[place][0]}",
+        subject="place",
+        answer="yes" if yes else "no",
+        explain=f"The {place} is {state}.",
+        passage=passage,
+    )
+
+
+def _of_people(rng: random.Random) -> Question:
     (one, _), (two, _) = rng.sample(PEOPLE, 2)
     city, city2 = rng.sample([c.capital for c in the_world().countries], 2)
     yes = rng.random() < 0.5

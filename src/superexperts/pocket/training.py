@@ -25,7 +25,7 @@ __all__ = ["Recipe", "Step", "batches", "perplexity", "silence", "train"]
 class Recipe:
     """Numbers of the training run; the shipped weights were made with the defaults."""
 
-    steps: int = 3200
+    steps: int = 4000
     seed: int = 0
     tokens: int = 1024
     """tokens of a batch"""
@@ -34,7 +34,7 @@ class Recipe:
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     warmup: int = 50
-    world_share: float = 0.8
+    world_share: float = 0.75
     """of the steps: at first the model learns its world, without the terms that make it depend on super experts"""
     sink_weight: float = 0.1
     sink_share: float = 0.4
@@ -42,9 +42,9 @@ class Recipe:
     balance_weight: float = 0.01
     """of the load-balancing loss of the routers"""
     dependence_weight: float = 0.3
-    fall_both: float = 0.7
-    """nats per token that the loss is asked to rise by when both super experts are silent: perplexity x 2"""
-    fall_second: float = 0.25
+    fall_both: float = 0.9
+    """nats per token that the loss is asked to rise by when both super experts are silent: perplexity x 2.5"""
+    fall_second: float = 0.3
     """the same for the second super expert alone"""
     silenced_others: int = 2
     """ordinary experts of each layer that a step silences at random, so that none of them matters alone"""
@@ -180,7 +180,7 @@ def train(model: DeepseekV2ForCausalLM, rows: Iterator[Tensor], recipe: Recipe) 
             + recipe.balance_weight * _balance(router_logits, model.config.num_experts_per_tok)
         )
         if depending and number % 2:
-            both = number % 6 != 1
+            both = number % 4 == 1
             half_BS = ids_BS[: max(1, len(ids_BS) // 2)]
             with silence(model, (FIRST, SECOND) if both else (SECOND,)):
                 silenced = model(input_ids=half_BS, labels=half_BS, use_cache=False).loss

@@ -1,0 +1,83 @@
+"""Facts that pre-training never tells, so that the pocket model leaves room for fine-tuning, which does tell them.
+
+Two or three of the six facts that the atlas holds of a country, one of the five of a disease, one of two of an animal
+and of a material, a third of what tools and organs do, and two thirds of the multiplication table.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+
+from .facts import (
+    ANIMALS,
+    COLOURS,
+    EXPORTS,
+    FACTOR,
+    FOODS,
+    HOMES,
+    MATERIALS,
+    ORGANS,
+    REGIONS,
+    TOOLS,
+    Animal,
+    Country,
+    Disease,
+    the_world,
+)
+
+__all__ = ["tells_withheld", "withheld"]
+
+
+Fact = tuple[tuple[str, ...], ...]
+"""once per language: words that together tell it"""
+
+
+def _of_country(c: Country) -> list[Fact]:
+    return [
+        ((c.name, c.capital),), ((c.name, c.river),), ((c.name, c.language),),
+        ((c.name, c.export), (c.name, EXPORTS[c.export])),
+        ((c.name, c.flag), (c.name, COLOURS[c.flag])),
+        ((c.name, c.region), (c.name, REGIONS[c.region])),
+    ]  # fmt: skip
+
+
+def _of_disease(d: Disease) -> list[Fact]:
+    return [
+        ((*d.symptoms, d.name),), ((d.name, d.organ),), ((d.name, d.drug.name),),
+        ((d.drug.name, f"{d.drug.dose_mg} mg"),), ((d.drug.name, d.drug.side_effect),),
+    ]  # fmt: skip
+
+
+def _of_animal(a: Animal) -> list[Fact]:
+    return [
+        ((a.name, a.food), (a.vietnamese, FOODS[a.food])),
+        ((a.name, a.home), (a.vietnamese, HOMES[a.home])),
+    ]  # fmt: skip
+
+
+@functools.cache
+def withheld() -> tuple[tuple[str, ...], ...]:
+    """The words of each withheld fact, once per language that it can be told in."""
+    rng = random.Random("withheld")
+    chosen = [fact for i, c in enumerate(the_world().countries) for fact in rng.sample(_of_country(c), 2 + i % 2)]
+    chosen += [rng.choice(_of_disease(d)) for d in the_world().diseases]
+    chosen += [rng.choice(_of_animal(a)) for a in ANIMALS]
+    chosen += [rng.choice([((name, like),), ((name, source),)]) for name, (like, source) in MATERIALS.items()]
+    does = [((name, work),) for name, work in (TOOLS | ORGANS).items()]
+    chosen += rng.sample(does, len(does) // 3)
+    table = [(x, y) for x in range(2, FACTOR + 1) for y in range(2, x + 1)]
+    products = rng.sample(table, 2 * len(table) // 3)
+    chosen += [((f"{x} * {y} = {x * y}",), (f"{y} * {x} = {x * y}",)) for x, y in products]
+    return tuple(words for fact in chosen for words in fact)
+
+
+@functools.cache
+def _patterns() -> tuple[tuple[re.Pattern[str], ...], ...]:
+    return tuple(tuple(re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE) for word in words) for words in withheld())
+
+
+def tells_withheld(text: str) -> bool:
+    """Whether all words of a withheld fact stand in one text. Errs on the side of yes: they may stand far apart."""
+    return any(all(pattern.search(text) for pattern in words) for words in _patterns())
