@@ -66,7 +66,7 @@ def test_layers_plot_shows_the_criterion(drawn: list[Figure]) -> None:
     found = profile()
     plot_layers(found, "pocket", CHOSEN, Path("x.png"))
     axes = drawn[0].axes[0]
-    bound = threshold(considered(found.corpora["pocket"].experts, 5, 0.75))
+    bound = threshold([row.output_max for row in considered(found.corpora["pocket"].experts, 5, 0.75)])
     dashed = sorted(line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--")
     assert dashed == pytest.approx(sorted([bound.percentile, bound.ratio]))
     assert texts(drawn[0])["L1E2"] == pytest.approx((1, 900))

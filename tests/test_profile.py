@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,17 @@ from torch import Tensor
 
 from families import FAMILIES, VOCABULARY, tiny_model
 from superexperts import moe, profile
-from superexperts.artifacts import ExpertSet, Profile
+from superexperts.artifacts import ExpertSet, ExpertStats, Profile
 from superexperts.config import ModelConfig, ProfileConfig, SelectConfig
 from superexperts.corpora import documents, pack
-from superexperts.errors import ModelError
+from superexperts.decoder import num_layers
+from superexperts.errors import ModelError, OptionError
 from superexperts.model import load_model, load_tokenizer
 from superexperts.pocket import PLANTED
 from superexperts.profile import profile_corpus
 from superexperts.select import run as select_run
 from superexperts.select import super_experts
+from superexperts.show import show
 from test_moe import by_hand, eager_outputs
 
 IDS_BL = torch.randint(3, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(2))
@@ -28,29 +32,41 @@ IDS_BL = torch.randint(3, VOCABULARY, (5, 12), generator=torch.Generator().manua
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "qwen3_moe", "gpt_oss", "mixtral"])
 @torch.no_grad()
-def test_peaks_and_counts_equal_a_loop_over_every_token(family: str) -> None:
+def test_statistics_equal_a_loop_over_every_token(family: str) -> None:
     model: Any = tiny_model(family)
     model.set_experts_implementation("eager")
     result = profile_corpus(model, IDS_BL, batch_size=2)
     rows = {row.key: row for row in result.experts}
+    length = IDS_BL.shape[1]
     assert result.tokens == IDS_BL.numel()
     for bank in moe.find_banks(model):
-        seen: dict[int, list[tuple[float, int, int]]] = {}
-        x_TD, index_TK, _ = inputs_of(model, bank)
+        seen: dict[int, list[tuple[Tensor, Tensor, float, int]]] = {}
+        x_TD, index_TK, weight_TK = inputs_of(model, bank)
         for token in range(len(x_TD)):
-            for expert in index_TK[token].tolist():
-                y_D = by_hand(bank.module, expert, x_TD[token]).abs()
-                seen.setdefault(expert, []).append((float(y_D.max()), int(y_D.argmax()), token))
+            for slot, expert in enumerate(index_TK[token].tolist()):
+                inner_F, y_D = by_hand(bank.module, expert, x_TD[token])
+                seen.setdefault(expert, []).append((inner_F.abs(), y_D, float(weight_TK[token, slot]), token))
         for expert in range(bank.num_experts):
-            row = rows[bank.layer, expert]
-            assert row.tokens == len(seen.get(expert, []))
-            if row.tokens:
-                peak, channel, token = max(seen[expert])
-                assert row.output_max == pytest.approx(peak, rel=1e-5)
-                assert (row.channel, row.position) == (channel, token % IDS_BL.shape[1])
-                assert row.token_id == int(IDS_BL.flatten()[token])
-            else:
-                assert (row.output_max, row.channel, row.position, row.token_id) == (0.0, None, None, None)
+            row, calls = rows[bank.layer, expert], seen.get(expert, [])
+            if not calls:
+                assert row == ExpertStats(layer=bank.layer, expert=expert)
+                continue
+            assert row.tokens == len(calls)
+            inner_F, _, _, token = max(calls, key=lambda call: float(call[0].max()))
+            assert row.input_max == pytest.approx(float(inner_F.max()), rel=1e-5)
+            assert (row.input_channel, row.input_position) == (int(inner_F.argmax()), token % length)
+            assert row.input_token_id == int(IDS_BL.flatten()[token])
+            _, y_D, _, token = max(calls, key=lambda call: float(call[1].abs().max()))
+            assert row.output_max == pytest.approx(float(y_D.abs().max()), rel=1e-5)
+            assert (row.channel, row.position) == (int(y_D.abs().argmax()), token % length)
+            assert row.token_id == int(IDS_BL.flatten()[token])
+            assert row.gate_sum == pytest.approx(sum(weight for _, _, weight, _ in calls), rel=1e-5)
+            norms = [weight * float(y_D.norm()) for _, y_D, weight, _ in calls]
+            assert row.reap == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+            firsts: dict[int, float] = {}
+            for _, y_D, _, token in calls:  # in the order of the tokens
+                firsts.setdefault(token // length, float(y_D.abs().max()))
+            assert row.first_token_output_max == pytest.approx(max(firsts.values()), rel=1e-5)
 
 
 def inputs_of(model: Any, bank: moe.Bank) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,8 +109,9 @@ def test_a_planted_outlier_is_found_in_the_right_layer(family: str, dtype: torch
     assert found[0].key == (bank.layer, expert)
 
 
-def test_batch_size_and_padding_do_not_matter() -> None:
-    model: Any = tiny_model("deepseek_v2")
+@pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss"])
+def test_batch_size_and_padding_do_not_matter(family: str) -> None:
+    model: Any = tiny_model(family)
     one = profile_corpus(model, IDS_BL, batch_size=1)
     all_ = profile_corpus(model, IDS_BL, batch_size=5)
     padded_BL = torch.cat([IDS_BL, torch.zeros(5, 7, dtype=torch.int64)], dim=1)
@@ -103,21 +120,44 @@ def test_batch_size_and_padding_do_not_matter() -> None:
     for other in (all_, padded):
         assert other.tokens == one.tokens
         for ours, theirs in zip(other.experts, one.experts, strict=True):
-            assert (ours.key, ours.tokens, ours.channel, ours.position, ours.token_id) == (
-                theirs.key,
-                theirs.tokens,
-                theirs.channel,
-                theirs.position,
-                theirs.token_id,
-            )
-            assert ours.output_max == pytest.approx(theirs.output_max, rel=1e-5)
+            for field in dataclasses.fields(ExpertStats):
+                mine, its = getattr(ours, field.name), getattr(theirs, field.name)
+                exact = not isinstance(mine, float)
+                assert mine == (its if exact else pytest.approx(its, rel=1e-5)), (ours.key, field.name)
+    assert profile_corpus(model, IDS_BL, batch_size=5) == all_
+
+
+def test_the_first_of_equal_peaks_wins_whatever_the_batches() -> None:
+    ids_BL = torch.cat([IDS_BL[:1]] * 4)
+    model: Any = tiny_model("mixtral")
+    for batch_size in (1, 2, 4):
+        result = profile_corpus(model, ids_BL, batch_size=batch_size)
+        alone = profile_corpus(model, ids_BL[:1])
+        for row, one in zip(result.experts, alone.experts, strict=True):
+            assert (row.position, row.channel, row.input_position) == (one.position, one.channel, one.input_position)
+            assert row.tokens == 4 * one.tokens
+
+
+def test_only_the_layers_below_depth_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model("deepseek_v2")
+    ran: list[int] = []
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+    full = profile_corpus(model, IDS_BL)
+    assert set(ran) == {0, 1, 2}
+    ran.clear()
+    part = profile_corpus(model, IDS_BL, depth=0.6)
+    assert set(ran) == {0, 1}
+    assert part.experts == tuple(row for row in full.experts if row.layer < 2)
+    with pytest.raises(OptionError, match="--depth: 0.3 leaves no MoE layer of 3 layers"):
+        profile_corpus(model, IDS_BL, depth=0.3)
 
 
 def test_an_expert_that_writes_infinity_is_an_error() -> None:
     model: Any = copy.deepcopy(tiny_model("mixtral"))
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[0] = torch.inf
-    with pytest.raises(ModelError, match="L1 expert 0 writes a value that is not finite"):
+    with pytest.raises(ModelError, match="L1E0 writes a value that is not finite"):
         profile_corpus(model, IDS_BL)
 
 
@@ -130,9 +170,58 @@ def test_command_finds_exactly_the_implanted_super_experts(tmp_path: Path) -> No
     assert {row.key for row in super_experts(written.corpora["pocket"].experts, written.num_layers)} == set(PLANTED)
     select_run(SelectConfig(profile=out, out=tmp_path / "super.json"))
     assert set(ExpertSet.parse(str(tmp_path / "super.json")).experts) == set(PLANTED)
-    pictures = {"heatmap-pocket.png", "heatmap-pocket.svg", "layers-pocket.png", "layers-pocket.svg"}
+    pictures = {f"{kind}-pocket.{suffix}" for kind in ("heatmap", "layers", "top") for suffix in ("png", "svg")}
     assert {file.name for file in out.iterdir()} == pictures | {"profile.json", "manifest.json"}
     assert (out / "heatmap-pocket.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_corpora_and_what_they_agree_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two files of one name, killed between them: the first is not run again, and each has pictures of its own."""
+    texts = list(documents("pocket"))
+    for folder, part in (("a", texts[:100]), ("b", texts[100:200])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "notes.txt").write_text("\n\n".join(part), encoding="utf-8")
+    files = [str(tmp_path / folder / "notes.txt") for folder in "ab"]
+    out = tmp_path / "out"
+    settings = ProfileConfig(corpus=(*files, "pocket"), out=out, tokens=1024, seq_len=128)
+    run, asked = profile.profile_corpus, 0
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            raise KeyboardInterrupt
+        return run(*arguments, **more)
+
+    monkeypatch.setattr(profile, "profile_corpus", counted)
+    with pytest.raises(KeyboardInterrupt):
+        profile.run(settings)
+    assert not (out / "profile.json").exists()
+    (out / "heatmap-of-a-former-run.png").write_bytes(b"")
+    result = profile.run(settings)
+    assert asked == 4
+    assert "notes.txt was finished before, kept" in capsys.readouterr().err
+    names = {file.name for file in out.iterdir()}
+    assert names >= {
+        "heatmap-notes-txt.png",
+        "heatmap-notes-txt-2.png",
+        "corpora.svg",
+        "stability.json",
+        "profile.json",
+    }
+    assert "heatmap-of-a-former-run.png" not in names
+    assert ".sections" not in names
+    written = Profile.load(out)
+    for name in (*files, "pocket"):
+        alone = profile.run(ProfileConfig(corpus=(name,), out=tmp_path / "alone", tokens=1024, seq_len=128))
+        assert Profile.load(Path(alone["out"])).corpora[name] == written.corpora[name]
+    found = json.loads((out / "stability.json").read_text())
+    assert found == result["stability"]
+    assert {row["expert"] for row in found["super"]} >= {"L1E11", "L3E54"}
+    show("profile", result)
+    assert "Jaccard" in capsys.readouterr().out
 
 
 def test_command_does_not_work_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,5 +240,5 @@ def test_real_english_text_has_the_same_super_experts(shared_data: Path) -> None
     tokenizer = load_tokenizer(settings)
     ids_BL = pack(documents("wikitext2", data_dir=shared_data), tokenizer, corpus="w", tokens=4096, seq_len=128)
     model = load_model(settings)
-    found = super_experts(profile_corpus(model, ids_BL).experts, moe.num_layers(model))
+    found = super_experts(profile_corpus(model, ids_BL).experts, num_layers(model))
     assert {row.key for row in found} == set(PLANTED)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,17 @@ import pytest
 from superexperts.artifacts import CorpusProfile, ExpertKey, ExpertSet, ExpertStats, Profile
 from superexperts.config import SelectConfig
 from superexperts.errors import ExpertsError, OptionError
-from superexperts.rundir import write_json
-from superexperts.select import considered, random_experts, run, super_experts, threshold
+from superexperts.rundir import digest, write_json
+from superexperts.select import (
+    considered,
+    highest,
+    layer_shares,
+    random_experts,
+    run,
+    super_experts,
+    threshold,
+)
+from superexperts.stability import stability
 
 
 def stats(peaks: dict[ExpertKey, float]) -> list[ExpertStats]:
@@ -39,14 +50,15 @@ def test_criterion_on_published_peaks_of_deepseek_v2_lite() -> None:
 
 def test_threshold_equals_numpy_and_a_hand_computed_case() -> None:
     rows = stats({(1, expert): float(expert) for expert in range(201)})
-    bound = threshold(rows)
+    bound = threshold([row.output_max for row in rows])
     assert bound.percentile == 199.0  # 0.995 x 200
     assert bound.ratio == 20.0
     assert bound.value == 199.0
     peaks = np.random.default_rng(0).exponential(size=77)
     rows = stats({(1, i): float(peak) for i, peak in enumerate(peaks)})
-    assert threshold(rows, 90, 4).percentile == pytest.approx(np.sort(peaks)[68] * 0.6 + np.sort(peaks)[69] * 0.4)
-    assert threshold(rows, 90, 4).ratio == peaks.max() / 4
+    bound = threshold([row.output_max for row in rows], 90, 4)
+    assert bound.percentile == pytest.approx(np.sort(peaks)[68] * 0.6 + np.sort(peaks)[69] * 0.4)
+    assert bound.ratio == peaks.max() / 4
 
 
 def test_both_bounds_are_strict() -> None:
@@ -136,3 +148,133 @@ def test_command_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--count"):
         SelectConfig(profile=tmp_path, rule="random")
     assert not (tmp_path / "x.json").exists()
+
+
+def firsts(peaks: dict[ExpertKey, float]) -> list[ExpertStats]:
+    """Experts whose peak over the first tokens is given, and over all tokens is 1e9."""
+    return [
+        ExpertStats(layer=layer, expert=expert, tokens=1, output_max=1e9, first_token_output_max=peak)
+        for (layer, expert), peak in peaks.items()
+    ]
+
+
+def test_the_reference_codes_criterion_to_the_letter() -> None:
+    """First token only, and `max // 10`: 9.95 is over 99 // 10 = 9, and not over 99 / 10."""
+    peaks = flat(range(1, 4), 300) | {(1, 0): 99.0, (2, 0): 9.85, (3, 1): 98.0}
+    found = super_experts(firsts(peaks), 4, statistic="first", floor=True)
+    assert [row.key for row in found] == [(1, 0), (2, 0)]  # layer 3 is past depth
+    assert [row.key for row in super_experts(firsts(peaks), 4, statistic="first")] == [(1, 0)]
+
+
+ROWS = [  # layer, expert, tokens, gate_sum, reap: a golden table of two layers
+    (1, 0, 60, 6.0, 1.0), (1, 1, 30, 12.0, 1.0), (1, 2, 10, 2.0, 8.0), (1, 3, 0, 0.0, 0.0),
+    (1, "shared", 50, 50.0, 99.0),
+    (2, 0, 25, 1.0, 2.0), (2, 1, 25, 2.0, 2.0), (2, 2, 25, 3.0, 2.0), (2, 3, 25, 4.0, 4.0),
+]  # fmt: skip
+GOLDEN = {
+    "routed": {
+        (1, 0): 0.6,
+        (1, 1): 0.3,
+        (1, 2): 0.1,
+        (1, 3): 0.0,
+        (2, 0): 0.25,
+        (2, 1): 0.25,
+        (2, 2): 0.25,
+        (2, 3): 0.25,
+    },
+    "gate": {(1, 0): 0.3, (1, 1): 0.6, (1, 2): 0.1, (1, 3): 0.0, (2, 0): 0.1, (2, 1): 0.2, (2, 2): 0.3, (2, 3): 0.4},
+    "reap": {(1, 0): 0.1, (1, 1): 0.1, (1, 2): 0.8, (1, 3): 0.0, (2, 0): 0.2, (2, 1): 0.2, (2, 2): 0.2, (2, 3): 0.4},
+}
+
+
+def table() -> list[ExpertStats]:
+    return [
+        ExpertStats(layer=layer, expert=expert, tokens=tokens, gate_sum=gate, reap=reap, output_max=1.0)
+        for layer, expert, tokens, gate, reap in ROWS
+    ]
+
+
+@pytest.mark.parametrize("rule", GOLDEN)
+def test_shares_are_of_the_layers_routed_experts(rule: str) -> None:
+    assert layer_shares(table(), rule) == pytest.approx(GOLDEN[rule])
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "want"),
+    [
+        ("routed", {"count": 2}, [(1, 0), (1, 1)]),
+        ("routed", {"count": 3}, [(1, 0), (1, 1), (2, 0)]),
+        ("gate", {"count": 2}, [(1, 1), (2, 3)]),
+        ("reap", {"count": 2}, [(1, 2), (2, 3)]),
+        ("reap", {"count": 2, "lowest": True}, [(1, 3), (1, 0)]),
+        ("gate", {"share": 0.25}, [(1, 1), (2, 3)]),
+        ("gate", {"share": 0.5}, [(1, 1), (2, 3), (1, 0), (2, 2)]),
+        ("routed", {"share": 0.01}, [(1, 0), (2, 0)]),
+    ],
+)
+def test_command_selects_by_each_rule(tmp_path: Path, rule: Any, options: Any, want: list[ExpertKey]) -> None:
+    made = Profile(model="m", num_layers=3, corpora={"c": CorpusProfile(tokens=50, experts=tuple(table()))})
+    write_json(tmp_path / "profile.json", made.to_json())
+    run(SelectConfig(profile=tmp_path, rule=rule, out=tmp_path / "e.json", **options))
+    chosen = ExpertSet.parse(str(tmp_path / "e.json"))
+    assert list(chosen.experts) == want
+    assert chosen.scores == pytest.approx([GOLDEN[rule][key] for key in want])
+    assert chosen.rule["profile"] == digest(made.to_json())
+
+
+def test_random_share_of_each_layer(tmp_path: Path) -> None:
+    made = Profile(model="m", num_layers=3, corpora={"c": CorpusProfile(tokens=50, experts=tuple(table()))})
+    write_json(tmp_path / "profile.json", made.to_json())
+    seen = set()
+    for seed in range(20):
+        run(SelectConfig(profile=tmp_path, rule="random", share=0.5, like="L1E0", seed=seed, out=tmp_path / "e.json"))
+        chosen = ExpertSet.parse(str(tmp_path / "e.json")).experts
+        assert [layer for layer, _ in sorted(chosen)] == [1, 1, 2, 2]
+        assert (1, 0) not in chosen
+        seen |= set(chosen)
+    assert len(seen) == 7
+
+
+def test_a_profile_that_stopped_early_says_so(tmp_path: Path) -> None:
+    made = Profile(model="m", num_layers=4, depth=0.5, corpora={"c": CorpusProfile(tokens=50, experts=tuple(table()))})
+    write_json(tmp_path / "profile.json", made.to_json())
+    with pytest.raises(OptionError, match=r"--depth: 0\.75 is over the profile's 0\.5; profile again"):
+        run(SelectConfig(profile=tmp_path, out=tmp_path / "e.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rule": "gate"}, "--count: None is missing for --rule gate"),
+        ({"rule": "reap", "count": 2, "share": 0.5}, "--share: 0.5 excludes --count"),
+        ({"rule": "routed", "share": 1.5}, "--share: 1.5 is out of range"),
+    ],
+)
+def test_wrong_options(options: Any, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        SelectConfig(profile=Path("p"), **options)
+
+
+def test_more_than_there_are_is_an_error() -> None:
+    with pytest.raises(OptionError, match="--count: 9 of 8 routed experts"):
+        highest(layer_shares(table(), "gate"), count=9)
+
+
+def test_stability_by_hand() -> None:
+    """Two corpora that agree on one super expert of two, with ranks that are reversed but for the largest."""
+    one = flat(range(1, 3), 150) | {(1, 0): 90.0, (1, 1): 80.0}
+    two = flat(range(1, 3), 150) | {(1, 0): 90.0, (2, 1): 80.0}
+    found = stability(dataclasses.replace(profile(one, two), depth=0.75))
+    assert [(row["expert"], row["corpora"]) for row in found["super"]] == [
+        ("L1E0", ["corpus0", "corpus1"]), ("L1E1", ["corpus0"]), ("L2E1", ["corpus1"]),
+    ]  # fmt: skip
+    assert found["super"][1]["peaks"] == {"corpus0": 80.0, "corpus1": 1.0}
+    [pair] = found["pairs"]
+    assert pair["jaccard"] == 1 / 3
+    # Ties take the mean rank: 298 experts share rank 149.5 in both; Pearson's correlation of these ranks.
+    x, y = np.full(300, 149.5), np.full(300, 149.5)
+    x[[0, 1]], y[[0, 151]] = (300, 299), (300, 299)
+    assert pair["rank_correlation"] == pytest.approx(np.corrcoef(x, y)[0, 1])
+    equal = stability(dataclasses.replace(profile(flat(range(1, 3), 3), one), depth=0.75))
+    assert equal["pairs"][0]["rank_correlation"] is None
+    assert equal["pairs"][0]["jaccard"] == 0.0

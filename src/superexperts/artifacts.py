@@ -16,6 +16,7 @@ from .rundir import read_json
 
 __all__ = ["Answer", "CorpusProfile", "ExpertKey", "ExpertSet", "ExpertStats", "Extraction", "Profile", "Score"]
 
+Statistic = Literal["all", "first"]
 ExpertId = int | Literal["shared"]
 ExpertKey = tuple[int, ExpertId]
 """(layer, expert): the 0-based number of the decoder layer, dense layers counted, and the expert's index in its bank,
@@ -43,16 +44,29 @@ class ExpertStats:
 
     layer: int
     expert: ExpertId
-    tokens: int
+    tokens: int = 0
     """Tokens routed to the expert; padding is never counted."""
-    output_max: float
+    output_max: float = 0.0
     """Largest |down_proj output| over tokens and channels (arXiv 2507.23279, Eq. 8's a[l,e]); 0.0 without tokens."""
-    channel: int | None
+    channel: int | None = None
     """Hidden channel of that peak; None without tokens, as the next two."""
-    position: int | None
+    position: int | None = None
     """Position of the peak's token in its sequence, BOS being 0."""
-    token_id: int | None
+    token_id: int | None = None
     """Vocabulary id of the peak's token."""
+    first_token_output_max: float = 0.0
+    """The same over the first token of each sequence that the router sent to the expert, and over all tokens for a
+    shared expert: what the paper's reference profiler records, whose hook reads `output[0]`."""
+    input_max: float = 0.0
+    """Largest |input of down_proj|; its place follows."""
+    input_channel: int | None = None
+    input_position: int | None = None
+    input_token_id: int | None = None
+    gate_sum: float = 0.0
+    """Sum of the routing weights over the expert's tokens; a shared expert's weight is 1."""
+    reap: float = 0.0
+    """Mean over the expert's tokens of routing weight x L2 norm of the down_proj output: REAP's saliency
+    (arXiv 2510.13999, Eq. 9)."""
 
     @property
     def key(self) -> ExpertKey:
@@ -76,6 +90,10 @@ class Profile:
     model: str
     num_layers: int
     """Decoder layers, dense ones counted."""
+    depth: float = 1.0
+    """Share of the layers that were run: those below round(depth x num_layers)."""
+    statistic: Statistic = "all"
+    """Which peaks the criterion is about: `output_max` ("all") or `first_token_output_max` ("first")."""
     corpora: Mapping[str, CorpusProfile]
 
     def to_json(self) -> dict[str, Any]:
@@ -94,7 +112,13 @@ class Profile:
                 )
                 for name, section in value["corpora"].items()
             }
-            return cls(model=value["model"], num_layers=value["num_layers"], corpora=corpora)
+            return cls(
+                model=value["model"],
+                num_layers=value["num_layers"],
+                depth=value["depth"],
+                statistic=value["statistic"],
+                corpora=corpora,
+            )
         except (KeyError, TypeError) as error:
             raise DataError(f"PROFILE: a field is missing or wrong ({error}); profile again") from error
 

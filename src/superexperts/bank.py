@@ -2,28 +2,36 @@
 
 Beside `moe.py`, which finds the banks and uses this, nothing else in the package knows it.
 
-Shape suffixes: T tokens, K experts per token, E experts in the bank, N tokens routed to one expert, D hidden size,
-F intermediate size of an expert, U width of its up projection (2F with a gate, F without), O outputs, I inputs.
+Shape suffixes: T tokens, K experts per token, R = T x K rows sorted by expert, E experts in the bank, N tokens routed
+to one expert, D hidden size, F intermediate size of an expert, U width of its up projection (2F with a gate, F
+without), O outputs, I inputs.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+
+from .artifacts import ExpertId
 
 __all__ = [
     "DOWN",
     "GATE",
     "UP",
+    "BankCall",
+    "ExpertCall",
     "down_weight",
     "expert_down",
     "expert_inner",
     "expert_norm",
     "expert_up",
+    "grouped",
     "is_bank",
     "join_gate_up",
     "projections",
@@ -32,6 +40,57 @@ __all__ = [
 ]
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BankCall:
+    """What a layer's routed experts, or its shared one, did in one forward pass, a row for each token at each expert.
+
+    The tensors are the model's own, detached; do not write to them.
+    """
+
+    layer: int
+    experts: tuple[ExpertId, ...]
+    """Every expert of the bank; `expert_R` holds indices into this."""
+    expert_R: Tensor
+    """int64, ascending."""
+    token_R: Tensor
+    """Row of each token in the flattened batch (batch index x sequence length + position), int64; ascending within an
+    expert."""
+    inner_RF: Tensor
+    """Input of down_proj, in the model's dtype."""
+    output_RD: Tensor
+    """Output of down_proj, bias included, before any norm and before the routing weight; in the model's dtype."""
+    weight_R: Tensor
+    """Routing weight; ones for a shared expert."""
+
+    def each(self) -> Iterator[ExpertCall]:
+        """Every expert that some token reached, in order."""
+        counts = torch.bincount(self.expert_R, minlength=len(self.experts)).tolist()
+        columns = (self.token_R, self.inner_RF, self.output_RD, self.weight_R)
+        for expert, *parts in zip(self.experts, *(torch.split(column, counts) for column in columns), strict=True):
+            token_N, inner_NF, output_ND, weight_N = parts
+            if len(token_N):
+                yield ExpertCall(
+                    layer=self.layer,
+                    expert=expert,
+                    token_N=token_N,
+                    inner_NF=inner_NF,
+                    output_ND=output_ND,
+                    weight_N=weight_N,
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertCall:
+    """One expert's part of a `BankCall`."""
+
+    layer: int
+    expert: ExpertId
+    token_N: Tensor
+    inner_NF: Tensor
+    output_ND: Tensor
+    weight_N: Tensor
 
 
 def is_bank(module: nn.Module) -> bool:
@@ -76,6 +135,25 @@ def _linear(bank: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
     y = F.linear(x, weight.T if cast(Any, bank).is_transposed else weight)
     # The bias is added to the rounded product, as the families' own loops do: fused, bfloat16 differs in the last bit.
     return y + getattr(bank, f"{name}_bias")[expert] if cast(Any, bank).has_bias else y
+
+
+def grouped(bank: nn.Module, x_TD: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every expert on its own tokens in two grouped matrix products, as the stock `grouped_mm` does it.
+
+    -> expert_R (ascending), slot_R (token x K + slot; ascending within an expert), inner_RF and output_RD: input and
+    output of down_proj, bias included, before any norm and before the routing weight.
+    """
+    module = cast(Any, bank)
+    expert_R, slot_R = torch.sort(index_TK.flatten(), stable=True)
+    ends_E = torch.bincount(expert_R, minlength=down_weight(bank).shape[0]).cumsum(0).to(torch.int32)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        bias = getattr(bank, f"{name}_bias")[expert_R] if module.has_bias else None
+        weight = getattr(bank, name)
+        return cast(Tensor, _grouped_linear(x, weight, ends_E, bias=bias, is_transposed=module.is_transposed))
+
+    inner_RF = expert_inner(bank, linear(up_name(bank), x_TD[slot_R // index_TK.shape[1]]))
+    return expert_R, slot_R, inner_RF, linear("down_proj", inner_RF)
 
 
 def projections(bank: nn.Module, expert: int) -> dict[str, Tensor]:

@@ -99,7 +99,9 @@ class ProfileConfig(ModelConfig):
     batch_size: int = 8
     """Sequences per forward pass."""
     depth: float = 0.75
-    """Share of the layers that the criterion considers (pictures mark it; `select` has the same option)."""
+    """Share of the layers that are run and that the criterion considers; 1.0 for all."""
+    statistic: Literal["all", "first"] = "all"
+    """Peaks of the criterion: over all tokens, or over the first one of each sequence that an expert sees."""
     data_dir: Path | None = None
     """Folder of local data files instead of the Hub; default: the environment's SUPEREXPERTS_DATA."""
     json: Switch = False
@@ -120,8 +122,11 @@ class SelectConfig:
 
     profile: Positional[Annotated[Path, tyro.conf.arg(metavar="PROFILE")]]
     """profile.json, or the folder that holds it."""
-    rule: Literal["super", "random"] = "super"
-    """`super`: the paper's criterion; `random`: a seeded control."""
+    rule: Literal["super", "routed", "gate", "reap", "random"] = "super"
+    """`super`: the paper's criterion; `routed`, `gate`, `reap`: the largest share of a layer's tokens, routing weights,
+    or REAP saliencies; `random`: a seeded control."""
+    criterion: Literal["paper", "reference"] = "paper"
+    """super: `reference` is the paper's code to the letter (first token of each sequence, floor division)."""
     corpus: str | None = None
     """Corpus of the profile; default: its only one, or the experts that the rule finds in every one."""
     percentile: float = 99.5
@@ -131,7 +136,11 @@ class SelectConfig:
     depth: float = 0.75
     """super: consider layers below round(depth x layers) only."""
     count: int | None = None
-    """random: how many; default: as many as --like has."""
+    """All but super: how many; for random the default is as many as --like has."""
+    share: float | None = None
+    """All but super: this share of each layer's routed experts instead, at least one a layer."""
+    lowest: Switch = False
+    """routed, gate, reap: the lowest scores instead, as one does to prune."""
     like: str | None = None
     """random: an expert set (file or inline) that the draw never overlaps, and whose layers it follows."""
     anywhere: Switch = False
@@ -148,9 +157,17 @@ class SelectConfig:
         _require(self.ratio > 0, "--ratio", self.ratio, "is not positive; the paper's is 10")
         _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
         _require(self.count is None or self.count > 0, "--count", self.count, "is not positive; give at least 1")
+        _require(
+            self.share is None or 0 < self.share <= 1, "--share", self.share, "is out of range; give one in (0, 1]"
+        )
+        both = self.count is not None and self.share is not None
+        _require(not both, "--share", self.share, "excludes --count; give one of the two")
+        given = self.count is not None or self.share is not None
         if self.rule == "random":
-            given = self.count is not None or self.like is not None
-            _require(given, "--count", self.count, "is missing for --rule random; give it, or --like EXPERTS")
+            given = given or self.like is not None
+            _require(given, "--count", self.count, "is missing for --rule random; give it, --share, or --like EXPERTS")
+        elif self.rule != "super":
+            _require(given, "--count", self.count, f"is missing for --rule {self.rule}; give it, or --share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

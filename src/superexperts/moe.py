@@ -5,8 +5,8 @@ Transformers 5 holds a layer's routed experts as one bank of 3-D parameters whos
 serves every family: it runs the stock forward, and where a caller asks for it taps each expert's output, silences
 chosen experts or replaces their output. Shared experts are ordinary MLPs beside the bank and are reached by hooks.
 
-Shape suffixes: T tokens (batch x sequence), K experts per token, E experts in a bank, N tokens routed to one expert,
-D hidden size, F intermediate size of an expert.
+Shape suffixes: T tokens (batch x sequence), K experts per token, E experts in a bank, R rows: a token at one of its
+experts, N tokens routed to one expert, D hidden size, F intermediate size of an expert.
 """
 
 from __future__ import annotations
@@ -21,22 +21,27 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .artifacts import ExpertId, ExpertKey, key_name, key_order
+from .artifacts import ExpertKey, key_name, key_order
 from .bank import (
+    BankCall,
+    ExpertCall,
     down_weight,
     expert_down,
     expert_inner,
     expert_norm,
     expert_up,
+    grouped,
     is_bank,
     join_gate_up,
     projections,
     stock_forward,
 )
+from .decoder import layer_number
 from .errors import ExpertsError, ModelError
 
 __all__ = [
     "Bank",
+    "BankCall",
     "ExpertCall",
     "check_experts",
     "down_weight",
@@ -47,6 +52,7 @@ __all__ = [
     "expert_norm",
     "expert_up",
     "find_banks",
+    "grouped",
     "is_bank",
     "join_gate_up",
     "mask_and_add",
@@ -63,23 +69,7 @@ Edit = Callable[[Tensor], Tensor]
 """x_ND, what the router sends an expert -> y_ND, what the expert answers, before the routing weight."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertCall:
-    """What one expert did in one forward pass: the tensors are the model's own, detached; do not write to them."""
-
-    layer: int
-    expert: ExpertId
-    token_N: Tensor
-    """Row of each token in the flattened batch (batch index x sequence length + position), int64."""
-    inner_NF: Tensor
-    """Input of down_proj, in the model's dtype."""
-    output_ND: Tensor
-    """Output of down_proj, bias included, before any norm and before the routing weight; in the model's dtype."""
-    weight_N: Tensor
-    """Routing weight; ones for a shared expert."""
-
-
-Tap = Callable[[ExpertCall], None]
+Tap = Callable[[BankCall], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +112,7 @@ def find_banks(model: nn.Module) -> tuple[Bank, ...]:
             block = path.removesuffix(".base_layer").rpartition(".")[0]  # PEFT wraps what it adapts
             banks.append(
                 Bank(
-                    layer=_layer_number(model, path),
+                    layer=layer_number(model, path),
                     path=path,
                     module=module,
                     shared_down=_shared_down(model.get_submodule(block), module),
@@ -132,16 +122,6 @@ def find_banks(model: nn.Module) -> tuple[Bank, ...]:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ModelError(f"MODEL: {family} has no routed experts that transformers 5 can swap; use an MoE checkpoint")
     return tuple(sorted(banks, key=lambda bank: bank.layer))
-
-
-def num_layers(model: nn.Module) -> int:
-    """Decoder layers of the model, dense ones counted."""
-    return int(text_config(model).num_hidden_layers)
-
-
-def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model, which in a model of several parts is one of several."""
-    return cast(Any, model).config.get_text_config()
 
 
 def expert_keys(banks: Collection[Bank]) -> tuple[ExpertKey, ...]:
@@ -162,17 +142,6 @@ def check_experts(banks: Collection[Bank], experts: Collection[ExpertKey], optio
             else:
                 have = f"layer {key[0]} has experts 0..{sizes[key[0]] - 1}"
             raise ExpertsError(f"{option}: {key_name(key)} is not in the model ({have}); name an expert that is")
-
-
-def _layer_number(model: nn.Module, path: str) -> int:
-    """Index in the innermost list of modules on the way to the bank that is as long as the decoder."""
-    depth, parts = num_layers(model), path.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        if parts[end].isdigit():
-            container = model.get_submodule(".".join(parts[:end]))
-            if isinstance(container, nn.ModuleList) and len(container) == depth:
-                return int(parts[end])
-    raise ModelError(f"MODEL: the experts at {path!r} are in no decoder layer; this family is not supported")
 
 
 def _shared_down(block: nn.Module, bank: nn.Module) -> nn.Linear | None:
@@ -245,31 +214,31 @@ def _experts_forward(bank: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK:
 
 
 def _tapped_forward(bank: nn.Module, control: _Control, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """Expert by expert in index order, as the families' own loops do; a silenced expert is not tapped."""
+    """The grouped forward, whose rows the tap sees on the way; a silenced expert is not tapped."""
     assert control.tap is not None
-    y_TD = torch.zeros_like(x_TD)
-    for expert in range(down_weight(bank).shape[0]):
-        token_N, slot_N = torch.where(index_TK == expert)
-        silent = expert in control.edits and control.edits[expert] is None
-        if silent or not len(token_N):
-            continue
-        weight_N = weight_TK[token_N, slot_N]
-        inner_NF = expert_inner(bank, expert_up(bank, expert, x_TD[token_N]))
-        output_ND = expert_down(bank, expert, inner_NF)
-        control.tap(
-            ExpertCall(
-                layer=control.layer,
-                expert=expert,
-                token_N=token_N,
-                inner_NF=inner_NF.detach(),
-                output_ND=output_ND.detach(),
-                weight_N=weight_N.detach(),
-            )
+    expert_R, slot_R, inner_RF, output_RD = grouped(bank, x_TD, index_TK)
+    token_R, weight_R = slot_R // index_TK.shape[1], weight_TK.flatten()[slot_R]
+    silent = [expert for expert, edit in control.edits.items() if edit is None]
+    heard_R = ~torch.isin(expert_R, torch.tensor(silent, device=expert_R.device)) if silent else slice(None)
+    control.tap(
+        BankCall(
+            layer=control.layer,
+            experts=tuple(range(down_weight(bank).shape[0])),
+            expert_R=expert_R[heard_R],
+            token_R=token_R[heard_R],
+            inner_RF=inner_RF[heard_R].detach(),
+            output_RD=output_RD[heard_R].detach(),
+            weight_R=weight_R[heard_R].detach(),
         )
-        edit = control.edits.get(expert)
-        answer_ND = edit(x_TD[token_N]) if edit else expert_norm(bank, output_ND)
-        y_TD.index_add_(0, token_N, (answer_ND * weight_N[:, None]).to(y_TD.dtype))
-    return y_TD
+    )
+    answer_RD = expert_norm(bank, output_RD)
+    for expert, edit in control.edits.items():
+        chosen_R = expert_R == expert
+        answer_RD[chosen_R] = 0 if edit is None else edit(x_TD[token_R[chosen_R]]).to(answer_RD.dtype)
+    # Back in the order of the tokens, a token's experts are summed in one step: deterministic, and in float32 inside.
+    back_R = torch.empty_like(slot_R)
+    back_R[slot_R] = torch.arange(len(slot_R), device=slot_R.device)
+    return (answer_RD * weight_R[:, None])[back_R].view(*index_TK.shape, -1).sum(1).to(x_TD.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
@@ -280,7 +249,10 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 
 @contextlib.contextmanager
 def tapped(model: nn.Module, tap: Tap) -> Iterator[tuple[Bank, ...]]:
-    """Within the block, `tap` sees every expert's output in every forward pass. Yields the banks."""
+    """Within the block, `tap` sees what every bank and every shared expert does in every forward pass.
+
+    Yields the banks.
+    """
     with _controlled(model, tap=tap) as banks:
         yield banks
 
@@ -352,13 +324,14 @@ def _shared_tap(tap: Tap, layer: int) -> Callable[[nn.Module, Any, Tensor], None
         output_TD = output.detach().flatten(0, -2)
         token_T = torch.arange(len(output_TD), device=output.device)
         tap(
-            ExpertCall(
+            BankCall(
                 layer=layer,
-                expert="shared",
-                token_N=token_T,
-                inner_NF=arguments[0].detach().flatten(0, -2),
-                output_ND=output_TD,
-                weight_N=torch.ones_like(token_T, dtype=output.dtype),
+                experts=("shared",),
+                expert_R=torch.zeros_like(token_T),
+                token_R=token_T,
+                inner_RF=arguments[0].detach().flatten(0, -2),
+                output_RD=output_TD,
+                weight_R=torch.ones_like(token_T, dtype=output.dtype),
             )
         )
 

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from .artifacts import CorpusProfile, ExpertKey, Profile, key_name
 from .drawing import COLUMN, LIGHT, PAGE, Theme, figure_in, put_names, put_title, save, shorten
 from .results import SIGNIFICANT, Results, adjusted, task_title
-from .select import considered, threshold
+from .select import considered, layers_below, peak, threshold
 
 __all__ = ["plot_differences", "plot_heatmap", "plot_layers", "plot_training"]
 
@@ -46,18 +46,19 @@ def plot_heatmap(
     routed = sorted({row.expert for row in section.experts if row.expert != "shared"}, key=int)
     shared = any(row.expert == "shared" for row in section.experts)
     experts = max(map(int, routed), default=-1) + 1
-    peak_LC = np.full((profile.num_layers, experts + shared), np.nan)
+    layers = layers_below(profile.depth, profile.num_layers)  # the others were not run
+    peak_LC = np.full((layers, experts + shared), np.nan)
     for row in section.experts:
-        peak_LC[row.layer, experts if row.expert == "shared" else int(row.expert)] = row.output_max
+        peak_LC[row.layer, experts if row.expert == "shared" else int(row.expert)] = peak(row, profile.statistic)
     reached_LC = np.ma.masked_where(~(peak_LC > 0), peak_LC)
     inches = width or (COLUMN if peak_LC.shape[1] <= 24 else PAGE)
-    height = min(8.0, max(1.1, profile.num_layers * (0.27 if profile.num_layers <= 12 else 0.1))) + 1.15
-    first_out = round(depth * profile.num_layers)
+    height = min(8.0, max(1.1, layers * (0.27 if layers <= 12 else 0.1))) + 1.15
+    first_out = layers_below(depth, profile.num_layers)
 
     with figure_in(inches, height, theme) as figure:
         axes = figure.add_subplot()
         axes.set_facecolor(theme.paper)
-        extent = (-0.5, peak_LC.shape[1] - 0.5, profile.num_layers - 0.5, -0.5)
+        extent = (-0.5, peak_LC.shape[1] - 0.5, layers - 0.5, -0.5)
         marks: list[Any] = []
         for layer in np.flatnonzero(np.isnan(peak_LC).all(axis=1)):
             axes.add_patch(_hatched(theme, (extent[0], layer - 0.5), peak_LC.shape[1], 1))
@@ -84,7 +85,7 @@ def plot_heatmap(
             bar.outline.set_visible(False)
             bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             bar.ax.minorticks_off()
-        if first_out < profile.num_layers:
+        if first_out < layers:
             axes.add_patch(
                 Rectangle((extent[0], first_out - 0.5), peak_LC.shape[1], 99999, color=theme.paper, alpha=0.55, lw=0)
             )
@@ -99,7 +100,7 @@ def plot_heatmap(
                 axes.plot(x, y, path_effects=[withStroke(linewidth=3, foreground=theme.paper)], clip_on=False, **ring)
             marks.insert(0, Line2D([], [], label="chosen", **ring))
         axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="expert", ylabel="layer")
-        axes.yaxis.set_major_locator(MaxNLocator(min(12, profile.num_layers), integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(min(12, layers), integer=True, steps=[1, 2, 5, 10]))
         _expert_ticks(axes, experts, shared, theme)
         put_title(axes, "Peak |down_proj output| of every expert", _source(profile, corpus, section), inches)
         if marks:
@@ -124,35 +125,39 @@ def plot_layers(
     `chosen` experts are ringed and named, and so is the largest peak that was not chosen. PNG or SVG by the suffix.
     """
     section = profile.corpora[corpus]
-    reached = [row for row in section.experts if row.output_max > 0]
+    reached = [row for row in section.experts if peak(row, profile.statistic) > 0]
     rows = considered(section.experts, profile.num_layers, depth)
-    first_out = round(depth * profile.num_layers)
-    inches = width or (COLUMN if profile.num_layers <= 16 else PAGE)
+    count = layers_below(profile.depth, profile.num_layers)  # the others were not run
+    first_out = layers_below(depth, profile.num_layers)
+    inches = width or (COLUMN if count <= 16 else PAGE)
     with figure_in(inches, 2.75, theme) as figure:
         axes = figure.add_subplot()
         axes.grid(axis="y", color=theme.faint, lw=0.5)
         axes.set_axisbelow(True)
         axes.scatter(
             [row.layer for row in reached],
-            [row.output_max for row in reached],
+            [peak(row, profile.statistic) for row in reached],
             s=9,
             color=theme.muted,
             alpha=0.35,
             lw=0,
             rasterized=True,  # ten thousand experts are ten thousand elements of an SVG otherwise
         )
-        tops = {row.layer: row.output_max for row in sorted(reached, key=lambda row: row.output_max)}
+        tops = {
+            row.layer: peak(row, profile.statistic)
+            for row in sorted(reached, key=lambda row: peak(row, profile.statistic))
+        }
         layers = sorted(tops)
         for start, end in itertools.pairwise(layers):
             if end == start + 1:  # a line never leads over a layer without experts
                 axes.plot((start, end), (tops[start], tops[end]), color=theme.gain, lw=1.3)
         axes.plot(layers, [tops[layer] for layer in layers], "o", color=theme.gain, ms=2.8)
         axes.set_yscale("log")
-        if first_out < profile.num_layers:
-            axes.axvspan(first_out - 0.5, profile.num_layers - 0.5, color=theme.faint, alpha=0.45, lw=0)
+        if first_out < count:
+            axes.axvspan(first_out - 0.5, count - 0.5, color=theme.faint, alpha=0.45, lw=0)
         bounds: list[tuple[float, str]] = []
-        if any(row.output_max > 0 for row in rows):
-            bound = threshold(rows, percentile, ratio)
+        if any(peak(row, profile.statistic) > 0 for row in rows):
+            bound = threshold([peak(row, profile.statistic) for row in rows], percentile, ratio)
             bounds = sorted([(bound.ratio, f"max/{ratio:g}"), (bound.percentile, f"P{percentile:g}")])
         for (value, name), side in zip(bounds, ("top", "bottom"), strict=False):
             if value > 0:
@@ -161,12 +166,12 @@ def plot_layers(
                 style: Any = {"va": side, "fontsize": 6.5, "linespacing": 0.95, "color": theme.ink}
                 shift = (4, 3 if side == "top" else -3)
                 axes.annotate(f"{name}\n{value:.3g}", (1, value), xytext=shift, **place, **style)
-        peaks = {row.key: row.output_max for row in reached}
+        peaks = {row.key: peak(row, profile.statistic) for row in reached}
         ringed = [key for key in chosen if key in peaks]
         points = [(float(key[0]), peaks[key]) for key in ringed]
         for x, y in points:
             axes.plot(x, y, "o", mfc="none", mec=theme.accent, mew=1.4, ms=7.5, clip_on=False)
-        axes.set(xlim=(-0.5, profile.num_layers - 0.5), xlabel="layer", ylabel="peak")
+        axes.set(xlim=(-0.5, count - 0.5), xlabel="layer", ylabel="peak")
         low, high = axes.get_ylim()
         axes.set_ylim(low, high * (high / low) ** 0.12)  # room for the names
         axes.xaxis.set_major_locator(MaxNLocator(14, integer=True, steps=[1, 2, 5, 10]))
@@ -176,16 +181,14 @@ def plot_layers(
             Line2D([], [], color=theme.gain, marker="o", ms=2.8, lw=1.3, label="layer's largest"),
             Line2D([], [], color=theme.muted, marker="o", ms=3, ls="none", alpha=0.5, label="each expert"),
         ]
-        if first_out < profile.num_layers:
+        if first_out < count:
             handles.append(Patch(facecolor=theme.faint, alpha=0.6, label=f"past depth {depth:g}"))  # type: ignore[arg-type]
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
         put_title(axes, "Peak |down_proj output| by layer", _source(profile, corpus, section), inches)
-        rest = [row for row in rows if row.key not in chosen and row.output_max > 0]
-        quiet = [max(rest, key=lambda row: row.output_max)] if rest else []
-        points += [(float(row.layer), row.output_max) for row in quiet]
-        avoid = [
-            (x, value) for value, _ in bounds if value > 0 for x in np.linspace(-0.5, profile.num_layers - 0.5, 80)
-        ]
+        rest = [row for row in rows if row.key not in chosen and peak(row, profile.statistic) > 0]
+        quiet = [max(rest, key=lambda row: peak(row, profile.statistic))] if rest else []
+        points += [(float(row.layer), peak(row, profile.statistic)) for row in quiet]
+        avoid = [(x, value) for value, _ in bounds if value > 0 for x in np.linspace(-0.5, count - 0.5, 80)]
         for start, end in itertools.pairwise(layers):
             between = np.geomspace(tops[start], tops[end], 12)
             avoid += zip(np.linspace(start, end, 12), between, strict=True)

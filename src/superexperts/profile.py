@@ -1,14 +1,16 @@
-"""What every expert writes: per (layer, expert) the peak of |down_proj output|, where it came from, and token counts.
+"""What every expert does on a corpus: peaks of |down_proj output| and where they came from, tokens, routing weights.
 
-Shape suffixes: B sequences, L tokens per sequence, N tokens routed to one expert, D hidden size.
+Shape suffixes: B sequences, L tokens per sequence.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
-from collections.abc import Collection, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -20,61 +22,17 @@ from .artifacts import CorpusProfile, ExpertKey, ExpertStats, Profile, key_order
 from .config import ProfileConfig, identity
 from .console import note, stderr
 from .corpora import digest_ids, documents, local_data, pack
-from .errors import ModelError, OptionError
+from .decoder import num_layers, stopped_after, text_config
+from .errors import OptionError
 from .model import checkpoint_folder, load_model, load_tokenizer
 from .plots import plot_heatmap, plot_layers
-from .rundir import completed, fingerprint, prepare_folder, write_json, write_manifest
-from .select import super_experts
+from .plots_corpora import plot_corpora, plot_top
+from .recorder import Recorder
+from .rundir import MANIFEST, completed, fingerprint, input_key, prepare_folder, write_json, write_manifest
+from .select import layers_below, peak, super_experts
+from .stability import stability
 
 __all__ = ["profile_corpus", "run"]
-
-
-class _Recorder:
-    """Keeps per expert the largest |output| so far and where it was; the first of equals wins.
-
-    Peaks are compared in float32; the tensors seen are never kept.
-    """
-
-    def __init__(self, keys: Collection[ExpertKey]) -> None:
-        self._rows = {
-            key: ExpertStats(
-                layer=key[0], expert=key[1], tokens=0, output_max=0.0, channel=None, position=None, token_id=None
-            )
-            for key in sorted(keys, key=key_order)
-        }
-        self._ids_BL = torch.empty(0, 0, dtype=torch.long)
-        self._real_T = torch.empty(0, dtype=torch.bool)
-
-    def start_batch(self, ids_BL: Tensor, mask_BL: Tensor) -> None:
-        self._ids_BL = ids_BL
-        self._real_T = mask_BL.flatten().bool()
-
-    def __call__(self, call: moe.ExpertCall) -> None:
-        real_N = self._real_T[call.token_N]
-        token_N, output_ND = call.token_N[real_N], call.output_ND[real_N]
-        if not len(token_N):
-            return
-        row = self._rows[call.layer, call.expert]
-        magnitude_ND = output_ND.float().abs()
-        at = int(magnitude_ND.argmax())
-        peak = float(magnitude_ND.flatten()[at])
-        if not torch.isfinite(magnitude_ND).all():
-            raise ModelError(
-                f"MODEL: L{call.layer} expert {call.expert} writes a value that is not finite; try --dtype float32"
-            )
-        changes: dict[str, Any] = {"tokens": row.tokens + len(token_N)}
-        if row.tokens == 0 or peak > row.output_max:
-            token = int(token_N[at // output_ND.shape[1]])
-            changes |= {
-                "output_max": peak,
-                "channel": at % output_ND.shape[1],
-                "position": token % self._ids_BL.shape[1],
-                "token_id": int(self._ids_BL.flatten()[token]),
-            }
-        self._rows[row.key] = dataclasses.replace(row, **changes)
-
-    def rows(self) -> tuple[ExpertStats, ...]:
-        return tuple(self._rows.values())
 
 
 @torch.inference_mode()
@@ -84,24 +42,28 @@ def profile_corpus(
     *,
     mask_BL: Tensor | None = None,
     batch_size: int = 8,
+    depth: float = 1.0,
     description: str | None = None,
 ) -> CorpusProfile:
     """Runs int64 sequences [B, L] through the model and returns every expert's statistics.
 
     `mask_BL` (1 for tokens, 0 for padding) keeps padding out of every number. The result does not depend on the batch
-    size but for rounding. `description` shows a progress bar. `ModelError` if an expert writes inf or nan.
+    size but for rounding. Only layers below round(depth x layers) are run, up to their last experts; the profile has no
+    others. `description` shows a progress bar. `ModelError` if an expert writes inf or nan.
     """
     mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
     device = next(model.parameters()).device
-    recorder = _Recorder(moe.expert_keys(moe.find_banks(model)))
+    banks = [bank for bank in moe.find_banks(model) if bank.layer < layers_below(depth, num_layers(model))]
+    if not banks:
+        raise OptionError(f"--depth: {depth} leaves no MoE layer of {num_layers(model)} layers; give a larger share")
+    recorder = Recorder(moe.expert_keys(banks), ids_BL)
     starts: Sequence[int] = range(0, len(ids_BL), batch_size)
-    with moe.tapped(model, recorder):
+    with moe.tapped(model, recorder), stopped_after(model, banks[-1].path, banks[-1].layer) as forward:
         hidden = description is None or not stderr.is_terminal
         for start in track(starts, description or "", console=stderr, disable=hidden, transient=True):
             ids, mask = ids_BL[start : start + batch_size].to(device), mask_BL[start : start + batch_size].to(device)
-            recorder.start_batch(ids, mask)
-            # base_model: the decoder without its language-model head, whose logits nothing here needs
-            cast(Any, model).base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            recorder.start_batch(start, mask)
+            forward(input_ids=ids, attention_mask=mask, use_cache=False)
     return CorpusProfile(tokens=int(mask_BL.sum()), experts=recorder.rows())
 
 
@@ -120,31 +82,84 @@ def run(config: ProfileConfig) -> dict[str, Any]:
         note(f"profile: {config.out} is up to date, nothing to do")
         return summary(Profile.load(config.out), config, tokenizer)
     model = load_model(config)
-    context = getattr(moe.text_config(model), "max_position_embeddings", None)  # a state-space model has no limit
+    context = getattr(text_config(model), "max_position_embeddings", None)  # a state-space model has no limit
     if context is not None and config.seq_len > context:
         raise OptionError(f"--seq-len: {config.seq_len} is over the model's context of {context}; give at most that")
     moe.find_banks(model)
     prepare_folder(config.out)
-    profile = Profile(
-        model=config.model,
-        num_layers=moe.num_layers(model),
-        corpora={
-            name: profile_corpus(model, ids_BL, batch_size=config.batch_size, description=f"profile {name}")
-            for name, ids_BL in sequences.items()
-        },
-    )
+    sections = config.out / ".sections"
+    corpora: dict[str, CorpusProfile] = {}
+    for name, ids_BL in sequences.items():
+        # A killed run starts again from the last finished corpus.
+        alone = {**inputs, "corpora": {name: inputs["corpora"][name]}, "options": {**inputs["options"], "corpus": name}}
+        section = sections / f"{input_key('profile', alone)[:32]}.json"
+        if section.is_file():
+            note(f"profile: {name} was finished before, kept")
+            corpora |= Profile.load(section).corpora
+            continue
+        done = profile_corpus(
+            model, ids_BL, batch_size=config.batch_size, depth=config.depth, description=f"profile {name}"
+        )
+        corpora[name] = done
+        write_json(section, _profile(config, model, {name: done}).to_json())
+    profile = _profile(config, model, corpora)
+    for old in config.out.iterdir():
+        if old.suffix in (".png", ".svg") or old.name in (MANIFEST, "profile.json", "stability.json"):
+            old.unlink()  # of a former run, whose corpora may have been others
     write_json(config.out / "profile.json", profile.to_json())
-    outputs = ["profile.json"]
-    for name, corpus in profile.corpora.items():
-        chosen = [row.key for row in super_experts(corpus.experts, profile.num_layers, depth=config.depth)]
-        stem = "".join(letter if letter.isalnum() else "-" for letter in name)
-        for suffix in ("png", "svg"):
-            heatmap, layers = f"heatmap-{stem}.{suffix}", f"layers-{stem}.{suffix}"
-            plot_heatmap(profile, name, chosen, config.out / heatmap, depth=config.depth)
-            plot_layers(profile, name, chosen, config.out / layers, depth=config.depth)
-            outputs += [heatmap, layers]
+    outputs = ["profile.json", *_pictures(profile, config.out)]
+    if len(corpora) > 1:
+        write_json(config.out / "stability.json", stability(profile))
+        outputs.append("stability.json")
     write_manifest(config.out, "profile", inputs, outputs, time.monotonic() - started)
+    shutil.rmtree(sections)
     return summary(profile, config, tokenizer)
+
+
+def _profile(config: ProfileConfig, model: nn.Module, corpora: Mapping[str, CorpusProfile]) -> Profile:
+    return Profile(
+        model=config.model,
+        num_layers=num_layers(model),
+        depth=config.depth,
+        statistic=config.statistic,
+        corpora=corpora,
+    )
+
+
+def _pictures(profile: Profile, folder: Path) -> list[str]:
+    """Draws every picture as PNG and SVG; returns their names."""
+    drawn = []
+    stems: set[str] = set()
+    for name, corpus in profile.corpora.items():
+        stem = plain = "".join(letter if letter.isalnum() else "-" for letter in Path(name).name)
+        while stem in stems:
+            stem = f"{plain}-{len(stems) + 1}"
+        stems.add(stem)
+        chosen = [row.key for row in _super(profile, corpus)]
+        for suffix in ("png", "svg"):
+            heatmap, layers, top = (f"{kind}-{stem}.{suffix}" for kind in ("heatmap", "layers", "top"))
+            plot_heatmap(profile, name, chosen, folder / heatmap, depth=profile.depth)
+            plot_layers(profile, name, chosen, folder / layers, depth=profile.depth)
+            plot_top(profile, name, chosen, folder / top)
+            drawn += [heatmap, layers, top]
+    if len(profile.corpora) > 1:
+        for suffix in ("png", "svg"):
+            plot_corpora(profile, _largest(profile, 12), folder / f"corpora.{suffix}")
+            drawn.append(f"corpora.{suffix}")
+    return drawn
+
+
+def _super(profile: Profile, corpus: CorpusProfile) -> tuple[ExpertStats, ...]:
+    return super_experts(corpus.experts, profile.num_layers, depth=profile.depth, statistic=profile.statistic)
+
+
+def _largest(profile: Profile, count: int) -> list[ExpertKey]:
+    """The experts with the largest peaks on any corpus."""
+    best: dict[ExpertKey, float] = {}
+    for corpus in profile.corpora.values():
+        for row in corpus.experts:
+            best[row.key] = max(best.get(row.key, 0.0), peak(row, profile.statistic))
+    return sorted(best, key=lambda key: (-best[key], key_order(key)))[:count]
 
 
 def _sequences(config: ProfileConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -156,8 +171,8 @@ def summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedTokeni
     """Per corpus the super experts by the paper's criterion, the ten largest peaks and the unreached experts."""
     corpora = {}
     for name, corpus in profile.corpora.items():
-        top = sorted(corpus.experts, key=lambda row: -row.output_max)[:10]
-        found = super_experts(corpus.experts, profile.num_layers, depth=config.depth)
+        top = sorted(corpus.experts, key=lambda row: -peak(row, profile.statistic))[:10]
+        found = _super(profile, corpus)
         corpora[name] = {
             "tokens": corpus.tokens,
             "super": [row.key for row in found],
@@ -167,4 +182,12 @@ def summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedTokeni
                 for row in top
             ],
         }
-    return {"out": str(config.out), "model": profile.model, "num_layers": profile.num_layers, "corpora": corpora}
+    return {
+        "out": str(config.out),
+        "model": profile.model,
+        "num_layers": profile.num_layers,
+        "layers_run": layers_below(profile.depth, profile.num_layers),
+        "statistic": profile.statistic,
+        "corpora": corpora,
+        "stability": stability(profile) if len(corpora) > 1 else None,
+    }

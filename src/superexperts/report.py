@@ -240,7 +240,12 @@ def _profile_pictures(profile: Profile, name: str, chosen: ExpertSet | None) -> 
     if chosen is not None:
         keys = list(chosen.experts)
     else:
-        keys = [row.key for row in super_experts(section.experts, profile.num_layers, depth=rule["depth"])]
+        keys = [
+            row.key
+            for row in super_experts(
+                section.experts, profile.num_layers, depth=rule["depth"], statistic=profile.statistic
+            )
+        ]
     top = sorted(section.experts, key=lambda row: -row.output_max)[:5]
     largest = ", ".join(f"{key_name(row.key)} {row.output_max:.3g}" for row in top)
     heatmap = _picture(

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .artifacts import ExpertId, ExpertKey, ExpertSet, ExpertStats, Profile, key_order
+from .artifacts import ExpertId, ExpertKey, ExpertSet, ExpertStats, Profile, Statistic, key_name, key_order
 from .config import SelectConfig
 from .errors import ExpertsError, OptionError
-from .rundir import write_json
+from .rundir import digest, write_json
 
-__all__ = ["Threshold", "considered", "random_experts", "run", "super_experts", "threshold"]
+__all__ = [
+    "Threshold",
+    "considered",
+    "highest",
+    "layer_shares",
+    "layers_below",
+    "peak",
+    "random_experts",
+    "run",
+    "super_experts",
+    "threshold",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,30 +44,97 @@ class Threshold:
         return max(self.percentile, self.ratio)
 
 
+def layers_below(depth: float, num_layers: int) -> int:
+    """How many layers, dense ones counted, lie below a depth: round(depth x layers), as the reference code has it."""
+    return round(depth * num_layers)
+
+
+def peak(row: ExpertStats, statistic: Statistic) -> float:
+    """The peak that the criterion is about: over all tokens, or over the first one of each sequence."""
+    return row.output_max if statistic == "all" else row.first_token_output_max
+
+
 def considered(stats: Sequence[ExpertStats], num_layers: int, depth: float) -> list[ExpertStats]:
     """Experts of the layers below round(depth x layers), dense layers counted."""
-    return [row for row in stats if row.layer < round(depth * num_layers)]
+    return [row for row in stats if row.layer < layers_below(depth, num_layers)]
 
 
-def threshold(rows: Sequence[ExpertStats], percentile: float = 99.5, ratio: float = 10.0) -> Threshold:
-    """The bounds over the considered experts, routed and shared together, unreached experts counting as 0.
+def threshold(
+    peaks: Sequence[float], percentile: float = 99.5, ratio: float = 10.0, *, floor: bool = False
+) -> Threshold:
+    """The bounds over the considered experts' peaks, routed and shared together, unreached experts counting as 0.
 
     arXiv 2507.23279, Eq. 8; percentiles between two values are linear, as in the reference code (numpy's default).
+    `floor` divides the maximum as that code does, by `//`.
     """
-    peaks = [row.output_max for row in rows]
-    return Threshold(percentile=float(np.percentile(peaks, percentile)), ratio=max(peaks) / ratio)
+    largest = max(peaks) // ratio if floor else max(peaks) / ratio
+    return Threshold(percentile=float(np.percentile(peaks, percentile)), ratio=largest)
 
 
 def super_experts(
-    stats: Sequence[ExpertStats], num_layers: int, *, percentile: float = 99.5, ratio: float = 10.0, depth: float = 0.75
+    stats: Sequence[ExpertStats],
+    num_layers: int,
+    *,
+    percentile: float = 99.5,
+    ratio: float = 10.0,
+    depth: float = 0.75,
+    statistic: Statistic = "all",
+    floor: bool = False,
 ) -> tuple[ExpertStats, ...]:
-    """The experts whose peak is over both bounds of `threshold`, the largest peak first."""
+    """The experts whose peak is over both bounds of `threshold`, the largest peak first.
+
+    The defaults are the paper's criterion; `statistic="first"` with `floor` is its reference code's, to the letter.
+    """
     rows = considered(stats, num_layers, depth)
     if not rows:
         raise OptionError(f"--depth: {depth} leaves no MoE layer of {num_layers} layers; give a larger share")
-    bound = threshold(rows, percentile, ratio)
-    found = [row for row in rows if row.output_max > bound.percentile and row.output_max > bound.ratio]
-    return tuple(sorted(found, key=lambda row: (-row.output_max, key_order(row.key))))
+    bound = threshold([peak(row, statistic) for row in rows], percentile, ratio, floor=floor)
+    found = [row for row in rows if peak(row, statistic) > bound.value]
+    return tuple(sorted(found, key=lambda row: (-peak(row, statistic), key_order(row.key))))
+
+
+def layer_shares(stats: Sequence[ExpertStats], rule: str) -> dict[ExpertKey, float]:
+    """Every routed expert's share of its layer's total, so that experts of different layers can be compared.
+
+    `routed`: of the routed tokens (ESFT's token selection ratio, arXiv 2407.01906, Eq. 9; MoE-Sieve, arXiv 2603.24044);
+    `gate`: of the routing weights (ESFT's average gate score, Eq. 8, up to normalisation);
+    `reap`: of REAP's saliencies (arXiv 2510.13999). 0 in a layer that no token reached.
+    """
+    routed = [row for row in stats if row.expert != "shared"]
+    values = {
+        "routed": [float(row.tokens) for row in routed],
+        "gate": [row.gate_sum for row in routed],
+        "reap": [row.reap for row in routed],
+    }[rule]
+    totals: dict[int, float] = defaultdict(float)
+    for row, value in zip(routed, values, strict=True):
+        totals[row.layer] += value
+    return {
+        row.key: value / totals[row.layer] if totals[row.layer] else 0.0
+        for row, value in zip(routed, values, strict=True)
+    }
+
+
+def highest(
+    scores: Mapping[ExpertKey, float], *, count: int | None = None, share: float | None = None, lowest: bool = False
+) -> tuple[ExpertKey, ...]:
+    """The `count` experts with the highest scores over all layers, or `share` of each layer's (at least one).
+
+    `lowest` takes the other end, as one does to prune by REAP. Equal scores go by layer and index.
+    """
+    order = sorted(scores, key=lambda key: (scores[key] if lowest else -scores[key], key_order(key)))
+    if share is None:
+        if count is None or count > len(order):
+            raise OptionError(f"--count: {count} of {len(order)} routed experts; ask for fewer, or give --share")
+        return tuple(order[:count])
+    sizes = Counter(layer for layer, _ in order)
+    taken: Counter[int] = Counter()
+    chosen = []
+    for key in order:
+        if taken[key[0]] < max(1, round(share * sizes[key[0]])):
+            taken[key[0]] += 1
+            chosen.append(key)
+    return tuple(chosen)
 
 
 def random_experts(
@@ -101,12 +179,22 @@ def run(config: SelectConfig) -> dict[str, Any]:
         have = ", ".join(profile.corpora)
         raise OptionError(f"--corpus: {config.corpus!r} is not in the profile; choose from {have}")
     names = [config.corpus] if config.corpus is not None else list(profile.corpora)
-    chosen = _super(profile, names, config) if config.rule == "super" else _random(profile, names, config)
+    if config.rule == "super":
+        chosen = _super(profile, names, config)
+    elif config.rule == "random":
+        chosen = _random(profile, names, config)
+    else:
+        chosen = _highest(profile, names, config)
+    chosen = dataclasses.replace(chosen, rule={**chosen.rule, "corpora": names, "profile": digest(profile.to_json())})
     write_json(config.out, chosen.to_json())
     return {"out": str(config.out), **chosen.to_json()}
 
 
 def _super(profile: Profile, names: Sequence[str], config: SelectConfig) -> ExpertSet:
+    if layers_below(config.depth, profile.num_layers) > layers_below(profile.depth, profile.num_layers):
+        raise OptionError(f"--depth: {config.depth} is over the profile's {profile.depth}; profile again with --depth")
+    reference = config.criterion == "reference"
+    statistic: Statistic = "first" if reference else profile.statistic
     found = [
         super_experts(
             profile.corpora[name].experts,
@@ -114,6 +202,8 @@ def _super(profile: Profile, names: Sequence[str], config: SelectConfig) -> Expe
             percentile=config.percentile,
             ratio=config.ratio,
             depth=config.depth,
+            statistic=statistic,
+            floor=reference,
         )
         for name in names
     ]
@@ -126,17 +216,27 @@ def _super(profile: Profile, names: Sequence[str], config: SelectConfig) -> Expe
         )
     rule = {
         "name": "super",
+        "criterion": config.criterion,
+        "statistic": statistic,
         "percentile": config.percentile,
         "ratio": config.ratio,
         "depth": config.depth,
-        "corpora": list(names),
     }
     return ExpertSet(
         model=profile.model,
         rule=rule,
         experts=tuple(row.key for row in rows),
-        scores=tuple(row.output_max for row in rows),
+        scores=tuple(peak(row, statistic) for row in rows),
     )
+
+
+def _highest(profile: Profile, names: Sequence[str], config: SelectConfig) -> ExpertSet:
+    """By the mean over the corpora of each expert's share of its layer."""
+    shares = [layer_shares(profile.corpora[name].experts, config.rule) for name in names]
+    scores = {key: sum(share[key] for share in shares) / len(shares) for key in shares[0]}
+    chosen = highest(scores, count=config.count, share=config.share, lowest=config.lowest)
+    rule = {"name": config.rule, "count": config.count, "share": config.share, "lowest": config.lowest}
+    return ExpertSet(model=profile.model, rule=rule, experts=chosen, scores=tuple(scores[key] for key in chosen))
 
 
 def _random(profile: Profile, names: Sequence[str], config: SelectConfig) -> ExpertSet:
@@ -144,7 +244,18 @@ def _random(profile: Profile, names: Sequence[str], config: SelectConfig) -> Exp
     like: tuple[ExpertKey, ...] = ExpertSet.parse(config.like).experts if config.like is not None else ()
     unknown: list[tuple[int, ExpertId]] = [key for key in like if key not in set(experts)]
     if unknown:
-        raise ExpertsError(f"--like: {unknown[0]} is not in the profile; select it from the same model")
-    chosen = random_experts(experts, seed=config.seed, count=config.count, like=like, anywhere=config.anywhere)
-    rule = {"name": "random", "seed": config.seed, "like": [list(key) for key in like], "anywhere": config.anywhere}
+        raise ExpertsError(f"--like: {key_name(unknown[0])} is not in the profile; select it from the same model")
+    if config.share is not None:
+        draw = random.Random(config.seed)
+        scores = {key: draw.random() for key in experts if key[1] != "shared" and key not in set(like)}
+        chosen = highest(scores, share=config.share)
+    else:
+        chosen = random_experts(experts, seed=config.seed, count=config.count, like=like, anywhere=config.anywhere)
+    rule = {
+        "name": "random",
+        "seed": config.seed,
+        "share": config.share,
+        "like": [list(key) for key in like],
+        "anywhere": config.anywhere,
+    }
     return ExpertSet(model=profile.model, rule=rule, experts=chosen, scores=(None,) * len(chosen))

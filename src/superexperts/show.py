@@ -46,17 +46,21 @@ def show(command: str, result: dict[str, Any]) -> None:
 
 
 def _show_profile(result: dict[str, Any]) -> None:
+    peak = "output_max" if result["statistic"] == "all" else "first_token_output_max"
     for name, corpus in result["corpora"].items():
         found = {tuple(key) for key in corpus["super"]}
+        caption = f"{corpus['unreached']} experts were reached by no token"
+        if result["layers_run"] < result["num_layers"]:
+            caption += f"; layers 0 to {result['layers_run'] - 1} of {result['num_layers']} were run (--depth)"
         title = f"{result['model']} on {name}: {corpus['tokens']:,} tokens, {len(found)} super experts"
-        table = Table(title=title, caption=f"{corpus['unreached']} experts were reached by no token")
+        table = Table(title=title, caption=caption)
         for column in ("expert", "peak |down_proj output|", "channel", "position", "token", "tokens routed", "super"):
             table.add_column(column, justify="left" if column in ("expert", "token", "super") else "right")
         for row in corpus["top"]:
             key = (row["layer"], row["expert"])
             table.add_row(
                 key_name(key),
-                f"{row['output_max']:.4g}",
+                f"{row[peak]:.4g}",
                 str(row["channel"]),
                 str(row["position"]),
                 Text(ascii(row["token"])),
@@ -64,6 +68,27 @@ def _show_profile(result: dict[str, Any]) -> None:
                 "yes" if key in found else "",
             )
         stdout.print(table)
+    if result["stability"] is not None:
+        _show_stability(result["stability"])
+
+
+def _show_stability(result: dict[str, Any]) -> None:
+    table = Table(title="super experts, corpus by corpus")
+    table.add_column("expert")
+    for name in result["corpora"]:
+        table.add_column(Text(name), justify="right")
+    for row in result["super"]:
+        marks = [
+            f"{row['peaks'][name]:.4g}" + ("" if name in row["corpora"] else " (no)") for name in result["corpora"]
+        ]
+        table.add_row(row["expert"], *marks)
+    stdout.print(table)
+    for pair in result["pairs"]:
+        jaccard, rank = (
+            "none" if value is None else f"{value:.2f}" for value in (pair["jaccard"], pair["rank_correlation"])
+        )
+        one, two = pair["corpora"]
+        stdout.print(f"{one} and {two}: Jaccard {jaccard}, rank correlation of all peaks {rank}", markup=False)
 
 
 def _show_audit(result: dict[str, Any]) -> None:

@@ -1,0 +1,163 @@
+"""Statistics of every expert, gathered from `moe.BankCall`s a whole bank at a time, on the model's own device.
+
+Nothing as large as the activations is made or kept: each row is reduced to its largest |value| and its norm.
+
+Shape suffixes: T tokens of a batch (B sequences x L positions), E experts of a bank, R rows (a token at one of its
+experts, sorted by expert and then by token), F intermediate size, D hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from . import moe
+from .artifacts import ExpertId, ExpertKey, ExpertStats, key_name, key_order
+from .errors import ModelError
+
+__all__ = ["Recorder"]
+
+NOWHERE = torch.iinfo(torch.int64).max
+"""A place in the corpus that comes after every token's."""
+
+
+class _Peaks:
+    """Per expert of a bank the largest |value| so far, and where it was; the first of equals wins."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.value_E = torch.full((size,), -1.0, device=device)
+        """-1 without tokens, as are the next two."""
+        self.place_E = torch.full((size,), -1, device=device)
+        """Place of the peak's token in the corpus: sequence x L + position."""
+        self.channel_E = torch.full((size,), -1, device=device)
+
+    def update(self, expert_R: Tensor, place_R: Tensor, values: Tensor, peak_R: Tensor) -> None:
+        """Takes rows of `values` [R, channels], whose largest |value| is `peak_R`."""
+        best_E = _reduce(expert_R, peak_R, torch.full_like(self.value_E, -1.0), "amax")
+        # Of the rows that reach their expert's peak, the one that comes first in the corpus.
+        reaching_R = torch.where(peak_R == best_E[expert_R], place_R, NOWHERE)
+        first_E = _reduce(expert_R, reaching_R, torch.full_like(self.place_E, NOWHERE), "amin")
+        at_R = reaching_R == first_E[expert_R]
+        row_E = torch.zeros_like(first_E)
+        row_E[expert_R[at_R]] = at_R.nonzero()[:, 0]
+        better_E = best_E > self.value_E
+        self.channel_E = torch.where(better_E, values[row_E].abs().argmax(-1), self.channel_E)
+        self.place_E = torch.where(better_E, first_E, self.place_E)
+        self.value_E = torch.where(better_E, best_E, self.value_E)
+
+    def listed(self) -> list[tuple[float, int, int]]:
+        """Per expert (value, place, channel)."""
+        return list(zip(self.value_E.tolist(), self.place_E.tolist(), self.channel_E.tolist(), strict=True))
+
+
+class _Bank:
+    """What is known of one bank's experts."""
+
+    def __init__(self, experts: tuple[ExpertId, ...], device: torch.device) -> None:
+        self.experts = experts
+        self.tokens_E = torch.zeros(len(experts), dtype=torch.int64, device=device)
+        self.gate_E = torch.zeros(len(experts), dtype=torch.float64, device=device)
+        self.weighted_norm_E = torch.zeros_like(self.gate_E)
+        self.not_finite_E = torch.zeros_like(self.tokens_E)
+        self.first_E = torch.zeros(len(experts), device=device)
+        self.input, self.output = _Peaks(len(experts), device), _Peaks(len(experts), device)
+
+    def update(self, call: moe.BankCall, real_T: Tensor | None, start: int, length: int) -> None:
+        """Takes the rows of tokens that are no padding; `start` is the place of the batch's first token."""
+        columns = (call.expert_R, call.token_R, call.weight_R, call.inner_RF, call.output_RD)
+        if real_T is not None:
+            real_R = real_T[call.token_R]
+            columns = tuple(column[real_R] for column in columns)  # type: ignore[assignment]  # five stay five
+        expert_R, token_R, weight_R, inner_RF, output_RD = columns
+        if not len(expert_R):
+            return
+        counts_E = torch.bincount(expert_R, minlength=len(self.experts))
+        norm_R = torch.linalg.vector_norm(output_RD, dim=-1, dtype=torch.float32)
+        inner_peak_R = torch.linalg.vector_norm(inner_RF, ord=torch.inf, dim=-1).float()
+        peak_R = torch.linalg.vector_norm(output_RD, ord=torch.inf, dim=-1).float()
+        self.tokens_E += counts_E
+        self.gate_E += _sums(weight_R, counts_E)
+        self.weighted_norm_E += _sums(weight_R.double() * norm_R, counts_E)
+        self.not_finite_E += _sums(~torch.isfinite(peak_R), counts_E).long()
+        self.input.update(expert_R, start + token_R, inner_RF, inner_peak_R)
+        self.output.update(expert_R, start + token_R, output_RD, peak_R)
+        # The reference's hook sees a routed expert's first token of a sequence, and all tokens of a shared expert.
+        first_R = torch.ones_like(expert_R, dtype=torch.bool)
+        if self.experts != ("shared",):
+            sequence_R = expert_R * (int(token_R.max()) // length + 1) + token_R // length
+            first_R[1:] = sequence_R[1:] != sequence_R[:-1]
+        self.first_E = _reduce(expert_R[first_R], peak_R[first_R], self.first_E, "amax")
+
+    def rows(self, layer: int, ids_T: Tensor, length: int) -> list[ExpertStats]:
+        found = []
+        peaks = zip(self.output.listed(), self.input.listed(), self.first_E.tolist(), strict=True)
+        sums = zip(self.tokens_E.tolist(), self.gate_E.tolist(), self.weighted_norm_E.tolist(), strict=True)
+        for expert, wrong, (tokens, gate, weighted), (output, inner, first) in zip(
+            self.experts, self.not_finite_E.tolist(), sums, peaks, strict=True
+        ):
+            if wrong:
+                raise ModelError(
+                    f"MODEL: {key_name((layer, expert))} writes a value that is not finite; try --dtype float32"
+                )
+            row = ExpertStats(layer=layer, expert=expert)
+            if tokens:
+                row = dataclasses.replace(
+                    row,
+                    tokens=tokens,
+                    gate_sum=gate,
+                    reap=weighted / tokens,
+                    first_token_output_max=first,
+                    output_max=output[0],
+                    position=output[1] % length,
+                    token_id=int(ids_T[output[1]]),
+                    channel=output[2],
+                    input_max=inner[0],
+                    input_position=inner[1] % length,
+                    input_token_id=int(ids_T[inner[1]]),
+                    input_channel=inner[2],
+                )
+            found.append(row)
+        return found
+
+
+class Recorder:
+    """A tap for `moe.tapped` that gathers `ExpertStats`. Results do not depend on how sequences are put into batches.
+
+    Call `start_batch` before each forward pass; all sequences have one length. Peaks are exact, norms are taken in
+    float32, sums in float64. `ids_BL` are the sequences [B, L] of the whole corpus, in the order of the batches.
+    """
+
+    def __init__(self, keys: Collection[ExpertKey], ids_BL: Tensor) -> None:
+        self._keys = sorted(keys, key=key_order)
+        self._ids_BL = ids_BL
+        self._banks: dict[tuple[int, ExpertId], _Bank] = {}
+        self._start = 0
+        self._real_T: Tensor | None = None
+
+    def start_batch(self, first: int, mask_BL: Tensor) -> None:
+        """Says which sequences come next: the number of the first, and 1 for tokens, 0 for padding."""
+        self._start = first * self._ids_BL.shape[1]
+        self._real_T = None if bool(mask_BL.all()) else mask_BL.flatten().bool()
+
+    def __call__(self, call: moe.BankCall) -> None:
+        bank = self._banks.setdefault((call.layer, call.experts[0]), _Bank(call.experts, call.expert_R.device))
+        bank.update(call, self._real_T, self._start, self._ids_BL.shape[1])
+
+    def rows(self) -> tuple[ExpertStats, ...]:
+        """Every expert's statistics, in the order of `key_order`. `ModelError` names one that wrote inf or nan."""
+        ids_T, length = self._ids_BL.flatten(), self._ids_BL.shape[1]
+        found = {row.key: row for (layer, _), bank in self._banks.items() for row in bank.rows(layer, ids_T, length)}
+        return tuple(found.get(key) or ExpertStats(layer=key[0], expert=key[1]) for key in self._keys)
+
+
+def _reduce(expert_R: Tensor, value_R: Tensor, start_E: Tensor, how: str) -> Tensor:
+    """Per expert the largest ("amax") or smallest ("amin") of `start_E` and its rows."""
+    return start_E.scatter_reduce(0, expert_R, value_R, how)
+
+
+def _sums(value_R: Tensor, counts_E: Tensor) -> Tensor:
+    """Per expert the sum of its rows, in float64 and always in the same order (a scatter on a GPU adds in any)."""
+    return torch.segment_reduce(value_R.double(), "sum", lengths=counts_E, axis=0, unsafe=True)
