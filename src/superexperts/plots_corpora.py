@@ -41,7 +41,7 @@ def plot_top(
             axes.set_xlim(low / 2, peaks[0] * (peaks[0] / low) ** 0.25 * 1.6)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.minorticks_off()
-        axes.set_xlabel("peak; dashed: both bounds of the criterion are below")
+        axes.set_xlabel("peak; dashed: the criterion's bound")
         source = f"{Path(profile.model).name} on {Path(corpus).name}, {section.tokens:,} tokens"
         put_title(axes, "Largest peaks of |down_proj output|", source, COLUMN)
         save(figure, path)
@@ -73,6 +73,6 @@ def plot_corpora(profile: Profile, keys: Sequence[ExpertKey], path: Path, theme:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.minorticks_off()
         axes.set_xlabel("peak |down_proj output|")
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=4 if width == PAGE else 3)
         put_title(axes, "The largest peaks, corpus by corpus", Path(profile.model).name, width)
         save(figure, path)

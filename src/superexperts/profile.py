@@ -63,7 +63,8 @@ def profile_corpus(
         for start in track(starts, description or "", console=stderr, disable=hidden, transient=True):
             ids, mask = ids_BL[start : start + batch_size].to(device), mask_BL[start : start + batch_size].to(device)
             recorder.start_batch(start, mask)
-            forward(input_ids=ids, attention_mask=mask, use_cache=False)
+            # Without padding there is no mask to give: attention has faster ways of being only causal.
+            forward(input_ids=ids, attention_mask=None if bool(mask.all()) else mask, use_cache=False)
     return CorpusProfile(tokens=int(mask_BL.sum()), experts=recorder.rows())
 
 

@@ -75,9 +75,8 @@ class _Bank:
         if not len(expert_R):
             return
         counts_E = torch.bincount(expert_R, minlength=len(self.experts))
-        norm_R = torch.linalg.vector_norm(output_RD, dim=-1, dtype=torch.float32)
-        inner_peak_R = torch.linalg.vector_norm(inner_RF, ord=torch.inf, dim=-1).float()
-        peak_R = torch.linalg.vector_norm(output_RD, ord=torch.inf, dim=-1).float()
+        inner_peak_R, _ = _row_norms(inner_RF)
+        peak_R, norm_R = _row_norms(output_RD)
         self.tokens_E += counts_E
         self.gate_E += _sums(weight_R, counts_E)
         self.weighted_norm_E += _sums(weight_R.double() * norm_R, counts_E)
@@ -151,6 +150,19 @@ class Recorder:
         ids_T, length = self._ids_BL.flatten(), self._ids_BL.shape[1]
         found = {row.key: row for (layer, _), bank in self._banks.items() for row in bank.rows(layer, ids_T, length)}
         return tuple(found.get(key) or ExpertStats(layer=key[0], expert=key[1]) for key in self._keys)
+
+
+def _row_norms(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row of [R, channels] the largest |value| and the L2 norm, float32."""
+    # On a CPU, a few rows at a time stay in the cache in float32: four times faster than a norm of bfloat16 rows, which
+    # has no fast path. A GPU takes all at once.
+    step = max(1, 2**18 // values.shape[1]) if values.device.type == "cpu" else len(values)
+    peaks, norms = [], []
+    for part in torch.split(values, step):
+        wide = part.float()
+        peaks.append(torch.maximum(wide.amax(-1), -wide.amin(-1)))
+        norms.append(torch.linalg.vector_norm(wide, dim=-1))
+    return torch.cat(peaks), torch.cat(norms)
 
 
 def _reduce(expert_R: Tensor, value_R: Tensor, start_E: Tensor, how: str) -> Tensor:

@@ -49,12 +49,12 @@ def _show_profile(result: dict[str, Any]) -> None:
     peak = "output_max" if result["statistic"] == "all" else "first_token_output_max"
     for name, corpus in result["corpora"].items():
         found = {tuple(key) for key in corpus["super"]}
-        caption = f"{corpus['unreached']} experts were reached by no token"
+        told = f"{len(found)} super experts; {corpus['unreached']} experts were reached by no token"
         if result["layers_run"] < result["num_layers"]:
-            caption += f"; layers 0 to {result['layers_run'] - 1} of {result['num_layers']} were run (--depth)"
-        title = f"{result['model']} on {name}: {corpus['tokens']:,} tokens, {len(found)} super experts"
-        table = Table(title=title, caption=caption)
-        for column in ("expert", "peak |down_proj output|", "channel", "position", "token", "tokens routed", "super"):
+            told += f"; layers 0 to {result['layers_run'] - 1} of {result['num_layers']} were run (--depth)"
+        title = f"peaks of |down_proj output|: {result['model']} on {name}, {corpus['tokens']:,} tokens"
+        table = Table(title=title)
+        for column in ("expert", "peak", "channel", "position", "token", "tokens routed", "super"):
             table.add_column(column, justify="left" if column in ("expert", "token", "super") else "right")
         for row in corpus["top"]:
             key = (row["layer"], row["expert"])
@@ -68,6 +68,7 @@ def _show_profile(result: dict[str, Any]) -> None:
                 "yes" if key in found else "",
             )
         stdout.print(table)
+        stdout.print(told, soft_wrap=True)
     if result["stability"] is not None:
         _show_stability(result["stability"])
 
