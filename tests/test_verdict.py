@@ -6,7 +6,7 @@ import pytest
 
 from study_folder import CORRECT, TITLES, extractions, results_json
 from superexperts.results import Results
-from superexperts.stats import holm, mcnemar
+from superexperts.stats import detectable, holm, mcnemar
 from superexperts.verdict import against_base, against_controls, format_p, headline
 
 CHOSEN = ("L1E2", "L2E5")
@@ -64,3 +64,23 @@ def test_headline_when_lora_changes_nothing() -> None:
 )
 def test_format_p(p: float, text: str) -> None:
     assert format_p(p) == text
+
+
+def test_headline_says_at_once_which_adapters_do_nothing() -> None:
+    value = results_json()
+    base = value["variants"][0]
+    same = mcnemar([True] * 60, [True] * 60).to_json()
+    for row in value["variants"]:
+        if row["name"] in ("lora-super", "lora-random"):
+            row |= {"scores": base["scores"], "pooled": same, "paired": {"mmlu": same, "boolq": same}}
+    quiet = [row["title"] for row in value["variants"] if row["name"] in ("lora-super", "lora-random")]
+    said = headline(Results.from_json(value), [])[1]
+    assert said.startswith(f"{' and '.join(quiet)} make{'s' * (len(quiet) == 1)} no detectable difference; LoRA on")
+    assert said.count("no detectable difference") == 1
+
+
+def test_the_smallest_difference_that_would_have_been_seen() -> None:
+    found = {one.name: one for one in against_base(Results.from_json(results_json()))}
+    one = found["prune-random"].paired
+    wanted = 100 * detectable(one.only_base + one.only_variant, one.n, len(found))
+    assert float(found["prune-random"].detectable) == pytest.approx(wanted, abs=0.05)

@@ -128,7 +128,10 @@ def _on_adapters(adapted: Sequence[Comparison], direct: Sequence[Comparison]) ->
         size = low if low == high else f"{low} to {high}"
         start = f"LoRA {'gains' if effects == {'up'} else 'costs'} {size} points"
     else:
-        start = "; ".join(f"{comparison.title} {comparison.words}" for comparison in adapted)
+        quiet = [comparison.title for comparison in adapted if not comparison.sure]
+        said = [f"{' and '.join(quiet)} make{'s' * (len(quiet) == 1)} no detectable difference"] if quiet else []
+        said += [f"{comparison.title} {comparison.words}" for comparison in adapted if comparison.sure]
+        start = "; ".join(said)
     if not direct:
         return f"{start}."
     unequal = [comparison for comparison in direct if comparison.sure]
