@@ -102,6 +102,8 @@ class ProfileConfig(ModelConfig):
     """Share of the layers that are run and that the criterion considers; 1.0 for all."""
     statistic: Literal["all", "first"] = "all"
     """Peaks of the criterion: over all tokens, or over the first one of each sequence that an expert sees."""
+    sinks: Switch = False
+    """Also measure the attention on the first token, with all experts and with the super experts silent."""
     data_dir: Path | None = None
     """Folder of local data files instead of the Hub; default: the environment's SUPEREXPERTS_DATA."""
     json: Switch = False

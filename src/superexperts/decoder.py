@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import ModelError
 
-__all__ = ["layer_number", "num_layers", "stopped_after", "text_config"]
+__all__ = ["decoder_layers", "layer_number", "num_layers", "stopped_after", "text_config"]
 
 
 def num_layers(model: nn.Module) -> int:
@@ -26,6 +26,11 @@ def text_config(model: nn.Module) -> Any:
 def layer_number(model: nn.Module, path: str) -> int:
     """Index of the bank's decoder layer."""
     return _decoder_place(model, path)[1]
+
+
+def decoder_layers(model: nn.Module, path: str) -> nn.ModuleList:
+    """The decoder's list of layers; `path` names any module inside one."""
+    return _decoder_place(model, path)[0]
 
 
 def _decoder_place(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
@@ -45,7 +50,7 @@ def stopped_after(model: nn.Module, path: str, layer: int) -> Iterator[Callable[
 
     `path` names any module inside a decoder layer.
     """
-    layers, _ = _decoder_place(model, path)
+    layers = decoder_layers(model, path)
 
     def stop(*_: Any) -> None:
         raise _StoppedError

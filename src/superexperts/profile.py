@@ -23,16 +23,19 @@ from .config import ProfileConfig, identity
 from .console import note, stderr
 from .corpora import digest_ids, documents, local_data, pack
 from .decoder import num_layers, stopped_after, text_config
-from .errors import OptionError
+from .errors import ExpertsError, OptionError
 from .model import checkpoint_folder, load_model, load_tokenizer
 from .plots import plot_heatmap, plot_layers
 from .plots_corpora import plot_corpora, plot_top
 from .recorder import Recorder
-from .rundir import MANIFEST, completed, fingerprint, input_key, prepare_folder, write_json, write_manifest
+from .rundir import MANIFEST, completed, fingerprint, input_key, prepare_folder, read_json, write_json, write_manifest
 from .select import layers_below, peak, super_experts
+from .sinks import compare_sinks, plot_sinks
 from .stability import stability
 
 __all__ = ["profile_corpus", "run"]
+
+SINK_SEQUENCES = 8
 
 
 @torch.inference_mode()
@@ -105,13 +108,15 @@ def run(config: ProfileConfig) -> dict[str, Any]:
         write_json(section, _profile(config, model, {name: done}).to_json())
     profile = _profile(config, model, corpora)
     for old in config.out.iterdir():
-        if old.suffix in (".png", ".svg") or old.name in (MANIFEST, "profile.json", "stability.json"):
+        if old.suffix in (".png", ".svg") or old.name in (MANIFEST, "profile.json", "stability.json", "sinks.json"):
             old.unlink()  # of a former run, whose corpora may have been others
     write_json(config.out / "profile.json", profile.to_json())
     outputs = ["profile.json", *_pictures(profile, config.out)]
     if len(corpora) > 1:
         write_json(config.out / "stability.json", stability(profile))
         outputs.append("stability.json")
+    if config.sinks:
+        outputs += _sinks(profile, config, model, sequences)
     write_manifest(config.out, "profile", inputs, outputs, time.monotonic() - started)
     shutil.rmtree(sections)
     return summary(profile, config, tokenizer)
@@ -148,6 +153,19 @@ def _pictures(profile: Profile, folder: Path) -> list[str]:
             plot_corpora(profile, _largest(profile, 12), folder / f"corpora.{suffix}")
             drawn.append(f"corpora.{suffix}")
     return drawn
+
+
+def _sinks(profile: Profile, config: ProfileConfig, model: nn.Module, sequences: Mapping[str, Tensor]) -> list[str]:
+    """Attention sinks on the first sequences of the first corpus, with and without its super experts."""
+    name = next(iter(profile.corpora))
+    experts = [row.key for row in _super(profile, profile.corpora[name])]
+    if not experts:
+        raise ExpertsError(f"--sinks: {name} shows no super expert to silence; leave --sinks out")
+    report = compare_sinks(model, sequences[name][:SINK_SEQUENCES], experts, name=config.model, corpus=name)
+    write_json(config.out / "sinks.json", report.to_json())
+    for suffix in ("png", "svg"):
+        plot_sinks(report, config.out / f"sinks.{suffix}")
+    return ["sinks.json", "sinks.png", "sinks.svg"]
 
 
 def _super(profile: Profile, corpus: CorpusProfile) -> tuple[ExpertStats, ...]:
@@ -191,4 +209,5 @@ def summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedTokeni
         "statistic": profile.statistic,
         "corpora": corpora,
         "stability": stability(profile) if len(corpora) > 1 else None,
+        "sinks": read_json(config.out / "sinks.json", "sinks") if config.sinks else None,
     }

@@ -69,6 +69,12 @@ def _show_profile(result: dict[str, Any]) -> None:
             )
         stdout.print(table)
         stdout.print(told, soft_wrap=True)
+    if result["sinks"] is not None:
+        for row in result["sinks"]["layers"]:
+            before, after = (100 * sum(row[side]) / len(row[side]) for side in ("before", "after"))
+            stdout.print(
+                f"layer {row['layer']}: {before:.1f}% of attention on the first token, {after:.1f}% without them"
+            )
     if result["stability"] is not None:
         _show_stability(result["stability"])
 
