@@ -24,7 +24,7 @@ def test_the_demo(tmp_path: Path) -> None:
     assert "up to date" not in said
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     rows = {row["name"]: row for row in results["variants"]}
-    assert rows["prune-super"]["experts"] == ["L1E11", "L3E54"]
+    assert set(rows["prune-super"]["experts"]) == {"L1E11", "L3E54"}
     pruned, control = rows["prune-super"]["pooled"], rows["prune-random"]["pooled"]
     assert pruned["difference"] < -0.03
     assert pruned["p"] < 0.001

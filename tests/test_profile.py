@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from families import FAMILIES, VOCABULARY, tiny_model
+from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 from superexperts import moe, profile
 from superexperts.artifacts import ExpertSet, ExpertStats, Profile
 from superexperts.config import ModelConfig, ProfileConfig, SelectConfig
@@ -25,7 +26,7 @@ from superexperts.profile import profile_corpus
 from superexperts.select import run as select_run
 from superexperts.select import super_experts
 from superexperts.show import show
-from test_moe import by_hand, eager_outputs
+from test_moe import by_hand
 
 IDS_BL = torch.randint(3, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(2))
 
@@ -96,17 +97,30 @@ def test_the_shared_experts_peak_is_that_of_its_down_proj() -> None:
         assert float(y[:, row.position, row.channel].abs().max()) == row.output_max
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_planted_outlier_is_found_in_the_right_layer(family: str, dtype: torch.dtype) -> None:
+def test_a_planted_outlier_is_found_in_the_right_place(family: str, dtype: torch.dtype) -> None:
+    """In the last MoE layer, whatever the stock experts implementation that the model was set to."""
     model: Any = tiny_model(family, dtype=dtype)
-    bank = moe.find_banks(model)[0]
-    expert = int(eager_outputs(model, bank)[1].flatten()[0])
+    bank = moe.find_banks(model)[-1]
+    rows = profile_corpus(model, IDS_BL).experts
+    expert = next(row.expert for row in rows if row.layer == bank.layer and row.expert != "shared" and row.tokens)
     with torch.no_grad():
-        bank.module.down_proj[expert] *= 1000
-    result = profile_corpus(model, IDS_BL)
-    found = super_experts(result.experts, 3, percentile=90, depth=1.0)
-    assert found[0].key == (bank.layer, expert)
+        moe.down_weight(bank.module)[expert] *= 1000
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(implementation)
+        found = super_experts(profile_corpus(model, IDS_BL).experts, num_layers(model), percentile=90, depth=1.0)
+        assert [row.key for row in found] == [(bank.layer, expert)]
+        assert model.config._experts_implementation == implementation
+
+
+def test_a_family_whose_experts_are_no_bank_is_named() -> None:
+    config = AutoConfig.for_model(
+        "doge", vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, is_moe=True, num_experts=16, num_experts_per_tok=3,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="MODEL: doge has no routed experts that transformers 5 can swap"):
+        profile_corpus(AutoModelForCausalLM.from_config(config), IDS_BL)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss"])
