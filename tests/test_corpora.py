@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from superexperts.config import CheckpointConfig
-from superexperts.corpora import HUB_CORPORA, documents, pack
+from superexperts.corpora import HUB_CORPORA, documents, named_corpus, pack
 from superexperts.errors import DataError
 from superexperts.model import load_tokenizer
 
@@ -104,6 +104,49 @@ def test_real_rows_of_the_seven_original_corpora(name: str, shared_data: Path) -
     texts = list(documents(name, data_dir=shared_data))
     assert len(texts) >= 14
     assert all(text.strip() for text in texts)
+
+
+def test_any_language_of_the_multilingual_one(shared_data: Path) -> None:
+    texts = list(documents("multilingual-vi", data_dir=shared_data))
+    with (shared_data / "multilingual_xquad_contexts.jsonl").open(encoding="utf-8") as stream:
+        assert texts == [row["text"] for row in map(json.loads, stream) if row["lang"] == "vi"]
+    assert len(texts) == 30
+    hub = named_corpus("multilingual-vi")
+    assert hub is not None
+    assert (hub.path, hub.config, hub.split) == ("allenai/c4", "vi", "validation")
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("wikitext2@abc", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "abc")),
+        ("owner/name", ("owner/name", None, "train", None)),
+        ("owner/name:config", ("owner/name", "config", "train", None)),
+        ("owner/name::test@v1.0", ("owner/name", None, "test", "v1.0")),
+        ("owner/name:config:test@v1.0", ("owner/name", "config", "test", "v1.0")),
+        ("c5", None),
+        ("notes/none.txt", None),
+    ],
+)
+def test_names_of_corpora(text: str, want: tuple[str, ...] | None) -> None:
+    found = named_corpus(text, "body")
+    assert (found and (found.path, found.config, found.split, found.revision)) == want
+    if found and found.stem is None:
+        assert found.columns == ("body",)
+
+
+def test_a_data_set_by_its_folder_goes_the_way_of_the_hub(tmp_path: Path) -> None:
+    """What `load_dataset` reads as a repository is streamed, without blank rows; a wrong column or split is named."""
+    (tmp_path / "set").mkdir()
+    for split, words in (("train", ["one", " ", "two"]), ("test", ["three"])):
+        lines = "".join(json.dumps({"body": word}) + "\n" for word in words)
+        (tmp_path / "set" / f"{split}.jsonl").write_text(lines)
+    assert list(documents(f"{tmp_path}/set", "body")) == ["one", "two"]
+    assert list(documents(f"{tmp_path}/set::test", "body")) == ["three"]
+    with pytest.raises(DataError, match=r"--column: .*set row 1 has no 'text' \(it has body\)"):
+        list(documents(f"{tmp_path}/set"))
+    with pytest.raises(DataError, match=r"cannot be read from the Hub \(ValueError\)"):
+        list(documents(f"{tmp_path}/set::nowhere", "body"))
 
 
 def test_wikitext_without_its_empty_rows(shared_data: Path) -> None:

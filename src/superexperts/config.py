@@ -87,9 +87,10 @@ class ProfileConfig(ModelConfig):
     """
 
     corpus: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """`pocket`, `wikitext2`, or a .txt / .jsonl / .jsonl.gz file; may be given several times. Default: pocket."""
+    """`pocket`, one of the original's seven names, `multilingual-LANG`, a .txt / .jsonl / .jsonl.gz file, or a Hub
+    data set as OWNER/NAME[:CONFIG[:SPLIT]][@REVISION]; may be given several times. Default: pocket."""
     column: str = "text"
-    """Column of a JSONL corpus that holds the text."""
+    """Column of a file or Hub data set that holds the text."""
     out: Path = Path("runs/profile")
     """Folder for profile.json and the pictures."""
     tokens: int = 16384

@@ -7,9 +7,10 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,7 +22,17 @@ from transformers import PreTrainedTokenizerBase
 from .errors import DataError
 from .pocket import write_data
 
-__all__ = ["HUB_CORPORA", "HubCorpus", "bos_prefix", "digest_ids", "documents", "local_data", "pack", "read_rows"]
+__all__ = [
+    "HUB_CORPORA",
+    "HubCorpus",
+    "bos_prefix",
+    "digest_ids",
+    "documents",
+    "local_data",
+    "named_corpus",
+    "pack",
+    "read_rows",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,10 +43,15 @@ class HubCorpus:
     config: str | None = None
     split: str
     columns: tuple[str, ...] = ("text",)
-    stem: str
-    """Name without suffix of the file below --data-dir that is read instead."""
+    stem: str | None = None
+    """Name without suffix of the file below --data-dir that is read instead; None where there is none."""
+    language: str | None = None
+    """Only rows of that file whose `lang` is this."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; a commit makes a run repeatable."""
 
 
+FILE_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 # The seven data sets of the original command line; `multilingual` is its Afrikaans part of C4.
 HUB_CORPORA = {
     "math": HubCorpus(
@@ -59,6 +75,30 @@ HUB_CORPORA = {
 }
 
 
+def named_corpus(text: str, column: str = "text") -> HubCorpus | None:
+    """The corpus that a name means, None where it is none: one of `HUB_CORPORA`, `multilingual-LANG` for any language
+    of multilingual C4, or OWNER/NAME[:CONFIG[:SPLIT]] for any data set on the Hub (or a folder of one; split `train`).
+
+    @REVISION at the end pins it.
+    """
+    name, _, revision = text.partition("@")
+    if name in HUB_CORPORA:
+        found = HUB_CORPORA[name]
+    elif language := re.fullmatch(r"multilingual-(\w[\w-]*)", name):
+        found = dataclasses.replace(
+            HUB_CORPORA["multilingual"],
+            config=language[1],
+            stem="multilingual_xquad_contexts",
+            language=language[1],
+        )
+    elif re.fullmatch(r"[^:]*/[^:]*(:[^:]*){0,2}", name) and not name.endswith(FILE_SUFFIXES):
+        path, config, split = (*name.split(":"), "", "")[:3]
+        found = HubCorpus(path=path, config=config or None, split=split or "train", columns=(column,))
+    else:
+        return None
+    return dataclasses.replace(found, revision=revision or found.revision)
+
+
 def local_data(data_dir: Path | None) -> Path | None:
     """The folder of local data files: the option, else the environment's SUPEREXPERTS_DATA, else none."""
     if data_dir is None and os.environ.get("SUPEREXPERTS_DATA"):
@@ -79,38 +119,45 @@ def local_file(folder: Path, stem: str) -> Path:
 def documents(corpus: str, column: str = "text", data_dir: Path | None = None) -> Iterator[str]:
     """The texts of a corpus one by one, blank ones left out.
 
-    `corpus` is `pocket`, a name in `HUB_CORPORA`, or a .txt / .jsonl / .jsonl.gz file whose `column` holds the text.
+    `corpus` is `pocket`, a .txt / .jsonl / .jsonl.gz file, or a name as for `named_corpus`; of a file or a data set
+    that has no name here, `column` holds the text.
     """
     if corpus == "pocket":
         with tempfile.TemporaryDirectory() as folder:
             write_data(Path(folder))
             yield from _texts(Path(folder) / "pocket_heldout.jsonl", ("text",))
-    elif corpus in HUB_CORPORA:
-        hub, folder_ = HUB_CORPORA[corpus], local_data(data_dir)
-        if folder_ is not None:
-            yield from _texts(local_file(folder_, hub.stem), hub.columns)
-        else:
-            yield from _hub_texts(corpus, hub)
     elif Path(corpus).is_file():
         yield from _texts(Path(corpus), (column,))
+    elif hub := named_corpus(corpus, column):
+        folder_ = local_data(data_dir)
+        if folder_ is not None and hub.stem is not None:
+            yield from _texts(local_file(folder_, hub.stem), hub.columns, hub.language)
+        else:
+            yield from _hub_texts(corpus, hub)
     else:
         names = ", ".join(["pocket", *HUB_CORPORA])
-        raise DataError(f"--corpus: {corpus!r} is neither a file nor one of {names}; check the path or the name")
+        raise DataError(
+            f"--corpus: {corpus!r} is neither a file nor one of {names}, multilingual-LANG and OWNER/NAME; check the "
+            "path or the name"
+        )
 
 
 def _hub_texts(name: str, hub: HubCorpus) -> Iterator[str]:
     try:
-        rows = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=True)
-        for row in rows:
-            yield "\n".join(_text(row[column], column, hub.path) for column in hub.columns)
+        rows = datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            if text := _row_text(row, hub.columns, f"{hub.path} row {number}"):
+                yield text
     except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(
             f"--corpus: {name} ({hub.path}) cannot be read from the Hub ({type(error).__name__}); "
             "check the network, or give local files with --data-dir"
         ) from error
 
 
-def _texts(file: Path, columns: tuple[str, ...]) -> Iterator[str]:
+def _texts(file: Path, columns: tuple[str, ...], language: str | None = None) -> Iterator[str]:
     if file.suffix == ".txt":
         try:
             yield file.read_text(encoding="utf-8")
@@ -118,13 +165,20 @@ def _texts(file: Path, columns: tuple[str, ...]) -> Iterator[str]:
             raise DataError(f"--corpus: {file} is not UTF-8 text ({error}); convert it") from error
         return
     for number, row in read_rows(file, "--corpus"):
-        missing = [column for column in columns if column not in row]
-        if missing:
-            have = ", ".join(sorted(row))
-            raise DataError(f"--column: {file} row {number} has no {missing[0]!r} (it has {have}); name one of these")
-        text = "\n".join(_text(row[column], column, f"{file} row {number}") for column in columns)
-        if text.strip():
+        if language is not None and row.get("lang") != language:
+            continue
+        if text := _row_text(row, columns, f"{file} row {number}"):
             yield text
+
+
+def _row_text(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> str:
+    """The text of a row, empty where it is blank."""
+    missing = [column for column in columns if column not in row]
+    if missing:
+        have = ", ".join(sorted(row))
+        raise DataError(f"--column: {where} has no {missing[0]!r} (it has {have}); name one of these")
+    text = "\n".join(_text(row[column], column, where) for column in columns)
+    return text if text.strip() else ""
 
 
 def _text(value: Any, column: str, where: str) -> str:

@@ -29,7 +29,7 @@ from .config import (
     TrainConfig,
 )
 from .console import note, stderr
-from .corpora import HUB_CORPORA, local_data, local_file, read_rows
+from .corpora import local_data, local_file, named_corpus, read_rows
 from .errors import DataError, OptionError
 from .model import checkpoint_folder
 from .pocket import write_data
@@ -213,10 +213,11 @@ def _data_identity(plan: Plan) -> dict[str, str]:
     local = data_dir is not None and str(data_dir) != "pocket"
     benchmarks = load_benchmarks(plan.tasks, data_dir) if local else {}
     digests = {name: benchmark.sha for name, benchmark in benchmarks.items()}
-    if plan.corpus in HUB_CORPORA and data_dir is not None:
-        digests["corpus"] = fingerprint(local_file(data_dir, HUB_CORPORA[plan.corpus].stem))
-    elif Path(plan.corpus).is_file():
+    corpus = named_corpus(plan.corpus)
+    if Path(plan.corpus).is_file():
         digests["corpus"] = fingerprint(Path(plan.corpus))
+    elif corpus is not None and corpus.stem is not None and data_dir is not None:
+        digests["corpus"] = fingerprint(local_file(data_dir, corpus.stem))
     return digests
 
 
