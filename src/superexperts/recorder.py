@@ -67,11 +67,9 @@ class _Bank:
 
     def update(self, call: moe.BankCall, real_T: Tensor | None, start: int, length: int) -> None:
         """Takes the rows of tokens that are no padding; `start` is the place of the batch's first token."""
-        columns = (call.expert_R, call.token_R, call.weight_R, call.inner_RF, call.output_RD)
-        if real_T is not None:
-            real_R = real_T[call.token_R]
-            columns = tuple(column[real_R] for column in columns)  # type: ignore[assignment]  # five stay five
-        expert_R, token_R, weight_R, inner_RF, output_RD = columns
+        real_R = slice(None) if real_T is None else real_T[call.token_R]
+        expert_R, token_R, weight_R = call.expert_R[real_R], call.token_R[real_R], call.weight_R[real_R]
+        inner_RF, output_RD = call.inner_RF[real_R], call.output_RD[real_R]
         if not len(expert_R):
             return
         counts_E = torch.bincount(expert_R, minlength=len(self.experts))
@@ -142,8 +140,10 @@ class Recorder:
         self._real_T = None if bool(mask_BL.all()) else mask_BL.flatten().bool()
 
     def __call__(self, call: moe.BankCall) -> None:
-        bank = self._banks.setdefault((call.layer, call.experts[0]), _Bank(call.experts, call.expert_R.device))
-        bank.update(call, self._real_T, self._start, self._ids_BL.shape[1])
+        where = call.layer, call.experts[0]
+        if where not in self._banks:
+            self._banks[where] = _Bank(call.experts, call.expert_R.device)
+        self._banks[where].update(call, self._real_T, self._start, self._ids_BL.shape[1])
 
     def rows(self) -> tuple[ExpertStats, ...]:
         """Every expert's statistics, in the order of `key_order`. `ModelError` names one that wrote inf or nan."""
