@@ -145,7 +145,7 @@ def test_a_data_set_by_its_folder_goes_the_way_of_the_hub(tmp_path: Path) -> Non
     assert list(documents(f"{tmp_path}/set::test", "body")) == ["three"]
     with pytest.raises(DataError, match=r"--column: .*set row 1 has no 'text' \(it has body\)"):
         list(documents(f"{tmp_path}/set"))
-    with pytest.raises(DataError, match=r"cannot be read from the Hub \(ValueError\)"):
+    with pytest.raises(DataError, match=r"cannot be read from the Hub \(.*set: ValueError\); check its name"):
         list(documents(f"{tmp_path}/set::nowhere", "body"))
 
 

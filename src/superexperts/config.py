@@ -310,8 +310,10 @@ class ExtractConfig:
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        one = (self.folder is None) != (self.audit is None)
-        _require(one, "DIR", str(self.folder), "and --audit: give exactly one of the two")
+        given = self.folder is not None or self.audit is not None
+        _require(given, "DIR", self.folder, "is missing; give the folder, or --audit FILE")
+        both = self.folder is not None and self.audit is not None
+        _require(not both, "--audit", str(self.audit), "excludes DIR; give one of the two")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -151,9 +151,9 @@ def _hub_texts(name: str, hub: HubCorpus) -> Iterator[str]:
     except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, DataError):
             raise
+        mend = "check its name and the network" if hub.stem is None else "check the network, or give --data-dir"
         raise DataError(
-            f"--corpus: {name} ({hub.path}) cannot be read from the Hub ({type(error).__name__}); "
-            "check the network, or give local files with --data-dir"
+            f"--corpus: {name} cannot be read from the Hub ({hub.path}: {type(error).__name__}); {mend}"
         ) from error
 
 
