@@ -81,6 +81,8 @@ class CorpusProfile:
     tokens: int
     """Tokens that were run through the model, padding left out."""
     experts: tuple[ExpertStats, ...]
+    stable: bool | None = None
+    """Of a quick look: whether the super experts stayed the same over its last rounds; None for a full profile."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,7 @@ class Profile:
                 name: CorpusProfile(
                     tokens=section["tokens"],
                     experts=tuple(ExpertStats(**_own_fields(ExpertStats, row)) for row in section["experts"]),
+                    stable=section.get("stable"),
                 )
                 for name, section in value["corpora"].items()
             }

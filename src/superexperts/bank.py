@@ -10,7 +10,7 @@ without), O outputs, I inputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "UP",
     "BankCall",
     "ExpertCall",
+    "Weights",
     "down_weight",
     "expert_down",
     "expert_inner",
@@ -34,12 +35,17 @@ __all__ = [
     "grouped",
     "is_bank",
     "join_gate_up",
+    "looped",
     "projections",
     "stock_forward",
     "up_name",
 ]
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+
+Weights = Callable[[Sequence[int]], Iterator[Mapping[str, Tensor]]]
+"""The experts that some token reached -> each one's own `up_name` and down_proj, as the bank's parameters would hold
+them; what it has yielded may be overwritten once the next is asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,8 +136,8 @@ def expert_norm(bank: nn.Module, output_ND: Tensor) -> Tensor:
     return cast(Tensor, module.post_expert_norm(output_ND)) if module.has_post_expert_norm else output_ND
 
 
-def _linear(bank: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
-    weight = getattr(bank, name)[expert]
+def _linear(bank: nn.Module, name: str, expert: int, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    weight = getattr(bank, name)[expert] if weight is None else weight
     y = F.linear(x, weight.T if cast(Any, bank).is_transposed else weight)
     # The bias is added to the rounded product, as the families' own loops do: fused, bfloat16 differs in the last bit.
     return y + getattr(bank, f"{name}_bias")[expert] if cast(Any, bank).has_bias else y
@@ -154,6 +160,21 @@ def grouped(bank: nn.Module, x_TD: Tensor, index_TK: Tensor) -> tuple[Tensor, Te
 
     inner_RF = expert_inner(bank, linear(up_name(bank), x_TD[slot_R // index_TK.shape[1]]))
     return expert_R, slot_R, inner_RF, linear("down_proj", inner_RF)
+
+
+def looped(bank: nn.Module, x_TD: Tensor, index_TK: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `grouped`, an expert at a time, for a bank whose weights are not in memory all at once."""
+    expert_R, slot_R = torch.sort(index_TK.flatten(), stable=True)
+    counts_E = torch.bincount(expert_R, minlength=down_weight(bank).shape[0]).tolist()
+    reached = [expert for expert, count in enumerate(counts_E) if count]
+    x_RD = x_TD[slot_R // index_TK.shape[1]]
+    inners, outputs = [], []
+    parts = torch.split(x_RD, [counts_E[expert] for expert in reached])
+    for expert, x_ND, own in zip(reached, parts, weights(reached), strict=True):
+        inner_NF = expert_inner(bank, _linear(bank, up_name(bank), expert, x_ND, own[up_name(bank)]))
+        inners.append(inner_NF)
+        outputs.append(_linear(bank, DOWN, expert, inner_NF, own[DOWN]))
+    return expert_R, slot_R, torch.cat(inners), torch.cat(outputs)
 
 
 def projections(bank: nn.Module, expert: int) -> dict[str, Tensor]:

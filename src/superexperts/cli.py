@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from . import config
+from .console import speaks
 from .errors import OptionError, SuperExpertsError
 
 __all__ = ["main"]
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = _parse(sys.argv[1:] if arguments is None else arguments)
         command = next(name for name, kind in COMMANDS.items() if type(settings) is kind)
         result = importlib.import_module(f".{command}", __package__).run(settings)
+        if not speaks:
+            return 0
         if "json" in vars(settings) and settings.json:
             print(json.dumps(result, ensure_ascii=False))
         else:

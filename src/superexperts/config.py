@@ -99,6 +99,16 @@ class ProfileConfig(ModelConfig):
     """Tokens per sequence."""
     batch_size: int = 8
     """Sequences per forward pass."""
+    stream: Switch = False
+    """One decoder layer in memory at a time, the rest stays in the checkpoint; chosen by itself where the model would
+    not fit."""
+    quick: Switch = False
+    """A quick look: streamed, a few sequences of 64 tokens, more until the super experts stay the same; only experts
+    that some token reaches are read."""
+    activation_budget: float = 4.0
+    """GiB of hidden states that --stream keeps in memory between layers; past it they go to a file in --out."""
+    device_map: Literal["none", "auto"] = "none"
+    """`auto` spreads a model in memory over several GPUs."""
     depth: float = 0.75
     """Share of the layers that are run and that the criterion considers; 1.0 for all."""
     statistic: Literal["all", "first"] = "all"
@@ -114,6 +124,20 @@ class ProfileConfig(ModelConfig):
         _require_sequences(self.tokens, self.seq_len)
         _require(self.batch_size >= 1, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
+        _require(self.activation_budget >= 0, "--activation-budget", self.activation_budget, "is negative; give GiB")
+        streamed = "--quick" if self.quick else "--stream"
+        _require(
+            not (self.sinks and (self.quick or self.stream)),
+            "--sinks",
+            True,
+            f"needs the model in memory; drop {streamed}",
+        )
+        _require(
+            self.device_map == "none" or not (self.quick or self.stream),
+            "--device-map",
+            self.device_map,
+            f"is for models in memory; drop {streamed}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

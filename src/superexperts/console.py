@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+
 from rich.console import Console
+from rich.progress import Progress
 
-__all__ = ["note", "stderr", "stdout"]
+__all__ = ["note", "progress", "speaks", "stderr", "stdout"]
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+speaks = os.environ.get("RANK", "0") == "0"
+"""Whether this process is the only one, or the first of several that a launcher has started: only that one writes."""
+stdout = Console(highlight=False, quiet=not speaks)
+stderr = Console(stderr=True, highlight=False, quiet=not speaks)
 
 
 def note(text: str) -> None:
     """A line for the person who waits; paths in it are not broken over lines."""
     stderr.print(text, soft_wrap=True, markup=False)
+
+
+@contextlib.contextmanager
+def progress(description: str | None, total: int) -> Iterator[Callable[[], None]]:
+    """Yields a call that moves a bar on by one of `total`; there is no bar without a description or a terminal."""
+    hidden = description is None or not stderr.is_terminal
+    with Progress(console=stderr, transient=True, disable=hidden) as bar:
+        task = bar.add_task(description or "", total=total)
+        yield lambda: bar.advance(task)

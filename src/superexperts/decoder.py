@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ModelError
 
-__all__ = ["decoder_layers", "layer_number", "num_layers", "stopped_after", "text_config"]
+__all__ = ["decoder_layers", "layer_by_layer", "layer_number", "num_layers", "stopped_after", "text_config"]
 
 
 def num_layers(model: nn.Module) -> int:
@@ -64,6 +65,56 @@ def stopped_after(model: nn.Module, path: str, layer: int) -> Iterator[Callable[
         yield forward
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def layer_by_layer(model: nn.Module, path: str) -> Iterator[Callable[..., Tensor]]:
+    """Yields `run(layer, hidden, **inputs)`: what one decoder layer makes of its hidden states, given those.
+
+    The family's own forward calls the layer, so that masks and positions are what it makes them; the layers before it
+    pass on what they get, those after it and the head are not reached. `hidden` is None for layer 0, which takes the
+    embeddings. `ModelError` where a family has more than hidden states to pass from layer to layer.
+    """
+    layers = decoder_layers(model, path)
+    stocks = [layer.forward for layer in layers]
+    wanted, tuples = 0, False
+    given: Tensor | None = None
+    passed: Tensor | None = None
+    answer: Tensor | None = None
+
+    def unsupported() -> ModelError:
+        family = cast(Any, model).config.model_type
+        return ModelError(f"--stream: {family} passes more than hidden states between layers; profile it in memory")
+
+    def forward(number: int, *args: Any, **kwargs: Any) -> Any:
+        nonlocal answer, passed, tuples
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if hidden is not passed and number > 0:
+            raise unsupported()
+        if number < wanted:
+            passed = hidden
+            return (hidden,) if tuples else hidden
+        result = stocks[number](hidden if given is None else given, *args[1:], **kwargs)
+        tuples = isinstance(result, tuple)
+        if tuples and any(isinstance(more, Tensor) for more in result[1:]):
+            raise unsupported()
+        answer = result[0] if tuples else result
+        raise _StoppedError
+
+    def run(layer: int, hidden: Tensor | None, **inputs: Any) -> Tensor:
+        nonlocal wanted, given, passed, answer
+        wanted, given, passed, answer = layer, hidden, None, None
+        with contextlib.suppress(_StoppedError):
+            cast(Any, model).base_model(**inputs)
+        return cast(Tensor, answer)
+
+    try:
+        for number, layer in enumerate(layers):
+            layer.forward = functools.partial(forward, number)
+        yield run
+    finally:
+        for layer in layers:
+            del layer.forward  # the instance's, which hides the class's
 
 
 class _StoppedError(Exception):

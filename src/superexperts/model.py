@@ -6,20 +6,33 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from .artifacts import ExpertSet
+from .checkpoint import Checkpoint
 from .config import CheckpointConfig, ModelConfig
 from .console import note, stderr
 from .errors import ModelError, OptionError
 from .pocket import checkpoint_dir
+from .processes import device_of_process
 
-__all__ = ["checkpoint_folder", "chosen_experts", "load_as_stored", "load_model", "load_tokenizer", "pick_device"]
+__all__ = [
+    "checkpoint_folder",
+    "chosen_experts",
+    "empty_model",
+    "fits_in_memory",
+    "load_as_stored",
+    "load_model",
+    "load_tokenizer",
+    "pick_device",
+]
 
 # What a checkpoint is made of; .bin and .pt are pickles and are not fetched.
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
@@ -48,7 +61,7 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
 def pick_device(device: str) -> torch.device:
     """`auto` is the first GPU where there is one."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return device_of_process() or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
         torch.empty(0, device=picked)
@@ -57,17 +70,30 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
-def load_model(config: ModelConfig) -> nn.Module:
-    """The causal language model in evaluation mode on its device.
+def load_model(config: ModelConfig, *, spread: bool = False) -> nn.Module:
+    """The causal language model in evaluation mode on its device, or `spread` over all GPUs by Accelerate.
 
     A checkpoint whose weights do not fill the model, or that holds keys without a home, is an error.
     """
     device = pick_device(config.device)
     dtype = "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype
+    if spread:
+        return load_as_stored(config, dtype, device_map="auto")
     return load_as_stored(config, dtype).to(device)
 
 
-def load_as_stored(config: CheckpointConfig, dtype: str = "auto") -> nn.Module:
+def fits_in_memory(config: ModelConfig) -> bool:
+    """Whether the model's weights fit into what is free on the device, a tenth of it left for the rest."""
+    folder, device = checkpoint_folder(config.model, config.revision), pick_device(config.device)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if device.type != "cuda":
+        stored = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code).get_text_config().dtype
+        dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+        return bool(size / (stored or dtype).itemsize * dtype.itemsize < 0.9 * psutil.virtual_memory().available)
+    return bool(size < 0.9 * torch.cuda.mem_get_info(device)[0])
+
+
+def load_as_stored(config: CheckpointConfig, dtype: str = "auto", device_map: str | None = None) -> nn.Module:
     """The model on the CPU in the checkpoint's own dtypes unless told otherwise, checked as by `load_model`."""
     folder = checkpoint_folder(config.model, config.revision)
     if not stderr.is_terminal:
@@ -78,6 +104,7 @@ def load_as_stored(config: CheckpointConfig, dtype: str = "auto") -> nn.Module:
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            device_map=device_map,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
@@ -88,6 +115,31 @@ def load_as_stored(config: CheckpointConfig, dtype: str = "auto") -> nn.Module:
         if info[what]:
             some = ", ".join(map(str, sorted(info[what])[:3]))
             raise ModelError(f"MODEL: {config.model!r} has {len(info[what])} {what} ({some}); repair the checkpoint")
+    return cast(nn.Module, model.eval())
+
+
+def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
+    """The model without weights, in the dtype to run in: the checkpoint's own unless told otherwise.
+
+    Parameters are on the meta device; buffers are real and on the device to run on. `ModelError` for a quantized one.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"MODEL: {config.model!r} cannot be loaded ({_first_line(error)}); check the checkpoint"
+        ) from error
+    if getattr(settings, "quantization_config", None) is not None:
+        raise ModelError(f"MODEL: {config.model!r} is quantized, which cannot be streamed; use its bfloat16 checkpoint")
+    floats = (entry.dtype for entry in checkpoint.values() if entry.dtype.is_floating_point)
+    stored = getattr(settings.get_text_config(), "dtype", None) or next(floats)
+    dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    device = pick_device(config.device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     return cast(nn.Module, model.eval())
 
 

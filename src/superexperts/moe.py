@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -33,8 +34,10 @@ from .bank import (
     grouped,
     is_bank,
     join_gate_up,
+    looped,
     projections,
     stock_forward,
+    up_name,
 )
 from .decoder import layer_number
 from .errors import ExpertsError, ModelError
@@ -60,6 +63,7 @@ __all__ = [
     "silenced",
     "stock_forward",
     "tapped",
+    "up_name",
     "zero_experts",
 ]
 
@@ -70,6 +74,9 @@ Edit = Callable[[Tensor], Tensor]
 
 
 Tap = Callable[[BankCall], None]
+
+Source = Callable[[int, Sequence[int]], Iterator[Mapping[str, Tensor]]]
+"""A layer, and experts of it -> their weights, as `bank.Weights` has them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +176,8 @@ class _Control:
     stock: str
     """Name of the implementation that was set before ours."""
     tap: Tap | None = None
+    source: Source | None = None
+    """Where the experts' weights come from, if not from the bank; with a tap only."""
     edits: Mapping[int, Edit | None] = dataclasses.field(default_factory=dict)
     """Per expert: its replacement, None to silence it."""
 
@@ -216,7 +225,11 @@ def _experts_forward(bank: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK:
 def _tapped_forward(bank: nn.Module, control: _Control, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """The grouped forward, whose rows the tap sees on the way; a silenced expert is not tapped."""
     assert control.tap is not None
-    expert_R, slot_R, inner_RF, output_RD = grouped(bank, x_TD, index_TK)
+    if control.source is None:
+        expert_R, slot_R, inner_RF, output_RD = grouped(bank, x_TD, index_TK)
+    else:
+        weights = functools.partial(control.source, control.layer)
+        expert_R, slot_R, inner_RF, output_RD = looped(bank, x_TD, index_TK, weights)
     token_R, weight_R = slot_R // index_TK.shape[1], weight_TK.flatten()[slot_R]
     silent = [expert for expert, edit in control.edits.items() if edit is None]
     heard_R = ~torch.isin(expert_R, torch.tensor(silent, device=expert_R.device)) if silent else slice(None)
@@ -248,12 +261,13 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 
 
 @contextlib.contextmanager
-def tapped(model: nn.Module, tap: Tap) -> Iterator[tuple[Bank, ...]]:
+def tapped(model: nn.Module, tap: Tap, source: Source | None = None) -> Iterator[tuple[Bank, ...]]:
     """Within the block, `tap` sees what every bank and every shared expert does in every forward pass.
 
-    Yields the banks.
+    Yields the banks. With a `source` the routed experts' weights are asked of it, each time for the experts that some
+    token reached.
     """
-    with _controlled(model, tap=tap) as banks:
+    with _controlled(model, tap=tap, source=source) as banks:
         yield banks
 
 
@@ -273,7 +287,11 @@ def edited(model: nn.Module, edits: Mapping[ExpertKey, Edit]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _controlled(
-    model: nn.Module, *, tap: Tap | None = None, edits: Mapping[ExpertKey, Edit | None] | None = None
+    model: nn.Module,
+    *,
+    tap: Tap | None = None,
+    source: Source | None = None,
+    edits: Mapping[ExpertKey, Edit | None] | None = None,
 ) -> Iterator[tuple[Bank, ...]]:
     """Sets our implementation with a control for each bank, and puts everything back; blocks can be nested."""
     edits = edits or {}
@@ -294,7 +312,9 @@ def _controlled(
                     if layer == bank.layer and expert != "shared"
                 }
                 outer = before[bank.module] or _Control(layer=bank.layer, stock=stock)
-                _CONTROLS[bank.module] = dataclasses.replace(outer, tap=tap or outer.tap, edits={**outer.edits, **own})
+                _CONTROLS[bank.module] = dataclasses.replace(
+                    outer, tap=tap or outer.tap, source=source or outer.source, edits={**outer.edits, **own}
+                )
                 if bank.shared_down is not None:
                     if tap is not None:
                         hook = bank.shared_down.register_forward_hook(_shared_tap(tap, bank.layer))

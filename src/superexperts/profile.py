@@ -5,33 +5,37 @@ Shape suffixes: B sequences, L tokens per sequence.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from . import moe
 from .artifacts import CorpusProfile, ExpertKey, ExpertStats, Profile, key_order
+from .checkpoint import Checkpoint
 from .config import ProfileConfig, identity
-from .console import note, stderr
+from .console import note, progress, speaks
 from .corpora import digest_ids, documents, local_data, pack
 from .decoder import num_layers, stopped_after, text_config
 from .errors import ExpertsError, OptionError
-from .model import checkpoint_folder, load_model, load_tokenizer
+from .model import checkpoint_folder, empty_model, fits_in_memory, load_model, load_tokenizer, pick_device
 from .plots import plot_heatmap, plot_layers
 from .plots_corpora import plot_corpora, plot_top
+from .processes import merged, my_share
+from .profile_streamed import profile_streamed, quick_look
 from .recorder import Recorder
 from .rundir import MANIFEST, completed, fingerprint, input_key, prepare_folder, read_json, write_json, write_manifest
 from .select import layers_below, peak, super_experts
 from .sinks import compare_sinks, plot_sinks
 from .stability import stability
+from .stream import StreamedModel
 
 __all__ = ["profile_corpus", "run"]
 
@@ -60,15 +64,19 @@ def profile_corpus(
     if not banks:
         raise OptionError(f"--depth: {depth} leaves no MoE layer of {num_layers(model)} layers; give a larger share")
     recorder = Recorder(moe.expert_keys(banks), ids_BL)
-    starts: Sequence[int] = range(0, len(ids_BL), batch_size)
-    with moe.tapped(model, recorder), stopped_after(model, banks[-1].path, banks[-1].layer) as forward:
-        hidden = description is None or not stderr.is_terminal
-        for start in track(starts, description or "", console=stderr, disable=hidden, transient=True):
+    starts = my_share(range(0, len(ids_BL), batch_size))
+    with (
+        moe.tapped(model, recorder),
+        stopped_after(model, banks[-1].path, banks[-1].layer) as forward,
+        progress(description, len(starts)) as bar,
+    ):
+        for start in starts:
             ids, mask = ids_BL[start : start + batch_size].to(device), mask_BL[start : start + batch_size].to(device)
             recorder.start_batch(start, mask)
             # Without padding there is no mask to give: attention has faster ways of being only causal.
             forward(input_ids=ids, attention_mask=None if bool(mask.all()) else mask, use_cache=False)
-    return CorpusProfile(tokens=int(mask_BL.sum()), experts=recorder.rows())
+            bar()
+    return CorpusProfile(tokens=int(mask_BL.sum()), experts=merged(recorder).rows())
 
 
 def run(config: ProfileConfig) -> dict[str, Any]:
@@ -85,7 +93,59 @@ def run(config: ProfileConfig) -> dict[str, Any]:
     if completed(config.out, "profile", inputs):
         note(f"profile: {config.out} is up to date, nothing to do")
         return summary(Profile.load(config.out), config, tokenizer)
-    model = load_model(config)
+    with _opened(config) as (model, profile_one):
+        _profile_all(config, model, profile_one, sequences, inputs, started)
+    return summary(Profile.load(config.out), config, tokenizer) if speaks else {}
+
+
+@contextlib.contextmanager
+def _opened(config: ProfileConfig) -> Iterator[tuple[nn.Module, Callable[[str, Tensor], CorpusProfile]]]:
+    """The model, in memory or without weights, and how a corpus is profiled on it."""
+    streamed = config.stream or config.quick
+    if not streamed and config.device_map == "none" and not fits_in_memory(config):
+        if config.sinks:
+            raise OptionError("--sinks: the model does not fit in memory, which sinks need; drop the option")
+        note("profile: the model does not fit in memory, so it is streamed a layer at a time (--stream)")
+        streamed = True
+    if not streamed:
+        model = load_model(config, spread=config.device_map == "auto")
+        yield (
+            model,
+            lambda name, ids_BL: profile_corpus(
+                model, ids_BL, batch_size=config.batch_size, depth=config.depth, description=f"profile {name}"
+            ),
+        )
+        return
+    with Checkpoint(checkpoint_folder(config.model, config.revision)) as checkpoint:
+        source = StreamedModel(empty_model(config, checkpoint), checkpoint, pick_device(config.device))
+
+        def profile_one(name: str, ids_BL: Tensor) -> CorpusProfile:
+            told = f"profile {name}"
+            if config.quick:
+                return quick_look(source, ids_BL, depth=config.depth, statistic=config.statistic, description=told)
+            return profile_streamed(
+                source,
+                ids_BL,
+                batch_size=config.batch_size,
+                depth=config.depth,
+                budget=int(config.activation_budget * 2**30),
+                folder=config.out,
+                description=told,
+            )
+
+        yield source.model, profile_one
+        note(f"profile: {checkpoint.bytes_read / 1e9:.3g} GB of weights were read")
+
+
+def _profile_all(
+    config: ProfileConfig,
+    model: nn.Module,
+    profile_one: Callable[[str, Tensor], CorpusProfile],
+    sequences: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
+    started: float,
+) -> None:
+    """Profiles each corpus that has no section yet, and writes all files."""
     context = getattr(text_config(model), "max_position_embeddings", None)  # a state-space model has no limit
     if context is not None and config.seq_len > context:
         raise OptionError(f"--seq-len: {config.seq_len} is over the model's context of {context}; give at most that")
@@ -101,11 +161,12 @@ def run(config: ProfileConfig) -> dict[str, Any]:
             note(f"profile: {name} was finished before, kept")
             corpora |= Profile.load(section).corpora
             continue
-        done = profile_corpus(
-            model, ids_BL, batch_size=config.batch_size, depth=config.depth, description=f"profile {name}"
-        )
+        done = profile_one(name, ids_BL)
         corpora[name] = done
-        write_json(section, _profile(config, model, {name: done}).to_json())
+        if speaks:
+            write_json(section, _profile(config, model, {name: done}).to_json())
+    if not speaks:
+        return
     profile = _profile(config, model, corpora)
     for old in config.out.iterdir():
         if old.suffix in (".png", ".svg") or old.name in (MANIFEST, "profile.json", "stability.json", "sinks.json"):
@@ -119,7 +180,6 @@ def run(config: ProfileConfig) -> dict[str, Any]:
         outputs += _sinks(profile, config, model, sequences)
     write_manifest(config.out, "profile", inputs, outputs, time.monotonic() - started)
     shutil.rmtree(sections)
-    return summary(profile, config, tokenizer)
 
 
 def _profile(config: ProfileConfig, model: nn.Module, corpora: Mapping[str, CorpusProfile]) -> Profile:
@@ -194,6 +254,7 @@ def summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedTokeni
         found = _super(profile, corpus)
         corpora[name] = {
             "tokens": corpus.tokens,
+            "stable": corpus.stable,
             "super": [row.key for row in found],
             "unreached": sum(row.tokens == 0 for row in corpus.experts),
             "top": [

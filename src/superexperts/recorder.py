@@ -8,6 +8,7 @@ experts, sorted by expert and then by token), F intermediate size, D hidden size
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Collection
 
@@ -48,6 +49,20 @@ class _Peaks:
         self.place_E = torch.where(better_E, first_E, self.place_E)
         self.value_E = torch.where(better_E, best_E, self.value_E)
 
+    def cpu(self) -> _Peaks:
+        moved = copy.copy(self)
+        moved.value_E, moved.place_E = self.value_E.cpu(), self.place_E.cpu()
+        moved.channel_E = self.channel_E.cpu()
+        return moved
+
+    def merge(self, other: _Peaks) -> None:
+        """Takes the peaks of other tokens."""
+        first_E = (other.value_E == self.value_E) & (other.place_E < self.place_E)
+        better_E = (other.value_E > self.value_E) | first_E
+        self.channel_E = torch.where(better_E, other.channel_E, self.channel_E)
+        self.place_E = torch.where(better_E, other.place_E, self.place_E)
+        self.value_E = torch.where(better_E, other.value_E, self.value_E)
+
     def listed(self) -> list[tuple[float, int, int]]:
         """Per expert (value, place, channel)."""
         return list(zip(self.value_E.tolist(), self.place_E.tolist(), self.channel_E.tolist(), strict=True))
@@ -58,10 +73,9 @@ class _Bank:
 
     def __init__(self, experts: tuple[ExpertId, ...], device: torch.device) -> None:
         self.experts = experts
-        self.tokens_E = torch.zeros(len(experts), dtype=torch.int64, device=device)
-        self.gate_E = torch.zeros(len(experts), dtype=torch.float64, device=device)
-        self.weighted_norm_E = torch.zeros_like(self.gate_E)
-        self.not_finite_E = torch.zeros_like(self.tokens_E)
+        self.sums_4E: dict[int, Tensor] = {}
+        """Per batch, by the place of its first token: tokens, gate sum, sum of weighted norms, values that are not
+        finite; float64. They are added up in the order of the corpus, whoever ran which batch."""
         self.first_E = torch.zeros(len(experts), device=device)
         self.input, self.output = _Peaks(len(experts), device), _Peaks(len(experts), device)
 
@@ -75,10 +89,8 @@ class _Bank:
         counts_E = torch.bincount(expert_R, minlength=len(self.experts))
         inner_peak_R, _ = _row_norms(inner_RF)
         peak_R, norm_R = _row_norms(output_RD)
-        self.tokens_E += counts_E
-        self.gate_E += _sums(weight_R, counts_E)
-        self.weighted_norm_E += _sums(weight_R.double() * norm_R, counts_E)
-        self.not_finite_E += _sums(~torch.isfinite(peak_R), counts_E).long()
+        terms_4R = (torch.ones_like(peak_R), weight_R, weight_R.double() * norm_R, ~torch.isfinite(peak_R))
+        self.sums_4E[start] = torch.stack([_sums(term_R, counts_E) for term_R in terms_4R])
         self.input.update(expert_R, start + token_R, inner_RF, inner_peak_R)
         self.output.update(expert_R, start + token_R, output_RD, peak_R)
         # The reference's hook sees a routed expert's first token of a sequence, and all tokens of a shared expert.
@@ -88,12 +100,29 @@ class _Bank:
             first_R[1:] = sequence_R[1:] != sequence_R[:-1]
         self.first_E = _reduce(expert_R[first_R], peak_R[first_R], self.first_E, "amax")
 
+    def cpu(self) -> _Bank:
+        moved = copy.copy(self)
+        moved.sums_4E = {start: sums_4E.cpu() for start, sums_4E in self.sums_4E.items()}
+        moved.first_E = self.first_E.cpu()
+        moved.input, moved.output = self.input.cpu(), self.output.cpu()
+        return moved
+
+    def merge(self, other: _Bank) -> None:
+        """Takes what is known from other batches."""
+        self.sums_4E |= other.sums_4E
+        self.first_E = torch.maximum(self.first_E, other.first_E)
+        self.input.merge(other.input)
+        self.output.merge(other.output)
+
     def rows(self, layer: int, ids_T: Tensor, length: int) -> list[ExpertStats]:
         found = []
         peaks = zip(self.output.listed(), self.input.listed(), self.first_E.tolist(), strict=True)
-        sums = zip(self.tokens_E.tolist(), self.gate_E.tolist(), self.weighted_norm_E.tolist(), strict=True)
-        for expert, wrong, (tokens, gate, weighted), (output, inner, first) in zip(
-            self.experts, self.not_finite_E.tolist(), sums, peaks, strict=True
+        sums_4E = torch.zeros(4, len(self.experts), dtype=torch.float64)
+        for start in sorted(self.sums_4E):
+            sums_4E += self.sums_4E[start].cpu()
+        sums = zip(*sums_4E.tolist(), strict=True)
+        for expert, (tokens, gate, weighted, wrong), (output, inner, first) in zip(
+            self.experts, sums, peaks, strict=True
         ):
             if wrong:
                 raise ModelError(
@@ -103,7 +132,7 @@ class _Bank:
             if tokens:
                 row = dataclasses.replace(
                     row,
-                    tokens=tokens,
+                    tokens=int(tokens),
                     gate_sum=gate,
                     reap=weighted / tokens,
                     first_token_output_max=first,
@@ -143,7 +172,24 @@ class Recorder:
         where = call.layer, call.experts[0]
         if where not in self._banks:
             self._banks[where] = _Bank(call.experts, call.expert_R.device)
-        self._banks[where].update(call, self._real_T, self._start, self._ids_BL.shape[1])
+        real_T = None if self._real_T is None else self._real_T.to(call.expert_R.device)
+        self._banks[where].update(call, real_T, self._start, self._ids_BL.shape[1])
+
+    def merge(self, other: Recorder) -> None:
+        """Takes what another one recorded of other batches of the same corpus; the result does not depend on who ran
+        which, nor on the order of the merges."""
+        for where, bank in other._banks.items():
+            if where in self._banks:
+                self._banks[where].merge(bank)
+            else:
+                self._banks[where] = copy.deepcopy(bank)
+
+    def cpu(self) -> Recorder:
+        """The same in the CPU's memory, where recorders of several devices can be merged."""
+        moved = copy.copy(self)
+        moved._real_T = None
+        moved._banks = {where: bank.cpu() for where, bank in self._banks.items()}
+        return moved
 
     def rows(self) -> tuple[ExpertStats, ...]:
         """Every expert's statistics, in the order of `key_order`. `ModelError` names one that wrote inf or nan."""

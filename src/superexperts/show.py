@@ -50,6 +50,8 @@ def _show_profile(result: dict[str, Any]) -> None:
     for name, corpus in result["corpora"].items():
         found = {tuple(key) for key in corpus["super"]}
         told = f"{len(found)} super experts; {corpus['unreached']} experts were reached by no token"
+        if corpus["stable"] is not None:
+            told += f"; {'the same' if corpus['stable'] else 'not the same'} over the last rounds of the quick look"
         if result["layers_run"] < result["num_layers"]:
             told += f"; layers 0 to {result['layers_run'] - 1} of {result['num_layers']} were run (--depth)"
         title = f"peaks of |down_proj output|: {result['model']} on {name}, {corpus['tokens']:,} tokens"

@@ -1,0 +1,252 @@
+"""A safetensors checkpoint without a model: what its shards hold and where, one tensor or one expert's slice of it.
+
+A checkpoint may come from anywhere, so nothing in it is believed: names of shards stay in the folder, headers must
+describe exactly the bytes that are there, and a pickle is never opened.
+Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the tensors without gaps).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .errors import ModelError
+
+__all__ = ["INDEX", "SINGLE", "Checkpoint", "Entry"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+MAX_HEADER = 100_000_000
+"""Bytes of a header that the format allows."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor of a checkpoint."""
+
+    key: str
+    file: str
+    """Name of its shard."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Its first byte in the shard."""
+    nbytes: int
+
+    def row(self, index: int) -> Entry:
+        """The slice [index] of the first dimension, which lies in one piece."""
+        size = self.nbytes // self.shape[0]
+        return dataclasses.replace(self, shape=self.shape[1:], offset=self.offset + index * size, nbytes=size)
+
+
+class Checkpoint(Mapping[str, Entry]):
+    """The tensors of a checkpoint folder by key, in the order of the shards; a context that closes its files.
+
+    One `model.safetensors`, or the shards that `model.safetensors.index.json` names. `ModelError` in one line for
+    whatever is wrong with the files. Reading may be done by several threads.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _shards(folder)
+        self._entries: dict[str, Entry] = {}
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+        """Of tensors, so far."""
+        try:
+            for file in self.files:
+                self._open[file] = _opened(folder, file)
+                for entry in _header(self._open[file], folder, file):
+                    if entry.key in self._entries:
+                        raise _refused(folder, file, f"holds {entry.key!r}, as does {self._entries[entry.key].file}")
+                    self._entries[entry.key] = entry
+            _check_index(folder, self._entries)
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, key: str) -> Entry:
+        return self._entries[key]
+
+    def __iter__(self) -> Any:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the shards."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def read(self, entry: Entry) -> Tensor:
+        """The tensor, on the CPU in its own dtype."""
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        self.read_into(entry, tensor)
+        return tensor
+
+    def read_into(self, entry: Entry, target: Tensor) -> None:
+        """Reads into a contiguous CPU tensor of the entry's shape and dtype, without a copy in between."""
+        assert (target.shape, target.dtype) == (entry.shape, entry.dtype)
+        assert target.is_contiguous()
+        if not entry.nbytes:
+            return
+        left = memoryview(cast(Any, target.reshape(-1).view(torch.uint8).numpy()))
+        offset = entry.offset
+        while left:
+            done = os.preadv(self._open[entry.file], [left], offset)
+            if not done:
+                raise _refused(self.folder, entry.file, f"ends inside {entry.key!r}")
+            left, offset = left[done:], offset + done
+        with self._lock:
+            self.bytes_read += entry.nbytes
+
+
+def _refused(folder: Path, file: str, why: str) -> ModelError:
+    return ModelError(f"MODEL: {str(folder / file)!r} {why}; fetch the checkpoint again")
+
+
+def _shards(folder: Path) -> tuple[str, ...]:
+    """Names of the files that hold the tensors."""
+    if not (folder / INDEX).is_file():
+        if (folder / SINGLE).is_file():
+            return (SINGLE,)
+        raise ModelError(
+            f"MODEL: {str(folder)!r} has neither {SINGLE} nor {INDEX} (pickles are not read); convert it first"
+        )
+    return tuple(sorted(set(_weight_map(folder).values())))
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index: key -> shard."""
+    try:
+        index = _object((folder / INDEX).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _refused(folder, INDEX, f"is no JSON object that can be read ({_short(error)})") from error
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _refused(folder, INDEX, "has no weight_map")
+    for key, file in weight_map.items():
+        # A name, not a path: an index must not lead out of its folder. What a name leads to may be a link, as it is in
+        # the Hub's cache.
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file:
+            raise _refused(folder, INDEX, f"says that {key!r} is in {str(file)[:80]!r}, outside its folder")
+        if not file.endswith(".safetensors"):
+            raise _refused(folder, INDEX, f"says that {key!r} is in {file[:80]!r}, which is no safetensors file")
+    return weight_map
+
+
+def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """The index and the shards must say the same."""
+    if not (folder / INDEX).is_file():
+        return
+    weight_map = _weight_map(folder)
+    for key, file in weight_map.items():
+        if key not in entries or entries[key].file != file:
+            raise _refused(folder, INDEX, f"says that {key!r} is in {file!r}, where it is not")
+    for key, entry in entries.items():
+        if key not in weight_map:
+            raise _refused(folder, entry.file, f"holds {key!r}, which the index does not name")
+
+
+def _opened(folder: Path, file: str) -> int:
+    try:
+        return os.open(folder / file, os.O_RDONLY)
+    except OSError as error:
+        raise _refused(folder, file, f"cannot be read ({_short(error)})") from error
+
+
+def _header(descriptor: int, folder: Path, file: str) -> list[Entry]:
+    """What a shard holds, in the order of the bytes; every byte belongs to one tensor."""
+    size = os.fstat(descriptor).st_size
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if size < 8 or length > min(MAX_HEADER, size - 8):
+        raise _refused(folder, file, f"has {size} bytes and no header of safetensors")
+    start = 8 + length
+    try:
+        header = _object(os.pread(descriptor, length, 8))
+    except (ValueError, RecursionError) as error:
+        raise _refused(folder, file, f"has a header that cannot be read ({_short(error)})") from error
+    header.pop("__metadata__", None)
+    entries = [_entry(key, said, start, folder, file) for key, said in header.items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    end = start
+    for entry in entries:
+        if entry.offset != end:
+            raise _refused(folder, file, f"has a header whose tensors overlap or leave gaps at {entry.key!r}")
+        end += entry.nbytes
+    if end != size:
+        what = "is cut off" if end > size else "holds more bytes than its header says"
+        raise _refused(folder, file, f"{what} ({size} bytes, not {end})")
+    return entries
+
+
+def _entry(key: str, said: Any, start: int, folder: Path, file: str) -> Entry:
+    wrong = _refused(folder, file, f"has a header that is wrong at {key[:200]!r}")
+    if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
+        raise wrong
+    shape, offsets = said["shape"], said["data_offsets"]
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise wrong
+    if not isinstance(said["dtype"], str) or said["dtype"] not in DTYPES:
+        raise _refused(folder, file, f"holds {key[:200]!r} in {str(said['dtype'])[:40]!r}, which is not read here")
+    dtype = DTYPES[said["dtype"]]
+    nbytes = math.prod(shape) * dtype.itemsize
+    if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
+        raise wrong
+    return Entry(key=key, file=file, dtype=dtype, shape=tuple(shape), offset=start + offsets[0], nbytes=nbytes)
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    """A JSON object without a name given twice; `ValueError` otherwise."""
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(found)
+        if len(names) < len(found):
+            raise ValueError("a name is given twice")
+        return names
+
+    parsed = json.loads(text.decode(), object_pairs_hook=pairs)
+    if not isinstance(parsed, dict):
+        raise ValueError("not an object")
+    return parsed
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120]

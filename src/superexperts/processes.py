@@ -1,0 +1,43 @@
+"""Several processes on one corpus, as `accelerate launch` starts them: who takes which batch, and one result of all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from .recorder import Recorder
+
+__all__ = ["device_of_process", "merged", "my_share"]
+
+
+def my_share(batches: Sequence[int]) -> Sequence[int]:
+    """Every n-th batch, n processes being at work."""
+    if not _several():
+        return batches
+    state = PartialState()
+    return batches[state.process_index :: state.num_processes]
+
+
+def merged(recorder: Recorder) -> Recorder:
+    """What all processes recorded, in each of them: exactly what one process records of all batches."""
+    if not _several():
+        return recorder
+    total, *others = cast(list[Recorder], gather_object([recorder.cpu()]))
+    for other in others:
+        total.merge(other)
+    return total
+
+
+def device_of_process() -> torch.device | None:
+    """The device that this process of several is to use; None where it is the only one."""
+    return cast(torch.device, PartialState().device) if _several() else None
+
+
+def _several() -> bool:
+    """Whether a launcher started this process as one of several (torch's own convention)."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1

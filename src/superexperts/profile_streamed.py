@@ -1,0 +1,165 @@
+"""Profiles of a checkpoint that is never in memory as a whole: in full, and as a quick look.
+
+Shape suffixes: S sequences of the corpus, B sequences of a batch, L tokens per sequence, D whatever a decoder layer
+passes on per token (its hidden size, in most families).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import moe
+from .artifacts import CorpusProfile, ExpertKey, Statistic
+from .console import note, progress
+from .decoder import layer_by_layer, num_layers
+from .errors import OptionError
+from .processes import merged, my_share
+from .recorder import Recorder
+from .select import layers_below, super_experts
+from .stream import StreamedModel
+
+__all__ = ["profile_streamed", "quick_look"]
+
+QUICK_LENGTH = 64
+"""Tokens of a sequence of the quick look: attention sinks and with them super experts show on the first ones."""
+FIRST_ROUNDS = 4
+SAME_ROUNDS = 3
+"""Rounds after which the super experts must have stayed the same."""
+
+
+@torch.inference_mode()
+def profile_streamed(
+    streamed: StreamedModel,
+    ids_SL: Tensor,
+    *,
+    batch_size: int = 8,
+    depth: float = 1.0,
+    budget: int = 2**32,
+    folder: Path | None = None,
+    description: str | None = None,
+) -> CorpusProfile:
+    """As `profile.profile_corpus`, of the same int64 sequences [S, L], a decoder layer at a time.
+
+    Between two layers hidden states are kept in memory, or past `budget` bytes in a file without a name in `folder`.
+    """
+    layers = _layers(streamed, depth)
+    batches = my_share(range(0, len(ids_SL), batch_size))
+    recorder = Recorder(_keys(streamed, layers), ids_SL)
+    path = next(iter(streamed.banks.values())).path
+    hidden: dict[int, Tensor] = {}
+    with (
+        moe.tapped(streamed.model, recorder),
+        layer_by_layer(streamed.model, path) as run,
+        streamed.running(layers, whole=True) as loaded,
+        progress(description, len(layers) * len(batches)) as bar,
+    ):
+        for layer in loaded:
+            for start in batches:
+                ids_BL = ids_SL[start : start + batch_size].to(streamed.device)
+                recorder.start_batch(start, torch.ones_like(ids_BL))
+                given = hidden[start].to(streamed.device) if layer else None
+                made = run(layer, given, input_ids=ids_BL, use_cache=False)
+                if not layer:
+                    hidden[start] = _room(made, len(ids_SL), budget, folder)
+                hidden[start].copy_(made)
+                bar()
+    return CorpusProfile(tokens=ids_SL.numel(), experts=merged(recorder).rows())
+
+
+def _room(made_BLD: Tensor, sequences: int, budget: int, folder: Path | None) -> Tensor:
+    """Where a batch's hidden states are kept from layer to layer: where they are, or in a file if all are too many."""
+    if made_BLD.nbytes / len(made_BLD) * sequences <= budget:
+        return torch.empty_like(made_BLD)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden-") as file:
+        # The kernel keeps the file as long as it is mapped, without its name: nothing is left after a kill.
+        flat = torch.from_file(file.name, shared=True, size=made_BLD.numel(), dtype=made_BLD.dtype)
+    return flat.view(made_BLD.shape)
+
+
+@torch.inference_mode()
+def quick_look(
+    streamed: StreamedModel, ids_SL: Tensor, *, depth: float, statistic: Statistic, description: str | None = None
+) -> CorpusProfile:
+    """The super experts of a checkpoint at about the cost of reading those experts that some token is routed to.
+
+    The sequences [S, L] are cut to `QUICK_LENGTH` tokens. A few are run at once, and their statistics kept apart, so
+    that one pass through the checkpoint shows what each further sequence (a round) changes; unless the super experts
+    settled, twice as many follow. At the end of the corpus the answer is given as not stable.
+    """
+    ids_SL = ids_SL[:, :QUICK_LENGTH].contiguous()
+    layers = _layers(streamed, depth)
+    total = Recorder(_keys(streamed, layers), ids_SL)
+    sets: list[frozenset[ExpertKey]] = []
+    while len(sets) < len(ids_SL):
+        first, count = len(sets), FIRST_ROUNDS if not sets else 2 * len(sets)
+        rounds = [Recorder(_keys(streamed, layers), ids_SL) for _ in range(min(count, len(ids_SL) - first))]
+        _one_pass(streamed, layers, ids_SL[first : first + len(rounds)], rounds, first, description)
+        for recorder in rounds:
+            total.merge(recorder)
+            found = super_experts(total.rows(), num_layers(streamed.model), depth=depth, statistic=statistic)
+            sets.append(frozenset(row.key for row in found))
+        stable = len(sets) >= SAME_ROUNDS and len(set(sets[-SAME_ROUNDS:])) == 1
+        if stable:
+            break
+    else:
+        note(f"--quick: the super experts still changed in the last of {len(sets)} rounds; profile more --tokens")
+    return CorpusProfile(tokens=len(sets) * ids_SL.shape[1], experts=total.rows(), stable=stable)
+
+
+def _one_pass(
+    streamed: StreamedModel,
+    layers: Sequence[int],
+    ids_BL: Tensor,
+    rounds: Sequence[Recorder],
+    first: int,
+    description: str | None,
+) -> None:
+    """Runs sequences [B, L] as one batch; each round's recorder hears one of them."""
+    length = ids_BL.shape[1]
+
+    def tap(call: moe.BankCall) -> None:
+        for number, recorder in enumerate(rounds):
+            own_R = call.token_R // length == number
+            recorder.start_batch(first + number, torch.ones(1, length))
+            recorder(
+                dataclasses.replace(
+                    call,
+                    expert_R=call.expert_R[own_R],
+                    token_R=call.token_R[own_R] - number * length,
+                    inner_RF=call.inner_RF[own_R],
+                    output_RD=call.output_RD[own_R],
+                    weight_R=call.weight_R[own_R],
+                )
+            )
+
+    path = next(iter(streamed.banks.values())).path
+    hidden = None
+    ids_BL = ids_BL.to(streamed.device)
+    with (
+        moe.tapped(streamed.model, tap, streamed.experts),
+        layer_by_layer(streamed.model, path) as run,
+        streamed.running(layers, whole=False) as loaded,
+        progress(description, len(layers)) as bar,
+    ):
+        for layer in loaded:
+            hidden = run(layer, hidden, input_ids=ids_BL, use_cache=False)
+            bar()
+
+
+def _layers(streamed: StreamedModel, depth: float) -> range:
+    """The layers to run: those below `depth`, up to the last one with experts."""
+    layers = num_layers(streamed.model)
+    last = max((layer for layer in streamed.banks if layer < layers_below(depth, layers)), default=None)
+    if last is None:
+        raise OptionError(f"--depth: {depth} leaves no MoE layer of {layers} layers; give a larger share")
+    return range(last + 1)
+
+
+def _keys(streamed: StreamedModel, layers: Sequence[int]) -> list[ExpertKey]:
+    return [key for layer, bank in streamed.banks.items() if layer in layers for key in bank.expert_keys()]

@@ -1,0 +1,291 @@
+"""A model whose weights stay in the checkpoint: a decoder layer is in memory while it computes, the others are not.
+
+The model is built without weights; transformers' own conversion fills a layer's modules. Only the routed experts,
+nearly all of a layer's bytes, are read here, each straight to where it is used, so that one expert can be had alone.
+
+Shape suffixes: E experts of a bank, U and D: rows and columns of an expert's matrix.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from . import moe
+from .checkpoint import Checkpoint, Entry
+from .decoder import decoder_layers
+from .errors import ModelError
+
+__all__ = ["StreamedModel"]
+
+READERS = 2
+"""Threads that read experts ahead; more than two did not read faster."""
+AHEAD = 6
+"""Experts read ahead of the one that computes."""
+
+Parts = tuple[Entry, ...]
+"""What an expert's matrix is made of in the checkpoint: one piece, or several below each other."""
+
+
+class StreamedModel:
+    """A model on the meta device and the checkpoint that fills its layers, one after the other.
+
+    `model`: the family's own causal language model, without weights but with its buffers. `device`: where layers
+    compute. `ModelError` for a checkpoint that is no full set of the model's weights.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.model, self.checkpoint, self.device = model, checkpoint, device
+        self.banks = {bank.layer: bank for bank in moe.find_banks(model)}
+        first = next(iter(self.banks.values()))
+        self._layers = decoder_layers(model, first.path)
+        self._decoder = next(name for name, module in model.named_modules() if module is self._layers)
+        self._mapping = get_model_conversion_mapping(cast(Any, model))
+        self._homes = _homes(model, checkpoint, self._mapping)
+        self._experts = {
+            (layer, name): parts
+            for layer, bank in self.banks.items()
+            for name in (moe.up_name(bank.module), "down_proj")
+            if (parts := self._expert_parts(bank, name)) is not None
+        }
+        self._spare: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = collections.defaultdict(list)
+        self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+    @contextlib.contextmanager
+    def running(self, layers: Sequence[int], *, whole: bool) -> Iterator[Iterator[int]]:
+        """Within the block, iterating gives each layer's number with its weights in memory, the next one's being read
+        meanwhile. `whole`: with all its experts; else they are to be had from `experts` alone.
+        """
+        outside = [name for name in self._homes if self._is_outside(name)]
+        with ThreadPoolExecutor(max_workers=1) as background:
+
+            def one_by_one() -> Iterator[int]:
+                coming = background.submit(self._load, layers[0], whole)
+                for layer, following in zip(layers, [*layers[1:], None], strict=True):
+                    coming.result()
+                    if following is not None:
+                        coming = background.submit(self._load, following, whole)
+                    yield layer
+                    self._unload(layer)
+
+            try:
+                self._fill(outside)
+                yield one_by_one()
+            finally:
+                background.shutdown(cancel_futures=True)
+                for parameter_name, _ in list(self.model.named_parameters()):
+                    self._empty(parameter_name)
+                self._spare.clear()
+
+    def experts(self, layer: int, experts: Sequence[int]) -> Iterator[Mapping[str, Tensor]]:
+        """The matrices of some experts, in their order, read ahead while the caller computes; a `moe.Source`.
+
+        What was yielded is overwritten once the next is asked for.
+        """
+        names = (moe.up_name(self.banks[layer].module), "down_proj")
+        if not all((layer, name) in self._experts for name in names):
+            bank = cast(Any, self.banks[layer].module)
+            yield from ({name: getattr(bank, name)[expert] for name in names} for expert in experts)
+            return
+        parameters = {name: cast(Tensor, getattr(self.banks[layer].module, name)) for name in names}
+        slots = [
+            {name: self._take(parameter.shape[1:], parameter.dtype) for name, parameter in parameters.items()}
+            for _ in range(min(AHEAD + 1, len(experts)))
+        ]
+
+        def read(number: int) -> dict[str, Tensor]:
+            slot = slots[number % len(slots)]
+            for name, target in slot.items():
+                self._read_expert(layer, name, experts[number], target)
+            return slot
+
+        with ThreadPoolExecutor(max_workers=READERS) as readers:
+            coming: collections.deque[Future[dict[str, Tensor]]] = collections.deque()
+            for number in range(len(experts)):
+                while len(coming) < len(slots) and number + len(coming) < len(experts):
+                    coming.append(readers.submit(read, number + len(coming)))
+                yield coming.popleft().result()
+        for slot in slots:
+            for tensor in slot.values():
+                self._give(tensor)
+
+    def holds_alone(self, layer: int) -> bool:
+        """Whether the checkpoint's layout lets one expert of the layer be read without the others."""
+        return all((layer, name) in self._experts for name in (moe.up_name(self.banks[layer].module), "down_proj"))
+
+    # ---- filling and emptying ----
+
+    @torch.inference_mode()  # of this thread, as of the one that computes
+    def _load(self, layer: int, whole: bool) -> None:
+        """Fills a layer's modules."""
+        prefix = f"{self._decoder}.{layer}."
+        alone = {self._expert_name(place) for place in self._experts if place[0] == layer}
+        self._fill([name for name in self._homes if name.startswith(prefix) and name not in alone])
+        if whole:
+            for place in self._experts:
+                if place[0] == layer:
+                    self._fill_bank(*place)
+        for name, parameter in self._layers[layer].named_parameters():
+            if parameter.device.type == "meta" and prefix + name not in alone:
+                raise ModelError(f"MODEL: the checkpoint has no {prefix + name}; repair it")
+
+    def _unload(self, layer: int) -> None:
+        prefix = f"{self._decoder}.{layer}."
+        for name, _ in list(self._layers[layer].named_parameters()):
+            self._empty(prefix + name)
+
+    def _fill(self, names: Collection[str]) -> None:
+        """Loads parameters as transformers does, whatever they are made of."""
+        entries = [self.checkpoint[key] for name in names for _, key in self._homes[name]]
+        state = {entry.key: self.checkpoint.read(entry) for entry in entries}
+        model = cast(Any, self.model)
+        settings = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self._dtype,
+            dtype_plan=model._get_dtype_plan(self._dtype),
+            weight_mapping=self._mapping,
+        )
+        with _silent():
+            info, _ = convert_and_load_state_dict_in_model(model, state, settings, None)
+        if info.mismatched_keys or info.conversion_errors:
+            wrong = next(iter(info.mismatched_keys or info.conversion_errors))
+            raise ModelError(f"MODEL: {wrong[0] if isinstance(wrong, tuple) else wrong} does not fit; repair it")
+
+    def _fill_bank(self, layer: int, name: str) -> None:
+        """Reads every expert of a bank into one tensor [E, U, D]."""
+        module = self.banks[layer].module
+        empty = cast(Tensor, getattr(module, name))
+        full_EUD = self._take(empty.shape, empty.dtype)
+        for expert in range(len(full_EUD)):
+            self._read_expert(layer, name, expert, full_EUD[expert])
+        setattr(module, name, nn.Parameter(full_EUD, requires_grad=False))
+
+    @torch.inference_mode()  # of this thread
+    def _read_expert(self, layer: int, name: str, expert: int, target_UD: Tensor) -> None:
+        start = 0
+        for entry in self._experts[layer, name][expert]:
+            rows = target_UD[start : start + entry.shape[0]]
+            start += entry.shape[0]
+            if rows.device.type == "cpu" and rows.dtype == entry.dtype:
+                self.checkpoint.read_into(entry, rows)
+            else:
+                rows.copy_(self.checkpoint.read(entry))
+
+    def _empty(self, name: str) -> None:
+        """Puts a parameter back on the meta device; a bank's memory is kept for the next layer's."""
+        path, _, last = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        parameter = cast(Tensor, getattr(module, last))
+        if parameter.device.type == "meta":
+            return
+        setattr(module, last, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        if any(self._expert_name(place) == name for place in self._experts):
+            self._give(parameter.data)
+
+    def _take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Memory to read into; what another layer has used, so that the kernel need not clear new pages."""
+        spare = self._spare[shape, dtype]
+        return spare.pop() if spare else torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _give(self, tensor: Tensor) -> None:
+        self._spare[tensor.shape, tensor.dtype].append(tensor)
+
+    # ---- names ----
+
+    def _is_outside(self, name: str) -> bool:
+        """Whether a parameter is the decoder's own, in none of its layers (embeddings, a norm)."""
+        return name.startswith(self._decoder.rpartition(".")[0]) and not name.startswith(self._decoder + ".")
+
+    def _expert_name(self, place: tuple[int, str]) -> str:
+        return f"{self.banks[place[0]].path}.{place[1]}"
+
+    def _expert_parts(self, bank: moe.Bank, name: str) -> list[Parts] | None:
+        """Per expert of the bank the pieces of its matrix; None where the checkpoint keeps them in another order, which
+        only transformers' conversion of the whole bank undoes."""
+        sources = self._homes.get(f"{bank.path}.{name}", [])
+        shape = cast(Tensor, getattr(bank.module, name)).shape
+        patterns = {pattern for pattern, _ in sources}
+        if patterns == {None}:
+            entry = self.checkpoint[sources[0][1]]
+            if entry.shape != shape:
+                return None
+            return [(entry.row(expert),) for expert in range(shape[0])]
+        for converter in self._mapping:
+            if isinstance(converter, WeightConverter) and patterns == set(converter.source_patterns):
+                columns = [
+                    [self.checkpoint[key] for pattern, key in sources if pattern == wanted]
+                    for wanted in converter.source_patterns
+                ]
+                parts = list(zip(*columns, strict=False))
+                rows = {sum(entry.shape[0] for entry in pieces) for pieces in parts}
+                stacked = _stacks_experts(converter) and all(len(column) == shape[0] for column in columns)
+                fits = rows == {shape[1]} and {entry.shape[1:] for pieces in parts for entry in pieces} == {shape[2:]}
+                return parts if stacked and fits else None
+        return None
+
+
+def _stacks_experts(converter: WeightConverter) -> bool:
+    """Whether a conversion only stacks experts, and their gate on top of their up projection."""
+    stack, *join = converter.operations
+    if not (type(stack) is MergeModulelist and stack.dim == 0 and len(converter.target_patterns) == 1):
+        return False
+    if not join:
+        return len(converter.source_patterns) == 1
+    return len(join) == 1 and type(join[0]) is Concatenate and join[0].dim == 1
+
+
+def _homes(model: nn.Module, checkpoint: Checkpoint, mapping: Sequence[Any]) -> dict[str, list[tuple[str | None, str]]]:
+    """Per parameter (the first of those that a conversion makes) the checkpoint's keys that it comes from, each with
+    the pattern of the conversion that takes it; as transformers' `convert_and_load_state_dict_in_model` finds them."""
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state, prefix = model.state_dict(), cast(Any, model).base_model_prefix
+    homes: dict[str, list[tuple[str | None, str]]] = collections.defaultdict(list)
+    homeless: set[str] = set()
+    for key in sorted(checkpoint, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
+        if name in state:
+            homes[name].append((pattern, key))
+        else:
+            homeless.add(name)
+    info = LoadStateDictInfo(
+        missing_keys=set(), unexpected_keys=homeless, mismatched_keys=set(), conversion_errors={}, error_msgs=[],
+        skipped_pp_keys=set(),
+    )  # fmt: skip
+    cast(Any, model)._adjust_missing_and_unexpected_keys(info)
+    if info.unexpected_keys:
+        some = ", ".join(sorted(info.unexpected_keys)[:3])
+        raise ModelError(f"MODEL: the checkpoint has {len(info.unexpected_keys)} unexpected keys ({some}); repair it")
+    return dict(homes)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without transformers' progress bar, which would come once for every layer."""
+    shown: Callable[[], None] = logging.enable_progress_bar if logging.is_progress_bar_enabled() else lambda: None
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        shown()
