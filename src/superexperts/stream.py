@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
@@ -75,7 +75,6 @@ class StreamedModel:
         """Within the block, iterating gives each layer's number with its weights in memory, the next one's being read
         meanwhile. `whole`: with all its experts; else they are to be had from `experts` alone.
         """
-        outside = [name for name in self._homes if self._is_outside(name)]
         with ThreadPoolExecutor(max_workers=1) as background:
 
             def one_by_one() -> Iterator[int]:
@@ -88,7 +87,8 @@ class StreamedModel:
                     self._unload(layer)
 
             try:
-                self._fill(outside)
+                self._fill([name for name in self._homes if self._is_outside(name)])
+                self._check_full(name for name, _ in self.model.named_parameters() if self._is_outside(name))
                 yield one_by_one()
             finally:
                 background.shutdown(cancel_futures=True)
@@ -144,9 +144,13 @@ class StreamedModel:
             for place in self._experts:
                 if place[0] == layer:
                     self._fill_bank(*place)
-        for name, parameter in self._layers[layer].named_parameters():
-            if parameter.device.type == "meta" and prefix + name not in alone:
-                raise ModelError(f"MODEL: the checkpoint has no {prefix + name}; repair it")
+        names = (prefix + name for name, _ in self._layers[layer].named_parameters())
+        self._check_full(name for name in names if whole or name not in alone)
+
+    def _check_full(self, names: Iterable[str]) -> None:
+        for name in names:
+            if self.model.get_parameter(name).device.type == "meta":
+                raise ModelError(f"MODEL: the checkpoint has no {name}; repair it")
 
     def _unload(self, layer: int) -> None:
         prefix = f"{self._decoder}.{layer}."

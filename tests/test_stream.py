@@ -1,0 +1,255 @@
+"""Profiles a layer at a time against those of the whole model in memory; the quick look; several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from families import FAMILIES, MORE_FAMILIES, tiny_model, tiny_tokens
+from superexperts import profile as profile_command
+from superexperts.artifacts import CorpusProfile, ExpertStats, Profile
+from superexperts.checkpoint import SINGLE, Checkpoint
+from superexperts.config import ModelConfig, ProfileConfig
+from superexperts.errors import ModelError, OptionError
+from superexperts.model import empty_model, load_as_stored
+from superexperts.pocket import PLANTED
+from superexperts.profile import profile_corpus
+from superexperts.profile_streamed import profile_streamed, quick_look
+from superexperts.stream import StreamedModel
+
+IDS_SL = tiny_tokens(5, 16)
+
+
+def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Writes a tiny model as transformers does; returns it as transformers loads it."""
+    tiny_model(family, dtype).save_pretrained(folder)
+    return load_as_stored(ModelConfig(model=str(folder)))
+
+
+@contextmanager
+def streaming(folder: Path, **settings: Any) -> Iterator[StreamedModel]:
+    with Checkpoint(folder) as checkpoint:
+        empty = empty_model(ModelConfig(model=str(folder), **settings), checkpoint)
+        yield StreamedModel(empty, checkpoint, torch.device("cpu"))
+
+
+def assert_same(found: CorpusProfile, wanted: CorpusProfile, tolerance: float) -> None:
+    assert found.tokens == wanted.tokens
+    for row, expected in zip(found.experts, wanted.experts, strict=True):
+        assert row.key == expected.key
+        assert row.tokens == expected.tokens
+        for field in ("output_max", "input_max", "first_token_output_max", "gate_sum", "reap"):
+            assert getattr(row, field) == pytest.approx(getattr(expected, field), rel=tolerance), (row.key, field)
+
+
+@pytest.mark.parametrize("family", FAMILIES | MORE_FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_equals_in_memory(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    wanted = profile_corpus(saved(tmp_path, family, dtype), IDS_SL, batch_size=2)
+    with streaming(tmp_path) as streamed:
+        found = profile_streamed(streamed, IDS_SL, batch_size=2)
+        assert all(parameter.device.type == "meta" for parameter in streamed.model.parameters())
+    assert_same(found, wanted, 1e-5 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_one_by_one_equal_the_bank(tmp_path: Path, family: str) -> None:
+    """The quick look's forward, whose experts come from the checkpoint one after the other."""
+    model = saved(tmp_path, family)
+    with streaming(tmp_path) as streamed:
+        found = quick_look(streamed, IDS_SL, depth=1.0, statistic="all")
+    rounds = found.tokens // IDS_SL.shape[1]
+    assert_same(found, profile_corpus(model, IDS_SL[:rounds], batch_size=rounds), 1e-5)
+
+
+def test_depth_batches_and_spilled_activations_change_nothing(tmp_path: Path) -> None:
+    model = saved(tmp_path, "deepseek_v2")
+    wanted = profile_corpus(model, IDS_SL, batch_size=2, depth=0.67)
+    with streaming(tmp_path) as streamed:
+        kept = profile_streamed(streamed, IDS_SL, batch_size=2, depth=0.67)
+        spilled = profile_streamed(streamed, IDS_SL, batch_size=2, depth=0.67, budget=0, folder=tmp_path)
+    assert kept == spilled
+    assert_same(kept, wanted, 1e-5)
+    assert not list(tmp_path.glob(".hidden-*"))
+    with streaming(tmp_path) as streamed, pytest.raises(OptionError, match="leaves no MoE layer"):
+        profile_streamed(streamed, IDS_SL, depth=0.2)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2"])
+def test_fused_keys_are_read_as_well(tmp_path: Path, family: str) -> None:
+    """A checkpoint whose keys are the model's own: one tensor for all experts of a layer."""
+    model = saved(tmp_path, family)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / SINGLE)
+    with streaming(tmp_path) as streamed:
+        assert all(streamed.holds_alone(layer) for layer in streamed.banks)
+        found = profile_streamed(streamed, IDS_SL)
+    assert_same(found, profile_corpus(model, IDS_SL), 1e-5)
+
+
+def test_every_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    saved(tmp_path, "qwen3_moe", torch.bfloat16)
+    wanted = profile_corpus(load_as_stored(ModelConfig(model=str(tmp_path)), "float32"), IDS_SL)
+    with streaming(tmp_path, dtype="float32") as streamed:
+        assert_same(profile_streamed(streamed, IDS_SL), wanted, 1e-5)
+        assert_same(quick_look(streamed, IDS_SL, depth=1.0, statistic="all"), wanted, 1e-5)
+
+
+def change(folder: Path, edit: Any) -> None:
+    tensors = load_file(folder / SINGLE)
+    edit(tensors)
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda tensors: tensors.pop("model.layers.1.input_layernorm.weight"), "has no model.layers.1.input_layernorm"),
+        (lambda tensors: tensors.pop("model.layers.1.mlp.gate.weight"), "has no model.layers.1.mlp.gate"),
+        (lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"), "does not fit|has no"),
+        (lambda tensors: tensors.pop("model.embed_tokens.weight"), "has no model.embed_tokens"),
+        (lambda tensors: tensors.update({"model.layers.1.mlp.extra": torch.ones(1)}), "1 unexpected keys"),
+        (lambda tensors: tensors.update({"model.layers.1.input_layernorm.weight": torch.ones(3)}), "does not fit"),
+    ],
+)
+def test_a_key_too_few_or_too_many_is_an_error(tmp_path: Path, edit: Any, said: str) -> None:
+    saved(tmp_path, "qwen3_moe")
+    change(tmp_path, edit)
+    with pytest.raises(ModelError, match=said), streaming(tmp_path) as streamed:
+        profile_streamed(streamed, IDS_SL)
+
+
+def test_a_family_that_passes_more_between_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, "qwen3_moe")
+    with streaming(tmp_path) as streamed:
+        layer: Any = type(streamed.model.get_submodule("model.layers.0"))
+        stock = layer.forward
+
+        def more(self: Any, hidden: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+            return stock(self, hidden, **inputs), hidden
+
+        monkeypatch.setattr(layer, "forward", more)
+        with pytest.raises(ModelError, match="qwen3_moe passes more than hidden states"):
+            profile_streamed(streamed, IDS_SL)
+
+
+def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "qwen3_moe")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ModelError, match="is quantized"), streaming(tmp_path):
+        pass
+
+
+# ---- the quick look ----
+
+
+def test_quick_look_reads_only_the_experts_that_some_token_reached(tmp_path: Path) -> None:
+    model: Any = tiny_model("qwen3_moe")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[3:] = 0
+            layer.mlp.gate.weight[:3] *= 100  # the others never win
+    model.save_pretrained(tmp_path)
+    with streaming(tmp_path) as streamed:
+        found = quick_look(streamed, IDS_SL[:4], depth=1.0, statistic="all")
+        reached = [row for row in found.experts if row.tokens]
+        assert 0 < len(reached) < len(found.experts)
+        dense = sum(
+            entry.nbytes
+            for key, entry in streamed.checkpoint.items()
+            if ".experts." not in key and not key.startswith("lm_head")
+        )
+        expert = sum(entry.nbytes for key, entry in streamed.checkpoint.items() if "layers.0.mlp.experts.0." in key)
+        assert streamed.checkpoint.bytes_read == dense + len(reached) * expert
+
+
+def test_quick_look_goes_on_until_the_super_experts_settle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, "qwen3_moe")
+    asked, one = 0, (ExpertStats(layer=0, expert=1),)
+
+    def found(*_: Any, **__: Any) -> tuple[ExpertStats, ...]:
+        nonlocal asked
+        asked += 1
+        return () if asked < 4 else one  # changes in the fourth round, the last of the first pass
+
+    monkeypatch.setattr("superexperts.profile_streamed.super_experts", found)
+    with streaming(tmp_path) as streamed:
+        settled = quick_look(streamed, tiny_tokens(20, 16), depth=1.0, statistic="all")
+        assert settled.stable
+        assert settled.tokens == 12 * 16  # four rounds, then eight more
+        asked = -100
+        unsettled = quick_look(streamed, IDS_SL[:2], depth=1.0, statistic="all")
+        assert not unsettled.stable
+        assert unsettled.tokens == 2 * 16
+
+
+# ---- the command ----
+
+
+def test_command_streams_and_finds_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {"tokens": 1024, "seq_len": 128, "dtype": "float32"}
+    for name, more in {"memory": {}, "stream": {"stream": True}, "quick": {"quick": True}}.items():
+        profile_command.run(ProfileConfig(out=tmp_path / name, **settings, **more))
+    assert Profile.load(tmp_path / "stream") == Profile.load(tmp_path / "memory")
+    quick = profile_command.run(ProfileConfig(out=tmp_path / "quick", quick=True, **settings))["corpora"]["pocket"]
+    assert (set(map(tuple, quick["super"])), quick["stable"]) == (set(PLANTED), True)
+    assert "weights were read" in capsys.readouterr().err
+
+
+def test_a_model_too_large_for_memory_is_streamed_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    settings: dict[str, Any] = {"tokens": 256, "seq_len": 128, "dtype": "float32"}
+    profile_command.run(ProfileConfig(out=tmp_path / "a", **settings))
+    assert "does not fit in memory, so it is streamed" in capsys.readouterr().err
+    with pytest.raises(OptionError, match="--sinks: the model does not fit"):
+        profile_command.run(ProfileConfig(out=tmp_path / "b", sinks=True, **settings))
+
+
+@pytest.mark.parametrize("more", [{"sinks": True}, {"device_map": "auto"}])
+def test_options_that_need_the_model_in_memory_do_not_go_with_stream(more: Any) -> None:
+    for streamed in ({"stream": True}, {"quick": True}):
+        with pytest.raises(OptionError, match="memory; drop --(stream|quick)"):
+            ProfileConfig(**streamed, **more)
+
+
+def test_a_device_map_changes_nothing(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"tokens": 256, "seq_len": 128}
+    profile_command.run(ProfileConfig(out=tmp_path / "a", **settings))
+    profile_command.run(ProfileConfig(out=tmp_path / "b", device_map="auto", **settings))
+    assert Profile.load(tmp_path / "a") == Profile.load(tmp_path / "b")
+
+
+@pytest.mark.parametrize("option", ["--seed=0", "--stream"])
+def test_two_processes_write_the_profile_of_one(tmp_path: Path, option: str) -> None:
+    command = ["-m", "superexperts", "profile", "pocket", "--tokens=640", "--seq-len=128", "--batch-size=2", option]
+    command += ["--dtype=float32", "--json"]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--mixed_precision=no"]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    one = subprocess.run(
+        [sys.executable, *command, f"--out={tmp_path / 'one'}"], capture_output=True, text=True, check=True, env=quiet
+    )
+    two = subprocess.run(
+        [sys.executable, *launch, *command, f"--out={tmp_path / 'two'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=quiet,
+    )
+    assert two.returncode == 0, two.stderr
+    assert (tmp_path / "one" / "profile.json").read_bytes() == (tmp_path / "two" / "profile.json").read_bytes()
+    assert json.loads(one.stdout)["corpora"] == json.loads(two.stdout)["corpora"]  # printed once
