@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from .artifacts import ExpertSet
@@ -19,7 +19,7 @@ from .console import note, stderr
 from .errors import ModelError, OptionError
 from .pocket import checkpoint_dir
 
-__all__ = ["checkpoint_folder", "chosen_experts", "load_as_stored", "load_model", "load_tokenizer", "pick_device"]
+__all__ = ["checkpoint_folder", "chosen_experts", "load_as_stored", "load_model", "load_structure", "load_tokenizer", "pick_device"]
 
 # What a checkpoint is made of; .bin and .pt are pickles and are not fetched.
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
@@ -88,6 +88,20 @@ def load_as_stored(config: CheckpointConfig, dtype: str = "auto") -> nn.Module:
         if info[what]:
             some = ", ".join(map(str, sorted(info[what])[:3]))
             raise ModelError(f"MODEL: {config.model!r} has {len(info[what])} {what} ({some}); repair the checkpoint")
+    return cast(nn.Module, model.eval())
+
+
+def load_structure(config: CheckpointConfig) -> nn.Module:
+    """The model without its weights (on the meta device): every module and shape, in no memory."""
+    folder = checkpoint_folder(config.model, config.revision)
+    try:
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"MODEL: {config.model!r} cannot be built ({_first_line(error)}); check its config.json"
+        ) from error
     return cast(nn.Module, model.eval())
 
 
