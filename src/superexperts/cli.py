@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from . import config
+from . import config, config_adapters
 from .errors import OptionError, SuperExpertsError
 
 __all__ = ["main"]
@@ -24,6 +24,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "select": config.SelectConfig,
     "prune": config.PruneConfig,
     "train": config.TrainConfig,
+    "export": config_adapters.ExportConfig,
+    "import": config_adapters.ImportConfig,
+    "check-adapter": config_adapters.CheckAdapterConfig,
     "evaluate": config.EvaluateConfig,
     "extract": config.ExtractConfig,
     "study": config.StudyConfig,
@@ -37,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = _parse(sys.argv[1:] if arguments is None else arguments)
         command = next(name for name, kind in COMMANDS.items() if type(settings) is kind)
-        result = importlib.import_module(f".{command}", __package__).run(settings)
+        module = {"import": "import_"}.get(command, command.replace("-", "_"))  # `import` is a word of Python's own
+        result = importlib.import_module(f".{module}", __package__).run(settings)
         if "json" in vars(settings) and settings.json:
             print(json.dumps(result, ensure_ascii=False))
         else:

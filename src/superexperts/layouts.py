@@ -1,8 +1,8 @@
 """The layouts in which other programs keep LoRA on experts, written from factors and read into them.
 
-Fused, PEFT's `target_parameters`: one A [E R, I] and one B [O, R E] for a whole 3-D parameter. A is expert by expert; in
-B the expert is the fast index. PEFT 0.18 took inputs for outputs, and Unsloth (before its zoo of September 2026) trained
-with B expert by expert. None of it is written in the file.
+Fused, PEFT's `target_parameters`: one A [E R, I] and one B [O, R E] for a whole 3-D parameter. A is expert by expert;
+in B the expert is the fast index. PEFT 0.18 took inputs for outputs, and Unsloth (before its zoo of September 2026)
+trained with B expert by expert. None of it is written in the file.
 Per expert, as the checkpoint names its experts: `...experts.3.gate_proj.lora_A.weight`, what serving engines read.
 
 Shape suffixes: E experts, R rank, I and O inputs and outputs of a linear map, F intermediate size, U = 2F.
@@ -55,7 +55,7 @@ def write_fused(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[st
     parameters: list[str] = []
     settings: dict[str, tuple[int, float]] = {}
     for bank in moe.find_banks(model):
-        own = {
+        own: dict[tuple[int | None, str], Factor] = {
             (place.expert, place.projection): factor
             for place, factor in factors.items()
             if place.path == bank.path and place.expert is not None
@@ -64,7 +64,9 @@ def write_fused(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[st
         names = {DOWN if projection == DOWN else up_name for _, projection in own}
         for depth, name in enumerate(reversed(_parameters(bank.module, names))):
             pieces = {}
-            for expert in sorted({expert for expert, _ in own}):
+            for expert in sorted(
+                {place.expert for place in factors if place.path == bank.path and place.expert is not None}
+            ):
                 piece = own.get((expert, DOWN)) if name == DOWN else _joined_up(bank.module, expert, own)
                 if piece is not None:
                     pieces[expert] = piece
@@ -180,7 +182,8 @@ def read_fused(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tenso
     for path in linears(model):
         if f"{PREFIX}{path}.lora_A.weight" in left:
             a_RI, b_OR = _take(left, f"{PREFIX}{path}")
-            at = f"{path}.weight" if path.rpartition(".")[2] in RENAMED_BY_PEFT else path
+            whole = any(f".{path}.weight".endswith(f".{target}") for target in config.target_parameters or ())
+            at = f"{path}.weight" if whole else path
             factors[Place(path=path)] = Factor(a_RI=a_RI, b_OR=b_OR, scaling=_scaling(config, at, len(a_RI)))
     _all_taken(left)
     return factors
@@ -297,7 +300,9 @@ def _take(left: dict[str, Tensor], key: str) -> tuple[Tensor, Tensor]:
 def _all_taken(left: Mapping[str, Tensor]) -> None:
     if left:
         some = ", ".join(sorted(left)[:EXAMPLES])
-        raise DataError(f"ADAPTER: {len(left)} keys have no home in the model ({some}, ...); give the adapter's own model")
+        raise DataError(
+            f"ADAPTER: {len(left)} keys have no home in the model ({some}, ...); give the adapter's own model"
+        )
 
 
 def _scaling(config: LoraConfig, name: str, rank: int) -> float:

@@ -193,7 +193,9 @@ def check_keys(
 
 def adapter_folder(folder: Path) -> Path:
     """The folder itself, or its `adapter/` where it is one that `train` wrote."""
-    return folder if (folder / CONFIG_FILE).is_file() else folder / "adapter" if (folder / "adapter").is_dir() else folder
+    return (
+        folder if (folder / CONFIG_FILE).is_file() else folder / "adapter" if (folder / "adapter").is_dir() else folder
+    )
 
 
 def read_adapter(folder: Path, option: str) -> tuple[LoraConfig, dict[str, Tensor]]:

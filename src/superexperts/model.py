@@ -19,7 +19,15 @@ from .console import note, stderr
 from .errors import ModelError, OptionError
 from .pocket import checkpoint_dir
 
-__all__ = ["checkpoint_folder", "chosen_experts", "load_as_stored", "load_model", "load_structure", "load_tokenizer", "pick_device"]
+__all__ = [
+    "checkpoint_folder",
+    "chosen_experts",
+    "load_as_stored",
+    "load_model",
+    "load_structure",
+    "load_tokenizer",
+    "pick_device",
+]
 
 # What a checkpoint is made of; .bin and .pt are pickles and are not fetched.
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
