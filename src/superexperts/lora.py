@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from . import moe
 from .artifacts import ExpertKey, key_order
 from .errors import DataError, EffectError, ModelError, OptionError
+from .exposure import counting
 from .lora_layer import ExpertLoraConfig, linears
 from .rundir import read_json
 
@@ -159,6 +161,8 @@ def load_adapter(model: nn.Module, folder: Path, option: str = "--adapter") -> P
     otherwise `DataError` (the file is broken) or `ModelError` (it is another model's), and the model is as it was.
     """
     config, saved = read_adapter(folder, option)
+    if any(re.search(r"\.experts\.\d+\.", name) for name in saved):
+        raise DataError(f"{option}: {folder} has one key for each expert, as engines read it; `superexperts import` it")
     check_home(model, config, folder, option)
     try:
         with quiet():
@@ -267,6 +271,17 @@ class Effect:
     """Largest |logit with the adapter - logit without|."""
     kl: float
     """KL(with || without) of the next token in nats, mean over positions."""
+    probe_tokens: int
+    """Tokens of the text."""
+    probe_share: float | None
+    """Share of them that reach an adapted expert in some layer; None for an adapter on no expert."""
+    probe_experts: dict[str, int]
+    """How many of them each adapted expert sees."""
+
+    @property
+    def none(self) -> bool:
+        """Whether no logit moves."""
+        return not self.max_logit_change > 0
 
 
 @contextlib.contextmanager
@@ -293,20 +308,31 @@ def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     change, divergence, positions = 0.0, 0.0, 0
-    for ids_L in sequences_BL:
-        ids_BL = ids_L[None].to(next(model.parameters()).device)
-        with_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
-        with _scaled_to_zero(model):
-            without_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
-        if not with_LV.isfinite().all():
-            raise EffectError("the adapter makes logits that are not finite: training diverged; lower --learning-rate")
-        change = max(change, float((with_LV - without_LV).abs().max()))
-        divergence += float(
-            F.kl_div(without_LV.log_softmax(-1), with_LV.log_softmax(-1), reduction="sum", log_target=True)
-        )
-        positions += len(ids_L)
+    with counting(model, training=False) as exposure:
+        for ids_L in sequences_BL:
+            ids_BL = ids_L[None].to(next(model.parameters()).device)
+            exposure.on = True
+            with_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
+            exposure.on = False
+            with _scaled_to_zero(model):
+                without_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
+            if not with_LV.isfinite().all():
+                raise EffectError(
+                    "the adapter makes logits that are not finite: training diverged; lower --learning-rate"
+                )
+            change = max(change, float((with_LV - without_LV).abs().max()))
+            divergence += float(
+                F.kl_div(without_LV.log_softmax(-1), with_LV.log_softmax(-1), reduction="sum", log_target=True)
+            )
+            positions += len(ids_L)
     for module, training in modes:
         module.training = training
     if not positions:
         raise OptionError("--data: no row to measure the adapter's effect on; give at least one")
-    return Effect(max_logit_change=change, kl=divergence / positions)
+    return Effect(
+        max_logit_change=change,
+        kl=divergence / positions,
+        probe_tokens=positions,
+        probe_share=exposure.share() if exposure.experts else None,
+        probe_experts=exposure.by_expert(),
+    )

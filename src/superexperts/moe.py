@@ -161,7 +161,7 @@ def _shared_down(block: nn.Module, bank: nn.Module) -> nn.Linear | None:
     an MLP (it also has a linear map from the hidden size to that map's input)."""
     hidden = down_weight(bank).shape[1] if not cast(Any, bank).is_transposed else down_weight(bank).shape[2]
     for sibling in block.children():
-        if sibling is bank:
+        if any(module is bank for module in sibling.modules()):  # the bank, or PEFT's wrapper around it
             continue
         linears = [module for module in sibling.modules() if isinstance(module, nn.Linear)]
         downs = [linear for linear in linears if linear.out_features == hidden]

@@ -88,6 +88,15 @@ def _show_profile(result: dict[str, Any]) -> None:
         _show_stability(result["stability"])
 
 
+def _show_check(result: dict[str, Any]) -> None:
+    share = "" if result["probe_share"] is None else f"; {100 * result['probe_share']:.1f}% reach an adapted expert"
+    stdout.print(f"{result['keys']:,} keys, each in its place", soft_wrap=True)
+    stdout.print(f"{result['probe_tokens']:,} probe tokens of {result['corpus']}{share}", soft_wrap=True, markup=False)
+    for name, tokens in result["probe_experts"].items():
+        stdout.print(f"{name}: {tokens:,} tokens")
+    stdout.print(f"logits change by up to {result['max_logit_change']:.3g} (KL {result['kl']:.3g} nats)")
+
+
 def _show_stability(result: dict[str, Any]) -> None:
     table = Table(title="super experts, corpus by corpus")
     table.add_column("expert")
