@@ -49,57 +49,50 @@ class Layout:
 
 
 def write_fused(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """What plain PEFT loads: chosen experts' A and B among zeros, layers without a chosen expert left out."""
-    tensors: dict[str, Tensor] = {}
+    """What plain PEFT loads: chosen experts' A and B among zeros, layers without a chosen expert left out.
+
+    One rank and one alpha for everything: gate and up are one parameter, so twice the rank of each. PEFT would take a
+    rank for each parameter, but warns that it ignored it, and engines do ignore it.
+    """
     modules: list[str] = []
     parameters: list[str] = []
-    settings: dict[str, tuple[int, float]] = {}
+    pieces: dict[str, tuple[int, dict[int, Factor]]] = {}
+    """Per key, of how many experts there is room for, and the factors of those that have one."""
     for bank in moe.find_banks(model):
-        own: dict[tuple[int | None, str], Factor] = {
-            (place.expert, place.projection): factor
-            for place, factor in factors.items()
-            if place.path == bank.path and place.expert is not None
-        }
+        own = {(place.expert, place.projection): factor for place, factor in factors.items() if place.path == bank.path}
+        experts = sorted({expert for expert, _ in own if expert is not None})
         up_name = moe.up_name(bank.module)
         names = {DOWN if projection == DOWN else up_name for _, projection in own}
         for depth, name in enumerate(reversed(_parameters(bank.module, names))):
-            pieces = {}
-            for expert in sorted(
-                {place.expert for place in factors if place.path == bank.path and place.expert is not None}
-            ):
-                piece = own.get((expert, DOWN)) if name == DOWN else _joined_up(bank.module, expert, own)
-                if piece is not None:
-                    pieces[expert] = piece
-            rank = max(piece.rank for piece in pieces.values())
-            scaling = next(iter(pieces.values())).scaling
-            some = next(iter(pieces.values()))
-            a_ERI = some.a_RI.new_zeros(bank.num_experts, rank, some.a_RI.shape[1])
-            b_ORE = some.b_OR.new_zeros(some.b_OR.shape[0], rank, bank.num_experts)
-            for expert, piece in pieces.items():
-                a_ERI[expert], b_ORE[:, :, expert] = piece.padded(rank, scaling)
-            key = f"{PREFIX}{bank.path}{'.base_layer' * depth}"
-            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a_ERI.flatten(0, 1), b_ORE.flatten(1)
+            found = {
+                expert: own.get((expert, DOWN)) if name == DOWN else _joined_up(bank.module, expert, own)
+                for expert in experts
+            }
+            whole = {expert: factor for expert, factor in found.items() if factor is not None}
+            pieces[f"{PREFIX}{bank.path}{'.base_layer' * depth}"] = bank.num_experts, whole
             parameters.append(f"{bank.path}.{name}")
-            settings[parameters[-1]] = rank, scaling
     for place, factor in factors.items():
         if place.expert is None:
-            key = f"{PREFIX}{place.path}"
-            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = factor.a_RI, factor.b_OR
+            pieces[f"{PREFIX}{place.path}"] = 1, {0: factor}
             if place.path.rpartition(".")[2] in RENAMED_BY_PEFT:
                 parameters.append(f"{place.path}.weight")
-                settings[parameters[-1]] = factor.rank, factor.scaling
             else:
                 modules.append(place.path)
-                settings[modules[-1]] = factor.rank, factor.scaling
-    rank, scaling = next(iter(settings.values()))
-    alpha = plain_number(rank * scaling)
+    rank = max(factor.rank for _, whole in pieces.values() for factor in whole.values())
+    scaling = next(iter(factors.values())).scaling
+    tensors: dict[str, Tensor] = {}
+    for key, (count, whole) in pieces.items():
+        some = next(iter(whole.values()))
+        a_ERI = some.a_RI.new_zeros(count, rank, some.a_RI.shape[1])
+        b_ORE = some.b_OR.new_zeros(some.b_OR.shape[0], rank, count)
+        for expert, factor in whole.items():
+            a_ERI[expert], b_ORE[:, :, expert] = factor.padded(rank, scaling)
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a_ERI.flatten(0, 1), b_ORE.flatten(1)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=plain_number(rank * scaling),
         target_modules=modules,
         target_parameters=parameters,
-        rank_pattern={name: r for name, (r, _) in settings.items() if r != rank},
-        alpha_pattern={name: plain_number(r * s) for name, (r, s) in settings.items() if r * s != alpha},
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
@@ -111,7 +104,7 @@ def _parameters(bank: nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name, _ in bank.named_parameters(recurse=False) if name in set(names)]
 
 
-def _joined_up(bank: nn.Module, expert: int | None, own: Mapping[tuple[int | None, str], Factor]) -> Factor | None:
+def _joined_up(bank: nn.Module, expert: int, own: Mapping[tuple[int | None, str], Factor]) -> Factor | None:
     """One factor of the fused gate and up projection from two: their A one below the other, each B in its own rows."""
     gate, up = own.get((expert, GATE)), own.get((expert, UP))
     some = gate or up
