@@ -97,9 +97,9 @@ def test_every_format_gives_the_trained_logits(family: str, dtype: str, tmp_path
     def check(model: nn.Module) -> None:
         error = (logits(model).float() - trained).abs()
         if kind == torch.float32:
-            assert error.max() <= 2e-5
+            assert error.max() <= 1e-5 * max(1, trained.abs().max())
         else:  # each way rounds the changed weights to bfloat16 elsewhere, and a router can choose another expert
-            assert error.mean() <= 0.05 * effect
+            assert error.mean() <= 0.1 * effect
 
     def exported(layout: Any) -> Path:
         result = export.run(ExportConfig(adapter=adapter, format=layout, out=tmp_path / layout))
@@ -145,9 +145,7 @@ def test_plain_peft_in_a_process_without_superexperts(tmp_path: Path) -> None:
         folder = tmp_path / family
         base = save_base(folder / "base", family)
         adapted = train_like(stock(base), family)
-        export.run(
-            ExportConfig(adapter=save_adapter(adapted, base, folder / "a"), format="peft", out=folder / "peft")
-        )
+        export.run(ExportConfig(adapter=save_adapter(adapted, base, folder / "a"), format="peft", out=folder / "peft"))
         expected[family] = logits(adapted)
         save_file({"tokens": tiny_tokens()}, folder / "given")
     done = subprocess.run(
@@ -223,7 +221,7 @@ def test_what_the_engines_layout_holds(saved: tuple[Path, Path], tmp_path: Path)
         for letter in "AB"
     }
     assert {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name} == {R}
-    changed = {name.split(".")[6] for name, tensor in tensors.items() if ".experts." in name and tensor.any()}
+    changed = {name.split(".")[7] for name, tensor in tensors.items() if ".experts." in name and tensor.any()}
     assert changed == {"3"}
     fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (fields["r"], fields["lora_alpha"], sorted(fields["target_modules"])) == (R, ALPHA, sorted(names))
@@ -329,6 +327,14 @@ def test_the_base_must_be_the_adapters_own(saved: tuple[Path, Path], tmp_path: P
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"holds no weight model.layers.1.mlp.experts.5.up_proj"):
         export.run(ExportConfig(adapter=adapter, format="vllm", out=tmp_path / "out"))
+
+
+def test_a_merge_that_is_not_finite_is_refused(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    _, adapter = saved
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, 1e30) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(DataError, match="not finite"):
+        export.run(ExportConfig(adapter=adapter, format="merged", out=tmp_path / "out"))
 
 
 def test_nothing_of_the_users_is_written_over(saved: tuple[Path, Path], tmp_path: Path) -> None:

@@ -62,10 +62,11 @@ def _merged(adapter: Path, checkpoint: CheckpointConfig, out: Path) -> dict[str,
     """The whole checkpoint, in its own dtype, with the adapter added to the weights; a standard one in every way."""
     model = load_as_stored(checkpoint)
     adapted = lora.load_adapter(model, adapter, "ADAPTER")
-    try:
-        merged = cast(Any, adapted).merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise DataError(f"ADAPTER: {adapter} cannot be merged ({' '.join(str(error).split())}); train again") from error
+    # PEFT's safe merge rounds the change before it is added, and so rounds twice in bfloat16.
+    merged = cast(Any, adapted).merge_and_unload()
+    broken = [name for name, parameter in merged.named_parameters() if not bool(parameter.isfinite().all())]
+    if broken:
+        raise DataError(f"ADAPTER: {adapter} makes {broken[0]} not finite; train again with a lower --learning-rate")
     cast(AutoModelForCausalLM, merged).save_pretrained(out)
     load_tokenizer(checkpoint).save_pretrained(out)
     for code in checkpoint_folder(checkpoint.model, checkpoint.revision).glob("*.py"):

@@ -40,7 +40,7 @@ class Layout:
     """How a fused file is to be read."""
 
     swapped: bool = False
-    """PEFT 0.18: A holds the outputs and B the inputs, of parameters kept as [E, O, I]."""
+    """PEFT 0.18: A holds the outputs and B the inputs, of parameters kept as [E, O, I]; [E, I, O] is as today."""
     blockwise: bool = False
     """Unsloth: B is expert by expert."""
 
@@ -150,7 +150,8 @@ def read_fused(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tenso
     for key, bank, name in targeted(model, config.target_parameters or ()):
         a, b = _take(left, key)
         count, (inputs, outputs) = bank.num_experts, shapes(bank, name)
-        expected = (outputs, inputs) if layout.swapped else (inputs, outputs)
+        swapped = layout.swapped and not cast(Any, bank.module).is_transposed
+        expected = (outputs, inputs) if swapped else (inputs, outputs)
         if a.shape[0] % count or (a.shape[1], b.shape[0]) != expected or a.shape[0] != b.shape[1]:
             raise DataError(
                 f"ADAPTER: {key} is A {tuple(a.shape)}, B {tuple(b.shape)}, but {bank.path}.{name} has {count} experts "
@@ -161,7 +162,7 @@ def read_fused(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tenso
         b_EOR = b.reshape(len(b), count, rank).transpose(0, 1) if layout.blockwise else (
             b.reshape(len(b), rank, count).permute(2, 0, 1)
         )  # fmt: skip
-        if layout.swapped:
+        if swapped:
             a_ERI, b_EOR = b_EOR.transpose(1, 2), a_ERI.transpose(1, 2)
         scaling = _scaling(config, f"{bank.path}.{name}", rank)
         for expert in range(count):
