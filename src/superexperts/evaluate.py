@@ -302,7 +302,9 @@ def _adapter(folder: Path) -> Path:
 def _probe(benchmarks: Mapping[str, Benchmark], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     """The first prompts of every benchmark in tokens, on which the adapter must have an effect before any is asked."""
     texts = [
-        prompt(item) for benchmark in benchmarks.values() for item in benchmark.items[: PROBES // len(benchmarks) + 1]
+        prompt(item)
+        for benchmark in benchmarks.values()
+        for item in benchmark.items[: max(1, PROBES // len(benchmarks))]
     ]
     return [torch.tensor(tokenizer(text, verbose=False).input_ids[-PROBE_TOKENS:]) for text in texts]
 
