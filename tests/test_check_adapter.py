@@ -120,7 +120,20 @@ def adapter_on(base: Path, folder: Path, keys: list[ExpertKey], random: bool = T
 
 
 def settings(base: Path, adapter: Path, **more: Any) -> CheckAdapterConfig:
-    return CheckAdapterConfig(model=str(base), adapter=adapter, tokens=120, seq_len=40, device="cpu", **more)
+    return CheckAdapterConfig(
+        model=str(base), adapter=adapter, corpus=str(probe_text(base)), tokens=120, seq_len=40, device="cpu", **more
+    )
+
+
+def probe_text(base: Path) -> Path:
+    file = base.parent / "probe.txt"
+    file.write_text("The rain in Spain stays mainly in the plain, but Đà Lạt is cool. " * 9, encoding="utf-8")
+    return file
+
+
+def command_line(base: Path, adapter: Path) -> list[str]:
+    options = ["--corpus", str(probe_text(base)), "--tokens", "120", "--seq-len", "40", "--device", "cpu"]
+    return ["check-adapter", str(base), str(adapter), *options]
 
 
 def test_what_it_says_of_a_good_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,13 +146,15 @@ def test_what_it_says_of_a_good_adapter(tmp_path: Path, capsys: pytest.CaptureFi
     assert result["probe_share"] == 1.0
     assert 0 < result["probe_experts"]["L1E1"] < result["probe_experts"]["L2shared"] == 120
     before = sorted(tmp_path.rglob("*"))
-    arguments = ["check-adapter", str(base), str(adapter), "--tokens", "120", "--seq-len", "40", "--device", "cpu"]
+    assert CheckAdapterConfig(adapter=adapter).corpus == "pocket"
+    arguments = command_line(base, adapter)
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(result))
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "18 keys, each in its place" in said
-    assert "120 probe tokens of pocket; 100.0% reach an adapted expert" in said
+    assert "120 probe tokens of" in said
+    assert "; 100.0% reach an adapted expert" in said
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -151,7 +166,7 @@ def test_an_adapter_that_changes_nothing_is_an_error(tmp_path: Path, capsys: pyt
         check_adapter.run(settings(base, fresh))
     with pytest.raises(DataError, match=r"no logit of 120 probe tokens \(L1E5, L2E5 saw none of 120 probe tokens\)"):
         check_adapter.run(settings(base, unreached))
-    arguments = ["check-adapter", str(base), str(fresh), "--tokens", "120", "--seq-len", "40", "--device", "cpu"]
+    arguments = command_line(base, fresh)
     capsys.readouterr()
     assert main(arguments) == 2
     said = capsys.readouterr()
