@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from families import tiny_model
-from superexperts import lora, sft_data, train
+from superexperts import lora, moe, sft_data, train
+from superexperts.artifacts import key_name
 from superexperts.config import TrainConfig
 from superexperts.errors import DataError, EffectError, ExpertsError, ModelError, OptionError, OutputError
 from superexperts.sft_data import IGNORED, Row, encode, read_rows
@@ -342,12 +343,47 @@ def test_an_adapter_without_effect_is_an_error_and_leaves_nothing(config: Any, t
     with pytest.raises(
         EffectError, match=r"adapter on L1E5, L2E5 changes no logit of 5 rows of .*rows\.json"
     ) as caught:
-        train.run(config("deepseek_v3", experts="L1E5,L2E5"))
+        train.run(config("deepseek_v3", experts="L1E5,L2E5", allow_unexposed=True))
     assert caught.value.exit_code == 1
     with pytest.raises(EffectError, match="adapter on attention"):
         train.run(config(attention=True, learning_rate=1e-30))
     assert sorted(tmp_path.iterdir()) == before
-    assert train.run(config("deepseek_v3", experts="L1E5,L2E4"))["max_logit_change"] > 0
+    result = train.run(config("deepseek_v3", experts="L1E5,L2E4", allow_unexposed=True))
+    assert result["max_logit_change"] > 0
+    assert result["exposure"]["L1E5"] == result["probe_experts"]["L1E5"] == 0
+
+
+def test_an_expert_that_no_training_token_reaches_is_an_error_unless_allowed(config: Any, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    words = r"--experts: L1E5 saw none of the [\d,]+ training tokens of .*rows\.json.*--allow-unexposed"
+    with pytest.raises(ExpertsError, match=words) as caught:
+        train.run(config("deepseek_v3", experts="L1E5,L2E4,L2shared"))
+    assert (caught.value.exit_code, str(caught.value).count("\n")) == (2, 0)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("batch_size", "epochs"), [(1, 1), (2, 1), (5, 2)])
+def test_exposure_is_what_the_router_sends_without_padding(config: Any, batch_size: int, epochs: int) -> None:
+    settings = config(
+        experts="L1E0,L1E2,L2shared", learning_rate=1e-7, batch_size=batch_size, epochs=epochs, out=config().out
+    )
+    result = train.run(settings)
+    model = tiny_model("deepseek_v2", vocab_size=259)
+    expected = {"L1E0": 0, "L1E2": 0, "L2shared": 0}
+
+    def tap(call: moe.BankCall) -> None:
+        for one in call.each():
+            name = key_name((one.layer, one.expert))
+            if name in expected:
+                expected[name] += len(one.token_N) * epochs
+
+    examples = encode(read_rows(settings.data), byte_tokenizer(), max_length=1024, file=settings.data)
+    with torch.no_grad(), moe.tapped(model, tap):
+        for example in examples:
+            model(input_ids=torch.tensor([example.input_ids]), use_cache=False)
+    assert result["exposure"] == expected
+    assert expected["L2shared"] == epochs * result["tokens"]
+    assert 0 < expected["L1E0"] < expected["L2shared"]
 
 
 def test_wrong_input_is_refused_before_any_work(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "join_gate_up",
     "looped",
     "projections",
+    "split_gate_up",
     "stock_forward",
     "up_name",
 ]
@@ -186,7 +187,7 @@ def projections(bank: nn.Module, expert: int) -> dict[str, Tensor]:
         up_UD, down_DF = up_UD.T, down_DF.T
     if not module.has_gate:
         return {UP: up_UD, DOWN: down_DF}
-    gate_FD, up_FD = up_UD.chunk(2) if module.is_concatenated else (up_UD[0::2], up_UD[1::2])
+    gate_FD, up_FD = split_gate_up(bank, up_UD)
     return {GATE: gate_FD, UP: up_FD, DOWN: down_DF}
 
 
@@ -195,6 +196,14 @@ def join_gate_up(bank: nn.Module, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     if cast(Any, bank).is_concatenated:
         return torch.cat([gate_NF, up_NF], dim=-1)
     return torch.stack([gate_NF, up_NF], dim=-1).flatten(-2)
+
+
+def split_gate_up(bank: nn.Module, up_UN: Tensor) -> tuple[Tensor, Tensor]:
+    """The gate's and the up projection's rows [F, N] of a fused [2F, N], as views."""
+    if cast(Any, bank).is_concatenated:
+        gate_FN, up_FN = up_UN.chunk(2)
+        return gate_FN, up_FN
+    return up_UN[0::2], up_UN[1::2]
 
 
 def stock_forward(bank: nn.Module, stock: str, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:

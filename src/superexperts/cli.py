@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from . import config
+from . import config, config_adapters
 from .console import speaks
 from .errors import OptionError, SuperExpertsError
 
@@ -25,6 +25,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "select": config.SelectConfig,
     "prune": config.PruneConfig,
     "train": config.TrainConfig,
+    "export": config_adapters.ExportConfig,
+    "import": config_adapters.ImportConfig,
+    "check-adapter": config_adapters.CheckAdapterConfig,
     "evaluate": config.EvaluateConfig,
     "extract": config.ExtractConfig,
     "study": config.StudyConfig,
@@ -38,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = _parse(sys.argv[1:] if arguments is None else arguments)
         command = next(name for name, kind in COMMANDS.items() if type(settings) is kind)
-        result = importlib.import_module(f".{command}", __package__).run(settings)
+        module = {"import": "import_"}.get(command, command.replace("-", "_"))  # `import` is a word of Python's own
+        result = importlib.import_module(f".{module}", __package__).run(settings)
         if not speaks:
             return 0
         if "json" in vars(settings) and settings.json:

@@ -25,6 +25,7 @@ __all__ = [
     "StudyConfig",
     "TrainConfig",
     "identity",
+    "require_sequences",
 ]
 
 TASKS = ("mmlu", "gsm8k", "arc_easy", "boolq", "medqa", "vmlu")
@@ -44,7 +45,8 @@ def _require(condition: bool, option: str, value: object, mend: str) -> None:
         raise OptionError(f"{option}: {value!r} {mend}")
 
 
-def _require_sequences(tokens: int, seq_len: int) -> None:
+def require_sequences(tokens: int, seq_len: int) -> None:
+    """`OptionError` unless the tokens make at least one sequence that has a next token."""
     _require(seq_len >= 2, "--seq-len", seq_len, "is too short; give at least 2")
     _require(tokens >= seq_len, "--tokens", tokens, f"is under one sequence of {seq_len}; give more")
 
@@ -121,7 +123,7 @@ class ProfileConfig(ModelConfig):
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        _require_sequences(self.tokens, self.seq_len)
+        require_sequences(self.tokens, self.seq_len)
         _require(self.batch_size >= 1, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
         _require(self.activation_budget >= 0, "--activation-budget", self.activation_budget, "is negative; give GiB")
@@ -245,6 +247,8 @@ class TrainConfig(ModelConfig):
     """Forward passes per optimiser step."""
     max_length: int = 1024
     """Longest prompt and response in tokens; longer rows are an error."""
+    allow_unexposed: Switch = False
+    """Keep the adapter of an expert that no training token reached, which is an error otherwise."""
     json: Switch = False
     """Print the result as JSON."""
 
@@ -309,7 +313,7 @@ class EvaluateConfig(ModelConfig):
         _require(self.limit is None or self.limit > 0, "--limit", self.limit, "is not positive; give at least 1")
         _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
-        _require_sequences(self.tokens, self.seq_len)
+        require_sequences(self.tokens, self.seq_len)
         both = self.adapter is not None and self.silence is not None
         _require(not both, "--silence", self.silence, "excludes --adapter; merge the adapter into a checkpoint first")
 

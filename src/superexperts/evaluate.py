@@ -8,10 +8,11 @@ Shape suffixes: B prompts in a batch, L tokens of the longest one.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,12 +26,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from . import moe
 from .artifacts import Answer
+from .check_adapter import gate
 from .config import EvaluateConfig, identity
 from .console import note, stderr
 from .corpora import digest_ids, documents, local_data, pack
 from .errors import OptionError
 from .journal import Journal
-from .lora import load_adapter
+from .lora import adapter_folder, load_adapter
 from .model import checkpoint_folder, chosen_experts, load_model, load_tokenizer
 from .perplexity import perplexity
 from .rundir import (
@@ -48,6 +50,8 @@ from .tasks import Benchmark, load_benchmarks, prompt
 
 __all__ = ["ask", "run"]
 
+PROBES, PROBE_TOKENS = 16, 256
+"""Prompts on which an adapter's effect is measured before the evaluation, and the tokens kept of each."""
 PERPLEXITY_SCHEMA = "superexperts/perplexity/1"
 
 
@@ -233,8 +237,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         note(f"evaluate: {out} is up to date, nothing to do")
         return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"])
     model = load_model(config)
+    effect = None
     if config.adapter:
-        model = load_adapter(model, config.adapter)
+        adapted = load_adapter(model, _adapter(config.adapter))
+        effect = dataclasses.asdict(gate(adapted, _probe(benchmarks, tokenizer), _adapter(config.adapter), "--adapter"))
+        model = adapted
     if silent:
         moe.check_experts(moe.find_banks(model), silent, "--silence")
     asker = _Asker(model, tokenizer, config.batch_size, config.max_new_tokens)
@@ -278,7 +285,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             outputs.append("perplexity.json")
     if asker.truncated:
         note(f"evaluate: {asker.truncated} prompts are too long for the model and lost their beginning")
-    write_manifest(out, "evaluate", inputs, outputs, time.monotonic() - started, truncated=asker.truncated)
+    write_manifest(
+        out, "evaluate", inputs, outputs, time.monotonic() - started, truncated=asker.truncated, effect=effect
+    )
     for journal in journals.values():
         journal.path.unlink()
     return _summary(config, asker.truncated)
@@ -287,7 +296,17 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def _adapter(folder: Path) -> Path:
     if not folder.is_dir():
         raise OptionError(f"--adapter: {str(folder)!r} is no folder; give the adapter folder that `train` wrote")
-    return folder
+    return adapter_folder(folder)
+
+
+def _probe(benchmarks: Mapping[str, Benchmark], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    """The first prompts of every benchmark in tokens, on which the adapter must have an effect before any is asked."""
+    texts = [
+        prompt(item)
+        for benchmark in benchmarks.values()
+        for item in benchmark.items[: max(1, PROBES // len(benchmarks))]
+    ]
+    return [torch.tensor(tokenizer(text, verbose=False).input_ids[-PROBE_TOKENS:]) for text in texts]
 
 
 def _sequences(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:

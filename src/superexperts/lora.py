@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
+import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,16 +29,24 @@ from torch import Tensor, nn
 from . import moe
 from .artifacts import ExpertKey, key_order
 from .errors import DataError, EffectError, ModelError, OptionError
+from .exposure import counting
 from .lora_layer import ExpertLoraConfig, linears
 from .rundir import read_json
 
 __all__ = [
     "Effect",
     "adapter_effect",
+    "adapter_folder",
     "attach_attention",
     "attach_experts",
+    "check_home",
+    "check_keys",
     "detach",
     "load_adapter",
+    "read_adapter",
+    "read_fields",
+    "read_tensors",
+    "shared_path",
     "trainable_parameters",
 ]
 
@@ -62,7 +72,7 @@ def attach_experts(
     for bank in banks:
         for layer, expert in sorted(experts, key=key_order):
             if layer == bank.layer and expert == "shared":
-                shared.append(_shared_path(model, bank))
+                shared.append(shared_path(model, bank))
             elif layer == bank.layer:
                 routed.setdefault(bank.path, []).append(cast(int, expert))
     config = ExpertLoraConfig(
@@ -117,7 +127,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _shared_path(model: nn.Module, bank: moe.Bank) -> str:
+def shared_path(model: nn.Module, bank: moe.Bank) -> str:
     """Path of the shared experts' MLP beside a bank."""
     block = bank.path.rpartition(".")[0]
     for name, sibling in model.get_submodule(block).named_children():
@@ -129,7 +139,8 @@ def _shared_path(model: nn.Module, bank: moe.Bank) -> str:
 def detach(model: nn.Module) -> None:
     """Takes every adapter layer off a model, half-done ones as well; without any, nothing happens."""
     for path, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        # PEFT nests a wrapper for each parameter of a bank; the outermost gives the bank itself.
+        if isinstance(module, BaseTunerLayer) and not path.endswith(".base_layer"):
             parent = model.get_submodule(path.rpartition(".")[0])
             setattr(parent, path.rpartition(".")[2], cast(Any, module).get_base_layer())
     vars(model).pop("peft_config", None)
@@ -143,68 +154,102 @@ def trainable_parameters(model: nn.Module) -> int:
 # ---- loading ------------------------------------------------------------------------------------------------------
 
 
-def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+def load_adapter(model: nn.Module, folder: Path, option: str = "--adapter") -> PeftModel:
     """Puts a saved adapter on the model, frozen, in evaluation mode; plain PEFT adapters load as well.
 
     Every key of the file must have found its home and every module of the adapter its keys, value for value;
     otherwise `DataError` (the file is broken) or `ModelError` (it is another model's), and the model is as it was.
     """
-    config, saved = _read_adapter(folder)
-    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    _check_home(model, config, folder)
+    config, saved = read_adapter(folder, option)
+    if any(re.search(r"\.experts\.\d+\.", name) for name in saved):
+        raise DataError(f"{option}: {folder} has one key for each expert, as engines read it; `superexperts import` it")
+    check_home(model, config, folder, option)
     try:
         with quiet():
             adapted = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config)
     except (RuntimeError, ValueError) as error:  # sizes differ; no target module was found
         detach(model)
-        raise ModelError(f"--adapter: {folder} does not fit this model ({_line(error)}); give its own model") from error
+        raise ModelError(f"{option}: {folder} does not fit this model ({_line(error)}); give its own model") from error
     found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    missing, homeless = sorted(found.keys() - shapes.keys()), sorted(shapes.keys() - found.keys())
-    wrong = [name for name, tensor in found.items() if name in saved and not _same(tensor, saved[name])]
-    for names, what in ((missing, "are missing"), (homeless, "have no home in the model"), (wrong, "did not load")):
-        if names:
-            adapted.unload()
-            some = ", ".join(names[:2])
-            raise DataError(f"--adapter: {len(names)} weights of {folder} {what} ({some}, ...); save the adapter again")
+    try:
+        check_keys(found, saved, folder, option, same=_same)
+    except DataError:
+        adapted.unload()
+        raise
     return cast(PeftModel, adapted)
 
 
-def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    if not (folder / CONFIG_FILE).is_file():
-        raise DataError(f"--adapter: {folder} has no {CONFIG_FILE}; give the folder `adapter` that train wrote")
-    fields = read_json(folder / CONFIG_FILE, "--adapter")
-    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
-        raise DataError(f"--adapter: {folder / CONFIG_FILE} describes no LoRA adapter; give one that is")
+def check_keys(
+    found: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    folder: Path,
+    option: str,
+    same: Callable[[Any, Any], bool] = operator.eq,
+) -> None:
+    """`DataError` unless what the adapter on the model holds and what the file holds are the same under each key."""
+    missing, homeless = sorted(found.keys() - saved.keys()), sorted(saved.keys() - found.keys())
+    wrong = [name for name, value in found.items() if name in saved and not same(value, saved[name])]
+    for names, what in ((missing, "are missing"), (homeless, "have no home in the model"), (wrong, "did not load")):
+        if names:
+            some = ", ".join(names[:2])
+            raise DataError(f"{option}: {len(names)} weights of {folder} {what} ({some}, ...); save the adapter again")
+
+
+def adapter_folder(folder: Path) -> Path:
+    """The folder itself, or its `adapter/` where it is one that `train` wrote."""
+    return (
+        folder if (folder / CONFIG_FILE).is_file() else folder / "adapter" if (folder / "adapter").is_dir() else folder
+    )
+
+
+def read_adapter(folder: Path, option: str) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter's configuration (ours where it names experts) and tensors; `DataError` where they cannot be read."""
+    fields = read_fields(folder, option)
     try:
         config = ExpertLoraConfig(**fields) if "experts" in fields else LoraConfig(**fields)
     except (TypeError, ValueError) as error:
-        raise DataError(f"--adapter: {folder / CONFIG_FILE}: {_line(error)}; repair it") from error
+        raise DataError(f"{option}: {folder / CONFIG_FILE}: {_line(error)}; repair it") from error
+    return config, read_tensors(folder, option)
+
+
+def read_fields(folder: Path, option: str) -> dict[str, Any]:
+    """adapter_config.json as it is."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise DataError(f"{option}: {folder} has no {CONFIG_FILE}; give the folder `adapter` that train wrote")
+    fields = read_json(folder / CONFIG_FILE, option)
+    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
+        raise DataError(f"{option}: {folder / CONFIG_FILE} describes no LoRA adapter; give one that is")
+    return fields
+
+
+def read_tensors(folder: Path, option: str) -> dict[str, Tensor]:
+    """adapter_model.safetensors as it is."""
     try:
         with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as weights:
-            return config, {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"--adapter: {folder / WEIGHTS_FILE} cannot be read ({_line(error)}); save the adapter again"
+            f"{option}: {folder / WEIGHTS_FILE} cannot be read ({_line(error)}); save the adapter again"
         ) from error
 
 
-def _check_home(model: nn.Module, config: LoraConfig, folder: Path) -> None:
+def check_home(model: nn.Module, config: LoraConfig, folder: Path, option: str) -> None:
     """Every bank, shared MLP and expert number that the adapter names must be in the model."""
     if not isinstance(config, ExpertLoraConfig):
         return
     modules = dict(model.named_modules())
     for path, experts in config.experts.items():
         if path not in modules or not moe.is_bank(modules[path]):
-            raise ModelError(f"--adapter: {folder} is for experts at {path!r}, which this model has not; give its own")
+            raise ModelError(f"{option}: {folder} is for experts at {path!r}, which this model has not; give its own")
         count = moe.down_weight(modules[path]).shape[0]
         if not experts or max(experts) >= count:
             raise ModelError(
-                f"--adapter: {folder} is for expert {max(experts, default=None)} of {path!r}, "
+                f"{option}: {folder} is for expert {max(experts, default=None)} of {path!r}, "
                 f"which has experts 0..{count - 1} here; give its own model"
             )
     for path in config.shared:
         if path not in modules:
-            raise ModelError(f"--adapter: {folder} is for a shared expert at {path!r}, which this model has not")
+            raise ModelError(f"{option}: {folder} is for a shared expert at {path!r}, which this model has not")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -226,6 +271,17 @@ class Effect:
     """Largest |logit with the adapter - logit without|."""
     kl: float
     """KL(with || without) of the next token in nats, mean over positions."""
+    probe_tokens: int
+    """Tokens of the text."""
+    probe_share: float | None
+    """Share of them that reach an adapted expert in some layer; None for an adapter on no expert."""
+    probe_experts: dict[str, int]
+    """How many of them each adapted expert sees."""
+
+    @property
+    def none(self) -> bool:
+        """Whether no logit moves."""
+        return not self.max_logit_change > 0
 
 
 @contextlib.contextmanager
@@ -252,20 +308,31 @@ def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     change, divergence, positions = 0.0, 0.0, 0
-    for ids_L in sequences_BL:
-        ids_BL = ids_L[None].to(next(model.parameters()).device)
-        with_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
-        with _scaled_to_zero(model):
-            without_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
-        if not with_LV.isfinite().all():
-            raise EffectError("the adapter makes logits that are not finite: training diverged; lower --learning-rate")
-        change = max(change, float((with_LV - without_LV).abs().max()))
-        divergence += float(
-            F.kl_div(without_LV.log_softmax(-1), with_LV.log_softmax(-1), reduction="sum", log_target=True)
-        )
-        positions += len(ids_L)
+    with counting(model, training=False) as exposure:
+        for ids_L in sequences_BL:
+            ids_BL = ids_L[None].to(next(model.parameters()).device)
+            exposure.on = True
+            with_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
+            exposure.on = False
+            with _scaled_to_zero(model):
+                without_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
+            if not with_LV.isfinite().all():
+                raise EffectError(
+                    "the adapter makes logits that are not finite: training diverged; lower --learning-rate"
+                )
+            change = max(change, float((with_LV - without_LV).abs().max()))
+            divergence += float(
+                F.kl_div(without_LV.log_softmax(-1), with_LV.log_softmax(-1), reduction="sum", log_target=True)
+            )
+            positions += len(ids_L)
     for module, training in modes:
         module.training = training
     if not positions:
         raise OptionError("--data: no row to measure the adapter's effect on; give at least one")
-    return Effect(max_logit_change=change, kl=divergence / positions)
+    return Effect(
+        max_logit_change=change,
+        kl=divergence / positions,
+        probe_tokens=positions,
+        probe_share=exposure.share() if exposure.experts else None,
+        probe_experts=exposure.by_expert(),
+    )

@@ -30,6 +30,7 @@ __all__ = [
     "fits_in_memory",
     "load_as_stored",
     "load_model",
+    "load_structure",
     "load_tokenizer",
     "pick_device",
 ]
@@ -140,6 +141,20 @@ def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    return cast(nn.Module, model.eval())
+
+
+def load_structure(config: CheckpointConfig) -> nn.Module:
+    """The model without its weights (on the meta device): every module and shape, in no memory."""
+    folder = checkpoint_folder(config.model, config.revision)
+    try:
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"MODEL: {config.model!r} cannot be built ({_first_line(error)}); check its config.json"
+        ) from error
     return cast(nn.Module, model.eval())
 
 

@@ -36,6 +36,7 @@ from .bank import (
     join_gate_up,
     looped,
     projections,
+    split_gate_up,
     stock_forward,
     up_name,
 )
@@ -61,8 +62,10 @@ __all__ = [
     "mask_and_add",
     "projections",
     "silenced",
+    "split_gate_up",
     "stock_forward",
     "tapped",
+    "unwrapped",
     "up_name",
     "zero_experts",
 ]
@@ -116,7 +119,7 @@ def find_banks(model: nn.Module) -> tuple[Bank, ...]:
     banks = []
     for path, module in model.named_modules():
         if is_bank(module):
-            block = path.removesuffix(".base_layer").rpartition(".")[0]  # PEFT wraps what it adapts
+            block = unwrapped(path).rpartition(".")[0]  # PEFT wraps what it adapts
             banks.append(
                 Bank(
                     layer=layer_number(model, path),
@@ -129,6 +132,13 @@ def find_banks(model: nn.Module) -> tuple[Bank, ...]:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ModelError(f"MODEL: {family} has no routed experts that transformers 5 can swap; use an MoE checkpoint")
     return tuple(sorted(banks, key=lambda bank: bank.layer))
+
+
+def unwrapped(path: str) -> str:
+    """A bank's path without PEFT's wrappers, which may be nested: one for each parameter of the bank that it adapts."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
 
 
 def expert_keys(banks: Collection[Bank]) -> tuple[ExpertKey, ...]:
@@ -156,7 +166,7 @@ def _shared_down(block: nn.Module, bank: nn.Module) -> nn.Linear | None:
     an MLP (it also has a linear map from the hidden size to that map's input)."""
     hidden = down_weight(bank).shape[1] if not cast(Any, bank).is_transposed else down_weight(bank).shape[2]
     for sibling in block.children():
-        if sibling is bank:
+        if any(module is bank for module in sibling.modules()):  # the bank, or PEFT's wrapper around it
             continue
         linears = [module for module in sibling.modules() if isinstance(module, nn.Linear)]
         downs = [linear for linear in linears if linear.out_features == hidden]
@@ -297,7 +307,7 @@ def _controlled(
     edits = edits or {}
     banks = find_banks(model)
     check_experts(banks, edits.keys())
-    adapted = [bank.layer for bank in banks if bank.path.endswith(".base_layer")]
+    adapted = [bank.layer for bank in banks if bank.path != unwrapped(bank.path)]
     if adapted:
         # The adapter answers for its experts outside the bank: a tap would see zeros, a silence would do nothing.
         raise ModelError(f"MODEL: layer {adapted[0]} carries an adapter on its experts; merge it into the model first")

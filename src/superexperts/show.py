@@ -29,6 +29,15 @@ def show(command: str, result: dict[str, Any]) -> None:
             f"trained {result['trainable_parameters']:,} parameters on {result['rows']:,} rows; "
             f"the adapter changes logits by up to {result['max_logit_change']:.3g} (KL {result['kl']:.3g} nats)"
         )
+    elif command == "export":
+        stdout.print(f"{result['format']}: {result['keys']:,} tensors, {result['bytes']:,} bytes", soft_wrap=True)
+        if "max_lora_rank" in result:
+            stdout.print(f"vLLM needs --enable-lora --max-lora-rank {result['max_lora_rank']}", soft_wrap=True)
+    elif command == "import":
+        stdout.print(f"layout {result['layout']}: {result['why']}", soft_wrap=True)
+        stdout.print(f"{len(result['experts'])} experts, rank {result['r']}", soft_wrap=True)
+    elif command == "check-adapter":
+        _show_check(result)
     elif command == "evaluate":
         for task, items in result["tasks"].items():
             stdout.print(f"{task}: {items} answers")
@@ -41,7 +50,7 @@ def show(command: str, result: dict[str, Any]) -> None:
     elif command == "study":
         print_table(result["results"], stdout)
         stdout.print(f"report: {result['report']}", soft_wrap=True)
-    if command != "study":
+    if "out" in result and command != "study":
         stdout.print(f"in {result['out']}", soft_wrap=True)
 
 
@@ -79,6 +88,15 @@ def _show_profile(result: dict[str, Any]) -> None:
             )
     if result["stability"] is not None:
         _show_stability(result["stability"])
+
+
+def _show_check(result: dict[str, Any]) -> None:
+    share = "" if result["probe_share"] is None else f"; {100 * result['probe_share']:.1f}% reach an adapted expert"
+    stdout.print(f"{result['keys']:,} keys, each in its place", soft_wrap=True)
+    stdout.print(f"{result['probe_tokens']:,} probe tokens of {result['corpus']}{share}", soft_wrap=True, markup=False)
+    for name, tokens in result["probe_experts"].items():
+        stdout.print(f"{name}: {tokens:,} tokens")
+    stdout.print(f"logits change by up to {result['max_logit_change']:.3g} (KL {result['kl']:.3g} nats)")
 
 
 def _show_stability(result: dict[str, Any]) -> None:

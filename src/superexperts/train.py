@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,8 @@ from . import lora
 from .artifacts import ExpertKey, key_name
 from .config import TrainConfig, identity
 from .console import note, stderr
-from .errors import DataError, EffectError
+from .errors import DataError, EffectError, ExpertsError
+from .exposure import counting
 from .model import checkpoint_folder, chosen_experts, load_model, load_tokenizer
 from .rundir import completed, fingerprint, new_folder, read_json, write_json, write_manifest, write_text
 from .sft_data import Example, encode, read_rows
@@ -65,9 +66,12 @@ def train(
         model = model or load_model(config)
         with _borrowed(model):
             adapted = _attach(model, chosen, config)
-            losses = _fit(adapted, tokenizer, examples, config)
+            with counting(adapted, training=True) as exposure:
+                losses = _fit(adapted, tokenizer, examples, config)
+            seen = exposure.by_expert()
+            _require_exposure(seen, exposure.tokens, config)
             effect = lora.adapter_effect(adapted, _probe(examples))
-            if not effect.max_logit_change > 0:
+            if effect.none:
                 target = "attention" if chosen is None else ", ".join(map(key_name, chosen))
                 raise EffectError(
                     f"--experts: the adapter on {target} changes no logit of {len(_probe(examples))} rows of "
@@ -80,12 +84,25 @@ def train(
             "trainable_parameters": trained,
             "rows": len(examples),
             "tokens": sum(len(example.input_ids) for example in examples),
+            "exposure": seen,
             **dataclasses.asdict(effect),
             "experts": None if chosen is None else [key_name(key) for key in chosen],
         }
         write_json(temporary / "training.json", result)
         write_manifest(temporary, "train", inputs, ["adapter", "training.json"], time.monotonic() - started)
     return {"out": str(config.out), **result}
+
+
+def _require_exposure(seen: Mapping[str, int], tokens: int, config: TrainConfig) -> None:
+    """`ExpertsError` for an adapted expert that saw no training token, unless allowed: its A and B are untrained."""
+    unseen = [name for name, count in seen.items() if not count]
+    if unseen and not config.allow_unexposed:
+        raise ExpertsError(
+            f"--experts: {', '.join(unseen)} saw none of the {tokens:,} training tokens of {config.data}; nothing was "
+            "written: choose experts that these rows reach, or give --allow-unexposed"
+        )
+    if unseen:
+        note(f"train: {', '.join(unseen)} saw none of the {tokens:,} training tokens")
 
 
 def _attach(model: nn.Module, chosen: Sequence[ExpertKey] | None, config: TrainConfig) -> PeftModel:

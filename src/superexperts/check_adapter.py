@@ -1,0 +1,56 @@
+"""Whether an adapter does anything: keys and modules fit, tokens reach its experts, logits move."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+
+from . import lora
+from .config_adapters import CheckAdapterConfig
+from .console import note
+from .corpora import documents, local_data, pack
+from .errors import DataError
+from .model import load_model, load_tokenizer
+
+__all__ = ["gate", "run"]
+
+
+def run(config: CheckAdapterConfig) -> dict[str, Any]:
+    """The command; writes nothing. `DataError` for an adapter that does not fit or changes no logit."""
+    folder = lora.adapter_folder(config.adapter)
+    _, tensors = lora.read_adapter(folder, "ADAPTER")
+    tokenizer = load_tokenizer(config)
+    data_dir = local_data(config.data_dir)
+    texts = documents(config.corpus, data_dir=None if str(data_dir) == "pocket" else data_dir)
+    sequences_BL = pack(texts, tokenizer, corpus=config.corpus, tokens=config.tokens, seq_len=config.seq_len)
+    adapted = lora.load_adapter(load_model(config), folder, "ADAPTER")
+    effect = gate(adapted, list(sequences_BL), folder, "ADAPTER")
+    return {
+        "adapter": str(folder),
+        "corpus": config.corpus,
+        "keys": len(tensors),
+        **dataclasses.asdict(effect),
+        "unreached": [name for name, count in effect.probe_experts.items() if not count],
+    }
+
+
+def gate(adapted: PeftModel, sequences: Sequence[Tensor], folder: Path, option: str) -> lora.Effect:
+    """Measures the adapter on rows of token ids [L]: `DataError` if no logit changes, a note on experts that no token
+    reached."""
+    effect = lora.adapter_effect(adapted, sequences)
+    unreached = [name for name, count in effect.probe_experts.items() if not count]
+    told = f"{', '.join(unreached)} saw none of {effect.probe_tokens:,} probe tokens"
+    if effect.none:
+        why = f" ({told})" if unreached else ""
+        raise DataError(
+            f"{option}: {folder} changes no logit of {effect.probe_tokens:,} probe tokens{why}; train it, or give "
+            "text that reaches its experts"
+        )
+    if unreached:
+        note(f"{option}: {told}; {len(effect.probe_experts) - len(unreached)} other adapted experts were reached")
+    return effect

@@ -1,0 +1,121 @@
+"""Writes an adapter as other programs load it: a merged checkpoint, PEFT's fused layout, or one key for each expert."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import AutoModelForCausalLM
+
+from . import lora
+from .config import CheckpointConfig, identity
+from .config_adapters import ExportConfig
+from .console import note
+from .errors import DataError, ModelError, OptionError, OutputError
+from .factors import expert_names, injected_keys, read_factors, save_layout
+from .layouts import write_fused, write_per_expert
+from .model import checkpoint_folder, load_as_stored, load_structure, load_tokenizer
+from .rundir import completed, fingerprint, new_folder, read_json, write_manifest, write_text
+from .tensor_names import stored_names
+
+__all__ = ["run"]
+
+ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank may be."""
+
+
+def run(config: ExportConfig) -> dict[str, Any]:
+    """The command: checks the adapter against its model, writes it, and checks what was written."""
+    started = time.monotonic()
+    folder = lora.adapter_folder(config.adapter)
+    fields = lora.read_fields(folder, "ADAPTER")
+    checkpoint = _base(config, fields)
+    base = checkpoint_folder(checkpoint.model, checkpoint.revision)
+    if config.out.resolve() in (folder.resolve(), config.adapter.resolve(), base.resolve()):
+        raise OutputError(f"--out: {config.out} is what is to be exported; choose another folder")
+    inputs = identity(config, model=fingerprint(base), adapter=fingerprint(folder))
+    if completed(config.out, "export", inputs):
+        note(f"export: {config.out} is up to date, nothing to do")
+        return {"out": str(config.out), **read_json(config.out / "manifest.json", "manifest")["result"]}
+    with new_folder(config.out, "export") as temporary:
+        if config.format == "merged":
+            result = _merged(folder, checkpoint, temporary)
+        else:
+            result = _adapter(config.format, folder, checkpoint, base, temporary)
+        result = {"format": config.format, "model": checkpoint.model, **result}
+        outputs = sorted(file.name for file in temporary.iterdir())
+        write_manifest(temporary, "export", inputs, outputs, time.monotonic() - started, result=result)
+    return {"out": str(config.out), **result}
+
+
+def _base(config: ExportConfig, fields: dict[str, Any]) -> CheckpointConfig:
+    model = config.model or fields.get("base_model_name_or_path")
+    if not model:
+        raise OptionError(f"--model: {config.adapter} names no base model; give its checkpoint")
+    revision = config.revision if config.revision or config.model else fields.get("revision")
+    return CheckpointConfig(model=model, revision=revision, trust_remote_code=config.trust_remote_code)
+
+
+def _merged(adapter: Path, checkpoint: CheckpointConfig, out: Path) -> dict[str, Any]:
+    """The whole checkpoint, in its own dtype, with the adapter added to the weights; a standard one in every way."""
+    model = load_as_stored(checkpoint)
+    adapted = lora.load_adapter(model, adapter, "ADAPTER")
+    # PEFT's safe merge rounds the change before it is added, and so rounds twice in bfloat16.
+    merged = cast(Any, adapted).merge_and_unload()
+    broken = [name for name, parameter in merged.named_parameters() if not bool(parameter.isfinite().all())]
+    if broken:
+        raise DataError(f"ADAPTER: {adapter} makes {broken[0]} not finite; train again with a lower --learning-rate")
+    cast(AutoModelForCausalLM, merged).save_pretrained(out)
+    load_tokenizer(checkpoint).save_pretrained(out)
+    for code in checkpoint_folder(checkpoint.model, checkpoint.revision).glob("*.py"):
+        shutil.copy2(code, out / code.name)
+    return {"keys": len(stored_names(out)), "bytes": _size(out)}
+
+
+def _adapter(layout: str, adapter: Path, checkpoint: CheckpointConfig, base: Path, out: Path) -> dict[str, Any]:
+    """An adapter in another layout; the model's weights are not read."""
+    model = load_structure(checkpoint)
+    factors = read_factors(model, adapter, "ADAPTER")
+    config, tensors = (write_fused if layout == "peft" else write_per_expert)(model, factors)
+    more: dict[str, Any] = {}
+    if layout == "peft":
+        # PEFT's own word for what this configuration needs, on a model without weights.
+        lora.check_keys(
+            injected_keys(load_structure(checkpoint), config),
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+            out,
+            "--out",
+        )
+    else:
+        # An engine takes keys that fit nothing without a word, so each must be a weight of the checkpoint.
+        stored = stored_names(base)
+        strangers = [
+            name
+            for key in tensors
+            if (name := key.removeprefix("base_model.model.").rpartition(".lora_")[0]) + ".weight" not in stored
+        ]
+        if strangers:
+            raise ModelError(
+                f"--model: {checkpoint.model} holds no weight {strangers[0]}; give the adapter's own model"
+            )
+        if config.r > ENGINE_RANKS[-1]:
+            raise OptionError(f"--format: 'vllm' has ranks up to {ENGINE_RANKS[-1]}, not {config.r}; use merged")
+        more["max_lora_rank"] = next(rank for rank in ENGINE_RANKS if rank >= config.r)
+        if any(".kv_b_proj." in key for key in tensors):
+            note("export: vLLM drops LoRA on kv_b_proj unless it runs with VLLM_MLA_DISABLE=1")
+    save_layout(out, config, tensors, base=checkpoint.model, revision=checkpoint.revision)
+    experts = expert_names(model, factors)
+    what = ", ".join(experts) or "linear maps"
+    write_text(
+        out / "README.md",
+        f"---\nlibrary_name: peft\ntags:\n- lora\n---\n\n# LoRA on {what} of {checkpoint.model}\n\n"
+        f"In the layout that {'PEFT' if layout == 'peft' else 'vLLM'} loads; every other expert of the layers named "
+        "is filled with zeros.\n",
+    )
+    return {"experts": experts, "keys": len(tensors), "r": config.r, **more, "bytes": _size(out)}
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
