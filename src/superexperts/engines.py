@@ -136,6 +136,10 @@ class HfAsker(Asker, HFLM):  # type: ignore[misc]  # the harness is untyped
 # ---- a server -------------------------------------------------------------------------------------------------------
 
 
+# Of the connection, of the time, and of a reply that is no JSON or holds no text where it should.
+_FAULTS = (aiohttp.ClientError, TimeoutError, json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError)
+
+
 class _Served(Asker):
     """Many requests at a time; each answer is kept the moment it comes."""
 
@@ -153,7 +157,14 @@ class _Served(Asker):
             messages = [self._message(requests[i].args[0]) for i in left]
             try:
                 asyncio.run(server.get_batched_requests(messages, left, generate=True, gen_kwargs=settings))
-            except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError, LookupError, TypeError) as error:
+            except (
+                aiohttp.ClientError,
+                TimeoutError,
+                json.JSONDecodeError,
+                UnicodeDecodeError,
+                LookupError,
+                TypeError,
+            ) as error:
                 raise OptionError(f"{self.option}: {server.base_url!r} {_fault(error, server.timeout)}") from error
         until = requests[0].args[1].get("until", [])
         return [_cut(self._given[i], until) for i in range(len(requests))]
@@ -174,6 +185,9 @@ class _Served(Asker):
 class _Completions(_Served, LocalCompletionsAPI):  # type: ignore[misc]
     """/v1/completions: the prompt as it is."""
 
+    def parse_generations(self, outputs: Any, **_: Any) -> list[str | None]:
+        return [_only_text(outputs["choices"][0]["text"])]
+
 
 class _ChatCompletions(_Served, LocalChatCompletion):  # type: ignore[misc]
     """/v1/chat/completions: the prompt is the user's message, or a whole conversation in JSON."""
@@ -185,7 +199,13 @@ class _ChatCompletions(_Served, LocalChatCompletion):  # type: ignore[misc]
 
     def parse_generations(self, outputs: Any, **_: Any) -> list[str | None]:
         """The harness takes a reply without `choices` for an empty answer; here it is an error, and asked again."""
-        return [choice["message"]["content"] for choice in outputs["choices"]]
+        return [_only_text(outputs["choices"][0]["message"]["content"])]
+
+
+def _only_text(value: object) -> str | None:
+    if not isinstance(value, str | None):
+        raise TypeError(f"a {type(value).__name__} where the text should be")
+    return value
 
 
 def request_url(base_url: str) -> str:
