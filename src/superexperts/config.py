@@ -285,24 +285,49 @@ class EvaluateConfig(ServerConfig, ModelConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
+class ExtractConfig(ServerConfig):
     """Read what each raw answer commits to; what cannot be read is counted, shown, and wrong.
 
     Example: superexperts extract runs/base
+
+    Example: superexperts extract runs/base --judge Qwen/Qwen2.5-32B-Instruct --judge-base-url http://localhost:8000/v1
     """
 
     folder: Positional[Annotated[Path | None, tyro.conf.arg(metavar="DIR")]] = None
     """Folder with answers/, which gets extractions/ and scores.json."""
     audit: Path | None = None
     """Measure the extraction itself instead, on labelled generations (JSONL)."""
+    judge: str = "off"
+    """Model that reads what the rules cannot: checkpoint folder, Hub name, or its name on --judge-base-url's server;
+    Qwen/Qwen2.5-32B-Instruct is the one to take. It never sees the right answer."""
+    judge_scope: Literal["left", "all"] = "left"
+    """judge: read what the rules left unparsed, or every answer, the rules then being only compared with."""
+    judge_base_url: str | None = None
+    """judge: URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: a model in this process."""
+    batch_size: int = 8
+    """judge in this process: answers per batch."""
+    device: str = "auto"
+    """judge in this process: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """judge in this process: weights in memory, as for evaluate."""
     json: Switch = False
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = self.folder is not None or self.audit is not None
         _require(given, "DIR", self.folder, "is missing; give the folder, or --audit FILE")
         both = self.folder is not None and self.audit is not None
         _require(not both, "--audit", str(self.audit), "excludes DIR; give one of the two")
+        _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
+        _require(bool(self.judge), "--judge", self.judge, "names no model; give one, or off")
+        for option, value, default in (
+            ("--judge-scope", self.judge_scope, "left"),
+            ("--judge-base-url", self.judge_base_url, None),
+        ):
+            _require(self.judge != "off" or value == default, option, value, "needs a judge; give --judge MODEL")
+        if self.judge_base_url is not None:
+            _require_url("--judge-base-url", self.judge_base_url)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

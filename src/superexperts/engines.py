@@ -19,6 +19,7 @@ from typing import Any, cast
 import aiohttp
 import lm_eval.api.task
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models import api_models
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
@@ -29,10 +30,10 @@ from transformers import PreTrainedTokenizerBase
 from .config import EvaluateConfig
 from .console import note, stderr
 from .errors import OptionError
-from .journal import Journal
+from .journal import Keeper
 from .model import checkpoint_folder
 
-__all__ = ["Asker", "HfAsker", "api", "open_engine", "quiet", "request_url"]
+__all__ = ["Asker", "HfAsker", "api", "as_chat", "chat_url", "instances", "open_engine", "quiet", "request_url"]
 
 SYNC_EVERY = 64
 """Answers of a server that may be lost where the machine, and not only the evaluation, goes down."""
@@ -44,10 +45,10 @@ class Asker:
     truncated = 0
     """Prompts whose beginning was cut because the model's context has no room for them."""
     _bar: tuple[Progress, TaskID] | None = None
-    _journal: Journal | None = None
+    _journal: Keeper | None = None
 
     @contextlib.contextmanager
-    def asking(self, description: str, total: int, journal: Journal | None) -> Iterator[None]:
+    def asking(self, description: str, total: int, journal: Keeper | None) -> Iterator[None]:
         """Within the block answers go to the journal and are counted: by a bar, or without a terminal by one line."""
         started = time.monotonic()
         with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
@@ -190,11 +191,9 @@ class _Completions(_Served, LocalCompletionsAPI):  # type: ignore[misc]
 
 
 class _ChatCompletions(_Served, LocalChatCompletion):  # type: ignore[misc]
-    """/v1/chat/completions: the prompt is the user's message, or a whole conversation in JSON."""
+    """/v1/chat/completions: the prompt is the user's message."""
 
-    def _message(self, prompt: str | api_models.JsonChatStr) -> Any:
-        if isinstance(prompt, api_models.JsonChatStr):
-            return prompt
+    def _message(self, prompt: str) -> Any:
         return self.apply_chat_template([{"role": "user", "content": prompt}])
 
     def parse_generations(self, outputs: Any, **_: Any) -> list[str | None]:
@@ -212,6 +211,12 @@ def request_url(base_url: str) -> str:
     """`http://host:8000/v1` -> `.../v1/completions`; a URL that names an endpoint stays as it is."""
     url = base_url.rstrip("/")
     return url if url.endswith("/completions") else f"{url}/completions"
+
+
+def chat_url(base_url: str) -> str:
+    """`http://host:8000/v1` -> `.../v1/chat/completions`; a URL that names an endpoint stays as it is."""
+    url = base_url.rstrip("/")
+    return url if url.endswith("/completions") else f"{url}/chat/completions"
 
 
 def api(
@@ -236,6 +241,21 @@ def api(
     asker.timeout = timeout  # the harness takes whole seconds only
     asker.option = option
     return asker
+
+
+def instances(prompts: Sequence[Any], max_new_tokens: int) -> list[Instance]:
+    """The harness's requests for greedy replies that stop where the model stops."""
+    settings = {"until": [], "do_sample": False, "max_gen_toks": max_new_tokens}
+    return [
+        Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(settings)), idx=0) for prompt in prompts
+    ]
+
+
+def as_chat(asker: Any, messages: Sequence[str]) -> list[Any]:
+    """Each text as a user's message, in the model's own template; as it is where there is no template."""
+    if isinstance(asker, _Served) or asker.tokenizer.chat_template is None:
+        return list(messages)
+    return [asker.apply_chat_template([{"role": "user", "content": text}]) for text in messages]
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

@@ -11,11 +11,22 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import OutputError
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "Keeper"]
+
+
+class Keeper(Protocol):
+    """What takes a model's answers as they come."""
+
+    @property
+    def answers(self) -> Mapping[int, str]:
+        """Number of the request -> response, of what need not be asked."""
+
+    def add(self, answers: Mapping[int, str], truncated: int, *, sync: bool = True) -> None:
+        """Keeps some answers, and how many of their prompts lost their beginning."""
 
 
 class Journal:
