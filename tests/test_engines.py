@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from servers import free_port, scripted_server, transformers_server
-from superexperts import evaluate, pocket
+from servers import free_port, scripted_server
+from superexperts import evaluate
 from superexperts.cli import main
-from superexperts.config import EvaluateConfig, PocketConfig
+from superexperts.config import EvaluateConfig
 from superexperts.engines import request_url
 from superexperts.errors import OptionError
 from superexperts.pocket import write_data
@@ -26,23 +25,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_data(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pocket model with a chat template that is nothing but the message."""
-    folder = tmp_path_factory.mktemp("pocket") / "model"
-    pocket.run(PocketConfig(out=folder))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["chat_template"] = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with transformers_server(tmp_path_factory.mktemp("server") / "log") as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

@@ -179,6 +179,11 @@ class _Served(Asker):
         self._advance(1)
         return answers
 
+    def _create_payload(self, *arguments: Any, **more: Any) -> dict[str, Any]:
+        """As the harness has it, but for a `stop` without any text, which some servers fail on."""
+        payload: dict[str, Any] = cast(Any, super())._create_payload(*arguments, **more)
+        return {name: value for name, value in payload.items() if name != "stop" or value}
+
     def _message(self, prompt: str) -> Any:
         return prompt
 

@@ -107,9 +107,8 @@ def extract_folder(folder: Path, judge: Judge | None = None, scope: str = "left"
         write_text(folder / "extractions" / f"{task}.jsonl", "".join(lines))
         scores.append(stats.score(rows[0].task, rows[0].variant, extractions))
     for name, value in filled.items():
-        write_text(
-            folder / "extractions" / name, json.dumps(value, ensure_ascii=False, indent=2)
-        )  # as the notebook did
+        text = json.dumps(value, ensure_ascii=False, indent=2)  # as the notebook writes it
+        write_text(folder / "extractions" / name, text)
     outputs = [*(f"{task}.jsonl" for task in answers), *filled]
     for stale in set((folder / "extractions").glob("*.json*")) - {folder / "extractions" / name for name in outputs}:
         stale.unlink()

@@ -1,9 +1,11 @@
 """The original project's raw files: `raw_result_*.json`, lists of `question`, `choices`, `gold`, `answer`.
 
-{"question": "Which ...", "choices": ["sand", "oil"], "gold": "B", "answer": " B. oil"}            MMLU, ARC, OpenBookQA
-{"question": "A junior ...", "choices": "A. Disclose ...\\nB. Tell ...\\n", "gold": "B", "answer": ...}           MedQA
-{"passage": "Property tax ...", "question": "is house tax ...", "gold": true, "answer": ...}                      BoolQ
-{"question": "Janet's ducks ...", "gold": "... #### 18", "gold_answer_extracted": 18.0, "answer": ...}            GSM8K
+What the original's scripts write:
+
+    MMLU, ARC, OpenBookQA   {"question": "Which ...", "choices": ["sand", "oil"], "gold": "B", "answer": " B. oil"}
+    MedQA                   {"question": "A ...", "choices": "A. Tell ...\\nB. Hide ...\\n", "gold": "B", "answer": ...}
+    BoolQ                   {"passage": "Property tax ...", "question": "is house ...", "gold": true, "answer": ...}
+    GSM8K                   {"question": "Janet's ducks ...", "gold": "... #### 18", "answer": ...}
 """
 
 from __future__ import annotations
