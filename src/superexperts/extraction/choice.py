@@ -17,7 +17,7 @@ from .statements import (
     first_part,
     statements,
 )
-from .text import normalise
+from .text import at_lines, normalise
 
 
 def choice_in(reading: Reading, tail: str) -> str | None:
@@ -38,17 +38,22 @@ def choice_in(reading: Reading, tail: str) -> str | None:
     return _option_in(reading, words) if label is None else label
 
 
+_LABEL = re.compile(r"([A-Z]|\d{1,2})(?![\w'’%])(?!\.\d)")
+_SMALL_LABEL = re.compile(r"([a-h])(?:\s?[)\]}]|[.:](?:\s|$)|$)")
+_MARK = re.compile(r"\s?(?:[)\]}*_\"'.,:;`$\\!?—–-]|$|\()")
+
+
 def label_at(reading: Reading, part: str, at: int) -> str | None:
     """The label that stands at a place; `NONE` if others are joined to it, or if it is a letter that is no option."""
-    found = re.compile(r"([A-Z]|\d{1,2})(?![\w'’%])(?!\.\d)").match(part, at)
+    found = _LABEL.match(part, at)
     bracket = part[max(0, at - 1) : at] in ("(", "[", "{")
     if found is None:
-        small = re.compile(r"([a-h])(?:\s?[)\]}]|[.:](?:\s|$)|$)").match(part, at)
+        small = _SMALL_LABEL.match(part, at)
         if small is None or not (bracket or small.end() > small.end(1) or reading.text.strip() == small[1]):
             return None
         found = small
     label, after = found[1].upper(), part[found.end(1) :]
-    marked = bracket or re.match(r"\s?(?:[)\]}*_\"'.,:;`$\\!?—–-]|$|\()", after) is not None
+    marked = bracket or _MARK.match(after) is not None
     known = any(label == choice for choice, _ in reading.choices)
     if label.isdigit() and (not known or not marked):
         return None  # a number in the answer, not a label
@@ -131,12 +136,12 @@ def is_the_answer(reading: Reading) -> str | None:
     return NONE if len({value for value, _ in values}) > 1 else values[0][0] if values else None
 
 
-_LINE_LABEL = re.compile(r"^[\s*\-•(\[]{0,8}(?:option\s)?([A-H])\s?[.):\]]", re.IGNORECASE | re.MULTILINE)
+_LINE_LABEL = re.compile(r"[\s*\-•(\[]{0,8}(?:option\s)?([A-H])\s?[.):\]]", re.IGNORECASE)
 
 
 def _lists_options(reading: Reading) -> bool:
     """Whether the answer goes through the options one by one, each in a line of its own."""
-    return len({label.upper() for label in _LINE_LABEL.findall(reading.text[:CONCLUSION])}) > 2
+    return len({found[1].upper() for found in at_lines(_LINE_LABEL, reading.text[:CONCLUSION])}) > 2
 
 
 def first_label(reading: Reading) -> str | None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Final, Literal
 
-from .text import normalise, sentences
+from .text import at_lines, cued, first_sentence, normalise, sentences
 
 __all__ = [
     "CONCLUSION",
@@ -100,7 +100,14 @@ _STATEMENT = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-_SHORT_STATEMENT = re.compile(r"^\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：]\s", re.MULTILINE)
+_STATES = (
+    *("answer", "solution", "result", "correct", "right", "best", "false", "true", "incorrect", "final", "accurate"),
+    *("appropriate", "đáp", "câu", "trả", "phương", "lựa", "kết", "choose", "pick", "select", "go with", "chọn"),
+    *("actually", "wait", "sorry", "rather", "i mean", "on second", "thực", "đúng", "nhầm", "sửa", "approaches"),
+    *("factors", "reasons", "statements", "options", "choices"),
+)
+"""What a statement begins with."""
+_SHORT_STATEMENT = re.compile(r"\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：]\s")
 
 NOT = re.compile(r"(?:not|no\ longer|isn't|cannot|can't|unlikely|không\ phải|không)\b", re.IGNORECASE | re.VERBOSE)
 INSTEAD = re.compile(r"(?:\bbut(?: rather)?|\bit is|\bit's|\binstead|\brather|mà là)\s[:\s]{0,3}", re.IGNORECASE)
@@ -119,17 +126,21 @@ REFUSAL = re.compile(
 
 def statements(reading: Reading) -> Iterator[str]:
     """What follows each "the answer is", the last one first."""
-    last = collections.deque((found.end() for found in _STATEMENT.finditer(reading.text)), maxlen=LAST_STATEMENTS)
+    last = collections.deque((found.end() for found in cued(_STATEMENT, _STATES, reading.text)), maxlen=LAST_STATEMENTS)
     if not last and reading.kind == "number":
-        last = collections.deque((found.end() for found in _SHORT_STATEMENT.finditer(reading.text)), maxlen=1)
+        last = collections.deque((found.end() for found in at_lines(_SHORT_STATEMENT, reading.text)), maxlen=1)
     for end in reversed(last):
         yield reading.text[end : end + TAIL]
 
 
+_BLANK = re.compile(r"(?:\s|\[\s?\]|(?:model|assistant)\s?\n|[*#>]|---+|```\w{0,10}|<\w{1,12}>)+")
+
+
 def first_part(tail: str) -> str:
     """The first sentence or line that says something, brackets of roles and blank check boxes left out."""
-    tail = re.sub(r"^(?:\s|\[\s?\]|(?:model|assistant)\s?\n|[*#>]|---+|```\w{0,10}|<\w{1,12}>)+", "", tail[:TAIL])
-    return next(iter(sentences(tail)), "")
+    tail = tail[:TAIL]
+    blank = _BLANK.match(tail)
+    return first_sentence(tail[blank.end() :] if blank else tail)
 
 
 CUE = re.compile(
