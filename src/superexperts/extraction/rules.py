@@ -61,6 +61,8 @@ def _tag(reading: Reading) -> str | None:
 
 
 def _boxed(reading: Reading) -> str | None:
+    if "{" not in reading.text:
+        return None
     start = max(reading.text.rfind(r"\boxed{"), reading.text.rfind(r"\fbox{"))
     if start < 0:
         return None

@@ -58,12 +58,18 @@ class Reading:
     @functools.cached_property
     def labels(self) -> str:
         """The choices' labels as a pattern's alternatives."""
-        return "|".join(re.escape(label) for label, _ in self.choices)
+        return _alternatives(tuple(label for label, _ in self.choices))
 
     @functools.cached_property
     def conclusion(self) -> list[str]:
         """The last sentences, code fences and tags taken off."""
-        return sentences(re.sub(r"```|</?\w{1,12}>", "\n", self.text[-CONCLUSION:]))
+        text = self.text[-CONCLUSION:]
+        return sentences(re.sub(r"```|</?\w{1,12}>", "\n", text) if "`" in text or "<" in text else text)
+
+
+@functools.lru_cache(maxsize=256)
+def _alternatives(labels: tuple[str, ...]) -> str:
+    return "|".join(map(re.escape, labels))
 
 
 _HEDGE = (
@@ -103,10 +109,11 @@ _STATEMENT = re.compile(
 _STATES = (
     *("answer", "solution", "result", "correct", "right", "best", "false", "true", "incorrect", "final", "accurate"),
     *("appropriate", "đáp", "câu", "trả", "phương", "lựa", "kết", "choose", "pick", "select", "go with", "chọn"),
-    *("actually", "wait", "sorry", "rather", "i mean", "on second", "thực", "đúng", "nhầm", "sửa", "approaches"),
-    *("factors", "reasons", "statements", "options", "choices"),
+    *("actually", "wait", "sorry", "rather", "i mean", "on second", "thực", "đúng", "nhầm", "sửa"),
 )
 """What a statement begins with."""
+_STATES_ARE = (*_STATES, "approaches", "factors", "reasons", "statements", "options", "choices")
+"""And where something is said of several."""
 _SHORT_STATEMENT = re.compile(r"\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：]\s")
 
 NOT = re.compile(r"(?:not|no\ longer|isn't|cannot|can't|unlikely|không\ phải|không)\b", re.IGNORECASE | re.VERBOSE)
@@ -126,7 +133,8 @@ REFUSAL = re.compile(
 
 def statements(reading: Reading) -> Iterator[str]:
     """What follows each "the answer is", the last one first."""
-    last = collections.deque((found.end() for found in cued(_STATEMENT, _STATES, reading.text)), maxlen=LAST_STATEMENTS)
+    words = _STATES_ARE if "are" in reading.text.lower() else _STATES
+    last = collections.deque((found.end() for found in cued(_STATEMENT, words, reading.text)), maxlen=LAST_STATEMENTS)
     if not last and reading.kind == "number":
         last = collections.deque((found.end() for found in at_lines(_SHORT_STATEMENT, reading.text)), maxlen=1)
     for end in reversed(last):

@@ -5,6 +5,7 @@ Everything is linear in the text: no pattern has an unbounded repeat inside anot
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -27,8 +28,11 @@ __all__ = [
 # ---- patterns that need not be tried at every character --------------------------------------------------------------
 
 
-def cued(pattern: re.Pattern[str], words: Sequence[str], text: str) -> Iterator[re.Match[str]]:
-    """`pattern.finditer(text)` for a pattern whose every match begins with one of `words`, whatever their case.
+def cued(
+    pattern: re.Pattern[str], words: Sequence[str], text: str, marks: re.Pattern[str] | None = None
+) -> Iterator[re.Match[str]]:
+    """`pattern.finditer(text)` for a pattern whose every match begins with one of `words`, whatever their case, or with
+    one of `marks`.
 
     The words are found by `str.find`: several times faster than a pattern that is tried at every character.
     """
@@ -36,9 +40,11 @@ def cued(pattern: re.Pattern[str], words: Sequence[str], text: str) -> Iterator[
     if len(lower) != len(text) or "ı" in lower or "ſ" in lower:  # i and s to a pattern, but not to `lower`
         yield from pattern.finditer(text)
         return
-    places = []
+    if lower.isascii():
+        words = _ascii(tuple(words))
+    places = [] if marks is None else [found.start() for found in marks.finditer(text)]
     for word in words:
-        at = lower.find(word)
+        at = lower.find(word) if word in lower else -1
         while at >= 0:
             places.append(at)
             at = lower.find(word, at + 1)
@@ -49,14 +55,20 @@ def cued(pattern: re.Pattern[str], words: Sequence[str], text: str) -> Iterator[
             end = found.end()
 
 
+@functools.lru_cache(maxsize=16)
+def _ascii(words: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(filter(str.isascii, words))
+
+
 def at_lines(pattern: re.Pattern[str], text: str, start: int = 0) -> Iterator[re.Match[str]]:
     """What `finditer` gives from `start` on for a pattern that is tied to the beginning of a line."""
-    at, end = (0 if start == 0 else text.find("\n", start - 1) + 1), 0
-    while at or start == 0:
-        if at >= end and (found := pattern.match(text, at)):
+    newline = -1 if start == 0 else text.find("\n", start - 1)
+    end = 0
+    while newline >= 0 or start == 0:
+        if newline + 1 >= end and (found := pattern.match(text, newline + 1)):
             yield found
             end = found.end()
-        start, at = 1, text.find("\n", at) + 1
+        start, newline = -1, text.find("\n", newline + 1)
 
 
 # ---- the answer's own text ------------------------------------------------------------------------------------------
@@ -67,8 +79,6 @@ _NOISE = re.compile(
 )
 
 _BLANKS = re.compile(r"\s{20,}")
-# Twenty spaces and newlines hold one of these, for they have four spaces, or newlines at most three spaces apart.
-_LONG_BLANKS = ("    ", "\n \n", "\n  \n", "\n   \n", "\n\n\n")
 LONGEST = 200_000  # characters; a reasoning model's 32,768 tokens are about 130,000
 
 _TEMPLATE = re.compile(r"<\|[\w\s]{1,30}\|>|\[/?INST\]|</?s>", re.IGNORECASE)  # of chat models
@@ -102,10 +112,11 @@ def plain(text: str) -> str:
         # Word by word: composing takes time with the square of a run of marks.
         text = "".join(unicodedata.normalize("NFC", part) for part in re.findall(r"\s+|\S{1,200}", text))
     text = text.replace("\r", "\n")
-    if not text.replace("\n", "").replace("\t", "").isprintable():
+    if text.replace("\n", "").isprintable():  # then it has no noise, and no blanks but spaces and newlines
+        if not ("    " in text or "\n\n\n" in text or "\n " in text):  # twenty of these hold one of those
+            return text
+    else:
         text = _NOISE.sub("", text)
-    if text.isascii() and "\t" not in text and not any(blanks in text for blanks in _LONG_BLANKS):
-        return text
     return _BLANKS.sub(lambda found: "\n\n" if "\n" in found[0] else " ", text)
 
 
@@ -117,7 +128,7 @@ def own_turn(text: str, question: str = "", choices: Sequence[tuple[str, str]] =
     role = _ROLE.match(text)
     start = role.end() if role else 0
     end = len(text)
-    repeated = " ".join(question.split()[:6])
+    repeated = " ".join(question.split(None, 6)[:6])
     for turn in _turns(text, start):
         again = repeated and repeated in " ".join(text[turn.end() : turn.end() + 200].split())
         if again and not re.search(r"\w", text[start : turn.start()]):
@@ -151,22 +162,28 @@ def _turns(text: str, start: int) -> Iterator[re.Match[str]]:
             end = turn.end()
 
 
-_SENTENCE_END = re.compile(r"(?<=[.!?。])(?<![\s(\[*][A-Z]\.)(?<!\n\d\.)[\"'”’)\]]{0,3}\s+|\n+")
+# A stop and the blanks after it, or new lines; that it begins with a set of characters makes it fast.
+_SENTENCE_END = re.compile(r"[.!?。\n](?:(?<=[.!?。])(?<![\s(\[*][A-Z]\.)(?<!\n\d\.)[\"'”’)\]]{0,3}\s+|(?<=\n)\n*)")
 
 
 def sentences(text: str) -> list[str]:
     """Sentences and lines, stripped, without the blank ones. The period after a label (`B. west`) ends none."""
-    return [part for piece in _SENTENCE_END.split(f"\n{text}") if (part := piece.strip())]
+    return list(_sentences(text))
 
 
 def first_sentence(text: str) -> str:
     """The first of `sentences(text)`, "" where there is none."""
+    return next(_sentences(text), "")
+
+
+def _sentences(text: str) -> Iterator[str]:
     padded, start = f"\n{text}", 0
     for end in _SENTENCE_END.finditer(padded):
-        if part := padded[start : end.start()].strip():
-            return part
+        if part := padded[start : end.start() + 1].strip():  # a newline goes with the strip, a stop is the sentence's
+            yield part
         start = end.end()
-    return padded[start:].strip()
+    if part := padded[start:].strip():
+        yield part
 
 
 _PUNCTUATION = re.compile(r"[\W_]+")
@@ -235,9 +252,17 @@ _NUMBER = re.compile(
 )
 
 
+_NUMBER_MARKS = re.compile(r"[-−–\\$€£₫.\d]")
+_NUMBER_WORDS = (
+    *("us$", "zero", "one", "two", "three", "four", "fort", "five", "fif", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thir", "twen", "hundred", "thousand", "million", "billion"),
+)
+"""What a number that is no figure begins with."""
+
+
 def find_numbers(text: str) -> Iterator[Quantity]:
     """Every number of a text in order: digits with commas, signs, decimals, fractions, and English number words."""
-    for found in _NUMBER.finditer(text):
+    for found in cued(_NUMBER, _NUMBER_WORDS, text, _NUMBER_MARKS):
         if found["words"]:
             value = str(_from_words(found["words"].lower()))
         elif found["top"]:
