@@ -108,7 +108,8 @@ class HfAsker(Asker, HFLM):  # type: ignore[misc]  # the harness is untyped
 
     def _order(self, requests: Sequence[Any]) -> list[int]:
         """Longest prompts first."""
-        return sorted(range(len(requests)), key=lambda i: (-len(self.tok_encode(requests[i].args[0])), i))
+        lengths = [len(ids) for ids in self.tokenizer([request.args[0] for request in requests]).input_ids]
+        return sorted(range(len(requests)), key=lambda i: (-lengths[i], i))
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **more: Any) -> Tensor:
         with torch.inference_mode():

@@ -18,7 +18,7 @@ from .statements import (
     first_part,
     statements,
 )
-from .text import at_lines, cued, normalise
+from .text import cued, normalise
 
 
 def choice_in(reading: Reading, tail: str) -> str | None:
@@ -148,9 +148,15 @@ def is_the_answer(reading: Reading) -> str | None:
 _LINE_LABEL = re.compile(r"[\s*\-•(\[]{0,8}(?:option\s)?([A-H])\s?[.):\]]", re.IGNORECASE)
 
 
+_NEXT_LINE_LABEL = re.compile(rf"\n{_LINE_LABEL.pattern}", re.IGNORECASE)
+
+
 def _lists_options(reading: Reading) -> bool:
     """Whether the answer goes through the options one by one, each in a line of its own."""
-    return len({found[1].upper() for found in at_lines(_LINE_LABEL, reading.text[:CONCLUSION])}) > 2
+    text = reading.text[:CONCLUSION]
+    first = _LINE_LABEL.match(text)
+    labels = [*([first[1]] if first else []), *_NEXT_LINE_LABEL.findall(text)]
+    return len(labels) > 2 and len(set(map(str.upper, labels))) > 2
 
 
 def first_label(reading: Reading) -> str | None:
