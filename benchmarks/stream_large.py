@@ -3,9 +3,9 @@ time to read the bytes that they need and the time of the matrix products alone.
 
     python benchmarks/stream_large.py --folder DIR
 
-Makes, in DIR, a checkpoint of DeepSeek-V2-Lite's shape (27 layers, 15.7 B parameters in bfloat16, 31 GB, Hub-style shards
-with a key for each expert) with random weights and two planted experts, written as a stream; it is kept for the next
-run. Files are dropped from the page cache before each reading.
+Makes, in DIR, a checkpoint of DeepSeek-V2-Lite's shape (27 layers, 15.7 B parameters in bfloat16, 31 GB, Hub-style
+shards with a key for each expert) with random weights and two planted experts, written as a stream; it is kept for the
+next run. Files are dropped from the page cache before each reading.
 """
 
 from __future__ import annotations
@@ -238,7 +238,8 @@ def main() -> None:
     read, done = reading(folder, layers, read_bytes)
     base = read * read_bytes / done
     print(
-        f"quick: {quick - start:.1f} s, {(quick - start) / base:.2f}x of reading its {read_bytes / 1e9:.1f} GB ({base:.1f} s), "
+        f"quick: {quick - start:.1f} s, {(quick - start) / base:.2f}x of reading its {read_bytes / 1e9:.1f} GB "
+        f"({base:.1f} s), "
         f"peak {peak:.2f} GiB; found {found}, planted {sorted(PLANTED)}"
     )
     streamed, peak, found, _ = profile(
@@ -248,8 +249,8 @@ def main() -> None:
     read, done = reading(folder, layers)
     print(
         f"stream: {streamed - start:.1f} s for {arguments.tokens} tokens, "
-        f"{(streamed - start) / max(read, multiplied):.2f}x of the larger of reading {done / 1e9:.1f} GB ({read:.1f} s) and "
-        f"its matrix products ({multiplied:.1f} s), peak {peak:.2f} GiB; found {found}"
+        f"{(streamed - start) / max(read, multiplied):.2f}x of the larger of reading {done / 1e9:.1f} GB "
+        f"({read:.1f} s) and its matrix products ({multiplied:.1f} s), peak {peak:.2f} GiB; found {found}"
     )
 
 

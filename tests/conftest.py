@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from servers import transformers_server
+from superexperts import pocket
+from superexperts.config import PocketConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,3 +23,21 @@ def shared_data() -> Path:
     if not (folder / "mmlu_all_test.jsonl.gz").is_file():
         pytest.skip(f"no benchmark rows in {folder}; set SUPEREXPERTS_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pocket model with a chat template that is nothing but the message."""
+    folder = tmp_path_factory.mktemp("pocket") / "model"
+    pocket.run(PocketConfig(out=folder))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The base URL of a real OpenAI-compatible server, which loads a request's model from its folder."""
+    with transformers_server(tmp_path_factory.mktemp("server") / "log") as url:
+        yield url

@@ -16,8 +16,9 @@ from superexperts import evaluate, prune
 from superexperts.artifacts import Answer
 from superexperts.config import TASKS, EvaluateConfig, PruneConfig
 from superexperts.corpora import documents, pack
+from superexperts.engines import HfAsker
 from superexperts.errors import DataError, ExpertsError, OptionError, OutputError
-from superexperts.evaluate import _Asker, ask
+from superexperts.evaluate import ask
 from superexperts.extract import extract_folder
 from superexperts.journal import Journal
 from superexperts.lora import attach_attention
@@ -70,7 +71,7 @@ def test_batched_answers_equal_plain_greedy_generation_one_by_one(
 
 
 def test_one_bos_in_front_even_where_the_beginning_is_cut(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    asker = _Asker(model, tokenizer, 2, NEW_TOKENS)
+    asker = HfAsker(model, tokenizer, 2, NEW_TOKENS)
     texts = ["Question: one two three four five six seven eight nine ten\nAnswer:", "Question: one\nAnswer:"]
     ids_BL, mask_BL = asker.tok_batch_encode(texts)
     assert ((ids_BL == tokenizer.bos_token_id).sum(1) == 1).all()
@@ -169,16 +170,16 @@ def test_a_killed_run_asks_nothing_twice_and_answers_the_same(
 ) -> None:
     settings: dict[str, Any] = {"tasks": "gsm8k,boolq", "limit": 10, "batch_size": 4, "perplexity": None}
     evaluate.run(_config(tmp_path / "whole", data, **settings))
-    generate, asked = _Asker._model_generate, 0
+    generate, asked = HfAsker._model_generate, 0
 
-    def counted(self: _Asker, context: Any, *arguments: Any, **more: Any) -> Any:
+    def counted(self: HfAsker, context: Any, *arguments: Any, **more: Any) -> Any:
         nonlocal asked
         asked += len(context)
         if asked == 18:  # 10 of gsm8k, and the second batch of boolq
             raise KeyboardInterrupt
         return generate(self, context, *arguments, **more)
 
-    monkeypatch.setattr(_Asker, "_model_generate", counted)
+    monkeypatch.setattr(HfAsker, "_model_generate", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(_config(tmp_path / "killed", data, **settings))
     with pytest.raises(DataError, match="are not complete; run `evaluate` again"):

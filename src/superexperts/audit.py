@@ -1,4 +1,4 @@
-"""How well the extraction reads: its rules against generations whose answers a person has labelled.
+"""How well the extraction reads: its rules, and a judge, against generations whose answers a person has labelled.
 
 A labelled file is JSONL with `id`, `task_type` (mcq, numeric, yesno), `question`, `choices` (`{label, text}` each),
 `generation`, and `key_answer`: what the generation commits to, right or wrong, null where it commits to nothing.
@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import DataError
 from .extraction import number_value, read
+from .judge import Case, Judge, Verdict
 from .stats import wilson
 
-__all__ = ["Reading", "audit", "audit_file", "outcome"]
+__all__ = ["JudgeReport", "Reading", "audit", "audit_file", "joined", "judge_report", "outcome"]
 
 KINDS: dict[str, Literal["choice", "number", "yesno"]] = {"mcq": "choice", "numeric": "number", "yesno": "yesno"}
 AUDIT_SCHEMA = "superexperts/audit/1"
@@ -76,8 +77,96 @@ def audit(rows: Sequence[dict[str, Any]]) -> tuple[Reading, ...]:
     return tuple(readings)
 
 
-def audit_file(path: Path) -> dict[str, Any]:
-    """The audit of a labelled file as a JSON value: in all, per kind, per rule, and every reading that is not right."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeReport:
+    """How often a judge was asked, what came back, and how often it says what the rules say."""
+
+    asked: int
+    committed: int
+    """Verdicts that name an answer."""
+    none: int
+    """Verdicts that the answer commits to nothing."""
+    unreadable: int
+    agreement: Mapping[str, int] | None
+    """Counts over all items, None unless the judge was asked for all: `same`, `differ` (both read something), `neither`
+    read anything, `rules_only`, `judge_only`."""
+
+
+PARTS = ("same", "differ", "neither", "rules_only", "judge_only")
+
+
+def judge_report(
+    verdicts: Sequence[Verdict], pairs: Sequence[tuple[str, str | None, str | None]] | None
+) -> JudgeReport:
+    """`pairs` are those of every item, None where the judge saw only some."""
+    values = [verdict.value for verdict in verdicts if verdict.readable]
+    counts = None if pairs is None else Counter(_part(*pair) for pair in pairs)
+    return JudgeReport(
+        asked=len(verdicts),
+        committed=len(values) - values.count(None),
+        none=values.count(None),
+        unreadable=len(verdicts) - len(values),
+        agreement=None if counts is None else {part: counts[part] for part in PARTS},
+    )
+
+
+def _part(kind: str, by_rules: str | None, by_judge: str | None) -> str:
+    if by_rules is None or by_judge is None:
+        return "neither" if by_rules is by_judge else "judge_only" if by_rules is None else "rules_only"
+    return "same" if outcome(kind, by_rules, by_judge) == "right" else "differ"
+
+
+def joined(reports: Sequence[JudgeReport]) -> dict[str, Any]:
+    """Several benchmarks' reports as one JSON value, with the share of items on which rules and judge say the same."""
+    whole = {name: sum(getattr(r, name) for r in reports) for name in ("asked", "committed", "none", "unreadable")}
+    counts = [report.agreement for report in reports if report.agreement is not None]
+    if not counts:
+        return {**whole, "agreement": None}
+    parts = {part: sum(count[part] for count in counts) for part in PARTS}
+    items, same = sum(parts.values()), parts["same"] + parts["neither"]
+    low, high = wilson(same, items)
+    agreement = {"items": items, **parts, "share": same / items, "low": low, "high": high}
+    return {**whole, "agreement": agreement}
+
+
+def audit_judge(rows: Sequence[dict[str, Any]], readings: Sequence[Reading], judge: Judge) -> dict[str, Any]:
+    """The same audit of a judge that reads every row, and of the rules with the judge for what they leave."""
+    cases = [
+        Case(
+            kind=KINDS[row["task_type"]],
+            question=row["question"],
+            choices=tuple((choice["label"], choice["text"]) for choice in row["choices"]),
+            answer=row["generation"],
+        )
+        for row in rows
+    ]
+    verdicts = judge.read(cases)
+    judged = [
+        dataclasses.replace(
+            reading,
+            extracted=verdict.value,
+            rule="judge" if verdict.value is not None else "unparsed",
+            outcome=outcome(reading.kind, reading.label, verdict.value),
+        )
+        for reading, verdict in zip(readings, verdicts, strict=True)
+    ]
+    together = [two if one.extracted is None else one for one, two in zip(readings, judged, strict=True)]
+    pairs = [(one.kind, one.extracted, two.extracted) for one, two in zip(readings, judged, strict=True)]
+    return {
+        "model": judge.name,
+        **joined([judge_report(verdicts, pairs)]),
+        "all": _summary(judged),
+        "kinds": {kind: _summary([r for r in judged if r.kind == kind]) for kind in sorted({r.kind for r in judged})},
+        "together": _summary(together),
+        "not_right": [dataclasses.asdict(r) for r in judged if r.outcome not in ("right", "empty")],
+    }
+
+
+def audit_file(path: Path, judge: Judge | None = None) -> dict[str, Any]:
+    """The audit of a labelled file as a JSON value: in all, per kind, per rule, and every reading that is not right.
+
+    With a judge also its own audit, and its agreement with the rules.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
@@ -96,6 +185,7 @@ def audit_file(path: Path) -> dict[str, Any]:
         "kinds": {kind: _summary([r for r in readings if r.kind == kind]) for kind in kinds},
         "rules": {rule: _summary([r for r in readings if r.rule == rule]) for rule in rules},
         "not_right": [dataclasses.asdict(r) for r in readings if r.outcome not in ("right", "empty")],
+        "judge": None if judge is None else audit_judge(rows, readings, judge),
     }
 
 

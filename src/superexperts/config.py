@@ -9,7 +9,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from .errors import OptionError
+from .options import CheckpointConfig, ModelConfig, ServerConfig, Switch
+from .options import require as _require
+from .options import require_sequences as _require_sequences
+from .options import require_url as _require_url
 
 __all__ = [
     "TASKS",
@@ -22,10 +25,10 @@ __all__ = [
     "PruneConfig",
     "ReportConfig",
     "SelectConfig",
+    "ServerConfig",
     "StudyConfig",
     "TrainConfig",
     "identity",
-    "require_sequences",
 ]
 
 TASKS = ("mmlu", "gsm8k", "arc_easy", "boolq", "medqa", "vmlu")
@@ -33,52 +36,17 @@ TASKS = ("mmlu", "gsm8k", "arc_easy", "boolq", "medqa", "vmlu")
 MORE_TASKS = ("arc_challenge", "openbookqa")
 """Benchmarks that can be asked as well."""
 
-Switch = tyro.conf.FlagCreatePairsOff[bool]
-"""An option without a value: --json, with no --no-json beside it."""
-
 # Where a result goes and how it is shown does not change what it is.
-NOT_IDENTITY = ("out", "json", "model", "experts", "data", "data_dir", "adapter", "silence", "profile", "like")
-
-
-def _require(condition: bool, option: str, value: object, mend: str) -> None:
-    if not condition:
-        raise OptionError(f"{option}: {value!r} {mend}")
-
-
-def require_sequences(tokens: int, seq_len: int) -> None:
-    """`OptionError` unless the tokens make at least one sequence that has a next token."""
-    _require(seq_len >= 2, "--seq-len", seq_len, "is too short; give at least 2")
-    _require(tokens >= seq_len, "--tokens", tokens, f"is under one sequence of {seq_len}; give more")
+NOT_IDENTITY = (
+    *("out", "json", "model", "experts", "data", "data_dir", "adapter", "silence", "profile", "like"),
+    *("base_url", "concurrency", "timeout", "retries"),
+)
 
 
 def identity(config: Any, **contents: Any) -> dict[str, Any]:
     """What a stage's result depends on: its options but paths, and the contents (hashes) that the paths lead to."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
     return {"options": {name: str(value) for name, value in options.items()}, **contents}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Which checkpoint; shared by the commands that read one."""
-
-    model: Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]] = "pocket"
-    """Checkpoint folder, Hub name, or `pocket` for the embedded one."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub; a commit makes a run repeatable."""
-    trust_remote_code: Switch = False
-    """Run Python code that comes with the checkpoint. Only for checkpoints that you trust."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(CheckpointConfig):
-    """How a model is loaded and run; shared by the commands that run one."""
-
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights in memory; `auto` is the checkpoint's own on a GPU and float32 on a CPU."""
-    seed: int = 0
-    """Seed of everything random in this command."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +91,7 @@ class ProfileConfig(ModelConfig):
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        require_sequences(self.tokens, self.seq_len)
+        _require_sequences(self.tokens, self.seq_len)
         _require(self.batch_size >= 1, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
         _require(self.activation_budget >= 0, "--activation-budget", self.activation_budget, "is negative; give GiB")
@@ -272,12 +240,20 @@ class TrainConfig(ModelConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ModelConfig):
+class EvaluateConfig(ServerConfig, ModelConfig):
     """Ask a model, or a model with an adapter, the benchmarks' questions; answers are kept as they are given.
 
     Example: superexperts evaluate pocket --data-dir pocket --tasks gsm8k,boolq --limit 50 --out runs/base
+
+    Example: superexperts evaluate NAME --engine api --base-url http://localhost:8000/v1 --tasks gsm8k --out runs/served
     """
 
+    engine: Literal["hf", "vllm", "sglang", "api"] = "hf"
+    """What runs the model: transformers in this process, vLLM, SGLang, or an OpenAI-compatible server (`api`; MODEL is
+    then its name there)."""
+    base_url: str | None = None
+    """api: URL of the server, such as http://localhost:8000/v1; one that ends in /chat/completions is asked as a chat.
+    """
     adapter: Path | None = None
     """Adapter folder that `train` wrote."""
     silence: str | None = None
@@ -306,6 +282,7 @@ class EvaluateConfig(ModelConfig):
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known = ",".join(TASKS + MORE_TASKS)
         unknown = [task for task in self.task_names if task not in TASKS + MORE_TASKS]
         _require(not unknown, "--tasks", ",".join(unknown), f"is unknown; choose from {known}")
@@ -313,9 +290,19 @@ class EvaluateConfig(ModelConfig):
         _require(self.limit is None or self.limit > 0, "--limit", self.limit, "is not positive; give at least 1")
         _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
-        require_sequences(self.tokens, self.seq_len)
+        _require_sequences(self.tokens, self.seq_len)
         both = self.adapter is not None and self.silence is not None
         _require(not both, "--silence", self.silence, "excludes --adapter; merge the adapter into a checkpoint first")
+        missing = self.engine == "api" and self.base_url is None
+        _require(not missing, "--base-url", self.base_url, "is missing for --engine api; give the server's URL")
+        if self.base_url is not None:
+            _require(self.engine == "api", "--base-url", self.base_url, f"excludes --engine {self.engine}; give api")
+            _require_url("--base-url", self.base_url)
+        if self.engine != "hf":
+            mend = f"needs --engine hf, not {self.engine}"
+            _require(self.silence is None, "--silence", self.silence, f"{mend}; or prune and serve that checkpoint")
+            _require(self.adapter is None, "--adapter", str(self.adapter), f"{mend}; or merge it into a checkpoint")
+            _require(self.perplexity is None, "--perplexity", self.perplexity, f"{mend}; leave it out")
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -324,24 +311,49 @@ class EvaluateConfig(ModelConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
+class ExtractConfig(ServerConfig):
     """Read what each raw answer commits to; what cannot be read is counted, shown, and wrong.
 
     Example: superexperts extract runs/base
+
+    Example: superexperts extract runs/base --judge Qwen/Qwen2.5-32B-Instruct --judge-base-url http://localhost:8000/v1
     """
 
     folder: Positional[Annotated[Path | None, tyro.conf.arg(metavar="DIR")]] = None
     """Folder with answers/, which gets extractions/ and scores.json."""
     audit: Path | None = None
     """Measure the extraction itself instead, on labelled generations (JSONL)."""
+    judge: str = "off"
+    """Model that reads what the rules cannot: checkpoint folder, Hub name, or its name on --judge-base-url's server;
+    Qwen/Qwen2.5-32B-Instruct is the one to take. It never sees the right answer."""
+    judge_scope: Literal["left", "all"] = "left"
+    """judge: read what the rules left unparsed, or every answer, the rules then being only compared with."""
+    judge_base_url: str | None = None
+    """judge: URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: a model in this process."""
+    batch_size: int = 8
+    """judge in this process: answers per batch."""
+    device: str = "auto"
+    """judge in this process: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """judge in this process: weights in memory, as for evaluate."""
     json: Switch = False
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = self.folder is not None or self.audit is not None
         _require(given, "DIR", self.folder, "is missing; give the folder, or --audit FILE")
         both = self.folder is not None and self.audit is not None
         _require(not both, "--audit", str(self.audit), "excludes DIR; give one of the two")
+        _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
+        _require(bool(self.judge), "--judge", self.judge, "names no model; give one, or off")
+        for option, value, default in (
+            ("--judge-scope", self.judge_scope, "left"),
+            ("--judge-base-url", self.judge_base_url, None),
+        ):
+            _require(self.judge != "off" or value == default, option, value, "needs a judge; give --judge MODEL")
+        if self.judge_base_url is not None:
+            _require_url("--judge-base-url", self.judge_base_url)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from .config import ModelConfig, Switch, require_sequences
+from .options import ModelConfig, Switch, require_sequences
 
 __all__ = ["CheckAdapterConfig", "ExportConfig", "ImportConfig"]
 

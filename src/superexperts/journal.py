@@ -11,11 +11,22 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import OutputError
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "Keeper"]
+
+
+class Keeper(Protocol):
+    """What takes a model's answers as they come."""
+
+    @property
+    def answers(self) -> Mapping[int, str]:
+        """Number of the request -> response, of what need not be asked."""
+
+    def add(self, answers: Mapping[int, str], truncated: int, *, sync: bool = True) -> None:
+        """Keeps some answers, and how many of their prompts lost their beginning."""
 
 
 class Journal:
@@ -56,14 +67,15 @@ class Journal:
         self.answers |= {int(request): response for request, response in batch["answers"].items()}
         self.truncated += batch["truncated"]
 
-    def add(self, answers: Mapping[int, str], truncated: int) -> None:
-        """Appends a batch and syncs it to disk."""
+    def add(self, answers: Mapping[int, str], truncated: int, *, sync: bool = True) -> None:
+        """Appends a batch and syncs it to disk; without `sync` it outlives the process, but not a power cut."""
         batch = {"answers": {str(request): response for request, response in answers.items()}, "truncated": truncated}
-        self._append(batch)
+        self._append(batch, sync=sync)
         self._take(batch)
 
-    def _append(self, value: Any) -> None:
+    def _append(self, value: Any, *, sync: bool = True) -> None:
         with self.path.open("ab") as stream:
             stream.write(json.dumps(value).encode() + b"\n")
             stream.flush()
-            os.fsync(stream.fileno())
+            if sync:
+                os.fsync(stream.fileno())

@@ -45,6 +45,8 @@ def show(command: str, result: dict[str, Any]) -> None:
             stdout.print(f"perplexity: {result['perplexity']:.3f}")
     elif command == "extract" and "scores" in result:
         _show_scores(result["scores"])
+        if "judge" in result:
+            _show_judge(result["judge"])
     elif command == "extract":
         _show_audit(result)
     elif command == "study":
@@ -123,6 +125,10 @@ def _show_audit(result: dict[str, Any]) -> None:
     for column in ("", "items", "right", "empty", "wrong", "missed", "invented", "accuracy", "95% interval"):
         table.add_column(column, justify="right" if column else "left")
     sections = [("all", result["all"]), *result["kinds"].items(), *(result["rules"].items())]
+    if result["judge"] is not None:
+        judge = result["judge"]
+        sections += [("judge", judge["all"]), *((f"judge {kind}", row) for kind, row in judge["kinds"].items())]
+        sections.append(("rules, then judge", judge["together"]))
     for name, row in sections:
         counts = [str(row[column]) for column in ("items", "right", "empty", "wrong", "missed", "invented")]
         interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
@@ -130,6 +136,20 @@ def _show_audit(result: dict[str, Any]) -> None:
     stdout.print(table)
     for row in result["not_right"]:
         stdout.print(Text(ascii(f"{row['id']}: {row['label']} read as {row['extracted']} ({row['rule']})")))
+    if result["judge"] is not None:
+        _show_judge(result["judge"])
+
+
+def _show_judge(result: dict[str, Any]) -> None:
+    told = [f"judge {result['model']!a}: asked {result['asked']:,}, named an answer in {result['committed']:,}"]
+    told.append(f"none in {result['none']:,}, unreadable {result['unreadable']:,}")
+    stdout.print(Text(", ".join(told)), soft_wrap=True)
+    found = result["agreement"]
+    if found is not None:
+        interval = f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"
+        told = [f"{name.replace('_', ' ')} {found[name]}" for name in ("differ", "rules_only", "judge_only")]
+        share = f"agrees with the rules on {100 * found['share']:.2f}% of {found['items']:,} ({interval})"
+        stdout.print(Text(f"judge {share}; {', '.join(told)}"), soft_wrap=True)
 
 
 def _show_scores(scores: list[dict[str, Any]]) -> None:

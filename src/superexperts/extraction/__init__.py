@@ -1,6 +1,6 @@
 """Reading what a free-text answer commits to; the table of rules is in `rules`."""
 
 from .rules import RULES, Rule, read
-from .text import number_value
+from .text import find_numbers, normalise, number_value, plain
 
-__all__ = ["RULES", "Rule", "number_value", "read"]
+__all__ = ["RULES", "Rule", "find_numbers", "normalise", "number_value", "plain", "read"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from .statements import (
@@ -17,7 +18,7 @@ from .statements import (
     first_part,
     statements,
 )
-from .text import normalise
+from .text import cued, normalise
 
 
 def choice_in(reading: Reading, tail: str) -> str | None:
@@ -28,43 +29,55 @@ def choice_in(reading: Reading, tail: str) -> str | None:
     lead = LEAD.match(part)
     assert lead is not None
     rest = part[lead.end() :]
-    words = normalise(part)
     if REFUSAL.match(rest):
-        return _option_in(reading, words, whole=True) or NONE
+        return _option_in(reading, normalise(part), whole=True) or NONE
     if NOT.match(rest):
         other = INSTEAD.search(rest)
         return None if other is None else choice_in(reading, rest[other.end() :])
     label = label_at(reading, part, lead.end())
-    return _option_in(reading, words) if label is None else label
+    return _option_in(reading, normalise(part)) if label is None else label
+
+
+_LABEL = re.compile(r"([A-Z]|\d{1,2})(?![\w'’%])(?!\.\d)")
+_SMALL_LABEL = re.compile(r"([a-h])(?:\s?[)\]}]|[.:](?:\s|$)|$)")
+_GOES_ON = re.compile(r"\s+(?:because|since|as|is|was|vì|là|with|for|đúng)\b")
+_GOES_ON_OR_NAME = re.compile(rf"{_GOES_ON.pattern}|\s+[A-Z]")
+_DENIED = re.compile(r"[)\]}*\"'.]{0,3}\s?(?:is|was|are)\s(?:not|incorrect|wrong|false)\b")
+_MARK = re.compile(r"\s?(?:[)\]}*_\"'.,:;`$\\!?—–-]|$|\()")
+
+
+@functools.lru_cache(maxsize=256)
+def _joined(labels: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What joins another label to one: to a bare one that may be a word, and to any other."""
+    return (
+        re.compile(rf"\s+(?:and|or|và|hoặc|hay|&)\s+\(?(?:{labels})\b"),
+        re.compile(
+            rf"[)\]}}*\"']{{0,3}}\s?(?:,\s?(?:and\s|or\s|và\s|hoặc\s)?|/|&|\+|\s(?:and|or|và|hoặc|hay)\s)\s?"
+            rf"[*(\[\"']{{0,3}}(?:{labels})(?![\w'’])(?!\s[a-z])"
+        ),
+    )
 
 
 def label_at(reading: Reading, part: str, at: int) -> str | None:
     """The label that stands at a place; `NONE` if others are joined to it, or if it is a letter that is no option."""
-    found = re.compile(r"([A-Z]|\d{1,2})(?![\w'’%])(?!\.\d)").match(part, at)
+    found = _LABEL.match(part, at)
     bracket = part[max(0, at - 1) : at] in ("(", "[", "{")
     if found is None:
-        small = re.compile(r"([a-h])(?:\s?[)\]}]|[.:](?:\s|$)|$)").match(part, at)
+        small = _SMALL_LABEL.match(part, at)
         if small is None or not (bracket or small.end() > small.end(1) or reading.text.strip() == small[1]):
             return None
         found = small
     label, after = found[1].upper(), part[found.end(1) :]
-    marked = bracket or re.match(r"\s?(?:[)\]}*_\"'.,:;`$\\!?—–-]|$|\()", after) is not None
+    marked = bracket or _MARK.match(after) is not None
     known = any(label == choice for choice, _ in reading.choices)
     if label.isdigit() and (not known or not marked):
         return None  # a number in the answer, not a label
     # "A" is a word too: without a mark, only what can be no word counts.
-    if not marked and not re.match(
-        r"\s+(?:because|since|as|is|was|vì|là|with|for|đúng)\b" + ("" if label in "AI" else r"|\s+[A-Z]"), after
-    ):
-        joined = re.match(rf"\s+(?:and|or|và|hoặc|hay|&)\s+\(?(?:{reading.labels})\b", after)
-        return NONE if joined else None
-    if re.match(
-        rf"[)\]}}*\"']{{0,3}}\s?(?:,\s?(?:and\s|or\s|và\s|hoặc\s)?|/|&|\+|\s(?:and|or|và|hoặc|hay)\s)\s?[*(\[\"']{{0,3}}"
-        rf"(?:{reading.labels})(?![\w'’])(?!\s[a-z])",
-        after,
-    ):
+    if not marked and not (_GOES_ON if label in "AI" else _GOES_ON_OR_NAME).match(after):
+        return NONE if _joined(reading.labels)[0].match(after) else None
+    if _joined(reading.labels)[1].match(after):
         return NONE
-    if re.match(r"[)\]}*\"'.]{0,3}\s?(?:is|was|are)\s(?:not|incorrect|wrong|false)\b", after):
+    if _DENIED.match(after):
         return None
     if known:
         return label
@@ -106,6 +119,7 @@ _IS_THE_ANSWER = re.compile(
     r"(?:\s(?:correct|possible|likely|answer|choice|option|statement|one|response|đúng|chính\ xác|nhất))?",
     re.IGNORECASE | re.VERBOSE,
 )
+_IS = ("is", "are", "was", "would be", "seems", "là")
 _NAMED_OPTION = r"(?:\b(?i:option|choice|answer|statement|đáp án|phương án|câu)\s|^|[(\[])[*(\[\"]{0,2}"
 _CHOSEN = re.compile(r"answer|choice|option|response|most|best|phương án|đáp án|câu trả lời|lựa chọn", re.IGNORECASE)
 
@@ -114,7 +128,7 @@ def is_the_answer(reading: Reading) -> str | None:
     """ "Option B is correct", "so the roof is the most likely answer". `NONE` if several options are."""
     values = []
     for sentence in reading.conclusion:
-        found = _IS_THE_ANSWER.search(sentence)
+        found = next(cued(_IS_THE_ANSWER, _IS, sentence), None)
         if found is None:
             continue
         head = re.split(r"[,;:]\s(?:so|therefore|thus|hence|then|nên|but)\b|[;:]", sentence[: found.start()])[-1]
@@ -131,12 +145,18 @@ def is_the_answer(reading: Reading) -> str | None:
     return NONE if len({value for value, _ in values}) > 1 else values[0][0] if values else None
 
 
-_LINE_LABEL = re.compile(r"^[\s*\-•(\[]{0,8}(?:option\s)?([A-H])\s?[.):\]]", re.IGNORECASE | re.MULTILINE)
+_LINE_LABEL = re.compile(r"[\s*\-•(\[]{0,8}(?:option\s)?([A-H])\s?[.):\]]", re.IGNORECASE)
+
+
+_NEXT_LINE_LABEL = re.compile(rf"\n{_LINE_LABEL.pattern}", re.IGNORECASE)
 
 
 def _lists_options(reading: Reading) -> bool:
     """Whether the answer goes through the options one by one, each in a line of its own."""
-    return len({label.upper() for label in _LINE_LABEL.findall(reading.text[:CONCLUSION])}) > 2
+    text = reading.text[:CONCLUSION]
+    first = _LINE_LABEL.match(text)
+    labels = [*([first[1]] if first else []), *_NEXT_LINE_LABEL.findall(text)]
+    return len(labels) > 2 and len(set(map(str.upper, labels))) > 2
 
 
 def first_label(reading: Reading) -> str | None:

@@ -30,7 +30,7 @@ def number_in(reading: Reading, sentence: str) -> str | None:
     if "=" in sentence:
         return _result(sentence)
     # What stands in brackets after a number explains it.
-    bare = re.sub(r"(?<=\w)\s?\([^()]{0,200}\)", " ", sentence)
+    bare = re.sub(r"(?<=\w)\s?\([^()]{0,200}\)", " ", sentence) if "(" in sentence else sentence
     numbers = list(find_numbers(bare))
     if not numbers:
         return None

@@ -61,6 +61,8 @@ def _tag(reading: Reading) -> str | None:
 
 
 def _boxed(reading: Reading) -> str | None:
+    if "{" not in reading.text:
+        return None
     start = max(reading.text.rfind(r"\boxed{"), reading.text.rfind(r"\fbox{"))
     if start < 0:
         return None
@@ -76,6 +78,8 @@ def _boxed(reading: Reading) -> str | None:
 
 def _hashes(reading: Reading) -> str | None:
     """What stands right after the first #### that is no heading."""
+    if "####" not in reading.text:
+        return None
     for found in itertools.islice(re.finditer(r"#{4}(?!#)", reading.text), LAST_STATEMENTS):
         line = reading.text[found.end() : found.end() + TAIL].split("\n", 1)[0]
         if reading.kind == "number":

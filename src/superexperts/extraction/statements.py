@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Final, Literal
 
-from .text import normalise, sentences
+from .text import at_lines, cued, first_sentence, normalise, sentences
 
 __all__ = [
     "CONCLUSION",
@@ -58,12 +58,18 @@ class Reading:
     @functools.cached_property
     def labels(self) -> str:
         """The choices' labels as a pattern's alternatives."""
-        return "|".join(re.escape(label) for label, _ in self.choices)
+        return _alternatives(tuple(label for label, _ in self.choices))
 
     @functools.cached_property
     def conclusion(self) -> list[str]:
         """The last sentences, code fences and tags taken off."""
-        return sentences(re.sub(r"```|</?\w{1,12}>", "\n", self.text[-CONCLUSION:]))
+        text = self.text[-CONCLUSION:]
+        return sentences(re.sub(r"```|</?\w{1,12}>", "\n", text) if "`" in text or "<" in text else text)
+
+
+@functools.lru_cache(maxsize=256)
+def _alternatives(labels: tuple[str, ...]) -> str:
+    return "|".join(map(re.escape, labels))
 
 
 _HEDGE = (
@@ -100,7 +106,15 @@ _STATEMENT = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-_SHORT_STATEMENT = re.compile(r"^\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：]\s", re.MULTILINE)
+_STATES = (
+    *("answer", "solution", "result", "correct", "right", "best", "false", "true", "incorrect", "final", "accurate"),
+    *("appropriate", "đáp", "câu", "trả", "phương", "lựa", "kết", "choose", "pick", "select", "go with", "chọn"),
+    *("actually", "wait", "sorry", "rather", "i mean", "on second", "thực", "đúng", "nhầm", "sửa"),
+)
+"""What a statement begins with."""
+_STATES_ARE = (*_STATES, "approaches", "factors", "reasons", "statements", "options", "choices")
+"""And where something is said of several."""
+_SHORT_STATEMENT = re.compile(r"\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：]\s")
 
 NOT = re.compile(r"(?:not|no\ longer|isn't|cannot|can't|unlikely|không\ phải|không)\b", re.IGNORECASE | re.VERBOSE)
 INSTEAD = re.compile(r"(?:\bbut(?: rather)?|\bit is|\bit's|\binstead|\brather|mà là)\s[:\s]{0,3}", re.IGNORECASE)
@@ -119,17 +133,22 @@ REFUSAL = re.compile(
 
 def statements(reading: Reading) -> Iterator[str]:
     """What follows each "the answer is", the last one first."""
-    last = collections.deque((found.end() for found in _STATEMENT.finditer(reading.text)), maxlen=LAST_STATEMENTS)
+    words = _STATES_ARE if "are" in reading.text.lower() else _STATES
+    last = collections.deque((found.end() for found in cued(_STATEMENT, words, reading.text)), maxlen=LAST_STATEMENTS)
     if not last and reading.kind == "number":
-        last = collections.deque((found.end() for found in _SHORT_STATEMENT.finditer(reading.text)), maxlen=1)
+        last = collections.deque((found.end() for found in at_lines(_SHORT_STATEMENT, reading.text)), maxlen=1)
     for end in reversed(last):
         yield reading.text[end : end + TAIL]
 
 
+_BLANK = re.compile(r"(?:\s|\[\s?\]|(?:model|assistant)\s?\n|[*#>]|---+|```\w{0,10}|<\w{1,12}>)+")
+
+
 def first_part(tail: str) -> str:
     """The first sentence or line that says something, brackets of roles and blank check boxes left out."""
-    tail = re.sub(r"^(?:\s|\[\s?\]|(?:model|assistant)\s?\n|[*#>]|---+|```\w{0,10}|<\w{1,12}>)+", "", tail[:TAIL])
-    return next(iter(sentences(tail)), "")
+    tail = tail[:TAIL]
+    blank = _BLANK.match(tail)
+    return first_sentence(tail[blank.end() :] if blank else tail)
 
 
 CUE = re.compile(

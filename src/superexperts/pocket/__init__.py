@@ -13,7 +13,7 @@ from typing import Any
 from ..config import PocketConfig
 from ..rundir import MANIFEST, new_folder, write_manifest
 
-__all__ = ["PLANTED", "checkpoint_dir", "run", "write_checkpoint", "write_data"]
+__all__ = ["PLANTED", "checkpoint_dir", "run", "write_benchmarks", "write_checkpoint", "write_data"]
 
 PLANTED: tuple[tuple[int, int], ...] = ((1, 11), (3, 54))
 """(layer, expert) of the two implanted super experts"""
@@ -31,6 +31,13 @@ def write_checkpoint(folder: Path) -> None:
         for name in names:
             (temporary / name).write_bytes((checkpoint_dir() / name).read_bytes())
         write_manifest(temporary, "pocket", {}, names, 0)
+
+
+def write_benchmarks(folder: Path) -> None:
+    """Write the pocket benchmarks alone (see `data.write_benchmarks`)."""
+    from superexperts.pocket import data
+
+    data.write_benchmarks(folder)
 
 
 def write_data(folder: Path) -> None:

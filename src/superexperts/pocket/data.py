@@ -13,7 +13,7 @@ from .pools import pools
 from .questions import KINDS, Question, body
 from .world import documents
 
-__all__ = ["FILES", "benchmark_rows", "train_rows", "write_data"]
+__all__ = ["FILES", "benchmark_rows", "train_rows", "write_benchmarks", "write_data"]
 
 Row = dict[str, Any]
 
@@ -105,14 +105,19 @@ def _lines(rows: list[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write_data(folder: Path) -> None:
-    """Write the six benchmarks (names in `FILES`), `train.json` and `pocket_heldout.jsonl` into a folder.
+def write_benchmarks(folder: Path) -> None:
+    """Write the six benchmarks into a folder (names in `FILES`).
 
     The names are those of the slices of the real benchmarks, so that one code path reads either.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for kind, name in FILES.items():
         write_text(folder / name, _lines(benchmark_rows(kind)))
+
+
+def write_data(folder: Path) -> None:
+    """Write the six benchmarks, `train.json` and `pocket_heldout.jsonl`, which takes seconds, into a folder."""
+    write_benchmarks(folder)
     write_text(folder / "train.json", json.dumps(train_rows(), ensure_ascii=False, indent=1) + "\n")
     heldout = [{"text": text} for text in documents(1, "heldout", 600)]
     write_text(folder / "pocket_heldout.jsonl", _lines(heldout))

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from ..corpora import local_data, read_rows
 from ..errors import DataError
-from ..pocket import write_data
+from ..pocket import write_benchmarks
 from ..rundir import digest, fingerprint
 from .items import Item, read_item
 
@@ -60,7 +60,7 @@ def load_benchmarks(names: Sequence[str], data_dir: Path | None = None) -> dict[
     folder = local_data(data_dir)
     if folder is not None and str(folder) == "pocket":
         with tempfile.TemporaryDirectory() as temporary:
-            write_data(Path(temporary))
+            write_benchmarks(Path(temporary))
             return {name: _local(name, Path(temporary)) for name in names}
     if folder is not None:
         return {name: _local(name, folder) for name in names}

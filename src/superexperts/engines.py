@@ -1,0 +1,359 @@
+"""What answers the prompts: lm-evaluation-harness's own models, with every answer kept as it comes.
+
+`HfAsker` runs a model in this process; `api` asks an OpenAI-compatible server; `vllm` and `sglang` are the harness's.
+
+Shape suffixes: B prompts in a batch, L tokens of the longest one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import aiohttp
+import lm_eval.api.task
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models import api_models
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+from rich.progress import Progress, TaskID
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .config import EvaluateConfig
+from .console import note, stderr
+from .errors import OptionError
+from .journal import Keeper
+from .model import checkpoint_folder
+
+__all__ = ["Asker", "HfAsker", "api", "as_chat", "chat_url", "instances", "open_engine", "quiet", "request_url"]
+
+SYNC_EVERY = 64
+"""Answers of a server that may be lost where the machine, and not only the evaluation, goes down."""
+
+
+class Asker:
+    """What `evaluate` needs of a harness model, to be put in front of one: a journal of the answers, and one bar."""
+
+    truncated = 0
+    """Prompts whose beginning was cut because the model's context has no room for them."""
+    _bar: tuple[Progress, TaskID] | None = None
+    _journal: Keeper | None = None
+
+    @contextlib.contextmanager
+    def asking(self, description: str, total: int, journal: Keeper | None) -> Iterator[None]:
+        """Within the block answers go to the journal and are counted: by a bar, or without a terminal by one line."""
+        started = time.monotonic()
+        with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+            self._bar, self._journal = (progress, progress.add_task(description, total=total)), journal
+            try:
+                yield
+            finally:
+                self._bar = self._journal = None
+        if not stderr.is_terminal:
+            note(f"{description}: {total} answers in {time.monotonic() - started:.1f} s")
+
+    def _advance(self, answers: int) -> None:
+        if self._bar is not None:
+            progress, bar = self._bar
+            progress.advance(bar, answers)
+
+    def _kept(self) -> dict[int, str]:
+        """The answers of an interrupted run, counted."""
+        given = {} if self._journal is None else dict(self._journal.answers)
+        self._advance(len(given))
+        return given
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """As the harness does it, but batch by batch, so that each can be kept."""
+        given = self._kept()
+        order = self._order(requests)
+        size = int(cast(Any, self).batch_size)
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            if all(i in given for i in batch):
+                continue
+            truncated = self.truncated
+            responses = cast(Any, super()).generate_until([requests[i] for i in batch], disable_tqdm=True)
+            given |= dict(zip(batch, responses, strict=True))
+            self._advance(len(batch))
+            if self._journal is not None:
+                self._journal.add({i: given[i] for i in batch}, self.truncated - truncated)
+        return [given[i] for i in range(len(requests))]
+
+    def _order(self, requests: Sequence[Any]) -> list[int]:
+        return list(range(len(requests)))
+
+
+class HfAsker(Asker, HFLM):  # type: ignore[misc]  # the harness is untyped
+    """A transformers model in this process. A prompt that is cut keeps its BOS."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_new_tokens: int
+    ) -> None:
+        with quiet():
+            super().__init__(pretrained=cast(Any, model), tokenizer=cast(Any, tokenizer), batch_size=batch_size)
+        if max_new_tokens >= self.max_length:
+            raise OptionError(
+                f"--max-new-tokens: {max_new_tokens} leaves no room for a prompt in the model's context of "
+                f"{self.max_length} tokens; give less"
+            )
+
+    def _order(self, requests: Sequence[Any]) -> list[int]:
+        """Longest prompts first."""
+        lengths = [len(ids) for ids in self.tokenizer([request.args[0] for request in requests]).input_ids]
+        return sorted(range(len(requests)), key=lambda i: (-lengths[i], i))
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **more: Any) -> Tensor:
+        with torch.inference_mode():
+            return cast(Tensor, super()._model_generate(context, max_length, stop, **more))
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Left-padded ids and mask [B, L]. What is too long loses its beginning, but keeps the sinks' BOS."""
+        ids_BL, mask_BL = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len is None or ids_BL.shape[1] <= left_truncate_len:
+            return ids_BL, mask_BL
+        cut_B = mask_BL.sum(1) > left_truncate_len
+        first_B = ids_BL.gather(1, mask_BL.argmax(1, keepdim=True))[:, 0]
+        ids_BL, mask_BL = ids_BL[:, -left_truncate_len:], mask_BL[:, -left_truncate_len:]
+        keep_B = cut_B & (first_B == (-1 if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id))
+        ids_BL[keep_B, 0] = first_B[keep_B]
+        self.truncated += int(cut_B.sum())
+        return ids_BL, mask_BL
+
+
+# ---- a server -------------------------------------------------------------------------------------------------------
+
+
+# Of the connection, of the time, and of a reply that is no JSON or holds no text where it should.
+_FAULTS = (aiohttp.ClientError, TimeoutError, json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError)
+
+
+class _Served(Asker):
+    """Many requests at a time; each answer is kept the moment it comes."""
+
+    option = "--base-url"
+    """Names the server in errors."""
+    _given: dict[int, str]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Asks for what the journal has not; `OptionError` where the server fails more often than it may."""
+        server = cast(Any, self)
+        self._given = self._kept()
+        left = [i for i in range(len(requests)) if i not in self._given]
+        if left:
+            settings = requests[left[0]].args[1]
+            messages = [self._message(requests[i].args[0]) for i in left]
+            try:
+                asyncio.run(server.get_batched_requests(messages, left, generate=True, gen_kwargs=settings))
+            except (
+                aiohttp.ClientError,
+                TimeoutError,
+                json.JSONDecodeError,
+                UnicodeDecodeError,
+                LookupError,
+                TypeError,
+            ) as error:
+                raise OptionError(f"{self.option}: {server.base_url!r} {_fault(error, server.timeout)}") from error
+        until = requests[0].args[1].get("until", [])
+        return [_cut(self._given[i], until) for i in range(len(requests))]
+
+    async def amodel_call(self, session: Any, sem: Any, messages: Any, *, cache_keys: Any, **more: Any) -> list[str]:
+        """One request, as the harness makes it; the key is the request's number."""
+        answers: list[str] = await cast(Any, super()).amodel_call(session, sem, messages, cache_keys=None, **more)
+        self._given[cache_keys[0]] = answers[0]
+        if self._journal is not None:
+            self._journal.add({cache_keys[0]: answers[0]}, 0, sync=len(self._given) % SYNC_EVERY == 0)
+        self._advance(1)
+        return answers
+
+    def _create_payload(self, *arguments: Any, **more: Any) -> dict[str, Any]:
+        """As the harness has it, but for a `stop` without any text, which some servers fail on."""
+        payload: dict[str, Any] = cast(Any, super())._create_payload(*arguments, **more)
+        return {name: value for name, value in payload.items() if name != "stop" or value}
+
+    def _message(self, prompt: str) -> Any:
+        return prompt
+
+
+class _Completions(_Served, LocalCompletionsAPI):  # type: ignore[misc]
+    """/v1/completions: the prompt as it is."""
+
+    def parse_generations(self, outputs: Any, **_: Any) -> list[str | None]:
+        return [_only_text(outputs["choices"][0]["text"])]
+
+
+class _ChatCompletions(_Served, LocalChatCompletion):  # type: ignore[misc]
+    """/v1/chat/completions: the prompt is the user's message."""
+
+    def _message(self, prompt: str) -> Any:
+        return self.apply_chat_template([{"role": "user", "content": prompt}])
+
+    def parse_generations(self, outputs: Any, **_: Any) -> list[str | None]:
+        """The harness takes a reply without `choices` for an empty answer; here it is an error, and asked again."""
+        return [_only_text(outputs["choices"][0]["message"]["content"])]
+
+
+def _only_text(value: object) -> str | None:
+    if not isinstance(value, str | None):
+        raise TypeError(f"a {type(value).__name__} where the text should be")
+    return value
+
+
+def request_url(base_url: str) -> str:
+    """`http://host:8000/v1` -> `.../v1/completions`; a URL that names an endpoint stays as it is."""
+    url = base_url.rstrip("/")
+    return url if url.endswith("/completions") else f"{url}/completions"
+
+
+def chat_url(base_url: str) -> str:
+    """`http://host:8000/v1` -> `.../v1/chat/completions`; a URL that names an endpoint stays as it is."""
+    url = base_url.rstrip("/")
+    return url if url.endswith("/completions") else f"{url}/chat/completions"
+
+
+def api(
+    model: str, url: str, *, concurrency: int, timeout: float, retries: int, seed: int = 0, option: str = "--base-url"
+) -> Any:
+    """An OpenAI-compatible server's model by its name there; a URL that ends in /chat/completions is asked as a chat.
+
+    The key for the server is the environment's OPENAI_API_KEY, if it needs one.
+    """
+    kind = _ChatCompletions if url.endswith("/chat/completions") else _Completions
+    with quiet():
+        asker = kind(
+            model=model,
+            base_url=url,
+            tokenizer_backend=None,
+            tokenized_requests=False,
+            num_concurrent=concurrency,
+            max_retries=retries + 1,
+            timeout=timeout,
+            seed=seed,
+        )
+    asker.timeout = timeout  # the harness takes whole seconds only
+    asker.option = option
+    return asker
+
+
+def instances(prompts: Sequence[Any], max_new_tokens: int) -> list[Instance]:
+    """The harness's requests for greedy replies that stop where the model stops."""
+    settings = {"until": [], "do_sample": False, "max_gen_toks": max_new_tokens}
+    return [
+        Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(settings)), idx=0) for prompt in prompts
+    ]
+
+
+def as_chat(asker: Any, messages: Sequence[str]) -> list[Any]:
+    """Each text as a user's message, in the model's own template; as it is where there is no template."""
+    if isinstance(asker, _Served) or asker.tokenizer.chat_template is None:
+        return list(messages)
+    return [asker.apply_chat_template([{"role": "user", "content": text}]) for text in messages]
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    """Up to the first stop text, for servers that know no `stop`."""
+    for stop in until:
+        text = text.split(stop)[0]
+    return text
+
+
+def _fault(error: Exception, timeout: float) -> str:
+    """What a server did wrong and what to do, in one line; what it said itself is none of it."""
+    if isinstance(error, aiohttp.ClientResponseError) and not isinstance(error, aiohttp.ContentTypeError):
+        return f"answers {error.status}; check the URL, the name that the server gives MODEL, and OPENAI_API_KEY"
+    if isinstance(error, TimeoutError):
+        return (
+            f"does not answer within {timeout:g} s; raise --timeout or lower --concurrency, what was answered is kept"
+        )
+    if isinstance(error, aiohttp.ClientConnectionError):
+        return f"cannot be reached ({type(error).__name__}); start the server or check the URL, then run again"
+    return f"answers what is no completion ({type(error).__name__}); give the URL of an OpenAI-compatible server"
+
+
+# ---- engines --------------------------------------------------------------------------------------------------------
+
+
+def open_engine(config: EvaluateConfig) -> Any:
+    """The asker of every engine but hf, which needs its model for more than asking."""
+    if config.engine == "api":
+        assert config.base_url is not None
+        return api(
+            config.model,
+            request_url(config.base_url),
+            concurrency=config.concurrency,
+            timeout=config.timeout,
+            retries=config.retries,
+            seed=config.seed,
+        )
+    if importlib.util.find_spec(config.engine) is None:
+        raise OptionError(
+            f"--engine: {config.engine!r} needs the package {config.engine}, which is not installed; "
+            f"pip install {config.engine}, or use --engine hf"
+        )
+    # Both are told what the harness's defaults leave out: the tokenizer's own BOS, and no code from the checkpoint.
+    settings = {
+        "pretrained": str(checkpoint_folder(config.model, config.revision)),
+        "dtype": config.dtype,
+        "trust_remote_code": config.trust_remote_code,
+        "batch_size": config.batch_size,
+        "max_gen_toks": config.max_new_tokens,
+    }
+    with quiet():
+        if config.engine == "vllm":
+            from lm_eval.models.vllm_causallms import VLLM
+
+            return type("VllmAsker", (Asker, VLLM), {})(seed=config.seed, **settings)
+        from lm_eval.models.sglang_causallms import SGLangLM
+
+        return type("SglangAsker", (Asker, SGLangLM), {})(
+            add_bos_token=True, random_seed=config.seed, tokenizer_path=settings["pretrained"], **settings
+        )
+
+
+# ---- quiet ----------------------------------------------------------------------------------------------------------
+
+
+class _NoBar:
+    """Takes the place of the harness's bar over requests."""
+
+    @staticmethod
+    async def gather(*tasks: Any, **_: Any) -> list[Any]:
+        return list(await asyncio.gather(*tasks))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block the harness says only what is wrong: not that a model is a model, nor how a loop gets on."""
+    # transformers warns of each prompt that is longer than the context; `truncated` counts them. What a server says
+    # goes to no terminal.
+    levels = {
+        "lm_eval": logging.ERROR,
+        "transformers.tokenization_utils_base": logging.ERROR,
+        "lm_eval.models.api_models": logging.CRITICAL,
+    }
+    before = {name: logging.getLogger(name).level for name in levels}
+    bars = lm_eval.api.task.tqdm, api_models.tqdm_asyncio
+    try:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        lm_eval.api.task.tqdm = lambda rows, **_: rows  # building 100 prompts is over before its bar is drawn
+        api_models.tqdm_asyncio = _NoBar
+        yield
+    finally:
+        lm_eval.api.task.tqdm, api_models.tqdm_asyncio = bars
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,74 @@
+"""What several commands' settings share: how a model is named and run, how a server is asked, and the checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from .errors import OptionError
+
+__all__ = ["CheckpointConfig", "ModelConfig", "ServerConfig", "Switch", "require", "require_sequences", "require_url"]
+
+Switch = tyro.conf.FlagCreatePairsOff[bool]
+"""An option without a value: --json, with no --no-json beside it."""
+
+
+def require(condition: bool, option: str, value: object, mend: str) -> None:
+    if not condition:
+        raise OptionError(f"{option}: {value!r} {mend}")
+
+
+def require_sequences(tokens: int, seq_len: int) -> None:
+    require(seq_len >= 2, "--seq-len", seq_len, "is too short; give at least 2")
+    require(tokens >= seq_len, "--tokens", tokens, f"is under one sequence of {seq_len}; give more")
+
+
+def require_url(option: str, url: str) -> None:
+    good = url.startswith(("http://", "https://"))
+    require(good, option, url, "is no URL; give one like http://localhost:8000/v1")
+    # A URL goes into manifests and messages.
+    require("@" not in url, option, url.rpartition("@")[2], "holds a password; give that as OPENAI_API_KEY instead")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Which checkpoint; shared by the commands that read one."""
+
+    model: Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]] = "pocket"
+    """Checkpoint folder, Hub name, or `pocket` for the embedded one."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; a commit makes a run repeatable."""
+    trust_remote_code: Switch = False
+    """Run Python code that comes with the checkpoint. Only for checkpoints that you trust."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(CheckpointConfig):
+    """How a model is loaded and run; shared by the commands that run one."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights in memory; `auto` is the checkpoint's own on a GPU and float32 on a CPU."""
+    seed: int = 0
+    """Seed of everything random in this command."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How an OpenAI-compatible server is asked; shared by the commands that can ask one."""
+
+    concurrency: int = 8
+    """api: requests at a time."""
+    timeout: float = 300
+    """api: seconds that one request may take."""
+    retries: int = 3
+    """api: how often a request that failed is made again, after 1 to 10 seconds."""
+
+    def __post_init__(self) -> None:
+        require(self.concurrency > 0, "--concurrency", self.concurrency, "is not positive; give at least 1")
+        require(self.timeout > 0, "--timeout", self.timeout, "is not positive; give some seconds")
+        require(self.retries >= 0, "--retries", self.retries, "is negative; give 0 or more")
