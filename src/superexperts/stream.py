@@ -81,6 +81,8 @@ class StreamedModel:
                 coming = background.submit(self._load, layers[0], whole)
                 for layer, following in zip(layers, [*layers[1:], None], strict=True):
                     coming.result()
+                    if whole:
+                        self._fill_banks(layer)
                     if following is not None:
                         coming = background.submit(self._load, following, whole)
                     yield layer
@@ -136,16 +138,21 @@ class StreamedModel:
 
     @torch.inference_mode()  # of this thread, as of the one that computes
     def _load(self, layer: int, whole: bool) -> None:
-        """Fills a layer's modules."""
+        """Fills a layer's modules but for its experts; if they will be wanted `whole`, the kernel fetches them ahead
+        into its own cache, which costs no memory that it could not have back."""
         prefix = f"{self._decoder}.{layer}."
         alone = {self._expert_name(place) for place in self._experts if place[0] == layer}
         self._fill([name for name in self._homes if name.startswith(prefix) and name not in alone])
-        if whole:
-            for place in self._experts:
-                if place[0] == layer:
-                    self._fill_bank(*place)
         names = (prefix + name for name, _ in self._layers[layer].named_parameters())
-        self._check_full(name for name in names if whole or name not in alone)
+        self._check_full(name for name in names if name not in alone)
+        if whole:
+            self.checkpoint.read_ahead(
+                entry
+                for place, experts in self._experts.items()
+                if place[0] == layer
+                for parts in experts
+                for entry in parts
+            )
 
     def _check_full(self, names: Iterable[str]) -> None:
         for name in names:
@@ -174,14 +181,20 @@ class StreamedModel:
             wrong = next(iter(info.mismatched_keys or info.conversion_errors))
             raise ModelError(f"MODEL: {wrong[0] if isinstance(wrong, tuple) else wrong} does not fit; repair it")
 
-    def _fill_bank(self, layer: int, name: str) -> None:
-        """Reads every expert of a bank into one tensor [E, U, D]."""
-        module = self.banks[layer].module
-        empty = cast(Tensor, getattr(module, name))
-        full_EUD = self._take(empty.shape, empty.dtype)
-        for expert in range(len(full_EUD)):
-            self._read_expert(layer, name, expert, full_EUD[expert])
-        setattr(module, name, nn.Parameter(full_EUD, requires_grad=False))
+    def _fill_banks(self, layer: int) -> None:
+        """Reads every expert of a layer, each kind of matrix into one tensor [E, U, D]."""
+        for name in [name for where, name in self._experts if where == layer]:
+            module = self.banks[layer].module
+            empty = cast(Tensor, getattr(module, name))
+            full_EUD = self._take(empty.shape, empty.dtype)
+            with ThreadPoolExecutor(max_workers=READERS) as readers:
+                jobs = [
+                    readers.submit(self._read_expert, layer, name, expert, target_UD)
+                    for expert, target_UD in enumerate(full_EUD)
+                ]
+            for job in jobs:
+                job.result()
+            setattr(module, name, nn.Parameter(full_EUD, requires_grad=False))
 
     @torch.inference_mode()  # of this thread
     def _read_expert(self, layer: int, name: str, expert: int, target_UD: Tensor) -> None:
