@@ -41,3 +41,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The base URL of a real OpenAI-compatible server, which loads a request's model from its folder."""
     with transformers_server(tmp_path_factory.mktemp("server") / "log") as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pocket world's benchmark files; only to be read."""
+    folder = tmp_path_factory.mktemp("data")
+    pocket.write_data(folder)
+    return folder

@@ -15,16 +15,8 @@ from superexperts.cli import main
 from superexperts.config import EvaluateConfig
 from superexperts.engines import request_url
 from superexperts.errors import OptionError
-from superexperts.pocket import write_data
 
 TASKS = "gsm8k,boolq,mmlu"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

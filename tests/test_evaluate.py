@@ -24,16 +24,8 @@ from superexperts.journal import Journal
 from superexperts.lora import attach_attention
 from superexperts.model import load_model, load_tokenizer
 from superexperts.perplexity import perplexity
-from superexperts.pocket import write_data
 
 NEW_TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,7 @@ def fits_in_memory(config: ModelConfig) -> bool:
     folder, device = checkpoint_folder(config.model, config.revision), pick_device(config.device)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if device.type != "cuda":
-        stored = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code).get_text_config().dtype
+        stored = _settings(config, folder).get_text_config().dtype
         dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
         return bool(size / (stored or dtype).itemsize * dtype.itemsize < 0.9 * psutil.virtual_memory().available)
     return bool(size < 0.9 * torch.cuda.mem_get_info(device)[0])
@@ -124,12 +124,7 @@ def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
 
     Parameters are on the meta device; buffers are real and on the device to run on. `ModelError` for a quantized one.
     """
-    try:
-        settings = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"MODEL: {config.model!r} cannot be loaded ({_first_line(error)}); check the checkpoint"
-        ) from error
+    settings = _settings(config, checkpoint.folder)
     if getattr(settings, "quantization_config", None) is not None:
         raise ModelError(f"MODEL: {config.model!r} is quantized, which cannot be streamed; use its bfloat16 checkpoint")
     floats = (entry.dtype for entry in checkpoint.values() if entry.dtype.is_floating_point)
@@ -144,17 +139,21 @@ def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
     return cast(nn.Module, model.eval())
 
 
-def load_structure(config: CheckpointConfig) -> nn.Module:
-    """The model without its weights (on the meta device): every module and shape, in no memory."""
-    folder = checkpoint_folder(config.model, config.revision)
+def _settings(config: CheckpointConfig, folder: Path) -> Any:
+    """What config.json says."""
     try:
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(
             f"MODEL: {config.model!r} cannot be built ({_first_line(error)}); check its config.json"
         ) from error
+
+
+def load_structure(config: CheckpointConfig) -> nn.Module:
+    """The model without its weights (on the meta device): every module and shape, in no memory."""
+    settings = _settings(config, checkpoint_folder(config.model, config.revision))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     return cast(nn.Module, model.eval())
 
 
