@@ -159,14 +159,7 @@ class _Served(Asker):
             messages = [self._message(requests[i].args[0]) for i in left]
             try:
                 asyncio.run(server.get_batched_requests(messages, left, generate=True, gen_kwargs=settings))
-            except (
-                aiohttp.ClientError,
-                TimeoutError,
-                json.JSONDecodeError,
-                UnicodeDecodeError,
-                LookupError,
-                TypeError,
-            ) as error:
+            except _FAULTS as error:
                 raise OptionError(f"{self.option}: {server.base_url!r} {_fault(error, server.timeout)}") from error
         until = requests[0].args[1].get("until", [])
         return [_cut(self._given[i], until) for i in range(len(requests))]
