@@ -253,7 +253,7 @@ _NUMBER = Cued(
     """,
     words=(
         *("us$", "zero", "one", "two", "three", "four", "fort", "five", "fif", "six", "seven", "eight", "nine", "ten"),
-        *("eleven", "twelve", "thir", "twen", "hundred", "thousand", "million", "billion"),
+        *("eleven", "twelve", "thirt", "twent", "hundred", "thousand", "million", "billion"),
     ),
     marks=r"[-−–\\$€£₫.\d]",
 )
