@@ -18,7 +18,7 @@ from .statements import (
     first_part,
     statements,
 )
-from .text import cued, normalise
+from .text import Cued, normalise
 
 
 def choice_in(reading: Reading, tail: str) -> str | None:
@@ -69,7 +69,7 @@ def label_at(reading: Reading, part: str, at: int) -> str | None:
         found = small
     label, after = found[1].upper(), part[found.end(1) :]
     marked = bracket or _MARK.match(after) is not None
-    known = any(label == choice for choice, _ in reading.choices)
+    known = label in [choice for choice, _ in reading.choices]
     if label.isdigit() and (not known or not marked):
         return None  # a number in the answer, not a label
     # "A" is a word too: without a mark, only what can be no word counts.
@@ -112,14 +112,13 @@ def statement(reading: Reading) -> str | None:
     return None
 
 
-_IS_THE_ANSWER = re.compile(
+_IS_THE_ANSWER = Cued(
     r"\b(?:is|are|was|would\ be|seems|là)\s(?:likely\s|probably\s|indeed\s|also\s)?(?:the\s|an?\s)?"
     r"(?:(?:most|more)\s\w{2,14}|answer|correct|right|best|only|true|false|đúng|chính\ xác|"
     r"phương\ án|đáp\ án|câu\ trả\ lời|lựa\ chọn)"
     r"(?:\s(?:correct|possible|likely|answer|choice|option|statement|one|response|đúng|chính\ xác|nhất))?",
-    re.IGNORECASE | re.VERBOSE,
+    words=("is", "are", "was", "would be", "seems", "là"),
 )
-_IS = ("is", "are", "was", "would be", "seems", "là")
 _NAMED_OPTION = r"(?:\b(?i:option|choice|answer|statement|đáp án|phương án|câu)\s|^|[(\[])[*(\[\"]{0,2}"
 _CHOSEN = re.compile(r"answer|choice|option|response|most|best|phương án|đáp án|câu trả lời|lựa chọn", re.IGNORECASE)
 
@@ -128,7 +127,7 @@ def is_the_answer(reading: Reading) -> str | None:
     """ "Option B is correct", "so the roof is the most likely answer". `NONE` if several options are."""
     values = []
     for sentence in reading.conclusion:
-        found = next(cued(_IS_THE_ANSWER, _IS, sentence), None)
+        found = next(iter(_IS_THE_ANSWER.matches(sentence)), None)
         if found is None:
             continue
         head = re.split(r"[,;:]\s(?:so|therefore|thus|hence|then|nên|but)\b|[;:]", sentence[: found.start()])[-1]
@@ -153,6 +152,8 @@ _NEXT_LINE_LABEL = re.compile(rf"\n{_LINE_LABEL.pattern}", re.IGNORECASE)
 
 def _lists_options(reading: Reading) -> bool:
     """Whether the answer goes through the options one by one, each in a line of its own."""
+    if reading.text.count("\n") < 2:
+        return False
     text = reading.text[:CONCLUSION]
     first = _LINE_LABEL.match(text)
     labels = [*([first[1]] if first else []), *_NEXT_LINE_LABEL.findall(text)]

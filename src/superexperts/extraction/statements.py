@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import re
 from collections.abc import Iterator
 from typing import Final, Literal
 
-from .text import at_lines, cued, first_sentence, normalise, sentences
+from .text import Cued, first_sentence, normalise, sentences
 
 __all__ = [
     "CONCLUSION",
@@ -82,8 +81,7 @@ LEAD = re.compile(
     rf"(?:{_OPENING}|(?:text|mathbf|mathrm|textbf)\{{|{_HEDGE}\b[\s:,]){{0,30}}", re.IGNORECASE | re.VERBOSE
 )
 
-_STATEMENT = re.compile(
-    r"""
+_STATEMENT_SOURCE = r"""
     \b(?:
       (?:answer|solution|result)s?\b[*_\]]{0,4}
         (?:\s?\([^()\n]{1,40}\))?                                              # the answer (Yes or No) is
@@ -95,26 +93,24 @@ _STATEMENT = re.compile(
     | (?:đáp\ án|câu\ trả\ lời|trả\ lời|phương\ án|lựa\ chọn|kết\ luận|kết\ quả)
         (?:\s(?:đúng(?:\ nhất)?|chính\ xác|cuối\ cùng|phù\ hợp|nhất)){0,3}(?:\scủa\ [^.\n:]{1,60}?)?
         \s?[*_]{0,3}(?:\slà\b[:：]?|[:：])
-    | (?:choose|pick|select|go\ with)\s(?:option\s|answer\s)?(?=[*(\["]{0,3}[A-H]\b)
-    | answer\s(?=["“'(\[*]{0,2}(?:\$?\d|[A-H]\b|yes\b|no\b))
-    | (?:đáp\ án|phương\ án|chọn)\s(?=[*(\["]{0,3}[A-H]\b)
+    | (?:choose|pick|select|go\ with)\s(?:option\s|answer\s)?(?=[*(\["]{0,3}[a-h]\b)
+    | answer\s(?=["“'(\[*]{0,2}(?:\$?\d|[a-h]\b|yes\b|no\b))
+    | (?:đáp\ án|phương\ án|chọn)\s(?=[*(\["]{0,3}[a-h]\b)
     | (?:actually|correction|wait|sorry|rather|i\ mean|on\ second\ thought|thực\ ra|đúng\ ra|nhầm|sửa\ lại)
         [,:;.!]{0,3}\s(?:no,?\s)?(?:the\ (?:correct\ )?answer\s|it|that|this|nó)?
         (?:\s?(?:is|'s|should\ be|must\ be)|\s(?:phải\ )?là)\b
-    | (?:approaches|factors|reasons|statements|options|choices)\sare\b(?=\s?:?\s?\(?[A-H]\b)
+    | (?:approaches|factors|reasons|statements|options|choices)\sare\b(?=\s?:?\s?\(?[a-h]\b)
     )
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
+    """
 _STATES = (
     *("answer", "solution", "result", "correct", "right", "best", "false", "true", "incorrect", "final", "accurate"),
     *("appropriate", "đáp", "câu", "trả", "phương", "lựa", "kết", "choose", "pick", "select", "go with", "chọn"),
     *("actually", "wait", "sorry", "rather", "i mean", "on second", "thực", "đúng", "nhầm", "sửa"),
 )
 """What a statement begins with."""
-_STATES_ARE = (*_STATES, "approaches", "factors", "reasons", "statements", "options", "choices")
-"""And where something is said of several."""
-_SHORT_STATEMENT = re.compile(r"\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：]\s")
+_STATE_SEVERAL = ("approaches", "factors", "reasons", "statements", "options", "choices")
+_STATEMENT = Cued(_STATEMENT_SOURCE, _STATES, where_are=_STATE_SEVERAL)
+_SHORT_STATEMENT = re.compile(r"^\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：]\s", re.MULTILINE)
 
 NOT = re.compile(r"(?:not|no\ longer|isn't|cannot|can't|unlikely|không\ phải|không)\b", re.IGNORECASE | re.VERBOSE)
 INSTEAD = re.compile(r"(?:\bbut(?: rather)?|\bit is|\bit's|\binstead|\brather|mà là)\s[:\s]{0,3}", re.IGNORECASE)
@@ -133,10 +129,9 @@ REFUSAL = re.compile(
 
 def statements(reading: Reading) -> Iterator[str]:
     """What follows each "the answer is", the last one first."""
-    words = _STATES_ARE if "are" in reading.text.lower() else _STATES
-    last = collections.deque((found.end() for found in cued(_STATEMENT, words, reading.text)), maxlen=LAST_STATEMENTS)
+    last = [found.end() for found in _STATEMENT.matches(reading.text)][-LAST_STATEMENTS:]
     if not last and reading.kind == "number":
-        last = collections.deque((found.end() for found in at_lines(_SHORT_STATEMENT, reading.text)), maxlen=1)
+        last = [found.end() for found in _SHORT_STATEMENT.finditer(reading.text)][-1:]
     for end in reversed(last):
         yield reading.text[end : end + TAIL]
 

@@ -5,7 +5,6 @@ Everything is linear in the text: no pattern has an unbounded repeat inside anot
 
 from __future__ import annotations
 
-import functools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -13,9 +12,8 @@ from decimal import Decimal
 from fractions import Fraction
 
 __all__ = [
+    "Cued",
     "Quantity",
-    "at_lines",
-    "cued",
     "find_numbers",
     "first_sentence",
     "normalise",
@@ -28,47 +26,43 @@ __all__ = [
 # ---- patterns that need not be tried at every character --------------------------------------------------------------
 
 
-def cued(
-    pattern: re.Pattern[str], words: Sequence[str], text: str, marks: re.Pattern[str] | None = None
-) -> Iterator[re.Match[str]]:
-    """`pattern.finditer(text)` for a pattern whose every match begins with one of `words`, whatever their case, or with
-    one of `marks`.
+class Cued:
+    """A pattern (verbose, in lower case, to be found whatever the case) whose every match begins with a cue.
 
-    The words are found by `str.find`: several times faster than a pattern that is tried at every character.
+    Cues are found by `str.find`, and only there the pattern is tried, on lower case: several times faster than one that
+    ignores case and is tried at every character.
     """
-    lower = text.lower()
-    if len(lower) != len(text) or "ı" in lower or "ſ" in lower:  # i and s to a pattern, but not to `lower`
-        yield from pattern.finditer(text)
-        return
-    if lower.isascii():
-        words = _ascii(tuple(words))
-    places = [] if marks is None else [found.start() for found in marks.finditer(text)]
-    for word in words:
-        at = lower.find(word) if word in lower else -1
-        while at >= 0:
-            places.append(at)
-            at = lower.find(word, at + 1)
-    end = 0
-    for at in sorted(places):
-        if at >= end and (found := pattern.match(text, at)):
-            yield found
-            end = found.end()
 
+    def __init__(
+        self, source: str, words: Sequence[str], marks: str | None = None, where_are: Sequence[str] = ()
+    ) -> None:
+        """The cues are `words`, the characters that the pattern `marks` finds, and `where_are`, which "are" follows."""
+        self._anywhere = re.compile(source, re.IGNORECASE | re.VERBOSE)
+        self._at_cue = re.compile(source, re.VERBOSE)
+        self._words = tuple(words)
+        self._ascii = tuple(filter(str.isascii, words))
+        self._where_are = tuple(where_are)
+        self._marks = None if marks is None else re.compile(marks)
 
-@functools.lru_cache(maxsize=16)
-def _ascii(words: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(filter(str.isascii, words))
-
-
-def at_lines(pattern: re.Pattern[str], text: str, start: int = 0) -> Iterator[re.Match[str]]:
-    """What `finditer` gives from `start` on for a pattern that is tied to the beginning of a line."""
-    newline = -1 if start == 0 else text.find("\n", start - 1)
-    end = 0
-    while newline >= 0 or start == 0:
-        if newline + 1 >= end and (found := pattern.match(text, newline + 1)):
-            yield found
-            end = found.end()
-        start, newline = -1, text.find("\n", newline + 1)
+    def matches(self, text: str) -> list[re.Match[str]]:
+        """All that a pattern's `finditer` gives; what is found is in lower case."""
+        lower = text.lower()
+        if len(lower) != len(text) or "ı" in lower or "ſ" in lower:  # i and s to a pattern, but not to `lower`
+            return list(self._anywhere.finditer(text))
+        places = [] if self._marks is None else [mark.start() for mark in self._marks.finditer(lower)]
+        words = self._ascii if lower.isascii() else self._words
+        for word in (*words, *self._where_are) if self._where_are and "are" in lower else words:
+            at = lower.find(word) if word in lower else -1
+            while at >= 0:
+                places.append(at)
+                at = lower.find(word, at + 1)
+        places.sort()
+        found, end = [], 0
+        for at in places:
+            if at >= end and (match := self._at_cue.match(lower, at)):
+                found.append(match)
+                end = match.end()
+        return found
 
 
 # ---- the answer's own text ------------------------------------------------------------------------------------------
@@ -129,26 +123,32 @@ def own_turn(text: str, question: str = "", choices: Sequence[tuple[str, str]] =
     role = _ROLE.match(text)
     start = role.end() if role else 0
     end = len(text)
-    repeated = " ".join(question.split(None, 6)[:6])
     passed = start
     for begin, after in _turns(text, start):
         if begin < passed:
             continue  # inside the one before
         passed = after
-        again = repeated and repeated in " ".join(text[after : after + 200].split())
-        if not again or re.search(r"\w", text[start:begin]):
+        if not _repeats(text[after : after + 200], question) or re.search(r"\w", text[start:begin]):
             end = begin
             break
-    for marker in (_LATER_ROLE, _ASKED) if "\n" in text else ():
+    if "\n" not in text:
+        return text[start:end]
+    for marker in (_LATER_ROLE, _ASKED) if "?" in text else (_LATER_ROLE,):
         later = marker.search(text, start, end)
-        if later and text[start : later.start()].strip() and not (repeated and repeated in " ".join(later[0].split())):
+        if later and text[start : later.start()].strip() and not _repeats(later[0], question):
             end = later.start()
-    if choices and "\n" in text:
+    if choices:
         listed = _LISTED.search(text, start, end)
         if listed and normalise(listed[1]).strip() not in normalise(" ".join(f"{a} {b}" for a, b in choices)):
             before = max(text.rfind("\n\n", start, listed.start()), start)
             end = before if before > start else listed.start()
     return text[start:end]
+
+
+def _repeats(text: str, question: str) -> bool:
+    """Whether a text holds the question's first words."""
+    words = " ".join(question.split(None, 6)[:6])
+    return bool(words) and words in " ".join(text.split())
 
 
 def _turns(text: str, start: int) -> list[tuple[int, int]]:
@@ -240,9 +240,9 @@ _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 _WORD = "|".join([*_WORDS, *_SCALES])
 
 _DIGITS = r"\d{1,3}(?:,\d{3}){1,9}(?!\d)(?:\.\d{1,30})?|\d{1,30}(?!\d)(?:\.\d{1,30})?|\.\d{1,30}"
-_NUMBER = re.compile(
+_NUMBER = Cued(
     rf"""
-    (?P<sign>(?<![\w)])[-−–])?(?:\\?[$€£₫]\s?|US\$)?(?P<sign2>(?<=[$€£₫])[-−])?
+    (?P<sign>(?<![\w)])[-−–])?(?:\\?[$€£₫]\s?|us\$)?(?P<sign2>(?<=[$€£₫])[-−])?
     (?:
       \\[dt]?frac\{{(?P<top>\d{{1,30}})\}}\{{(?P<bottom>\d{{1,30}})\}}
       | (?<![\w.^])(?P<digits>{_DIGITS})
@@ -251,21 +251,17 @@ _NUMBER = re.compile(
     )
     | (?<![\w-])(?P<words>(?:{_WORD})(?:(?:\s|-|\sand\s)(?:{_WORD})){{0,12}})(?![\w-])
     """,
-    re.IGNORECASE | re.VERBOSE,
+    words=(
+        *("us$", "zero", "one", "two", "three", "four", "fort", "five", "fif", "six", "seven", "eight", "nine", "ten"),
+        *("eleven", "twelve", "thirt", "twent", "hundred", "thousand", "million", "billion"),
+    ),
+    marks=r"[-−–\\$€£₫.\d]",
 )
-
-
-_NUMBER_MARKS = re.compile(r"[-−–\\$€£₫.\d]")
-_NUMBER_WORDS = (
-    *("us$", "zero", "one", "two", "three", "four", "fort", "five", "fif", "six", "seven", "eight", "nine", "ten"),
-    *("eleven", "twelve", "thir", "twen", "hundred", "thousand", "million", "billion"),
-)
-"""What a number that is no figure begins with."""
 
 
 def find_numbers(text: str) -> Iterator[Quantity]:
     """Every number of a text in order: digits with commas, signs, decimals, fractions, and English number words."""
-    for found in cued(_NUMBER, _NUMBER_WORDS, text, _NUMBER_MARKS):
+    for found in _NUMBER.matches(text):
         if found["words"]:
             value = str(_from_words(found["words"].lower()))
         elif found["top"]:
