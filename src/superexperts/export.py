@@ -10,6 +10,7 @@ from typing import Any, cast
 from transformers import AutoModelForCausalLM
 
 from . import lora
+from .checkpoint import Checkpoint
 from .config import CheckpointConfig, identity
 from .config_adapters import ExportConfig
 from .console import note
@@ -18,7 +19,6 @@ from .factors import expert_names, injected_keys, read_factors, save_layout
 from .layouts import write_fused, write_per_expert
 from .model import checkpoint_folder, load_as_stored, load_structure, load_tokenizer
 from .rundir import completed, fingerprint, new_folder, read_json, write_manifest, write_text
-from .tensor_names import stored_names
 
 __all__ = ["run"]
 
@@ -71,7 +71,8 @@ def _merged(adapter: Path, checkpoint: CheckpointConfig, out: Path) -> dict[str,
     load_tokenizer(checkpoint).save_pretrained(out)
     for code in checkpoint_folder(checkpoint.model, checkpoint.revision).glob("*.py"):
         shutil.copy2(code, out / code.name)
-    return {"keys": len(stored_names(out)), "bytes": _size(out)}
+    with Checkpoint(out) as written:
+        return {"keys": len(written), "bytes": _size(out)}
 
 
 def _adapter(layout: str, adapter: Path, checkpoint: CheckpointConfig, base: Path, out: Path) -> dict[str, Any]:
@@ -90,7 +91,8 @@ def _adapter(layout: str, adapter: Path, checkpoint: CheckpointConfig, base: Pat
         )
     else:
         # An engine takes keys that fit nothing without a word, so each must be a weight of the checkpoint.
-        stored = stored_names(base)
+        with Checkpoint(base) as checkpoint_tensors:
+            stored = set(checkpoint_tensors)
         strangers = [
             name
             for key in tensors

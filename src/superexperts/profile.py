@@ -29,7 +29,7 @@ from .model import checkpoint_folder, empty_model, fits_in_memory, load_model, l
 from .plots import plot_heatmap, plot_layers
 from .plots_corpora import plot_corpora, plot_top
 from .processes import merged, my_share
-from .profile_streamed import profile_streamed, quick_look
+from .profile_streamed import banks_below, profile_streamed, quick_look
 from .recorder import Recorder
 from .rundir import MANIFEST, completed, fingerprint, input_key, prepare_folder, read_json, write_json, write_manifest
 from .select import layers_below, peak, super_experts
@@ -60,9 +60,7 @@ def profile_corpus(
     """
     mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
     device = next(model.parameters()).device
-    banks = [bank for bank in moe.find_banks(model) if bank.layer < layers_below(depth, num_layers(model))]
-    if not banks:
-        raise OptionError(f"--depth: {depth} leaves no MoE layer of {num_layers(model)} layers; give a larger share")
+    banks = banks_below(model, depth)
     recorder = Recorder(moe.expert_keys(banks), ids_BL)
     starts = my_share(range(0, len(ids_BL), batch_size))
     with (

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import moe
 from .artifacts import CorpusProfile, ExpertKey, Statistic
@@ -24,13 +24,22 @@ from .recorder import Recorder
 from .select import layers_below, super_experts
 from .stream import StreamedModel
 
-__all__ = ["profile_streamed", "quick_look"]
+__all__ = ["banks_below", "profile_streamed", "quick_look"]
 
 QUICK_LENGTH = 64
 """Tokens of a sequence of the quick look: attention sinks and with them super experts show on the first ones."""
 FIRST_ROUNDS = 4
 SAME_ROUNDS = 3
 """Rounds after which the super experts must have stayed the same."""
+
+
+def banks_below(model: nn.Module, depth: float) -> list[moe.Bank]:
+    """The banks of the layers below round(depth x layers); `OptionError` if there is none."""
+    layers = num_layers(model)
+    banks = [bank for bank in moe.find_banks(model) if bank.layer < layers_below(depth, layers)]
+    if not banks:
+        raise OptionError(f"--depth: {depth} leaves no MoE layer of {layers} layers; give a larger share")
+    return banks
 
 
 @torch.inference_mode()
@@ -48,14 +57,14 @@ def profile_streamed(
 
     Between two layers hidden states are kept in memory, or past `budget` bytes in a file without a name in `folder`.
     """
-    layers = _layers(streamed, depth)
+    banks = banks_below(streamed.model, depth)
+    layers = range(banks[-1].layer + 1)
     batches = my_share(range(0, len(ids_SL), batch_size))
-    recorder = Recorder(_keys(streamed, layers), ids_SL)
-    path = next(iter(streamed.banks.values())).path
+    recorder = Recorder(moe.expert_keys(banks), ids_SL)
     hidden: dict[int, Tensor] = {}
     with (
         moe.tapped(streamed.model, recorder),
-        layer_by_layer(streamed.model, path) as run,
+        layer_by_layer(streamed.model, banks[0].path) as run,
         streamed.running(layers, whole=True) as loaded,
         progress(description, len(layers) * len(batches)) as bar,
     ):
@@ -93,13 +102,13 @@ def quick_look(
     settled, twice as many follow. At the end of the corpus the answer is given as not stable.
     """
     ids_SL = ids_SL[:, :QUICK_LENGTH].contiguous()
-    layers = _layers(streamed, depth)
-    total = Recorder(_keys(streamed, layers), ids_SL)
+    banks = banks_below(streamed.model, depth)
+    total = Recorder(moe.expert_keys(banks), ids_SL)
     sets: list[frozenset[ExpertKey]] = []
     while len(sets) < len(ids_SL):
         first, count = len(sets), FIRST_ROUNDS if not sets else 2 * len(sets)
-        rounds = [Recorder(_keys(streamed, layers), ids_SL) for _ in range(min(count, len(ids_SL) - first))]
-        _one_pass(streamed, layers, ids_SL[first : first + len(rounds)], rounds, first, description)
+        rounds = [Recorder(moe.expert_keys(banks), ids_SL) for _ in range(min(count, len(ids_SL) - first))]
+        _one_pass(streamed, banks, ids_SL[first : first + len(rounds)], rounds, first, description)
         for recorder in rounds:
             total.merge(recorder)
             found = super_experts(total.rows(), num_layers(streamed.model), depth=depth, statistic=statistic)
@@ -114,7 +123,7 @@ def quick_look(
 
 def _one_pass(
     streamed: StreamedModel,
-    layers: Sequence[int],
+    banks: Sequence[moe.Bank],
     ids_BL: Tensor,
     rounds: Sequence[Recorder],
     first: int,
@@ -138,28 +147,15 @@ def _one_pass(
                 )
             )
 
-    path = next(iter(streamed.banks.values())).path
+    layers = range(banks[-1].layer + 1)
     hidden = None
     ids_BL = ids_BL.to(streamed.device)
     with (
         moe.tapped(streamed.model, tap, streamed.experts),
-        layer_by_layer(streamed.model, path) as run,
+        layer_by_layer(streamed.model, banks[0].path) as run,
         streamed.running(layers, whole=False) as loaded,
         progress(description, len(layers)) as bar,
     ):
         for layer in loaded:
             hidden = run(layer, hidden, input_ids=ids_BL, use_cache=False)
             bar()
-
-
-def _layers(streamed: StreamedModel, depth: float) -> range:
-    """The layers to run: those below `depth`, up to the last one with experts."""
-    layers = num_layers(streamed.model)
-    last = max((layer for layer in streamed.banks if layer < layers_below(depth, layers)), default=None)
-    if last is None:
-        raise OptionError(f"--depth: {depth} leaves no MoE layer of {layers} layers; give a larger share")
-    return range(last + 1)
-
-
-def _keys(streamed: StreamedModel, layers: Sequence[int]) -> list[ExpertKey]:
-    return [key for layer, bank in streamed.banks.items() if layer in layers for key in bank.expert_keys()]

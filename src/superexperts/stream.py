@@ -38,7 +38,7 @@ from .errors import ModelError
 __all__ = ["StreamedModel"]
 
 READERS = 2
-"""Threads that read experts ahead; more than two did not read faster."""
+"""Threads that read experts ahead."""
 AHEAD = 6
 """Experts read ahead of the one that computes."""
 
@@ -67,6 +67,8 @@ class StreamedModel:
             for name in (moe.up_name(bank.module), "down_proj")
             if (parts := self._expert_parts(bank, name)) is not None
         }
+        self._alone = {f"{self.banks[layer].path}.{name}" for layer, name in self._experts}
+        """Names of the parameters that are read expert by expert."""
         self._spare: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = collections.defaultdict(list)
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 
@@ -104,7 +106,7 @@ class StreamedModel:
         What was yielded is overwritten once the next is asked for.
         """
         names = (moe.up_name(self.banks[layer].module), "down_proj")
-        if not all((layer, name) in self._experts for name in names):
+        if not self.holds_alone(layer):
             bank = cast(Any, self.banks[layer].module)
             yield from ({name: getattr(bank, name)[expert] for name in names} for expert in experts)
             return
@@ -141,10 +143,9 @@ class StreamedModel:
         """Fills a layer's modules but for its experts; if they will be wanted `whole`, the kernel fetches them ahead
         into its own cache, which costs no memory that it could not have back."""
         prefix = f"{self._decoder}.{layer}."
-        alone = {self._expert_name(place) for place in self._experts if place[0] == layer}
-        self._fill([name for name in self._homes if name.startswith(prefix) and name not in alone])
+        self._fill([name for name in self._homes if name.startswith(prefix) and name not in self._alone])
         names = (prefix + name for name, _ in self._layers[layer].named_parameters())
-        self._check_full(name for name in names if name not in alone)
+        self._check_full(name for name in names if name not in self._alone)
         if whole:
             self.checkpoint.read_ahead(
                 entry
@@ -215,7 +216,7 @@ class StreamedModel:
         if parameter.device.type == "meta":
             return
         setattr(module, last, nn.Parameter(parameter.to("meta"), requires_grad=False))
-        if any(self._expert_name(place) == name for place in self._experts):
+        if name in self._alone:
             self._give(parameter.data)
 
     def _take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -231,9 +232,6 @@ class StreamedModel:
     def _is_outside(self, name: str) -> bool:
         """Whether a parameter is the decoder's own, in none of its layers (embeddings, a norm)."""
         return name.startswith(self._decoder.rpartition(".")[0]) and not name.startswith(self._decoder + ".")
-
-    def _expert_name(self, place: tuple[int, str]) -> str:
-        return f"{self.banks[place[0]].path}.{place[1]}"
 
     def _expert_parts(self, bank: moe.Bank, name: str) -> list[Parts] | None:
         """Per expert of the bank the pieces of its matrix; None where the checkpoint keeps them in another order, which
