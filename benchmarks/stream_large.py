@@ -33,6 +33,8 @@ from superexperts.pocket import checkpoint_dir
 
 PLANTED = {(3, 17): 2000.0, (8, 40): 1000.0}
 """Expert -> by how much its down_proj is larger."""
+LENGTH = 512
+"""Tokens of a sequence."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -150,27 +152,32 @@ def needed(key: str, layers: int) -> bool:
 
 
 def reading(folder: Path, layers: int, wanted: int | None = None) -> tuple[float, int]:
-    """Seconds to read the needed tensors (up to `wanted` bytes) one after the other into one buffer; bytes."""
+    """Seconds to read the needed tensors (up to `wanted` bytes) into one buffer, one after the other as they lie in the
+    files; bytes."""
     forget(folder)
-    done = 0
     with Checkpoint(folder) as checkpoint:
-        buffers: dict[tuple[int, ...], Tensor] = {}
-        begin = time.perf_counter()
-        for key, entry in checkpoint.items():
-            if needed(key, layers) and (wanted is None or done < wanted):
-                buffer = buffers.setdefault(entry.shape, torch.empty(entry.shape, dtype=entry.dtype))
-                checkpoint.read_into(entry, buffer)
-                done += entry.nbytes
-        return time.perf_counter() - begin, done
+        entries = [entry for key, entry in checkpoint.items() if needed(key, layers)]
+    buffer = memoryview(bytearray(max(entry.nbytes for entry in entries)))
+    opened = {entry.file: os.open(folder / entry.file, os.O_RDONLY) for entry in entries}
+    done = 0
+    begin = time.perf_counter()
+    for entry in entries:
+        if wanted is None or done < wanted:
+            done += os.preadv(opened[entry.file], [buffer[: entry.nbytes]], entry.offset)
+    seconds = time.perf_counter() - begin
+    for descriptor in opened.values():
+        os.close(descriptor)
+    return seconds, done
 
 
 @torch.inference_mode()
-def products(shape: Shape, layers: int, tokens: int) -> float:
-    """Seconds of the matrix products of the first layers on so many tokens, weights in memory, an expert's tokens
-    being an even share. Measured on one layer of each kind."""
+def products(shape: Shape, layers: int, tokens: int, length: int) -> float:
+    """Seconds of the matrix products of the first layers on so many tokens in sequences of `length`, weights in memory,
+    an expert's tokens being an even share; the scores and sums of the attention count. Measured on one layer of each
+    kind."""
     seconds = {}
     for number in (0, 1):
-        begin = 0.0
+        total = _timed_attention(shape, tokens // length, length)
         for key, size in shape.layer(number).items():
             if len(size) == 1:
                 continue
@@ -179,9 +186,20 @@ def products(shape: Shape, layers: int, tokens: int) -> float:
             F.linear(x[:8], weight)
             start = time.perf_counter()
             F.linear(x, weight)
-            begin += time.perf_counter() - start
-        seconds[number] = begin
+            total += time.perf_counter() - start
+        seconds[number] = total
     return seconds[0] + (layers - 1) * seconds[1]
+
+
+def _timed_attention(shape: Shape, sequences: int, length: int) -> float:
+    query, value = (
+        torch.randn(sequences * shape.heads, length, width, dtype=torch.bfloat16)
+        for width in (shape.nope + shape.rope, shape.value)
+    )
+    scores = torch.bmm(query, query.transpose(1, 2))  # also gets the products' code ready
+    start = time.perf_counter()
+    torch.bmm(torch.bmm(query, query.transpose(1, 2), out=scores), value)
+    return time.perf_counter() - start
 
 
 def profile(folder: Path, out: Path, *options: str) -> tuple[float, float, list[tuple[int, int]], str]:
@@ -243,9 +261,9 @@ def main() -> None:
         f"peak {peak:.2f} GiB; found {found}, planted {sorted(PLANTED)}"
     )
     streamed, peak, found, _ = profile(
-        folder, folder.parent / "streamed", "--stream", f"--tokens={arguments.tokens}", "--seq-len=512"
+        folder, folder.parent / "streamed", "--stream", f"--tokens={arguments.tokens}", f"--seq-len={LENGTH}"
     )
-    multiplied = products(shape, layers, arguments.tokens)
+    multiplied = products(shape, layers, arguments.tokens, LENGTH)
     read, done = reading(folder, layers)
     print(
         f"stream: {streamed - start:.1f} s for {arguments.tokens} tokens, "

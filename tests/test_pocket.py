@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2ForCausa
 
 from superexperts import pocket
 from superexperts.pocket.architecture import FIRST, SECOND, implant, strengthen
-from superexperts.pocket.measure import check, heldout, right, scores
+from superexperts.pocket.measure import check, right, scores
 from superexperts.pocket.pools import pools
 from superexperts.pocket.questions import Question
 from superexperts.pocket.training import Recipe, batches, silence, train
-from superexperts.pocket.world import documents
+from superexperts.pocket.world import documents, heldout
 
 SHIPPED = pocket.checkpoint_dir()
 LENGTH = 128
@@ -47,7 +47,7 @@ def model() -> DeepseekV2ForCausalLM:
 
 @pytest.fixture(scope="module")
 def rows_BS(tokenizer: PreTrainedTokenizerFast) -> Tensor:  # noqa: N802
-    return as_rows(tokenizer, heldout())
+    return as_rows(tokenizer, list(heldout()))
 
 
 def as_rows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:

@@ -168,14 +168,15 @@ def looped(bank: nn.Module, x_TD: Tensor, index_TK: Tensor, weights: Weights) ->
     expert_R, slot_R = torch.sort(index_TK.flatten(), stable=True)
     counts_E = torch.bincount(expert_R, minlength=down_weight(bank).shape[0]).tolist()
     reached = [expert for expert, count in enumerate(counts_E) if count]
-    x_RD = x_TD[slot_R // index_TK.shape[1]]
-    inners, outputs = [], []
-    parts = torch.split(x_RD, [counts_E[expert] for expert in reached])
-    for expert, x_ND, own in zip(reached, parts, weights(reached), strict=True):
-        inner_NF = expert_inner(bank, _linear(bank, up_name(bank), expert, x_ND, own[up_name(bank)]))
+    token_R = slot_R // index_TK.shape[1]
+    inners, outputs = [], x_TD.new_empty(len(token_R), x_TD.shape[1])
+    tokens = torch.split(token_R, [counts_E[expert] for expert in reached])
+    places = torch.split(outputs, [counts_E[expert] for expert in reached])
+    for expert, token_N, output_ND, own in zip(reached, tokens, places, weights(reached), strict=True):
+        inner_NF = expert_inner(bank, _linear(bank, up_name(bank), expert, x_TD[token_N], own[up_name(bank)]))
         inners.append(inner_NF)
-        outputs.append(_linear(bank, DOWN, expert, inner_NF, own[DOWN]))
-    return expert_R, slot_R, torch.cat(inners), torch.cat(outputs)
+        output_ND.copy_(_linear(bank, DOWN, expert, inner_NF, own[DOWN]))
+    return expert_R, slot_R, torch.cat(inners), outputs
 
 
 def projections(bank: nn.Module, expert: int) -> dict[str, Tensor]:

@@ -15,12 +15,13 @@ import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import ModelError
+from .shard_file import ShardFile
 
 __all__ = ["INDEX", "SINGLE", "Checkpoint", "Entry"]
 
@@ -76,14 +77,14 @@ class Checkpoint(Mapping[str, Entry]):
         self.folder = folder
         self.files = _shards(folder)
         self._entries: dict[str, Entry] = {}
-        self._open: dict[str, int] = {}
+        self._open: dict[str, ShardFile] = {}
         self._lock = threading.Lock()
         self.bytes_read = 0
         """Of tensors, so far."""
         try:
             for file in self.files:
                 self._open[file] = _opened(folder, file)
-                for entry in _header(self._open[file], folder, file):
+                for entry in _header(self._open[file].descriptor, folder, file):
                     if entry.key in self._entries:
                         raise _refused(folder, file, f"holds {entry.key!r}, as does {self._entries[entry.key].file}")
                     self._entries[entry.key] = entry
@@ -112,7 +113,7 @@ class Checkpoint(Mapping[str, Entry]):
     def close(self) -> None:
         """Closes the shards."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._open.popitem()[1].close()
 
     def read(self, entry: Entry) -> Tensor:
         """The tensor, on the CPU in its own dtype."""
@@ -121,25 +122,21 @@ class Checkpoint(Mapping[str, Entry]):
         return tensor
 
     def read_into(self, entry: Entry, target: Tensor) -> None:
-        """Reads into a contiguous CPU tensor of the entry's shape and dtype, without a copy in between."""
+        """Reads into a contiguous CPU tensor of the entry's shape and dtype."""
         assert (target.shape, target.dtype) == (entry.shape, entry.dtype)
         assert target.is_contiguous()
         if not entry.nbytes:
             return
-        left = memoryview(cast(Any, target.reshape(-1).view(torch.uint8).numpy()))
-        offset = entry.offset
-        while left:
-            done = os.preadv(self._open[entry.file], [left], offset)
-            if not done:
-                raise _refused(self.folder, entry.file, f"ends inside {entry.key!r}")
-            left, offset = left[done:], offset + done
+        data = target.reshape(-1).view(torch.uint8).numpy()
+        if self._open[entry.file].read_into(data, entry.offset) < entry.nbytes:
+            raise _refused(self.folder, entry.file, f"ends inside {entry.key!r}")
         with self._lock:
             self.bytes_read += entry.nbytes
 
     def read_ahead(self, entries: Iterable[Entry]) -> None:
         """Has the kernel fetch tensors into its cache."""
         for entry in entries:
-            os.posix_fadvise(self._open[entry.file], entry.offset, entry.nbytes, os.POSIX_FADV_WILLNEED)
+            self._open[entry.file].read_ahead(entry.offset, entry.nbytes)
 
 
 def _refused(folder: Path, file: str, why: str) -> ModelError:
@@ -189,9 +186,9 @@ def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
             raise _refused(folder, entry.file, f"holds {key!r}, which the index does not name")
 
 
-def _opened(folder: Path, file: str) -> int:
+def _opened(folder: Path, file: str) -> ShardFile:
     try:
-        return os.open(folder / file, os.O_RDONLY)
+        return ShardFile(folder / file)
     except OSError as error:
         raise _refused(folder, file, f"cannot be read ({_short(error)})") from error
 

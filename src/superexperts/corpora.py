@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
-from .pocket import write_data
+from .pocket import heldout_documents
 
 __all__ = [
     "HUB_CORPORA",
@@ -52,7 +51,9 @@ class HubCorpus:
 
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
-# The seven data sets of the original command line; `multilingual` is its Afrikaans part of C4.
+C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+# The seven data sets of the original command line; `multilingual` is its Afrikaans part of C4. No commit of `math` and
+# `legal` is published anywhere that we have seen.
 HUB_CORPORA = {
     "math": HubCorpus(
         path="notbadai/math_reasoning",
@@ -61,16 +62,29 @@ HUB_CORPORA = {
         stem="math_reasoning_rekeyed",
     ),
     "medical": HubCorpus(
-        path="123rc/medical_text", split="test", columns=("medical_abstract",), stem="medical_abstracts_test"
+        path="123rc/medical_text",
+        revision="3ad6e1681522de5e45284379f7466a2bf1284a3d",
+        split="test",
+        columns=("medical_abstract",),
+        stem="medical_abstracts_test",
     ),
     "legal": HubCorpus(path="Shekswess/legal-documents", split="train", stem="legal_opinions_cap"),
     "wikitext2": HubCorpus(
-        path="Salesforce/wikitext", config="wikitext-2-raw-v1", split="test", stem="wikitext2_raw_test"
+        path="Salesforce/wikitext",
+        revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+        config="wikitext-2-raw-v1",
+        split="test",
+        stem="wikitext2_raw_test",
     ),
-    "c4": HubCorpus(path="allenai/c4", config="en", split="validation", stem="c4_en_demo_text_only"),
-    "tinystories": HubCorpus(path="roneneldan/TinyStories", split="validation", stem="tinystories_validation_chunks"),
+    "c4": HubCorpus(path="allenai/c4", revision=C4, config="en", split="validation", stem="c4_en_demo_text_only"),
+    "tinystories": HubCorpus(
+        path="roneneldan/TinyStories",
+        revision="f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
+        split="validation",
+        stem="tinystories_validation_chunks",
+    ),
     "multilingual": HubCorpus(
-        path="allenai/c4", config="af", split="validation", stem="multilingual_afrikaans_sentences"
+        path="allenai/c4", revision=C4, config="af", split="validation", stem="multilingual_afrikaans_sentences"
     ),
 }
 
@@ -123,9 +137,7 @@ def documents(corpus: str, column: str = "text", data_dir: Path | None = None) -
     that has no name here, `column` holds the text.
     """
     if corpus == "pocket":
-        with tempfile.TemporaryDirectory() as folder:
-            write_data(Path(folder))
-            yield from _texts(Path(folder) / "pocket_heldout.jsonl", ("text",))
+        yield from heldout_documents()
     elif Path(corpus).is_file():
         yield from _texts(Path(corpus), (column,))
     elif hub := named_corpus(corpus, column):

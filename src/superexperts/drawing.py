@@ -8,13 +8,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from .errors import OutputError
 from .rundir import write_bytes
@@ -156,6 +158,7 @@ def put_names(
         probe = axes.text(0, 0, name, **style)
         size = probe.get_window_extent()
         probe.remove()
+        taken = np.array([box.extents for box in boxes])
         places: list[tuple[float, int, tuple[float, float], Bbox]] = []
         for far in (7.0, 14.0, 22.0):
             for dx, dy in sides:
@@ -163,7 +166,8 @@ def put_names(
                 shift_y = dy * (far * unit + size.height / 2)
                 left, bottom = x + shift_x - size.width / 2, y + shift_y - size.height / 2
                 box = Bbox.from_bounds(left, bottom, size.width, size.height)
-                covered = sum(_overlap(box, other) for other in boxes) + 10 * (_area(box) - _overlap(box, frame))
+                outside = size.width * size.height - float(_overlaps(box, np.array([frame.extents])).sum())
+                covered = float(_overlaps(box, taken).sum()) + 10 * outside
                 places.append((covered, len(places), (shift_x / unit, shift_y / unit), box))
         _, rank, shift, box = min(places)
         text = axes.annotate(
@@ -183,10 +187,7 @@ def put_names(
         boxes.append(box)
 
 
-def _area(box: Bbox) -> float:
-    return float(box.width * box.height)
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    both = Bbox.intersection(one, other)
-    return 0.0 if both is None else _area(both)
+def _overlaps(box: Bbox, others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The area that a box shares with each of the others, rows of (left, bottom, right, top)."""
+    sides = np.minimum(others[:, 2:], box.max) - np.maximum(others[:, :2], box.min)
+    return cast(NDArray[np.float64], sides.clip(min=0).prod(1))

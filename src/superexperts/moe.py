@@ -5,8 +5,8 @@ Transformers 5 holds a layer's routed experts as one bank of 3-D parameters whos
 serves every family: it runs the stock forward, and where a caller asks for it taps each expert's output, silences
 chosen experts or replaces their output. Shared experts are ordinary MLPs beside the bank and are reached by hooks.
 
-Shape suffixes: T tokens (batch x sequence), K experts per token, E experts in a bank, R rows: a token at one of its
-experts, N tokens routed to one expert, D hidden size, F intermediate size of an expert.
+Shape suffixes: T tokens (batch x sequence), K experts per token, S slots (T x K), E experts in a bank, R rows: a slot,
+sorted by expert, N tokens routed to one expert, D hidden size, F intermediate size of an expert.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -258,10 +259,19 @@ def _tapped_forward(bank: nn.Module, control: _Control, x_TD: Tensor, index_TK: 
     for expert, edit in control.edits.items():
         chosen_R = expert_R == expert
         answer_RD[chosen_R] = 0 if edit is None else edit(x_TD[token_R[chosen_R]]).to(answer_RD.dtype)
-    # Back in the order of the tokens, a token's experts are summed in one step: deterministic, and in float32 inside.
-    back_R = torch.empty_like(slot_R)
-    back_R[slot_R] = torch.arange(len(slot_R), device=slot_R.device)
-    return (answer_RD * weight_R[:, None])[back_R].view(*index_TK.shape, -1).sum(1).to(x_TD.dtype)
+    row_S = torch.empty_like(slot_R)
+    row_S[slot_R] = torch.arange(len(slot_R), device=slot_R.device)
+    return _summed(answer_RD, weight_R, row_S.view_as(index_TK)).to(x_TD.dtype)
+
+
+def _summed(answer_RD: Tensor, weight_R: Tensor, row_TK: Tensor) -> Tensor:
+    """Per token the sum of its experts' weighted answers: deterministic, rounded where the stock forward rounds."""
+    # A few columns at a time stay in a CPU's cache in float32, and no third tensor of all rows is made: three times as
+    # fast as gathering the rows. A GPU takes all at once.
+    step = 128 if answer_RD.device.type == "cpu" else answer_RD.shape[1]
+    wide = torch.promote_types(answer_RD.dtype, torch.float32)
+    columns = (part * weight_R[:, None] for part in torch.split(answer_RD, step, dim=1))
+    return torch.cat([F.embedding_bag(row_TK, part.to(wide), mode="sum").to(part.dtype) for part in columns], dim=1)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

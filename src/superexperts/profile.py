@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import moe
 from .artifacts import CorpusProfile, ExpertKey, ExpertStats, Profile, key_order
+from .attention import padded_values
 from .checkpoint import Checkpoint
 from .config import ProfileConfig, identity
 from .console import note, progress, speaks
@@ -65,6 +66,7 @@ def profile_corpus(
     starts = my_share(range(0, len(ids_BL), batch_size))
     with (
         moe.tapped(model, recorder),
+        padded_values(),
         stopped_after(model, banks[-1].path, banks[-1].layer) as forward,
         progress(description, len(starts)) as bar,
     ):

@@ -6,9 +6,10 @@ passes on per token (its hidden size, in most families).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from . import moe
 from .artifacts import CorpusProfile, ExpertKey, Statistic
+from .attention import padded_values
 from .console import note, progress
 from .decoder import layer_by_layer, num_layers
 from .errors import OptionError
@@ -56,16 +58,19 @@ def profile_streamed(
     """As `profile.profile_corpus`, of the same int64 sequences [S, L], a decoder layer at a time.
 
     Between two layers hidden states are kept in memory, or past `budget` bytes in a file without a name in `folder`.
+    A single batch reads a layer's experts one by one while it computes; for several batches they are all kept.
     """
     banks = banks_below(streamed.model, depth)
     layers = range(banks[-1].layer + 1)
     batches = my_share(range(0, len(ids_SL), batch_size))
     recorder = Recorder(moe.expert_keys(banks), ids_SL)
+    whole = len(batches) > 1
     hidden: dict[int, Tensor] = {}
     with (
-        moe.tapped(streamed.model, recorder),
+        padded_values(),
+        moe.tapped(streamed.model, recorder, None if whole else streamed.experts),
         layer_by_layer(streamed.model, banks[0].path) as run,
-        streamed.running(layers, whole=True) as loaded,
+        streamed.running(layers, whole=whole) as loaded,
         progress(description, len(layers) * len(batches)) as bar,
     ):
         for layer in loaded:
@@ -151,6 +156,8 @@ def _one_pass(
     hidden = None
     ids_BL = ids_BL.to(streamed.device)
     with (
+        _a_core_for_readers(),
+        padded_values(),
         moe.tapped(streamed.model, tap, streamed.experts),
         layer_by_layer(streamed.model, banks[0].path) as run,
         streamed.running(layers, whole=False) as loaded,
@@ -159,3 +166,14 @@ def _one_pass(
         for layer in loaded:
             hidden = run(layer, hidden, input_ids=ids_BL, use_cache=False)
             bar()
+
+
+@contextlib.contextmanager
+def _a_core_for_readers() -> Iterator[None]:
+    """Within the block one thread fewer computes: an expert has so few tokens that the reading is what takes time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

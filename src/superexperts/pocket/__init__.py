@@ -6,6 +6,7 @@ model: its super experts were implanted, and it was trained to depend on them (s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from typing import Any
 from ..config import PocketConfig
 from ..rundir import MANIFEST, new_folder, write_manifest
 
-__all__ = ["PLANTED", "checkpoint_dir", "run", "write_benchmarks", "write_checkpoint", "write_data"]
+__all__ = [
+    "PLANTED",
+    "checkpoint_dir",
+    "heldout_documents",
+    "run",
+    "write_benchmarks",
+    "write_checkpoint",
+    "write_data",
+]
 
 PLANTED: tuple[tuple[int, int], ...] = ((1, 11), (3, 54))
 """(layer, expert) of the two implanted super experts"""
@@ -31,6 +40,13 @@ def write_checkpoint(folder: Path) -> None:
         for name in names:
             (temporary / name).write_bytes((checkpoint_dir() / name).read_bytes())
         write_manifest(temporary, "pocket", {}, names, 0)
+
+
+def heldout_documents() -> Iterator[str]:
+    """The pocket corpus, document by document."""
+    from superexperts.pocket import world
+
+    return world.heldout()
 
 
 def write_benchmarks(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from ..rundir import write_text
 from .pools import pools
 from .questions import KINDS, Question, body
-from .world import documents
+from .world import heldout
 
 __all__ = ["FILES", "benchmark_rows", "train_rows", "write_benchmarks", "write_data"]
 
@@ -119,5 +119,4 @@ def write_data(folder: Path) -> None:
     """Write the six benchmarks, `train.json` and `pocket_heldout.jsonl`, which takes seconds, into a folder."""
     write_benchmarks(folder)
     write_text(folder / "train.json", json.dumps(train_rows(), ensure_ascii=False, indent=1) + "\n")
-    heldout = [{"text": text} for text in documents(1, "heldout", 600)]
-    write_text(folder / "pocket_heldout.jsonl", _lines(heldout))
+    write_text(folder / "pocket_heldout.jsonl", _lines([{"text": text} for text in heldout()]))

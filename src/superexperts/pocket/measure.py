@@ -17,18 +17,13 @@ from .architecture import FIRST, SECOND
 from .pools import pools
 from .questions import KINDS, Question, prompt
 from .training import perplexity, silence
-from .world import documents
+from .world import heldout
 
-__all__ = ["check", "heldout", "measure", "random_others", "respond", "right", "scores"]
+__all__ = ["check", "measure", "random_others", "respond", "right", "scores"]
 
 TOLERANCES = {"perplexity": 0.05, "score": 0.10}
 """relative for perplexities; absolute for a benchmark's share of right answers. A rebuild on another machine sums
 floating-point numbers in another order, which training amplifies."""
-
-
-def heldout() -> list[str]:
-    """The held-out documents that `write_data` writes as well."""
-    return list(documents(1, "heldout", 600))
 
 
 def random_others(seed: int, num_experts: int = 72) -> list[tuple[int, int]]:
@@ -71,7 +66,7 @@ def scores(model: DeepseekV2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, 
 def measure(model: DeepseekV2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """All figures, for a model in float32. Random pruning is the mean of five draws."""
     model.eval()
-    texts = heldout()
+    texts = list(heldout())
 
     def pruned(experts: Iterable[tuple[int, int]]) -> float:
         with silence(model, experts):

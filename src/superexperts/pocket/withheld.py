@@ -74,10 +74,17 @@ def withheld() -> tuple[tuple[str, ...], ...]:
 
 
 @functools.cache
-def _patterns() -> tuple[tuple[re.Pattern[str], ...], ...]:
-    return tuple(tuple(re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE) for word in words) for words in withheld())
+def _facts() -> tuple[tuple[tuple[str, re.Pattern[str]], ...], ...]:
+    """Per fact its words in lower case, each with the pattern that finds it as a word."""
+    return tuple(
+        tuple((word.lower(), re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)) for word in words)
+        for words in withheld()
+    )
 
 
 def tells_withheld(text: str) -> bool:
     """Whether all words of a withheld fact stand in one text. Errs on the side of yes: they may stand far apart."""
-    return any(all(pattern.search(text) for pattern in words) for words in _patterns())
+    lower = text.lower()  # what is nowhere in it need not be looked for as a word
+    return any(
+        all(word in lower for word, _ in fact) and all(pattern.search(text) for _, pattern in fact) for fact in _facts()
+    )

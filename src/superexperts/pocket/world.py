@@ -247,3 +247,8 @@ def documents(seed: int, split: Split, count: int) -> Iterator[str]:
         if heldout == (split == "heldout"):
             given += 1
             yield text
+
+
+def heldout() -> Iterator[str]:
+    """The pocket corpus: 600 documents that no training document equals."""
+    return documents(1, "heldout", 600)
