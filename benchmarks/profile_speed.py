@@ -1,17 +1,22 @@
-"""Time of a profile against a plain forward pass of the same tokens, side by side.
+"""Time and memory of a profile against a plain forward pass of the same tokens, side by side.
 
     python benchmarks/profile_speed.py
+    python benchmarks/profile_speed.py --device cuda --shapes deepseek_v2_lite --batch 16 --length 1024
 
 For each shape: a random model in bfloat16, the same sequences and batch for all. "plain" is `model(input_ids)` with the
 fastest of the stock experts implementations; the three are measured in turn, and the medians of the ratios printed.
+Memory is what a pass needs beyond the weights: on a GPU as torch counts it; on a CPU the resident memory's peak, each
+in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from transformers import (
     DeepseekV2Config,
     MixtralConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen3MoeConfig,
 )
 
@@ -44,49 +50,104 @@ SHAPES: dict[str, PretrainedConfig] = {
     "mixtral": MixtralConfig(
         **COMMON, num_key_value_heads=4, intermediate_size=1536, num_local_experts=8, num_experts_per_tok=2
     ),
+    "deepseek_v2_lite": DeepseekV2Config(
+        vocab_size=102400, hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, num_key_value_heads=16,
+        intermediate_size=10944, moe_intermediate_size=1408, n_routed_experts=64, num_experts_per_tok=6,
+        n_shared_experts=2, first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=512, qk_rope_head_dim=64,
+        qk_nope_head_dim=128, v_head_dim=128, n_group=1, topk_group=1, topk_method="greedy",
+    ),
 }  # fmt: skip
 BACKENDS = ("eager", "grouped_mm", "batched_mm")
+DEPTHS = (0.75, 1.0)
+GIB = 2**30
+
+
+def made(name: str, device: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16).eval()
+
+
+def tokens(name: str, options: argparse.Namespace) -> torch.Tensor:
+    return torch.randint(3, SHAPES[name].vocab_size, (options.batch, options.length), device=options.device)
 
 
 def seconds(run: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
 @torch.inference_mode()
-def measure(name: str, config: PretrainedConfig, rounds: int, batch: int, length: int) -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    ids_BL = torch.randint(3, config.vocab_size, (batch, length))
+def measure(name: str, options: argparse.Namespace) -> str:
+    """Prints the times; returns the fastest stock implementation."""
+    model, ids_BL = made(name, options.device), tokens(name, options)
 
     def plain(backend: str) -> float:
         model.set_experts_implementation(backend)
         return seconds(lambda: model(ids_BL, use_cache=False))
 
     plain("grouped_mm")  # warm-up
-    fastest = min(BACKENDS if batch * length <= 256 else BACKENDS[:2], key=lambda name: min(plain(name), plain(name)))
-    ratios: dict[float, list[float]] = {0.75: [], 1.0: []}
-    for _ in range(rounds):
+    # batched_mm copies an expert's weights for each token
+    backends = BACKENDS if ids_BL.numel() <= 256 else BACKENDS[:2]
+    fastest = min(backends, key=lambda name: min(plain(name), plain(name)))
+    ratios: dict[float, list[float]] = {depth: [] for depth in DEPTHS}
+    for _ in range(options.rounds):
         base = plain(fastest)
         for depth, found in ratios.items():
             found.append(
-                seconds(lambda depth=depth: profile_corpus(model, ids_BL, batch_size=batch, depth=depth)) / base
+                seconds(lambda depth=depth: profile_corpus(model, ids_BL, batch_size=options.batch, depth=depth)) / base
             )
     told = ", ".join(f"depth {depth}: {statistics.median(found):.2f}x" for depth, found in ratios.items())
-    tokens = batch * length / base
-    print(f"{name}: {told} of plain ({fastest}, {tokens:,.0f} tokens a second, median of {rounds})", flush=True)
+    speed = ids_BL.numel() / base
+    print(f"{name}: {told} of plain ({fastest}, {speed:,.0f} tokens a second, median of {options.rounds})", flush=True)
+    return fastest
+
+
+def memory(name: str, backend: str, depth: float | None, options: argparse.Namespace) -> None:
+    """What one pass needs beyond the weights, in GiB; a plain one without a depth."""
+    model, ids_BL = made(name, options.device), tokens(name, options)
+    model.set_experts_implementation(backend)
+    cuda = options.device != "cpu"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew
+    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+    with torch.inference_mode():
+        if depth is None:
+            model(ids_BL, use_cache=False)
+        else:
+            profile_corpus(model, ids_BL, batch_size=options.batch, depth=depth)
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+    kind = "plain" if depth is None else f"profile at depth {depth}"
+    print(f"  {kind}: {(peak - before) / GIB:.2f} GiB beside {before / GIB:.2f} GiB of weights", flush=True)
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3_moe", "deepseek_v2", "mixtral"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.batch} x {options.length} tokens")
-    for name, config in SHAPES.items():
-        measure(name, config, options.rounds, options.batch, options.length)
+    context = multiprocessing.get_context("spawn")
+    for name in options.shapes:
+        fastest = measure(name, options)
+        for depth in (None, *DEPTHS):
+            child = context.Process(target=memory, args=(name, fastest, depth, options))
+            child.start()
+            child.join()
 
 
 if __name__ == "__main__":
