@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +238,34 @@ def test_several_corpora_and_what_they_agree_on(
     assert {row["expert"] for row in found["super"]} >= {"L1E11", "L3E54"}
     show("profile", result)
     assert "Jaccard" in capsys.readouterr().out
+
+
+def test_killed_at_any_moment_no_file_is_half_written(tmp_path: Path) -> None:
+    """Killed three times, from the first corpus to the last picture; then it ends as if it had not been."""
+    texts = list(documents("pocket"))
+    for name, part in (("a", texts[:40]), ("b", texts[40:80])):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(part), encoding="utf-8")
+    corpora = tuple(str(tmp_path / f"{name}.txt") for name in "ab")
+    settings = ProfileConfig(corpus=corpora, out=tmp_path / "killed", tokens=512, seq_len=64)
+    whole = dataclasses.replace(settings, out=tmp_path / "whole")
+    begin = time.monotonic()
+    profile.run(whole)
+    seconds = time.monotonic() - begin
+    for moment in (1, 2, 3):
+        process = multiprocessing.get_context("fork").Process(target=profile.run, args=(settings,))
+        process.start()
+        process.join(seconds * moment / 4)
+        process.kill()
+        process.join()
+        for file in settings.out.rglob("*.json"):
+            json.loads(file.read_bytes())
+        for file in settings.out.rglob("*.png"):
+            assert file.read_bytes().endswith(b"IEND\xaeB`\x82")
+        for file in settings.out.rglob("*.svg"):
+            assert file.read_text(encoding="utf-8").endswith("</svg>\n")
+    profile.run(settings)
+    assert {file.name for file in settings.out.iterdir()} == {file.name for file in whole.out.iterdir()}
+    assert (settings.out / "profile.json").read_bytes() == (whole.out / "profile.json").read_bytes()
 
 
 def test_command_does_not_work_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,17 @@ from .plots_corpora import plot_corpora, plot_top
 from .processes import merged, my_share
 from .profile_streamed import banks_below, profile_streamed, quick_look
 from .recorder import Recorder
-from .rundir import MANIFEST, completed, fingerprint, input_key, prepare_folder, read_json, write_json, write_manifest
+from .rundir import (
+    MANIFEST,
+    TEMPORARY,
+    completed,
+    fingerprint,
+    input_key,
+    prepare_folder,
+    read_json,
+    write_json,
+    write_manifest,
+)
 from .select import layers_below, peak, super_experts
 from .sinks import compare_sinks, plot_sinks
 from .stability import stability
@@ -41,6 +51,8 @@ from .stream import StreamedModel
 __all__ = ["profile_corpus", "run"]
 
 SINK_SEQUENCES = 8
+WRITTEN = (MANIFEST, "profile.json", "stability.json", "sinks.json")
+"""Files beside the pictures."""
 
 
 @torch.inference_mode()
@@ -169,7 +181,7 @@ def _profile_all(
         return
     profile = _profile(config, model, corpora)
     for old in config.out.iterdir():
-        if old.suffix in (".png", ".svg") or old.name in (MANIFEST, "profile.json", "stability.json", "sinks.json"):
+        if old.suffix in (".png", ".svg", TEMPORARY) or old.name in WRITTEN:
             old.unlink()  # of a former run, whose corpora may have been others
     write_json(config.out / "profile.json", profile.to_json())
     outputs = ["profile.json", *_pictures(profile, config.out)]

@@ -35,6 +35,8 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 PACKAGES = ("superexperts", "torch", "transformers", "peft", "trl", "lm_eval", "datasets", "accelerate")
+TEMPORARY = ".tmp"
+"""Ends the name of a file that is being written; a killed run may leave one."""
 WHOLE_FILE_HASH = 64 * 2**20  # larger files are hashed by size, time stamp and both ends: shards are gigabytes
 
 
@@ -42,7 +44,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Writes `data` under a temporary name, syncs it to disk and renames it to `path`: whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     except OSError as error:
         raise OutputError(f"--out: cannot write to {path.parent} ({error.strerror}); choose another folder") from error
     try:
