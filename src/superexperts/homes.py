@@ -45,14 +45,15 @@ class Homes:
         the pattern of the conversion that takes it (None where it is taken as it is)."""
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self.ignored = self._find(model)
-        """Keys that the family's model does without, such as layers for speculative decoding."""
+        """Keys that the family's model does without, such as layers for speculative decoding, as the model would name
+        them."""
 
     def _find(self, model: nn.Module) -> tuple[str, ...]:
         """As `convert_and_load_state_dict_in_model` of transformers finds them."""
         renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
         state, prefix = model.state_dict(), cast(Any, model).base_model_prefix
-        homeless: dict[str, str] = {}
+        homeless: set[str] = set()
         for key in sorted(self.checkpoint, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:
@@ -60,7 +61,7 @@ class Homes:
             if name in state:
                 self.of[name].append((pattern, key))
             else:
-                homeless[name] = key
+                homeless.add(name)
         info = LoadStateDictInfo(
             missing_keys=set(), unexpected_keys=set(homeless), mismatched_keys=set(), conversion_errors={},
             error_msgs=[], skipped_pp_keys=set(),
@@ -71,7 +72,7 @@ class Homes:
             raise ModelError(
                 f"MODEL: the checkpoint has {len(info.unexpected_keys)} unexpected keys ({some}); repair it"
             )
-        return tuple(homeless.values())
+        return tuple(sorted(homeless))
 
     def whole(self, name: str) -> Entry | None:
         """The one entry that is this parameter or buffer as it stands; None where it is made of others, or absent."""
