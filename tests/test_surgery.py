@@ -44,7 +44,9 @@ def save(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16, shards:
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     """Everything in a checkpoint, by safetensors' own reader."""
-    return {key: tensor for file in sorted(folder.glob("model*.safetensors")) for key, tensor in load_file(file).items()}
+    return {
+        key: tensor for file in sorted(folder.glob("model*.safetensors")) for key, tensor in load_file(file).items()
+    }
 
 
 def contents(folder: Path) -> dict[str, tuple[str, int, int]]:

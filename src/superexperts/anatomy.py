@@ -21,10 +21,10 @@ class Anatomy:
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         self.model, self.checkpoint = model, checkpoint
+        self.banks = moe.find_banks(model)
         self.homes = Homes(model, checkpoint)
         self.names = {key: name for name, sources in self.homes.of.items() for _, key in sources}
         """Key -> name in the model."""
-        self.banks = moe.find_banks(model)
         some = self.banks[0]
         decoder = some.path.split(f".{some.layer}.")[0]
         self._layer = re.compile(rf"{re.escape(decoder)}\.(\d+)\.")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from .artifacts import ExpertKey, key_name
 from .drawing import COLUMN, LIGHT, PAGE, Theme, figure_in, put_names, put_title, save
@@ -51,7 +51,8 @@ def plot_changes(
             here = sizes.get(layer, 0)
             spans = [(0, here)] * (here > 0) + [(experts, experts + 1)] * (layer in shared)
             for start, end in spans:
-                axes.add_patch(Rectangle((start - 0.5, layer - 0.5), end - start, 1, facecolor=theme.faint, lw=0))
+                place = (start - 0.5, layer - 0.5)
+                axes.add_patch(Rectangle(place, end - start, 1, facecolor=theme.faint, lw=0, zorder=0.5))
         marks: list[Any] = [Patch(facecolor=theme.faint, label="identical")]
         extent = (-0.5, width - 0.5, layers - 0.5, -0.5)
         if found_LC.count():
@@ -63,15 +64,17 @@ def plot_changes(
                 extent=extent,
                 aspect="auto",
                 interpolation="none",
+                zorder=1,
             )
             bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=max(12.0, height * 8), shrink=0.9)
             bar.outline.set_visible(False)
+            bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
             bar.ax.minorticks_off()
         lost = [key for key, value in changes.items() if value is None]
         for layer, expert in lost:
             x = experts if expert == "shared" else expert
-            axes.add_patch(Rectangle((x - 0.5, layer - 0.5), 1, 1, facecolor=theme.accent, lw=0))
+            axes.add_patch(Rectangle((x - 0.5, layer - 0.5), 1, 1, facecolor=theme.accent, lw=0, zorder=1.5))
         if lost:
             marks.append(Patch(facecolor=theme.accent, label="missing or reshaped"))
         axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="expert", ylabel="layer")

@@ -55,7 +55,7 @@ def run(config: RestoreConfig) -> dict[str, Any]:
     with Checkpoint(folder) as original, Checkpoint(config.folder) as edited:
         _check_base(record, original, edited, base)
         with new_folder(config.out, "restore") as temporary:
-            patch_shards(original, [], temporary, copy=config.copy)
+            patch_shards(original, [], temporary, copy=config.copy or base.model == "pocket")
             carry_along(folder, temporary)
             if (folder / RECORD).is_file():  # the base was itself made by editing
                 write_bytes(temporary / RECORD, (folder / RECORD).read_bytes())

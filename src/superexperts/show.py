@@ -112,7 +112,7 @@ def _show_compare(result: dict[str, Any]) -> None:
             continue
         table = Table(title=title)
         for column in (first, "status", "relative norm", "max change", "cosine", "elements changed"):
-            table.add_column(column, justify="left" if column in (first, "status") else "right")
+            table.add_column(column, justify="left" if column in (first, "status") else "right", overflow="fold")
         for row in rows[:MOST_ROWS]:
             status = row["status"] if first == "key" else ", ".join(row["statuses"])
             norm, cosine = ("" if row[name] is None else f"{row[name]:.4g}" for name in ("relative_norm", "cosine"))
