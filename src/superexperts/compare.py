@@ -20,7 +20,6 @@ from .errors import ModelError
 from .merge import merged_patches
 from .model import checkpoint_folder, load_structure
 from .options import CheckpointConfig
-from .plots_surgery import plot_changes
 from .rundir import fingerprint, new_folder, read_json, write_json, write_manifest
 
 __all__ = ["run"]
@@ -159,6 +158,8 @@ def _write(
     with new_folder(config.out, "compare") as temporary:
         write_json(temporary / "compare.json", {"schema": SCHEMA, **result})
         if anatomy is not None:
+            from .plots_surgery import plot_changes  # here, so that a comparison without --out does not wait for it
+
             norms = {
                 parse_name(row["expert"]): row["relative_norm"] if row["statuses"] == ["changed"] else None
                 for row in result["experts"]

@@ -13,12 +13,34 @@ from torch import Tensor
 
 from . import moe
 from .artifacts import ExpertKey, key_name
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+from .config_surgery import PruneConfig
 from .console import progress
+from .corpora import documents, local_data, pack
 from .decoder import layer_by_layer
 from .errors import DataError
+from .model import empty_model, load_tokenizer, pick_device
 from .stream import StreamedModel
 
-__all__ = ["mean_outputs"]
+__all__ = ["mean_outputs", "means"]
+
+
+def means(config: PruneConfig, base: Checkpoint, experts: Collection[ExpertKey]) -> dict[ExpertKey, Tensor]:
+    """`mean_outputs` over the corpus that the options name; in float32 on a CPU, else in the checkpoint's dtype."""
+    device = pick_device(config.device)
+    running = ModelConfig(
+        model=config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        device=config.device,
+        dtype="float32" if device.type == "cpu" else "auto",
+    )
+    data_dir = local_data(config.data_dir)
+    texts = documents(config.corpus, data_dir=None if str(data_dir) == "pocket" else data_dir)
+    ids_SL = pack(texts, load_tokenizer(config), corpus=config.corpus, tokens=config.tokens, seq_len=config.seq_len)
+    streamed = StreamedModel(empty_model(running, base), base, device)
+    return mean_outputs(streamed, ids_SL, experts, batch_size=config.batch_size)
 
 
 @torch.inference_mode()

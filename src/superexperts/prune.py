@@ -17,26 +17,20 @@ from . import moe
 from .artifacts import ExpertKey, key_name
 from .bank import DOWN
 from .checkpoint import Checkpoint, Entry
-from .config import ModelConfig, PruneConfig, identity
+from .config import PruneConfig, identity
 from .console import note
-from .corpora import documents, local_data, pack
 from .errors import ModelError, OutputError
 from .homes import Homes
-from .mean import mean_outputs
 from .model import (
     checkpoint_folder,
     chosen_experts,
-    empty_model,
     load_as_stored,
     load_structure,
-    load_tokenizer,
-    pick_device,
     settings_of,
 )
 from .record import Record, base_files, name_of
 from .remove import plan_removal
 from .rundir import completed, fingerprint, new_folder, write_json, write_manifest
-from .stream import StreamedModel
 from .surgery import Change, Patch, carry_along, patch_shards, rewrite_shards
 
 __all__ = ["Down", "downs", "run"]
@@ -166,15 +160,7 @@ def _constants(config: PruneConfig, base: Checkpoint, found: Sequence[Down]) -> 
             f"--mode: 'mean' needs a bias of down_proj to hold the mean, which {family} does not have for "
             f"{key_name(without.expert)}; use zero or remove"
         )
-    running = ModelConfig(
-        model=config.model,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        device=config.device,
-        dtype="float32" if pick_device(config.device).type == "cpu" else "auto",
-    )
-    data_dir = local_data(config.data_dir)
-    texts = documents(config.corpus, data_dir=None if str(data_dir) == "pocket" else data_dir)
-    ids_SL = pack(texts, load_tokenizer(config), corpus=config.corpus, tokens=config.tokens, seq_len=config.seq_len)
-    streamed = StreamedModel(empty_model(running, base), base, pick_device(config.device))
-    return mean_outputs(streamed, ids_SL, [down.expert for down in found], batch_size=config.batch_size)
+    # Here, so that the other modes do not wait for what reads corpora.
+    from .mean import means
+
+    return means(config, base, [down.expert for down in found])

@@ -9,7 +9,6 @@ from rich.text import Text
 
 from .artifacts import key_name
 from .console import stdout
-from .report import print_table
 
 __all__ = ["show"]
 
@@ -58,6 +57,8 @@ def show(command: str, result: dict[str, Any]) -> None:
     elif command == "extract":
         _show_audit(result)
     elif command == "study":
+        from .report import print_table  # here, so that the other commands do not wait for what draws
+
         print_table(result["results"], stdout)
         stdout.print(f"report: {result['report']}", soft_wrap=True)
     if "out" in result and command != "study":

@@ -334,5 +334,10 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def digest_of(checkpoint: Checkpoint, entry: Entry) -> str:
-    """SHA-256 of an entry's bytes."""
-    return hashlib.sha256(as_bytes(checkpoint.read(entry))).hexdigest()
+    """SHA-256 of an entry's bytes, which are never all in memory."""
+    sha, end = hashlib.sha256(), entry.offset + entry.nbytes
+    for start in range(entry.offset, end, 2**20):
+        nbytes = min(2**20, end - start)
+        piece = dataclasses.replace(entry, dtype=torch.uint8, shape=(nbytes,), offset=start, nbytes=nbytes)
+        sha.update(as_bytes(checkpoint.read(piece)))
+    return sha.hexdigest()
