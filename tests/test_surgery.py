@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, MORE_FAMILIES, tiny_model, tiny_tokens
-from superexperts import moe, prune, restore, surgery
+from superexperts import compare, moe, prune, restore, surgery
 from superexperts.checkpoint import INDEX, SINGLE
 from superexperts.config import PruneConfig
-from superexperts.config_surgery import RestoreConfig
+from superexperts.config_surgery import CompareConfig, RestoreConfig
 from superexperts.corpora import pack
 from superexperts.errors import DataError, ExpertsError, ModelError, OutputError
 from superexperts.rundir import MANIFEST
@@ -237,6 +237,57 @@ def test_an_expert_that_no_token_reaches_has_no_mean(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="L1E2 saw none of 64 tokens"):
         prune.run(PruneConfig(model=str(tmp_path / "base"), experts="L1E2", out=tmp_path / "out", **settings))
     assert [file.name for file in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_new_text_is_a_new_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("gpt_oss", vocab_size=300).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    text = tmp_path / "text.txt"
+    settings: Any = {"corpus": str(text), "tokens": 64, "seq_len": 32, "mode": "mean"}
+    biases = []
+    for words in ("one text, ", "one text, ", "another one"):
+        text.write_text(words * 20)
+        prune.run(PruneConfig(model=str(tmp_path / "base"), experts="L0E1", out=tmp_path / "out", **settings))
+        biases.append(tensors(tmp_path / "out")["model.layers.0.mlp.experts.down_proj_bias"][1])
+    assert torch.equal(biases[0], biases[1])
+    assert not torch.equal(biases[0], biases[2])
+    assert capsys.readouterr().err.count("is up to date") == 1
+
+
+def test_a_checkpoint_in_fp8_is_zeroed_and_nothing_else(tmp_path: Path) -> None:
+    """Keys for scales that the model has no place for, as DeepSeek-V3's on the Hub."""
+    save("qwen3_moe", tmp_path / "base", shards=False)
+    weights = tensors(tmp_path / "base")
+    for key in [key for key in weights if ".experts." in key]:
+        weights[key] = weights[key].to(torch.float8_e4m3fn)
+        weights[f"{key}_scale_inv"] = torch.rand(1, 1)
+    save_file(weights, tmp_path / "base" / SINGLE, {"format": "pt"})
+    said = json.loads((tmp_path / "base" / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(said))
+    out = pruned(tmp_path / "base", tmp_path / "out")
+    weights["model.layers.1.mlp.experts.3.down_proj.weight"] = torch.zeros(32, 24).to(torch.float8_e4m3fn)
+    assert_equal(tensors(out), weights)
+    result = compare.run(CompareConfig(a=str(tmp_path / "base"), b=str(out), expect_only="L1E3"))
+    assert (result["exit_code"], result["parts"]["changed"]) == (0, 1)
+    with pytest.raises(ModelError, match="not quantized; use --mode zero"):
+        prune.run(
+            PruneConfig(model=str(tmp_path / "base"), experts="L0E1,L1E1,L2E1", out=tmp_path / "x", mode="remove")
+        )
+    packed = {key.replace("down_proj.weight", "down_proj.qweight"): tensor for key, tensor in weights.items()}
+    save_file(packed, tmp_path / "base" / SINGLE, {"format": "pt"})
+    with pytest.raises(ModelError, match="is quantized"):
+        pruned(tmp_path / "base", tmp_path / "x")
+
+
+def test_a_checkpoint_without_one_of_its_tensors_is_refused(tmp_path: Path) -> None:
+    save("qwen3_moe", tmp_path / "base", shards=False)
+    weights = tensors(tmp_path / "base")
+    del weights["model.layers.1.mlp.gate.weight"]
+    save_file(weights, tmp_path / "base" / SINGLE, {"format": "pt"})
+    for mode, experts in (("zero", "L1E1"), ("remove", "L0E1,L1E1,L2E1")):
+        with pytest.raises(ModelError, match=r"has no model\.layers\.1\.mlp\.gate\.weight"):
+            prune.run(PruneConfig(model=str(tmp_path / "base"), experts=experts, out=tmp_path / "x", mode=mode))  # type: ignore[arg-type]
 
 
 # ---- files ----

@@ -40,10 +40,14 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -218,6 +222,8 @@ def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
 
 
 def _opened(folder: Path, file: str) -> int:
+    if not (folder / file).is_file():  # a pipe would be waited for
+        raise _refused(folder, file, "cannot be read (no such file)")
     try:
         return os.open(folder / file, os.O_RDONLY)
     except OSError as error:

@@ -13,7 +13,7 @@ from .anatomy import Anatomy, pair_units
 from .artifacts import ExpertKey, ExpertSet, key_name, key_order
 from .checkpoint import Checkpoint
 from .config_surgery import CompareConfig
-from .console import note
+from .console import note, progress
 from .decoder import num_layers
 from .differences import Difference, Status, Sums, compare_units, count, tensor_sums, total
 from .errors import ModelError
@@ -51,7 +51,12 @@ def run(config: CompareConfig) -> dict[str, Any]:
             with Checkpoint(folder_b) as b:
                 theirs = None if anatomy is None else _anatomy(other, b, needed=expected is not None)
                 both = (a, b) if anatomy is None or theirs is None else (anatomy, theirs)
-                differences = list(compare_units(a, b, pair_units(*both)))
+                units = pair_units(*both)
+                differences = []
+                with progress("comparing", len(units)) as bar:
+                    for difference in compare_units(a, b, units):
+                        differences.append(difference)
+                        bar()
     result = {
         "a": config.a,
         "b": config.b,
@@ -125,9 +130,10 @@ def _summary(differences: Sequence[Difference]) -> dict[str, Any]:
 
 def _config_differences(a: Path, b: Path) -> list[str]:
     """The fields of config.json that differ."""
-    one, other = ({k: v for k, v in read_json(folder / "config.json", "MODEL").items() if k not in ADDED_LATER}
-                  for folder in (a, b))  # fmt: skip
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    sides = [read_json(folder / "config.json", "MODEL") for folder in (a, b)]
+    one, other = (side if isinstance(side, dict) else {} for side in sides)
+    names = (one.keys() | other.keys()) - {*ADDED_LATER}
+    return sorted(name for name in names if one.get(name) != other.get(name))
 
 
 def _judged(

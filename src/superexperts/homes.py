@@ -6,7 +6,7 @@ No weight is read, and the model may be on the meta device.
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -34,10 +34,12 @@ Parts = tuple[Entry, ...]
 class Homes:
     """Where a model's parameters and buffers lie in a checkpoint.
 
-    `ModelError` for a checkpoint with a key that the model has no place for.
+    `ModelError` for a checkpoint with a key that the model has no place for, unless it is quantized: then some are the
+    scales of others.
     """
 
     def __init__(self, model: nn.Module, checkpoint: Mapping[str, Entry]) -> None:
+        self.quantized = is_quantized(model)
         self.checkpoint = checkpoint
         self.mapping = get_model_conversion_mapping(cast(Any, model))
         self.of: dict[str, list[tuple[str | None, str]]] = collections.defaultdict(list)
@@ -62,17 +64,29 @@ class Homes:
                 self.of[name].append((pattern, key))
             else:
                 homeless.add(name)
-        info = LoadStateDictInfo(
-            missing_keys=set(), unexpected_keys=set(homeless), mismatched_keys=set(), conversion_errors={},
-            error_msgs=[], skipped_pp_keys=set(),
-        )  # fmt: skip
+        info = _info(unexpected=homeless)
         cast(Any, model)._adjust_missing_and_unexpected_keys(info)
-        if info.unexpected_keys:
+        if info.unexpected_keys and not self.quantized:
             some = ", ".join(sorted(info.unexpected_keys)[:3])
             raise ModelError(
                 f"MODEL: the checkpoint has {len(info.unexpected_keys)} unexpected keys ({some}); repair it"
             )
         return tuple(sorted(homeless))
+
+    def check_complete(self, model: nn.Module) -> None:
+        """`ModelError` for a checkpoint that lacks one of the model's parameters, which would be drawn at random."""
+        several = any(len(entry.target_patterns) > 1 for entry in self.mapping if isinstance(entry, WeightConverter))
+        if several:
+            return  # `of` has the first name of several only
+        tied = cast(Any, model).all_tied_weights_keys
+        info = _info(missing={name for name in model.state_dict() if name not in self.of and name not in tied})
+        cast(Any, model)._adjust_missing_and_unexpected_keys(info)
+        if info.missing_keys and self.quantized:
+            raise ModelError(
+                "MODEL: is quantized, and its tensors are no longer matrices of the model's; use its bfloat16 form"
+            )
+        if info.missing_keys:
+            raise ModelError(f"MODEL: the checkpoint has no {min(info.missing_keys)}; repair it")
 
     def whole(self, name: str) -> Entry | None:
         """The one entry that is this parameter or buffer as it stands; None where it is made of others, or absent."""
@@ -111,6 +125,18 @@ class Homes:
                     for wanted in converter.source_patterns
                 ]
         return None
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the configuration says that the checkpoint's weights are not the model's as they stand."""
+    return getattr(cast(Any, model).config, "quantization_config", None) is not None
+
+
+def _info(missing: Collection[str] = (), unexpected: Collection[str] = ()) -> LoadStateDictInfo:
+    return LoadStateDictInfo(
+        missing_keys=set(missing), unexpected_keys=set(unexpected), mismatched_keys=set(), conversion_errors={},
+        error_msgs=[], skipped_pp_keys=set(),
+    )  # fmt: skip
 
 
 def _stacks_experts(converter: WeightConverter) -> bool:

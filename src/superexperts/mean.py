@@ -17,17 +17,28 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .config_surgery import PruneConfig
 from .console import progress
-from .corpora import documents, local_data, pack
+from .corpora import digest_ids, documents, local_data, pack
 from .decoder import layer_by_layer
 from .errors import DataError
 from .model import empty_model, load_tokenizer, pick_device
 from .stream import StreamedModel
 
-__all__ = ["mean_outputs", "means"]
+__all__ = ["mean_outputs", "means", "sequences"]
 
 
-def means(config: PruneConfig, base: Checkpoint, experts: Collection[ExpertKey]) -> dict[ExpertKey, Tensor]:
-    """`mean_outputs` over the corpus that the options name; in float32 on a CPU, else in the checkpoint's dtype."""
+def sequences(config: PruneConfig) -> tuple[Tensor, str]:
+    """The corpus that the options name, as int64 token ids [S, L], and their hash."""
+    data_dir = local_data(config.data_dir)
+    texts = documents(config.corpus, data_dir=None if str(data_dir) == "pocket" else data_dir)
+    tokenizer = load_tokenizer(config)
+    ids_SL = pack(texts, tokenizer, corpus=config.corpus, tokens=config.tokens, seq_len=config.seq_len)
+    return ids_SL, digest_ids(ids_SL)
+
+
+def means(
+    config: PruneConfig, base: Checkpoint, ids_SL: Tensor, experts: Collection[ExpertKey]
+) -> dict[ExpertKey, Tensor]:
+    """`mean_outputs` of a checkpoint, in float32 on a CPU, else in the checkpoint's dtype."""
     device = pick_device(config.device)
     running = ModelConfig(
         model=config.model,
@@ -36,9 +47,6 @@ def means(config: PruneConfig, base: Checkpoint, experts: Collection[ExpertKey])
         device=config.device,
         dtype="float32" if device.type == "cpu" else "auto",
     )
-    data_dir = local_data(config.data_dir)
-    texts = documents(config.corpus, data_dir=None if str(data_dir) == "pocket" else data_dir)
-    ids_SL = pack(texts, load_tokenizer(config), corpus=config.corpus, tokens=config.tokens, seq_len=config.seq_len)
     streamed = StreamedModel(empty_model(running, base), base, device)
     return mean_outputs(streamed, ids_SL, experts, batch_size=config.batch_size)
 

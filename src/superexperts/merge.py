@@ -29,6 +29,9 @@ def merged_patches(model: nn.Module, homes: Homes, base: Checkpoint, adapter: Pa
     `DataError` or `ModelError` where the adapter is more than that or another model's, or where the checkpoint keeps
     what it changes in an order that cannot be edited; when written, for weights that are not finite.
     """
+    homes.check_complete(model)
+    if homes.quantized:
+        raise ModelError(f"{option}: the base is quantized, into which nothing can be merged; use its bfloat16 form")
     factors = read_factors(model, adapter, option)
     banks = {bank.path: bank for bank in moe.find_banks(model)}
     patches: list[Patch] = []

@@ -47,6 +47,11 @@ def run(config: PruneConfig) -> dict[str, Any]:
     if config.out.resolve() == folder.resolve():
         raise OutputError(f"--out: {config.out} is MODEL itself; choose another folder")
     inputs = identity(config, model=fingerprint(folder), experts=chosen.experts)
+    if config.mode == "mean":
+        _check_biases(config, folder, chosen.experts)
+        from .mean import sequences  # here, so that the other modes do not wait for what reads corpora
+
+        inputs["corpus"] = sequences(config)[1]
     result = {"out": str(config.out), "mode": config.mode, "pruned": [key_name(key) for key in chosen.experts]}
     if completed(config.out, "prune", inputs):
         note(f"prune: {config.out} is up to date, nothing to do")
@@ -82,8 +87,14 @@ def _patched(config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKey]
     model = load_structure(config)
     banks = moe.find_banks(model)
     moe.check_experts(banks, experts)
-    found = downs(model, Homes(model, base), experts)
+    homes = Homes(model, base)
+    homes.check_complete(model)
+    if homes.quantized and config.mode != "zero":
+        raise ModelError(f"--mode: {config.mode!r} needs weights that are not quantized; use --mode zero")
+    found = downs(model, homes, experts)
     if found is None and config.mode == "zero":
+        if homes.quantized:
+            raise ModelError(f"MODEL: {config.model!r} is quantized in a layout that cannot be edited; use bfloat16")
         return _in_memory(config, base, experts, out)
     if found is None:
         raise ModelError("--mode: 'mean' edits shards, but these keep the experts in another order; use --mode zero")
@@ -151,16 +162,24 @@ def _in_memory(config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKe
 # ---- the mean -----------------------------------------------------------------------------------------------------
 
 
-def _constants(config: PruneConfig, base: Checkpoint, found: Sequence[Down]) -> dict[ExpertKey, Tensor]:
-    """Each expert's mean output over the corpus [D]; `ModelError` in families that have no place for it."""
-    without = next((down for down in found if down.bias is None), None)
-    if without is not None:
-        family = settings_of(config, base.folder).get_text_config().model_type
-        raise ModelError(
-            f"--mode: 'mean' needs a bias of down_proj to hold the mean, which {family} does not have for "
-            f"{key_name(without.expert)}; use zero or remove"
-        )
-    # Here, so that the other modes do not wait for what reads corpora.
-    from .mean import means
+def _check_biases(config: PruneConfig, folder: Path, experts: Sequence[ExpertKey]) -> None:
+    """`ModelError` in families that have no place for a mean."""
+    banks = moe.find_banks(load_structure(config))
+    moe.check_experts(banks, experts)
+    for layer, expert in experts:
+        bank = next(bank for bank in banks if bank.layer == layer)
+        shared = bank.shared_down is not None and bank.shared_down.bias is not None
+        if not (shared if expert == "shared" else cast(Any, bank.module).has_bias):
+            family = settings_of(config, folder).get_text_config().model_type
+            raise ModelError(
+                f"--mode: 'mean' needs a bias of down_proj to hold the mean, which {family} does not have for "
+                f"{key_name((layer, expert))}; use zero or remove"
+            )
 
-    return means(config, base, [down.expert for down in found])
+
+def _constants(config: PruneConfig, base: Checkpoint, found: Sequence[Down]) -> dict[ExpertKey, Tensor]:
+    """Each expert's mean output over the corpus [D]."""
+    from .mean import means, sequences
+
+    ids_SL, _ = sequences(config)
+    return means(config, base, ids_SL, [down.expert for down in found])

@@ -58,6 +58,9 @@ def plan_removal(config: CheckpointConfig, base: Checkpoint, experts: Collection
     field, fewer = _shrunk(settings, config, banks, count)
     _check_groups(settings, banks, experts)
     homes = Homes(model, base)
+    homes.check_complete(model)
+    if homes.quantized:
+        raise ModelError("--mode: 'remove' needs weights that are not quantized; use --mode zero")
     _check_ignored(model, banks, homes)
     before, after = (_shapes(structure) for structure in (model, fewer))
     new: dict[str, NewTensor | None] = {}
@@ -113,8 +116,8 @@ def _shrunk(settings: Any, config: CheckpointConfig, banks: Sequence[moe.Bank], 
         if type(value) is not int or value != size:
             continue
         changed = copy.deepcopy(settings)
-        setattr(changed.get_text_config(), field, size - count)
         try:
+            setattr(changed.get_text_config(), field, size - count)
             fewer = structure_of(changed, config)
         except (ValueError, RuntimeError, AssertionError, IndexError):  # another field of this value
             continue

@@ -15,19 +15,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, Entry
-from .console import note
+from .console import note, progress
 from .errors import ModelError, OutputError
 from .rundir import MANIFEST, write_bytes, write_json
 
 __all__ = ["RECORD", "Change", "NewTensor", "Patch", "carry_along", "link", "patch_shards", "rewrite_shards"]
+
+T = TypeVar("T")
 
 RECORD = "superexperts.json"
 """What was changed, beside the result."""
@@ -110,10 +112,18 @@ def patch_shards(base: Checkpoint, patches: Sequence[Patch], out: Path, *, copy:
                 link(base.folder / file, out / file, copy=not linked)
             if (base.folder / INDEX).is_file():
                 write_bytes(out / INDEX, (base.folder / INDEX).read_bytes())
-            return [change for job in jobs for change in job.result()]
+            return [change for changes in _waited(jobs) for change in changes]
         except BaseException:
             workers.shutdown(cancel_futures=True)
             raise
+
+
+def _waited(jobs: Sequence[Future[T]]) -> Iterator[T]:
+    """Each shard's result, once it is written."""
+    with progress("writing shards", len(jobs)) as bar:
+        for job in jobs:
+            yield job.result()
+            bar()
 
 
 def _patch(base: Checkpoint, patch: Patch, target: int) -> Change:
@@ -160,8 +170,7 @@ def rewrite_shards(base: Checkpoint, shards: Mapping[str, Sequence[NewTensor]], 
                 link(base.folder / file, out / file, copy=not linked)
             if base.files != (SINGLE,):
                 _write_index(base, shards, rest, out)
-            for job in jobs:
-                job.result()
+            list(_waited(jobs))
         except BaseException:
             workers.shutdown(cancel_futures=True)
             raise
