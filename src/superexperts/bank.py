@@ -38,6 +38,7 @@ __all__ = [
     "looped",
     "projections",
     "split_gate_up",
+    "split_projections",
     "stock_forward",
     "up_name",
 ]
@@ -181,15 +182,20 @@ def looped(bank: nn.Module, x_TD: Tensor, index_TK: Tensor, weights: Weights) ->
 
 def projections(bank: nn.Module, expert: int) -> dict[str, Tensor]:
     """One expert's gate_proj (where there is one), up_proj and down_proj [O, I], as views of the bank's own weights."""
+    up, down = getattr(bank, up_name(bank)).data[expert], down_weight(bank).data[expert]
+    return split_projections(bank, up_name(bank), up) | split_projections(bank, DOWN, down)
+
+
+def split_projections(bank: nn.Module, name: str, own: Tensor) -> dict[str, Tensor]:
+    """As `projections`, of one expert's own part of the parameter `name`, wherever that is."""
     module = cast(Any, bank)
-    up_UD = getattr(bank, up_name(bank)).data[expert]
-    down_DF = down_weight(bank).data[expert]
-    if module.is_transposed:
-        up_UD, down_DF = up_UD.T, down_DF.T
+    weight_OI = own.T if module.is_transposed else own
+    if name == DOWN:
+        return {DOWN: weight_OI}
     if not module.has_gate:
-        return {UP: up_UD, DOWN: down_DF}
-    gate_FD, up_FD = split_gate_up(bank, up_UD)
-    return {GATE: gate_FD, UP: up_FD, DOWN: down_DF}
+        return {UP: weight_OI}
+    gate_FD, up_FD = split_gate_up(bank, weight_OI)
+    return {GATE: gate_FD, UP: up_FD}
 
 
 def join_gate_up(bank: nn.Module, gate_NF: Tensor, up_NF: Tensor) -> Tensor:

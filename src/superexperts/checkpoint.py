@@ -31,6 +31,9 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000
 """Bytes of a header that the format allows."""
 
+MAX_ELEMENTS = 2**48
+"""Of one tensor: 500 TB in bfloat16."""
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -38,10 +41,14 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -76,6 +83,8 @@ class Checkpoint(Mapping[str, Entry]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = _shards(folder)
+        self.metadata: dict[str, dict[str, str]] = {}
+        """Per shard what its header says beside the tensors."""
         self._entries: dict[str, Entry] = {}
         self._open: dict[str, ShardFile] = {}
         self._lock = threading.Lock()
@@ -84,7 +93,8 @@ class Checkpoint(Mapping[str, Entry]):
         try:
             for file in self.files:
                 self._open[file] = _opened(folder, file)
-                for entry in _header(self._open[file].descriptor, folder, file):
+                entries, self.metadata[file] = _header(self._open[file].descriptor, folder, file)
+                for entry in entries:
                     if entry.key in self._entries:
                         raise _refused(folder, file, f"holds {entry.key!r}, as does {self._entries[entry.key].file}")
                     self._entries[entry.key] = entry
@@ -114,6 +124,28 @@ class Checkpoint(Mapping[str, Entry]):
         """Closes the shards."""
         while self._open:
             self._open.popitem()[1].close()
+
+    def size(self, file: str) -> int:
+        """Bytes of a shard."""
+        return os.fstat(self._open[file].descriptor).st_size
+
+    def inode(self, file: str) -> tuple[int, int]:
+        """(device, inode) of a shard: two names of the same file have the same."""
+        stat = os.fstat(self._open[file].descriptor)
+        return stat.st_dev, stat.st_ino
+
+    def descriptor(self, file: str) -> int:
+        """A shard's open file, to be read by offsets only."""
+        return self._open[file].descriptor
+
+    def header(self, file: str) -> bytes:
+        """A shard's bytes before its first tensor."""
+        length = int.from_bytes(os.pread(self._open[file].descriptor, 8, 0), "little")
+        return os.pread(self._open[file].descriptor, 8 + length, 0)
+
+    def in_file(self, file: str) -> list[Entry]:
+        """A shard's tensors in the order of their bytes."""
+        return [entry for entry in self.values() if entry.file == file]
 
     def read(self, entry: Entry) -> Tensor:
         """The tensor, on the CPU in its own dtype."""
@@ -187,14 +219,16 @@ def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
 
 
 def _opened(folder: Path, file: str) -> ShardFile:
+    if not (folder / file).is_file():  # a pipe would be waited for
+        raise _refused(folder, file, "cannot be read (no such file)")
     try:
         return ShardFile(folder / file)
     except OSError as error:
         raise _refused(folder, file, f"cannot be read ({_short(error)})") from error
 
 
-def _header(descriptor: int, folder: Path, file: str) -> list[Entry]:
-    """What a shard holds, in the order of the bytes; every byte belongs to one tensor."""
+def _header(descriptor: int, folder: Path, file: str) -> tuple[list[Entry], dict[str, str]]:
+    """What a shard holds, in the order of the bytes, and its metadata; every byte belongs to one tensor."""
     size = os.fstat(descriptor).st_size
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if size < 8 or length > min(MAX_HEADER, size - 8):
@@ -204,7 +238,9 @@ def _header(descriptor: int, folder: Path, file: str) -> list[Entry]:
         header = _object(os.pread(descriptor, length, 8))
     except (ValueError, RecursionError) as error:
         raise _refused(folder, file, f"has a header that cannot be read ({_short(error)})") from error
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _refused(folder, file, "has a header that is wrong at '__metadata__'")
     entries = [_entry(key, said, start, folder, file) for key, said in header.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     end = start
@@ -215,7 +251,7 @@ def _header(descriptor: int, folder: Path, file: str) -> list[Entry]:
     if end != size:
         what = "is cut off" if end > size else "holds more bytes than its header says"
         raise _refused(folder, file, f"{what} ({size} bytes, not {end})")
-    return entries
+    return entries, metadata
 
 
 def _entry(key: str, said: Any, start: int, folder: Path, file: str) -> Entry:
@@ -229,6 +265,8 @@ def _entry(key: str, said: Any, start: int, folder: Path, file: str) -> Entry:
     if not isinstance(said["dtype"], str) or said["dtype"] not in DTYPES:
         raise _refused(folder, file, f"holds {key[:200]!r} in {str(said['dtype'])[:40]!r}, which is not read here")
     dtype = DTYPES[said["dtype"]]
+    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        raise wrong  # with a dimension of 0 the bytes are none, yet no tensor has such a shape
     nbytes = math.prod(shape) * dtype.itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
         raise wrong

@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from . import config, config_adapters
+from . import config, config_adapters, config_surgery
 from .console import speaks
 from .errors import OptionError, SuperExpertsError
 
@@ -23,7 +23,9 @@ __all__ = ["main"]
 COMMANDS: dict[str, Callable[..., Any]] = {
     "profile": config.ProfileConfig,
     "select": config.SelectConfig,
-    "prune": config.PruneConfig,
+    "prune": config_surgery.PruneConfig,
+    "restore": config_surgery.RestoreConfig,
+    "compare": config_surgery.CompareConfig,
     "train": config.TrainConfig,
     "export": config_adapters.ExportConfig,
     "import": config_adapters.ImportConfig,
@@ -37,7 +39,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0 done, 1 done without effect, 2 wrong input, 130 interrupted."""
+    """Runs one command and returns the exit code: 0 done, 1 without effect or not as expected, 2 wrong input, 130
+    interrupted."""
     try:
         settings = _parse(sys.argv[1:] if arguments is None else arguments)
         command = next(name for name, kind in COMMANDS.items() if type(settings) is kind)
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(result, ensure_ascii=False))
         else:
             importlib.import_module(".show", __package__).show(command, result)
-        return 0
+        return int(result.get("exit_code", 0)) if command == "compare" else 0
     except SuperExpertsError as error:
         print(f"superexperts: {error}", file=sys.stderr)
         return error.exit_code

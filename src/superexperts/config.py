@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from .config_surgery import PruneConfig
 from .options import CheckpointConfig, ModelConfig, ServerConfig, Switch
 from .options import require as _require
 from .options import require_sequences as _require_sequences
@@ -38,7 +39,7 @@ MORE_TASKS = ("arc_challenge", "openbookqa")
 
 # Where a result goes and how it is shown does not change what it is.
 NOT_IDENTITY = (
-    *("out", "json", "model", "experts", "data", "data_dir", "adapter", "silence", "profile", "like"),
+    *("out", "json", "model", "experts", "data", "data_dir", "adapter", "silence", "profile", "like", "base"),
     *("base_url", "concurrency", "timeout", "retries"),
 )
 
@@ -165,21 +166,6 @@ class SelectConfig:
             _require(given, "--count", self.count, "is missing for --rule random; give it, --share, or --like EXPERTS")
         elif self.rule != "super":
             _require(given, "--count", self.count, f"is missing for --rule {self.rule}; give it, or --share")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneConfig(CheckpointConfig):
-    """Write a checkpoint in which the chosen experts' down_proj is zero.
-
-    Example: superexperts prune pocket --experts runs/super.json --out runs/pruned
-    """
-
-    experts: str
-    """experts.json, or inline such as L2E54,L3E38."""
-    out: Path = Path("runs/pruned")
-    """Folder of the new checkpoint."""
-    json: Switch = False
-    """Print the result as JSON."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

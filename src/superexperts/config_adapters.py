@@ -30,6 +30,8 @@ class ExportConfig:
     """Folder to write."""
     model: str | None = None
     """The adapter's base model; default: the one that its adapter_config.json names."""
+    copy: Switch = False
+    """merged: copy the shards without a change, which otherwise are hard links (symbolic ones into the Hub's cache)."""
     revision: str | None = None
     """Branch, tag or commit of it on the Hub; default: the adapter's."""
     trust_remote_code: Switch = False

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +16,13 @@ from .config_adapters import ExportConfig
 from .console import note
 from .errors import DataError, ModelError, OptionError, OutputError
 from .factors import expert_names, injected_keys, read_factors, save_layout
+from .homes import Homes
 from .layouts import write_fused, write_per_expert
-from .model import checkpoint_folder, load_as_stored, load_structure, load_tokenizer
+from .merge import merged_patches
+from .model import checkpoint_folder, load_as_stored, load_structure
+from .record import Record, base_files, name_of
 from .rundir import completed, fingerprint, new_folder, read_json, write_manifest, write_text
+from .surgery import Change, carry_along, patch_shards
 
 __all__ = ["run"]
 
@@ -41,7 +45,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         return {"out": str(config.out), **read_json(config.out / "manifest.json", "manifest")["result"]}
     with new_folder(config.out, "export") as temporary:
         if config.format == "merged":
-            result = _merged(folder, checkpoint, temporary)
+            result = _merged(folder, checkpoint, config.copy, temporary)
         else:
             result = _adapter(config.format, folder, checkpoint, base, temporary)
         result = {"format": config.format, "model": checkpoint.model, **result}
@@ -58,8 +62,39 @@ def _base(config: ExportConfig, fields: dict[str, Any]) -> CheckpointConfig:
     return CheckpointConfig(model=model, revision=revision, trust_remote_code=config.trust_remote_code)
 
 
-def _merged(adapter: Path, checkpoint: CheckpointConfig, out: Path) -> dict[str, Any]:
-    """The whole checkpoint, in its own dtype, with the adapter added to the weights; a standard one in every way."""
+def _merged(adapter: Path, checkpoint: CheckpointConfig, copy: bool, out: Path) -> dict[str, Any]:
+    """The whole checkpoint, in its own dtype, with the adapter added to the weights; a standard one in every way.
+
+    Only shards that hold a changed tensor are written; the model is loaded only where its checkpoint keeps what
+    changes in an order that cannot be edited, or the adapter is more than A and B.
+    """
+    folder = checkpoint_folder(checkpoint.model, checkpoint.revision)
+    with Checkpoint(folder) as base:
+        model = load_structure(checkpoint)
+        changes: Sequence[Change] = ()
+        try:
+            patches = merged_patches(model, Homes(model, base), base, adapter, "ADAPTER")
+        except (DataError, ModelError) as error:
+            note(f"export: not shard by shard, the model is loaded ({error})")
+            _merged_in_memory(adapter, checkpoint, out)
+            carry_along(folder, out, skip=sorted(file.name for file in out.iterdir()))
+        else:
+            changes = patch_shards(base, patches, out, copy=copy)
+            carry_along(folder, out)
+        Record(
+            command="export",
+            mode="merged",
+            experts=(),
+            model=name_of(checkpoint.model),
+            revision=checkpoint.revision,
+            files=base_files(base, folder),
+            changes=tuple(changes),
+        ).write(out)
+    with Checkpoint(out) as written:
+        return {"keys": len(written), "bytes": _size(out), "changed": len({change.key for change in changes})}
+
+
+def _merged_in_memory(adapter: Path, checkpoint: CheckpointConfig, out: Path) -> None:
     model = load_as_stored(checkpoint)
     adapted = lora.load_adapter(model, adapter, "ADAPTER")
     # PEFT's safe merge rounds the change before it is added, and so rounds twice in bfloat16.
@@ -68,11 +103,6 @@ def _merged(adapter: Path, checkpoint: CheckpointConfig, out: Path) -> dict[str,
     if broken:
         raise DataError(f"ADAPTER: {adapter} makes {broken[0]} not finite; train again with a lower --learning-rate")
     cast(AutoModelForCausalLM, merged).save_pretrained(out)
-    load_tokenizer(checkpoint).save_pretrained(out)
-    for code in checkpoint_folder(checkpoint.model, checkpoint.revision).glob("*.py"):
-        shutil.copy2(code, out / code.name)
-    with Checkpoint(out) as written:
-        return {"keys": len(written), "bytes": _size(out)}
 
 
 def _adapter(layout: str, adapter: Path, checkpoint: CheckpointConfig, base: Path, out: Path) -> dict[str, Any]:

@@ -33,6 +33,8 @@ __all__ = [
     "load_structure",
     "load_tokenizer",
     "pick_device",
+    "settings_of",
+    "structure_of",
 ]
 
 # What a checkpoint is made of; .bin and .pt are pickles and are not fetched.
@@ -88,7 +90,7 @@ def fits_in_memory(config: ModelConfig) -> bool:
     folder, device = checkpoint_folder(config.model, config.revision), pick_device(config.device)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if device.type != "cuda":
-        stored = _settings(config, folder).get_text_config().dtype
+        stored = settings_of(config, folder).get_text_config().dtype
         dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
         return bool(size / (stored or dtype).itemsize * dtype.itemsize < 0.9 * psutil.virtual_memory().available)
     return bool(size < 0.9 * torch.cuda.mem_get_info(device)[0])
@@ -124,7 +126,7 @@ def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
 
     Parameters are on the meta device; buffers are real and on the device to run on. `ModelError` for a quantized one.
     """
-    settings = _settings(config, checkpoint.folder)
+    settings = settings_of(config, checkpoint.folder)
     if getattr(settings, "quantization_config", None) is not None:
         raise ModelError(f"MODEL: {config.model!r} is quantized, which cannot be streamed; use its bfloat16 checkpoint")
     floats = (entry.dtype for entry in checkpoint.values() if entry.dtype.is_floating_point)
@@ -139,7 +141,7 @@ def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
     return cast(nn.Module, model.eval())
 
 
-def _settings(config: CheckpointConfig, folder: Path) -> Any:
+def settings_of(config: CheckpointConfig, folder: Path) -> Any:
     """What config.json says."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -151,7 +153,11 @@ def _settings(config: CheckpointConfig, folder: Path) -> Any:
 
 def load_structure(config: CheckpointConfig) -> nn.Module:
     """The model without its weights (on the meta device): every module and shape, in no memory."""
-    settings = _settings(config, checkpoint_folder(config.model, config.revision))
+    return structure_of(settings_of(config, checkpoint_folder(config.model, config.revision)), config)
+
+
+def structure_of(settings: Any, config: CheckpointConfig) -> nn.Module:
+    """As `load_structure`, of settings that may differ from the checkpoint's own."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     return cast(nn.Module, model.eval())

@@ -143,7 +143,8 @@ def new_folder(folder: Path, command: str, option: str = "--out") -> Iterator[Pa
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
+            # A linked file is another folder's as well, and not to be touched.
+            if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
                 file.chmod(0o644)  # some libraries write what only the owner can read
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())

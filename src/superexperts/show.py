@@ -9,9 +9,11 @@ from rich.text import Text
 
 from .artifacts import key_name
 from .console import stdout
-from .report import print_table
 
 __all__ = ["show"]
+
+MOST_ROWS = 20
+"""Of a comparison's tables in a terminal."""
 
 
 def show(command: str, result: dict[str, Any]) -> None:
@@ -23,7 +25,12 @@ def show(command: str, result: dict[str, Any]) -> None:
             score = "" if row["score"] is None else f"  {row['score']:.4g}"
             stdout.print(f"{key_name((row['layer'], row['expert']))}{score}")
     elif command == "prune":
-        stdout.print(f"pruned {', '.join(result['pruned'])}")
+        told = {"zero": "", "mean": " to their mean outputs", "remove": ", which are gone"}[result["mode"]]
+        stdout.print(f"pruned {', '.join(result['pruned'])}{told}", soft_wrap=True)
+    elif command == "restore":
+        stdout.print(f"undone: {result['undone']}; the files of {result['base']}", soft_wrap=True, markup=False)
+    elif command == "compare":
+        _show_compare(result)
     elif command == "train":
         stdout.print(
             f"trained {result['trainable_parameters']:,} parameters on {result['rows']:,} rows; "
@@ -50,6 +57,8 @@ def show(command: str, result: dict[str, Any]) -> None:
     elif command == "extract":
         _show_audit(result)
     elif command == "study":
+        from .report import print_table  # here, so that the other commands do not wait for what draws
+
         print_table(result["results"], stdout)
         stdout.print(f"report: {result['report']}", soft_wrap=True)
     if "out" in result and command != "study":
@@ -90,6 +99,35 @@ def _show_profile(result: dict[str, Any]) -> None:
             )
     if result["stability"] is not None:
         _show_stability(result["stability"])
+
+
+def _show_compare(result: dict[str, Any]) -> None:
+    counts = ", ".join(f"{number:,} {status}" for status, number in result["parts"].items() if number)
+    stdout.print(f"{result['a']} and {result['b']}: {counts}", soft_wrap=True, markup=False)
+    rest = [row for row in result["differences"] if row["expert"] is None]
+    for title, first, rows in (
+        ("experts", "expert", result["experts"]),
+        ("other tensors", "key", rest),
+    ):
+        if not rows:
+            continue
+        table = Table(title=title)
+        for column in (first, "status", "relative norm", "max change", "cosine", "elements changed"):
+            table.add_column(column, justify="left" if column in (first, "status") else "right", overflow="fold")
+        for row in rows[:MOST_ROWS]:
+            status = row["status"] if first == "key" else ", ".join(row["statuses"])
+            norm, cosine = ("" if row[name] is None else f"{row[name]:.4g}" for name in ("relative_norm", "cosine"))
+            share = f"{100 * row['share_changed']:.2f}%"
+            table.add_row(Text(row[first]), status, norm, f"{row['max_change']:.4g}", cosine, share)
+        stdout.print(table)
+        if len(rows) > MOST_ROWS:
+            stdout.print(f"and {len(rows) - MOST_ROWS:,} more {title}; --json or --out has all")
+    if result["config"]:
+        stdout.print(f"config.json differs in {', '.join(result['config'])}", soft_wrap=True, markup=False)
+    if result["expected_but_identical"]:
+        stdout.print(f"expected, but identical: {', '.join(result['expected_but_identical'])}", soft_wrap=True)
+    if result["failed"] is not None:
+        stdout.print(f"NOT AS EXPECTED: {result['failed']}", soft_wrap=True, markup=False)
 
 
 def _show_check(result: dict[str, Any]) -> None:

@@ -16,24 +16,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
     convert_and_load_state_dict_in_model,
-    dot_natural_key,
-    rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
-from transformers.utils.loading_report import LoadStateDictInfo
 
 from . import moe
-from .checkpoint import Checkpoint, Entry
+from .checkpoint import Checkpoint
 from .decoder import decoder_layers
 from .errors import ModelError
+from .homes import Homes
 
 __all__ = ["StreamedModel"]
 
@@ -41,9 +34,6 @@ READERS = 2
 """Threads that read experts ahead."""
 AHEAD = 6
 """Experts read ahead of the one that computes."""
-
-Parts = tuple[Entry, ...]
-"""What an expert's matrix is made of in the checkpoint: one piece, or several below each other."""
 
 
 class StreamedModel:
@@ -59,13 +49,12 @@ class StreamedModel:
         first = next(iter(self.banks.values()))
         self._layers = decoder_layers(model, first.path)
         self._decoder = next(name for name, module in model.named_modules() if module is self._layers)
-        self._mapping = get_model_conversion_mapping(cast(Any, model))
-        self._homes = _homes(model, checkpoint, self._mapping)
+        self._homes = Homes(model, checkpoint)
         self._experts = {
             (layer, name): parts
             for layer, bank in self.banks.items()
             for name in (moe.up_name(bank.module), "down_proj")
-            if (parts := self._expert_parts(bank, name)) is not None
+            if (parts := self._homes.expert_parts(bank, name)) is not None
         }
         self._alone = {f"{self.banks[layer].path}.{name}" for layer, name in self._experts}
         """Names of the parameters that are read expert by expert."""
@@ -91,7 +80,7 @@ class StreamedModel:
                     self._unload(layer)
 
             try:
-                self._fill([name for name in self._homes if self._is_outside(name)])
+                self._fill([name for name in self._homes.of if self._is_outside(name)])
                 self._check_full(name for name, _ in self.model.named_parameters() if self._is_outside(name))
                 yield one_by_one()
             finally:
@@ -143,7 +132,7 @@ class StreamedModel:
         """Fills a layer's modules but for its experts; if they will be wanted `whole`, the kernel fetches them ahead
         into its own cache, which costs no memory that it could not have back."""
         prefix = f"{self._decoder}.{layer}."
-        self._fill([name for name in self._homes if name.startswith(prefix) and name not in self._alone])
+        self._fill([name for name in self._homes.of if name.startswith(prefix) and name not in self._alone])
         names = (prefix + name for name, _ in self._layers[layer].named_parameters())
         self._check_full(name for name in names if name not in self._alone)
         if whole:
@@ -167,14 +156,14 @@ class StreamedModel:
 
     def _fill(self, names: Collection[str]) -> None:
         """Loads parameters as transformers does, whatever they are made of."""
-        entries = [self.checkpoint[key] for name in names for _, key in self._homes[name]]
+        entries = [self.checkpoint[key] for name in names for _, key in self._homes.of[name]]
         state = {entry.key: self.checkpoint.read(entry) for entry in entries}
         model = cast(Any, self.model)
         settings = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self._dtype,
             dtype_plan=model._get_dtype_plan(self._dtype),
-            weight_mapping=self._mapping,
+            weight_mapping=self._homes.mapping,
         )
         with _silent():
             info, _ = convert_and_load_state_dict_in_model(model, state, settings, None)
@@ -232,67 +221,6 @@ class StreamedModel:
     def _is_outside(self, name: str) -> bool:
         """Whether a parameter is the decoder's own, in none of its layers (embeddings, a norm)."""
         return name.startswith(self._decoder.rpartition(".")[0]) and not name.startswith(self._decoder + ".")
-
-    def _expert_parts(self, bank: moe.Bank, name: str) -> list[Parts] | None:
-        """Per expert of the bank the pieces of its matrix; None where the checkpoint keeps them in another order, which
-        only transformers' conversion of the whole bank undoes."""
-        sources = self._homes.get(f"{bank.path}.{name}", [])
-        shape = cast(Tensor, getattr(bank.module, name)).shape
-        patterns = {pattern for pattern, _ in sources}
-        if patterns == {None}:
-            entry = self.checkpoint[sources[0][1]]
-            if entry.shape != shape:
-                return None
-            return [(entry.row(expert),) for expert in range(shape[0])]
-        for converter in self._mapping:
-            if isinstance(converter, WeightConverter) and patterns == set(converter.source_patterns):
-                columns = [
-                    [self.checkpoint[key] for pattern, key in sources if pattern == wanted]
-                    for wanted in converter.source_patterns
-                ]
-                parts = list(zip(*columns, strict=False))
-                rows = {sum(entry.shape[0] for entry in pieces) for pieces in parts}
-                stacked = _stacks_experts(converter) and all(len(column) == shape[0] for column in columns)
-                fits = rows == {shape[1]} and {entry.shape[1:] for pieces in parts for entry in pieces} == {shape[2:]}
-                return parts if stacked and fits else None
-        return None
-
-
-def _stacks_experts(converter: WeightConverter) -> bool:
-    """Whether a conversion only stacks experts, and their gate on top of their up projection."""
-    stack, *join = converter.operations
-    if not (type(stack) is MergeModulelist and stack.dim == 0 and len(converter.target_patterns) == 1):
-        return False
-    if not join:
-        return len(converter.source_patterns) == 1
-    return len(join) == 1 and type(join[0]) is Concatenate and join[0].dim == 1
-
-
-def _homes(model: nn.Module, checkpoint: Checkpoint, mapping: Sequence[Any]) -> dict[str, list[tuple[str | None, str]]]:
-    """Per parameter (the first of those that a conversion makes) the checkpoint's keys that it comes from, each with
-    the pattern of the conversion that takes it; as transformers' `convert_and_load_state_dict_in_model` finds them."""
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state, prefix = model.state_dict(), cast(Any, model).base_model_prefix
-    homes: dict[str, list[tuple[str | None, str]]] = collections.defaultdict(list)
-    homeless: set[str] = set()
-    for key in sorted(checkpoint, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
-        if name in state:
-            homes[name].append((pattern, key))
-        else:
-            homeless.add(name)
-    info = LoadStateDictInfo(
-        missing_keys=set(), unexpected_keys=homeless, mismatched_keys=set(), conversion_errors={}, error_msgs=[],
-        skipped_pp_keys=set(),
-    )  # fmt: skip
-    cast(Any, model)._adjust_missing_and_unexpected_keys(info)
-    if info.unexpected_keys:
-        some = ", ".join(sorted(info.unexpected_keys)[:3])
-        raise ModelError(f"MODEL: the checkpoint has {len(info.unexpected_keys)} unexpected keys ({some}); repair it")
-    return dict(homes)
 
 
 @contextlib.contextmanager

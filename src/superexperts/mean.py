@@ -1,0 +1,92 @@
+"""The mean answer of chosen experts over a corpus, with one decoder layer in memory at a time.
+
+Shape suffixes: S sequences, B sequences of a batch, L tokens per sequence, N tokens routed to one expert, D hidden
+size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from . import moe
+from .artifacts import ExpertKey, key_name
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+from .config_surgery import PruneConfig
+from .console import progress
+from .corpora import digest_ids, documents, local_data, pack
+from .decoder import layer_by_layer
+from .errors import DataError
+from .model import empty_model, load_tokenizer, pick_device
+from .stream import StreamedModel
+
+__all__ = ["mean_outputs", "means", "sequences"]
+
+
+def sequences(config: PruneConfig) -> tuple[Tensor, str]:
+    """The corpus that the options name, as int64 token ids [S, L], and their hash."""
+    data_dir = local_data(config.data_dir)
+    texts = documents(config.corpus, data_dir=None if str(data_dir) == "pocket" else data_dir)
+    tokenizer = load_tokenizer(config)
+    ids_SL = pack(texts, tokenizer, corpus=config.corpus, tokens=config.tokens, seq_len=config.seq_len)
+    return ids_SL, digest_ids(ids_SL)
+
+
+def means(
+    config: PruneConfig, base: Checkpoint, ids_SL: Tensor, experts: Collection[ExpertKey]
+) -> dict[ExpertKey, Tensor]:
+    """`mean_outputs` of a checkpoint, in float32 on a CPU, else in the checkpoint's dtype."""
+    device = pick_device(config.device)
+    running = ModelConfig(
+        model=config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        device=config.device,
+        dtype="float32" if device.type == "cpu" else "auto",
+    )
+    streamed = StreamedModel(empty_model(running, base), base, device)
+    return mean_outputs(streamed, ids_SL, experts, batch_size=config.batch_size)
+
+
+@torch.inference_mode()
+def mean_outputs(
+    streamed: StreamedModel, ids_SL: Tensor, experts: Collection[ExpertKey], *, batch_size: int
+) -> dict[ExpertKey, Tensor]:
+    """Per expert the mean [D] of its down_proj's output, bias included, over the tokens routed to it, in float64.
+
+    Each token counts once, whatever its routing weight. `DataError` for an expert that no token of `ids_SL` (int64
+    [S, L]) reaches.
+    """
+    sums: dict[ExpertKey, Tensor] = {}
+    counts = dict.fromkeys(experts, 0)
+
+    def tap(call: moe.BankCall) -> None:
+        for heard in call.each():
+            key = (heard.layer, heard.expert)
+            if key in counts:
+                added_D = heard.output_ND.double().sum(0).cpu()
+                sums[key] = sums[key] + added_D if key in sums else added_D
+                counts[key] += len(heard.token_N)
+
+    layers = range(max(layer for layer, _ in experts) + 1)
+    some = next(iter(streamed.banks.values()))
+    batches = [batch_BL.to(streamed.device) for batch_BL in torch.split(ids_SL, batch_size)]
+    hidden: list[Tensor | None] = [None] * len(batches)
+    with (
+        moe.tapped(streamed.model, tap),
+        layer_by_layer(streamed.model, some.path) as run,
+        streamed.running(layers, whole=True) as loaded,
+        progress("mean outputs", len(layers)) as bar,
+    ):
+        for layer in loaded:
+            for number, ids_BL in enumerate(batches):
+                hidden[number] = run(layer, hidden[number], input_ids=ids_BL, use_cache=False)
+            bar()
+    silent = [key_name(key) for key, count in counts.items() if not count]
+    if silent:
+        told = f"{silent[0]} saw none of {ids_SL.numel():,} tokens, so it has no mean"
+        raise DataError(f"--corpus: {told}; give more --tokens, or other text")
+    return {key: sums[key] / counts[key] for key in experts}

@@ -1,0 +1,184 @@
+"""No header, index or record of another's making crashes a command, makes it write, or gets past it unseen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from families import tiny_model
+from superexperts import prune
+from superexperts.checkpoint import INDEX
+from superexperts.cli import main
+from superexperts.config import PruneConfig
+from superexperts.surgery import RECORD
+from test_surgery import contents
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of several shards, `base`, and one pruned from it, `out`."""
+    folder = tmp_path_factory.mktemp("hostile")
+    model: Any = tiny_model("olmoe", num_hidden_layers=1, num_experts=3, num_experts_per_tok=2)
+    model.save_pretrained(folder / "base", max_shard_size="20KB")
+    prune.run(PruneConfig(model=str(folder / "base"), experts="L0E1", out=folder / "out"))
+    return folder
+
+
+@pytest.fixture
+def commands(tmp_path: Path, checkpoints: Path) -> Iterator[Callable[[Path], list[list[str]]]]:
+    """Every command that reads a checkpoint without a model, given one that may lie."""
+    good, out = str(checkpoints / "base"), str(tmp_path / "written")
+
+    def every(folder: Path) -> list[list[str]]:
+        bad = str(folder)
+        return [
+            ["prune", bad, "--experts=L0E1", f"--out={out}"],
+            ["prune", bad, "--experts=L0E1", "--mode=remove", f"--out={out}"],
+            ["compare", bad, good, f"--out={out}"],
+            ["compare", good, bad, "--expect-only=L0E1", f"--out={out}"],
+            ["restore", str(checkpoints / "out"), "--base", bad, f"--out={out}"],
+        ]
+
+    before = contents(checkpoints)
+    yield every
+    assert contents(checkpoints) == before
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    """A copy whose files may be written to."""
+    shutil.copytree(folder, target)
+    return target
+
+
+def refused(command: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command that must end with one line, exit code 2 and nothing written; returns the line."""
+    assert main(command) == 2, command
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = [line for line in said.err.splitlines() if line.startswith("superexperts: ")]
+    assert len(lines) == 1, said.err
+    assert not (folder / "written").exists()
+    assert not list(folder.glob(".written*"))
+    return lines[0]
+
+
+def header_of(shard: Path) -> tuple[dict[str, Any], bytes]:
+    data = shard.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], number: int = 1) -> None:
+    """Changes the header of a shard and leaves its tensors."""
+    shard = sorted(folder.glob("model-*.safetensors"))[number]
+    header, rest = header_of(shard)
+    change(header)
+    text = json.dumps(header).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+
+
+def first(header: dict[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = next(value for key, value in header.items() if key != "__metadata__")
+    return entry
+
+
+def reindex(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def a_shard(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def twice(folder: Path) -> None:
+    text = (folder / INDEX).read_text()
+    (folder / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"x": "a", "x": "a",'))
+
+
+def piped(folder: Path) -> None:
+    """A shard that whoever opens it would wait for."""
+    shard = a_shard(folder)
+    shard.unlink()
+    os.mkfifo(shard)
+
+
+def pickled(folder: Path) -> None:
+    for file in [*folder.glob("*.safetensors"), folder / INDEX]:
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        (lambda f: reindex(f, lambda m: m.update(dict.fromkeys(m, "../base/x.safetensors"))), "outside its folder"),
+        (lambda f: reindex(f, lambda m: m.update({next(iter(m)): "/etc/x.safetensors"})), "outside its folder"),
+        (lambda f: reindex(f, lambda m: m.update({"more": next(iter(m.values()))})), "where it is not"),
+        (lambda f: reindex(f, lambda m: m.pop("model.norm.weight")), "does not name"),
+        (twice, "given twice"),
+        (lambda f: a_shard(f).write_bytes(a_shard(f).read_bytes()[:-1]), "is cut off"),
+        (lambda f: a_shard(f).write_bytes(a_shard(f).read_bytes() + b"x"), "more bytes"),
+        (lambda f: a_shard(f).unlink(), "cannot be read"),
+        (piped, "cannot be read"),
+        (lambda f: rewrite(f, lambda h: first(h).update(data_offsets=[0, 2**60])), "wrong at"),
+        (lambda f: rewrite(f, lambda h: first(h).update(shape=[0, 2**62, 2**62], data_offsets=[0, 0])), "wrong at"),
+        (lambda f: rewrite(f, lambda h: h.update(x={**first(h)})), "overlap|as does|does not name"),
+        (lambda f: rewrite(f, lambda h: h.update(__metadata__=[1])), "wrong at '__metadata__'"),
+        (lambda f: rewrite(f, lambda h: h.update(__metadata__={"a": {}})), "wrong at '__metadata__'"),
+        (lambda f: a_shard(f).write_bytes(b"\x80\x04" + a_shard(f).read_bytes()), "no header|cannot be read"),
+        (pickled, "pickles are not read"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_lies_is_one_line(
+    lie: Any, said: str, commands: Any, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = copy_of(checkpoints / "base", tmp_path / "bad")
+    lie(bad)
+    for command in commands(bad):
+        line = refused(command, tmp_path, capsys)
+        assert any(part in line for part in said.split("|")), line
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_header_index_or_record_crashes_a_command(
+    data: st.DataObject, commands: Any, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files with a few bytes changed, cut or made up: a command does its work or refuses in one line."""
+    bad = tmp_path / "bad"
+    shutil.rmtree(bad, ignore_errors=True)
+    copy_of(checkpoints / "out", bad)
+    names = [INDEX, RECORD, *(file.name for file in bad.glob("model-*"))]
+    file = bad / data.draw(st.sampled_from(names))
+    text = bytearray(file.read_bytes())
+    head = len(text) if file.suffix == ".json" else 8 + int.from_bytes(text[:8], "little")
+    if data.draw(st.booleans()):
+        for _ in range(data.draw(st.integers(1, 4))):
+            text[data.draw(st.integers(0, head - 1))] = data.draw(st.integers(0, 255))
+    elif data.draw(st.booleans()):
+        start = data.draw(st.integers(0, head - 1))
+        text[start : start + data.draw(st.integers(1, 30))] = data.draw(st.binary(max_size=30))
+    else:
+        text = bytearray(data.draw(st.binary(max_size=200)))
+    file.write_bytes(text)
+    every = [*commands(bad), ["restore", str(bad), f"--out={tmp_path / 'written'}"]]
+    command = data.draw(st.sampled_from(every))
+    shutil.rmtree(tmp_path / "written", ignore_errors=True)
+    code = main(command)
+    said = capsys.readouterr()
+    assert code in (0, 1, 2)
+    assert "Traceback" not in said.err
+    if code == 2:
+        assert len([line for line in said.err.splitlines() if line.startswith("superexperts: ")]) == 1
+        assert not (tmp_path / "written").exists()
+    assert not list(tmp_path.glob(".written*"))
