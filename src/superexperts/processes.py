@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 from .recorder import Recorder
 
-__all__ = ["device_of_process", "merged", "my_share"]
+__all__ = ["device_of_process", "merged", "my_share", "together"]
 
 
 def my_share(batches: Sequence[int]) -> Sequence[int]:
@@ -36,6 +36,12 @@ def merged(recorder: Recorder) -> Recorder:
 def device_of_process() -> torch.device | None:
     """The device that this process of several is to use; None where it is the only one."""
     return cast(torch.device, PartialState().device) if _several() else None
+
+
+def together() -> None:
+    """Every process waits here for the others."""
+    if _several():
+        PartialState().wait_for_everyone()
 
 
 def _several() -> bool:
