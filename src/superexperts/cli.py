@@ -88,7 +88,7 @@ def _parse(arguments: Sequence[str]) -> Any:
 
 def _recipe(arguments: Sequence[str]) -> config_train.TrainConfig | None:
     """The settings of the file that `train --recipe FILE` names, which take the place of train's defaults."""
-    if arguments[:1] != ["train"] or {"-h", "--help"} & set(arguments):
+    if list(arguments[:1]) != ["train"] or {"-h", "--help"} & set(arguments):
         return None
     files = [arguments[i + 1] for i, word in enumerate(arguments[:-1]) if word == "--recipe"]
     files += [word.removeprefix("--recipe=") for word in arguments if word.startswith("--recipe=")]

@@ -70,11 +70,11 @@ class Exposure:
         self._reached_T: Tensor | None = None
         self._reached = 0
 
-    def by_expert(self) -> dict[str, int]:
-        """Tokens that each adapted expert saw, in every process together."""
+    def by_expert(self, *, together: bool = True) -> dict[str, int]:
+        """Tokens that each adapted expert saw, in every process `together`, or in this one."""
         own = [self.tokens if expert == "shared" else self._count(layer, expert) for layer, expert in self.experts]
         totals = torch.tensor(own, dtype=torch.int64)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if together and torch.distributed.is_available() and torch.distributed.is_initialized():
             device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
             totals = totals.to(device)
             torch.distributed.all_reduce(totals)

@@ -16,6 +16,7 @@ from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
@@ -27,7 +28,7 @@ from .exposure import Exposure
 from .rundir import read_json, write_json
 from .sft_data import Example
 
-__all__ = ["Fitted", "fit", "last_checkpoint"]
+__all__ = ["Fitted", "fit", "last_checkpoint", "whole_tensors"]
 
 COMPLETE = "complete.json"
 """Written into a checkpoint last of all: one without it was cut off."""
@@ -194,7 +195,7 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
     """What a checkpoint has to hold beside the trainer's own: token counts, and the adapter of the lowest loss."""
 
     def __init__(self, adapted: PeftModel, exposure: Exposure, patience: int) -> None:
-        self._trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+        self._adapted = adapted
         self._exposure = exposure
         self._patience = patience
         self._worse = 0
@@ -211,7 +212,7 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
             return
         if self._best is None or metrics["eval_loss"] < self._best[0]:
             self._best, self._worse = (metrics["eval_loss"], state.global_step), 0
-            self._tensors = {name: _whole(parameter) for name, parameter in self._trained.items()}
+            self._tensors = whole_tensors(self._adapted)
         else:
             self._worse += 1
         control.should_training_stop |= self.exhausted
@@ -224,7 +225,7 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
             return
         if self._tensors:
             save_file(dict(self._tensors), folder / "best.safetensors")
-        for file in folder.iterdir():
+        for file in (path for path in folder.rglob("*") if path.is_file()):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         write_json(folder / COMPLETE, {"worse": self._worse, "best": self._best, "processes": args.world_size})
@@ -246,15 +247,22 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
         if self._best is None:
             return step
         with torch.no_grad():
-            for name, parameter in self._trained.items():
-                parameter.copy_(self._tensors[name])
+            for name, parameter in self._adapted.named_parameters():
+                if name in self._tensors:
+                    best = self._tensors[name].to(parameter.device)
+                    if isinstance(parameter, DTensor):
+                        best = distribute_tensor(best, parameter.device_mesh, parameter.placements)
+                    parameter.copy_(best)
         if self._best[1] < step:
             note(f"train: the adapter of step {self._best[1]} is kept, whose loss on rows set aside is the lowest")
         return self._best[1]
 
 
-def _whole(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().cpu().clone()
+def whole_tensors(adapted: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors on the CPU, gathered where FSDP holds a part in each process: all of them have to call."""
+    found = {name: parameter.detach() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    gathered = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in found.items()}
+    return {name: tensor.cpu().clone() for name, tensor in gathered.items()}
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here

@@ -397,5 +397,5 @@ def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
         kl=divergence / positions,
         probe_tokens=positions,
         probe_share=exposure.share() if exposure.experts else None,
-        probe_experts=exposure.by_expert(),
+        probe_experts=exposure.by_expert(together=False),  # every process measures the same rows
     )

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +24,7 @@ from .config_train import TrainConfig, own_values, recipe_text
 from .console import note, speaks
 from .errors import DataError, EffectError, ExpertsError, OptionError, SuperExpertsError
 from .exposure import counting
-from .fit import Fitted, fit, last_checkpoint
+from .fit import Fitted, fit, last_checkpoint, whole_tensors
 from .model import checkpoint_folder, chosen_experts, load_model, load_tokenizer
 from .processes import together
 from .rundir import (
@@ -102,8 +101,9 @@ def train(
                 **dataclasses.asdict(effect),
                 "experts": names,
             }
+            tensors = whole_tensors(adapted)
             if temporary is not None:
-                _save(adapted, temporary / "adapter", config, dtype)
+                _save(adapted, tensors, temporary / "adapter", config, dtype)
         if temporary is not None:
             digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()}
             write_text(temporary / "adapter" / "README.md", model_card(config, result, digests))
@@ -263,15 +263,15 @@ def _round(adapted: PeftModel, config: TrainConfig) -> torch.dtype:
     return dtype
 
 
-def _save(adapted: PeftModel, folder: Path, config: TrainConfig, dtype: torch.dtype) -> None:
+def _save(
+    adapted: PeftModel, tensors: dict[str, Tensor], folder: Path, config: TrainConfig, dtype: torch.dtype
+) -> None:
     """PEFT's files, with the base model as the user names it instead of a path of this machine."""
     settings = adapted.peft_config["default"]
     settings.base_model_name_or_path, settings.revision = config.model, config.revision
     # Left to itself PEFT asks the Hub whether the embeddings were resized.
-    adapted.save_pretrained(str(folder), save_embedding_layers=False)
-    weights = folder / lora.WEIGHTS_FILE
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(weights).items()}
-    save_file(tensors, weights, metadata={"format": "pt"})
+    values = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    adapted.save_pretrained(str(folder), state_dict=values, save_embedding_layers=False)
 
 
 @contextlib.contextmanager
