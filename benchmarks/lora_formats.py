@@ -2,10 +2,10 @@
 
     python benchmarks/lora_formats.py --folder runs/formats
 
-Trains each of recipes/pocket-*.yaml on the pocket world's rows, exports it, and asks the six benchmarks of every format,
-each in a process of its own that loads it anew: `adapter` and `peft` by `evaluate --adapter`, `merged` as a checkpoint,
-`vllm` as `import` reads it back. Prints a table in Markdown: accuracy in %, and how many answers differ from those of
-the adapter itself. What is done already is not done again.
+Trains each of recipes/pocket-*.yaml on the pocket world's rows, exports it, and asks the six benchmarks of every
+format, each in a process of its own that loads it anew: `adapter` and `peft` by `evaluate --adapter`, `merged` as a
+checkpoint, `vllm` as `import` reads it back. Prints a table in Markdown: accuracy in %, and how many answers differ
+from those of the adapter itself. What is done already is not done again.
 """
 
 from __future__ import annotations

@@ -402,10 +402,10 @@ def test_wrong_input_is_refused_before_any_work(config: Any, tmp_path: Path, mon
     with pytest.raises(ExpertsError, match="L0E1 is not in the model"):
         train.run(config(experts="L0E1"))
 
-    def no_model(_: Any) -> nn.Module:
+    def no_model(*_: Any) -> nn.Module:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(train, "load_model", no_model)
+    monkeypatch.setattr(train, "load_to_train", no_model)
     for options, error, words in (
         ({"data": tmp_path / "none.json"}, DataError, r"--data: .*none\.json is no file"),
         ({"data": tmp_path / "bad.json"}, DataError, r"bad\.json row 6 has no 'answer'"),

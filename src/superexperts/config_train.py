@@ -94,9 +94,9 @@ class TrainConfig(ModelConfig):
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Where losses are logged as well; TensorBoard's files go into logs/ of --out."""
     load_in_4bit: Switch = False
-    """Keep linear weights outside the adapted layers in 4 bits (needs bitsandbytes)."""
+    """Keep linear maps outside the adapted layers in 4 bits (needs bitsandbytes)."""
     offload: Switch = False
-    """Keep weights that do not fit on the GPUs in main memory or on disk."""
+    """Keep the layers below the lowest adapted one in main memory, or on disk where there is no GPU."""
     allow_unexposed: Switch = False
     """Keep the adapter of an expert that no training token reached, which is an error otherwise."""
     json: Switch = False

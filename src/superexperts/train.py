@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ from .console import note, speaks
 from .errors import DataError, EffectError, ExpertsError, OptionError, SuperExpertsError
 from .exposure import counting
 from .fit import Fitted, fit, last_checkpoint, whole_tensors
-from .model import checkpoint_folder, chosen_experts, load_model, load_tokenizer
+from .memory import load_to_train
+from .model import checkpoint_folder, chosen_experts, load_tokenizer
 from .processes import together
 from .rundir import (
     completed,
@@ -73,10 +75,11 @@ def train(
         note(f"train: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "training.json", "training")}
     work = config.out.with_name(f".{config.out.name}.checkpoints")
-    with _written(config.out) as temporary:
+    with _written(config.out) as temporary, tempfile.TemporaryDirectory(prefix="superexperts-") as folder_of_weights:
+        scratch = Path(folder_of_weights)
         tokenizer = tokenizer or load_tokenizer(config)
         examples, held_out = _examples(config, tokenizer)
-        model = model or load_model(config)
+        model = model or load_to_train(config, lambda empty: _attach(empty, chosen, config), scratch)
         checkpoint = _prepare(work, input_key("train", inputs), config)
         with _kept_when_killed(work), _borrowed(model):
             adapted = _attach(model, chosen, config)
