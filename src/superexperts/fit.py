@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from .config_train import TrainConfig
-from .console import note, stderr
+from .console import note, speaks, stderr
 from .errors import DataError, OptionError
 from .exposure import Exposure
 from .rundir import read_json, write_json
@@ -68,6 +69,10 @@ def fit(
         processing_class=tokenizer,
         callbacks=[progress, keeper],
     )
+    if config.report_to == "tensorboard" and speaks:
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(work / "logs"))))
     trainer.remove_callback(PrinterCallback)  # it prints every step to standard output
     if config.packing:
         _require_apart(adapted, examples)
@@ -94,8 +99,6 @@ def fit(
 def _settings(adapted: PeftModel, config: TrainConfig, work: Path, *, evaluate: bool) -> SFTConfig:
     parameter = next(adapted.parameters())
     on_gpu = parameter.device.type == "cuda"
-    if config.report_to == "tensorboard":
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "logs")
     settings = SFTConfig(
         output_dir=str(work),
         per_device_train_batch_size=config.batch_size,
@@ -124,7 +127,7 @@ def _settings(adapted: PeftModel, config: TrainConfig, work: Path, *, evaluate: 
         save_steps=config.checkpoint_steps or 500,
         save_total_limit=2,
         logging_steps=1,
-        report_to=[] if config.report_to == "none" else [config.report_to],
+        report_to=[config.report_to] if config.report_to in ("trackio", "wandb") else [],
         run_name=config.out.name,
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
