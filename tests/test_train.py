@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from families import tiny_model
 from superexperts import lora, moe, sft_data, train
 from superexperts.artifacts import key_name
-from superexperts.config import TrainConfig
+from superexperts.config_train import TrainConfig
 from superexperts.errors import DataError, EffectError, ExpertsError, ModelError, OptionError, OutputError
 from superexperts.sft_data import IGNORED, Row, encode, read_rows
 
@@ -234,11 +235,12 @@ def test_what_training_writes_and_returns(config: Any, capsys: pytest.CaptureFix
     result = train.run(settings)
     assert capsys.readouterr().out == ""  # standard output is for results
     out = settings.out
-    assert sorted(path.name for path in out.iterdir()) == ["adapter", "manifest.json", "training.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "manifest.json", "recipe.yaml", "training.json"]
     assert sorted(path.name for path in (out / "adapter").iterdir()) == [
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "recipe.yaml",
     ]
     written = json.loads((out / "training.json").read_text())
     assert {"out": str(out), **written} == json.loads(json.dumps(result))
@@ -259,7 +261,12 @@ def test_what_training_writes_and_returns(config: Any, capsys: pytest.CaptureFix
     fields = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert fields["base_model_name_or_path"] == settings.model
     assert fields["experts"] == {"model.layers.1.mlp.experts": [0, 2], "model.layers.2.mlp.experts": [3]}
-    assert "L1E0, L1E2, L2E3" in (out / "adapter" / "README.md").read_text()
+    card = (out / "adapter" / "README.md").read_text()
+    assert "# LoRA on experts L1E0, L1E2, L2E3 of " in card
+    assert hashlib.sha256(settings.data.read_bytes()).hexdigest() in card
+    assert f"| loss of the last step | {written['loss'][-1][1]:.4f} |" in card
+    assert all(f"| {name} | {count:,} |" in card for name, count in written["exposure"].items())
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out", "rows.json"]  # checkpoints are gone
 
 
 def test_a_model_that_is_handed_in_comes_back_as_it_was(config: Any, tmp_path: Path) -> None:
@@ -316,13 +323,13 @@ def test_attention(config: Any) -> None:
 
 def test_done_work_is_not_done_again_and_changed_work_is(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
-    fit = train._fit
+    fit = train.fit
 
-    def counted(adapted: Any, tokenizer: Any, examples: Any, settings: TrainConfig) -> Any:
+    def counted(adapted: Any, tokenizer: Any, examples: Any, held_out: Any, settings: TrainConfig, *more: Any) -> Any:
         calls.append(settings.learning_rate)
-        return fit(adapted, tokenizer, examples, settings)
+        return fit(adapted, tokenizer, examples, held_out, settings, *more)
 
-    monkeypatch.setattr(train, "_fit", counted)
+    monkeypatch.setattr(train, "fit", counted)
     first = train.run(config())
     second = train.run(config())
     assert calls == [0.01]
@@ -395,10 +402,10 @@ def test_wrong_input_is_refused_before_any_work(config: Any, tmp_path: Path, mon
     with pytest.raises(ExpertsError, match="L0E1 is not in the model"):
         train.run(config(experts="L0E1"))
 
-    def no_model(_: Any) -> nn.Module:
+    def no_model(*_: Any) -> nn.Module:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(train, "load_model", no_model)
+    monkeypatch.setattr(train, "load_to_train", no_model)
     for options, error, words in (
         ({"data": tmp_path / "none.json"}, DataError, r"--data: .*none\.json is no file"),
         ({"data": tmp_path / "bad.json"}, DataError, r"bad\.json row 6 has no 'answer'"),
@@ -410,5 +417,5 @@ def test_wrong_input_is_refused_before_any_work(config: Any, tmp_path: Path, mon
         with pytest.raises(error, match=words):
             train.run(config(**options))
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(OptionError, match="--attention"):
-        config(experts="L1E0", attention=True)
+    with pytest.raises(OptionError, match="--experts: None is missing; give an expert set, --attention, or --target"):
+        config(experts=None)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
 
-from . import config, config_adapters, config_surgery
+from . import config, config_adapters, config_surgery, config_train
 from .console import speaks
 from .errors import OptionError, SuperExpertsError
 
@@ -26,7 +28,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "prune": config_surgery.PruneConfig,
     "restore": config_surgery.RestoreConfig,
     "compare": config_surgery.CompareConfig,
-    "train": config.TrainConfig,
+    "train": config_train.TrainConfig,
     "export": config_adapters.ExportConfig,
     "import": config_adapters.ImportConfig,
     "check-adapter": config_adapters.CheckAdapterConfig,
@@ -64,8 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str]) -> Any:
     """The settings of the command that the arguments name; what tyro says of wrong ones becomes one line."""
     said = io.StringIO()
+    recipe = _recipe(arguments)
     try:
         with contextlib.redirect_stderr(said):
+            if recipe is not None:
+                return tyro.cli(
+                    config_train.TrainConfig, default=recipe, prog="superexperts train", args=list(arguments[1:])
+                )
             return tyro.extras.subcommand_cli_from_dict(
                 COMMANDS,
                 prog="superexperts",
@@ -80,3 +87,20 @@ def _parse(arguments: Sequence[str]) -> Any:
             r"^.*?Error parsing \w+Config: |^[A-Z][a-z]+ [a-z]+ | (Argument helptext|For full helptext).*", "", text
         )
         raise OptionError(text + ("" if ";" in text else "; see --help")) from None
+
+
+def _recipe(arguments: Sequence[str]) -> config_train.TrainConfig | None:
+    """The settings of the file that `train --recipe FILE` names, which take the place of train's defaults."""
+    if list(arguments[:1]) != ["train"] or {"-h", "--help"} & set(arguments):
+        return None
+    files = [arguments[i + 1] for i, word in enumerate(arguments[:-1]) if word == "--recipe"]
+    files += [word.removeprefix("--recipe=") for word in arguments if word.startswith("--recipe=")]
+    if not files:
+        return None
+    settings = config_train.read_recipe(Path(files[-1]))
+    # Checked when the arguments have replaced some, and not before: what is to be adapted may come from either.
+    unchecked = object.__new__(config_train.TrainConfig)
+    for field in dataclasses.fields(config_train.TrainConfig):
+        default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
+        object.__setattr__(unchecked, field.name, settings.get(field.name, default))
+    return unchecked

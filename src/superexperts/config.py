@@ -28,7 +28,6 @@ __all__ = [
     "SelectConfig",
     "ServerConfig",
     "StudyConfig",
-    "TrainConfig",
     "identity",
 ]
 
@@ -41,6 +40,7 @@ MORE_TASKS = ("arc_challenge", "openbookqa")
 NOT_IDENTITY = (
     *("out", "json", "model", "experts", "data", "data_dir", "adapter", "silence", "profile", "like", "base"),
     *("base_url", "concurrency", "timeout", "retries"),
+    *("recipe", "eval_data", "checkpoint_steps", "resume", "report_to"),
 )
 
 
@@ -169,62 +169,6 @@ class SelectConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(ModelConfig):
-    """LoRA on only the chosen experts, or on attention, by supervised fine-tuning.
-
-    Example: superexperts train pocket --data train.json --experts runs/super.json --out runs/lora
-    """
-
-    data: Path
-    """JSON array or JSONL of {question, explain, answer}."""
-    experts: str | None = None
-    """experts.json or inline: adapt these experts' gate, up and down projections."""
-    attention: Switch = False
-    """Adapt the attention projections instead."""
-    out: Path = Path("runs/train")
-    """Folder for adapter/ and the training log."""
-    r: int = 16
-    """LoRA rank."""
-    alpha: float = 32
-    """LoRA alpha; the update is scaled by alpha / r."""
-    dropout: float = 0.05
-    """Dropout on the LoRA branch's input."""
-    learning_rate: float = 1e-4
-    """Peak learning rate; the schedule is cosine."""
-    warmup: float = 0.03
-    """Share of the steps over which the learning rate rises."""
-    epochs: float = 2
-    """Passes over the data."""
-    batch_size: int = 16
-    """Rows per device and forward pass."""
-    accumulation: int = 1
-    """Forward passes per optimiser step."""
-    max_length: int = 1024
-    """Longest prompt and response in tokens; longer rows are an error."""
-    allow_unexposed: Switch = False
-    """Keep the adapter of an expert that no training token reached, which is an error otherwise."""
-    json: Switch = False
-    """Print the result as JSON."""
-
-    def __post_init__(self) -> None:
-        both = self.experts is not None and self.attention
-        _require(not both, "--attention", self.attention, "excludes --experts; give one of the two")
-        neither = self.experts is None and not self.attention
-        _require(not neither, "--experts", self.experts, "is missing; give an expert set, or --attention")
-        for option, value in (
-            ("--r", self.r),
-            ("--alpha", self.alpha),
-            ("--learning-rate", self.learning_rate),
-            ("--epochs", self.epochs),
-            ("--batch-size", self.batch_size),
-            ("--accumulation", self.accumulation),
-            ("--max-length", self.max_length),
-        ):
-            _require(value > 0, option, value, "is not positive; give more than 0")
-        _require(0 <= self.dropout < 1, "--dropout", self.dropout, "is out of range; give a share in [0, 1)")
-        _require(0 <= self.warmup < 1, "--warmup", self.warmup, "is out of range; give a share in [0, 1)")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ServerConfig, ModelConfig):
     """Ask a model, or a model with an adapter, the benchmarks' questions; answers are kept as they are given.

@@ -70,15 +70,24 @@ class Exposure:
         self._reached_T: Tensor | None = None
         self._reached = 0
 
-    def by_expert(self) -> dict[str, int]:
-        """Tokens that each adapted expert saw, in every process together."""
+    def by_expert(self, *, together: bool = True) -> dict[str, int]:
+        """Tokens that each adapted expert saw, in every process `together`, or in this one."""
         own = [self.tokens if expert == "shared" else self._count(layer, expert) for layer, expert in self.experts]
         totals = torch.tensor(own, dtype=torch.int64)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if together and torch.distributed.is_available() and torch.distributed.is_initialized():
             device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
             totals = totals.to(device)
             torch.distributed.all_reduce(totals)
         return {key_name(key): int(total) for key, total in zip(self.experts, totals.tolist(), strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        """What this process has counted, as JSON."""
+        return {"tokens": self.tokens, "counts": {str(layer): row.tolist() for layer, row in self._counts.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` gave."""
+        self.tokens = state["tokens"]
+        self._counts = {int(layer): torch.tensor(row) for layer, row in state["counts"].items()}
 
     def share(self) -> float:
         """Share of the tokens that reached an adapted expert in some layer."""
@@ -101,7 +110,8 @@ class Exposure:
         if mask_T is None or len(mask_T) != len(index_TK):
             mask_T = torch.ones_like(index_TK[:, 0], dtype=torch.bool)
         mask_T = mask_T.to(index_TK.device)
-        counts = self._counts.setdefault(layer, torch.zeros(experts, dtype=torch.int64, device=index_TK.device))
+        zeros_E = torch.zeros(experts, dtype=torch.int64)
+        counts = self._counts[layer] = self._counts.get(layer, zeros_E).to(index_TK.device)
         counts.index_add_(0, index_TK.flatten(), mask_T[:, None].expand_as(index_TK).flatten().long())
         own = [expert for key_layer, expert in self.experts if key_layer == layer]
         if self._reached_T is not None and len(self._reached_T) == len(index_TK):

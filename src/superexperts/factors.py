@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import lora, moe
+from .bank import DOWN, GATE, UP
 from .errors import DataError, ModelError
-from .lora_layer import ExpertLoraConfig, ExpertsLora, linears
+from .lora_layer import RENAMED_BY_PEFT, ExpertLoraConfig, ExpertsLora, is_projection, linears
 
 __all__ = [
     "PREFIX",
@@ -131,23 +132,24 @@ def _own_names(model: nn.Module) -> Iterator[tuple[str, Place, float, tuple[int,
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        scaling = module.scaling["default"]
         for letter, parts in (("A", module.lora_A), ("B", module.lora_B)):
             for own, parameter in parts["default"].named_parameters():
-                place = Place(path=path)
+                place, scaling = Place(path=path), module.scaling["default"]
                 if isinstance(module, ExpertsLora):
+                    scaling = module.scaling_of("default", own)
                     expert, projection = own.split("_", 1)
                     place = Place(path=path, expert=int(expert), projection=projection)
                 yield f"{PREFIX}{path}.lora_{letter}.{own}", place, scaling, tuple(parameter.shape)
 
 
 def own_layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The configuration and tensors of an adapter of our own: one rank, one scaling, no expert that nothing changes."""
+    """The configuration and tensors of an adapter of our own: one rank, one scaling, nothing that nothing changes."""
     rank, scaling = max(factor.rank for factor in factors.values()), next(iter(factors.values())).scaling
     banks = {bank.path: bank for bank in moe.find_banks(model)}
     shared = {lora.shared_path(model, bank) for bank in banks.values() if bank.shared_down is not None}
     experts: dict[str, list[int]] = {}
     modules: list[str] = []
+    hidden: list[str] = []
     tensors: dict[str, Tensor] = {}
 
     def add(key_a: str, place: Place, weight_OI: Tensor) -> None:
@@ -157,22 +159,33 @@ def own_layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str
         a_RI, b_OR = factors.get(place, nothing).padded(rank, scaling)
         tensors[PREFIX + key_a], tensors[PREFIX + key_a.replace(".lora_A.", ".lora_B.")] = a_RI, b_OR
 
-    used = set()
+    used, projections = set(), set()
     for place in factors:
         if place.expert is not None:
             used.add((place.path, place.expert))
+            projections.add(place.projection)
             continue
         owner = next((path for path in shared if place.path.startswith(f"{path}.")), None)
-        modules.append(place.path if owner is None else owner)
+        if owner is None and place.path.rpartition(".")[2] in RENAMED_BY_PEFT:
+            hidden.append(place.path)
+            modules.append(place.path.rpartition(".")[0])
+        else:
+            modules.append(place.path if owner is None else owner)
+        if owner is not None:
+            projections.add(place.path.rpartition(".")[2])
         if owner is None:
             add(f"{place.path}.lora_A.weight", place, cast(Tensor, model.get_submodule(place.path).weight))
     for path, expert in sorted(used):
         experts.setdefault(path, []).append(expert)
         for projection, weight_OI in moe.projections(banks[path].module, expert).items():
+            if projection not in projections:
+                continue
             place = Place(path=path, expert=expert, projection=projection)
             add(f"{path}.lora_A.{expert}_{projection}", place, weight_OI)
     for path in sorted(shared & set(modules)):
         for name, linear in linears(model.get_submodule(path)).items():
+            if not is_projection(name, projections):
+                continue
             place = Place(path=f"{path}.{name}")
             add(f"{place.path}.lora_A.weight", place, cast(Tensor, linear.weight))
     config = ExpertLoraConfig(
@@ -181,6 +194,8 @@ def own_layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str
         target_modules=[*experts, *dict.fromkeys(modules)],
         experts=experts,
         shared=sorted(shared & set(modules)),
+        linears=hidden,
+        projections=[name for name in (GATE, UP, DOWN) if name in projections],
         task_type="CAUSAL_LM",
         inference_mode=True,
     )

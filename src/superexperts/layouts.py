@@ -24,13 +24,9 @@ from . import moe
 from .bank import DOWN, GATE, UP
 from .errors import DataError, OptionError
 from .factors import PREFIX, Factor, Factors, Place, plain_number
-from .lora_layer import linears
+from .lora_layer import RENAMED_BY_PEFT, linears
 
 __all__ = ["Layout", "checkpoint_names", "read_fused", "read_per_expert", "targeted", "write_fused", "write_per_expert"]
-
-RENAMED_BY_PEFT = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-"""Last names that PEFT takes for the old names of routed experts when it stands them in `target_modules`, whatever
-module is meant (peft#3711); a linear map so called goes into `target_parameters` by its weight instead."""
 
 EXAMPLES = 2
 

@@ -14,7 +14,7 @@ import dataclasses
 import operator
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,16 +27,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import moe
-from .artifacts import ExpertKey, key_order
+from .artifacts import ExpertKey, key_name, key_order
+from .bank import DOWN, GATE, UP
 from .errors import DataError, EffectError, ModelError, OptionError
 from .exposure import counting
-from .lora_layer import ExpertLoraConfig, linears
+from .lora_layer import RENAMED_BY_PEFT, ExpertLoraConfig, linears
 from .rundir import read_json
 
 __all__ = [
     "Effect",
     "adapter_effect",
     "adapter_folder",
+    "attach",
     "attach_attention",
     "attach_experts",
     "check_home",
@@ -57,42 +59,89 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # ---- putting adapters on a model ----------------------------------------------------------------------------------
 
 
+def attach(
+    model: nn.Module,
+    *,
+    experts: Collection[ExpertKey] = (),
+    attention: bool = False,
+    target: str | None = None,
+    projections: Sequence[str] = (GATE, UP, DOWN),
+    r: int,
+    alpha: float,
+    dropout: float,
+    seed: int,
+    rslora: bool = False,
+    ranks: Mapping[ExpertKey, int] | None = None,
+    alphas: Mapping[ExpertKey, float] | None = None,
+) -> PeftModel:
+    """Puts a fresh adapter on all that is named, in one, and freezes everything else.
+
+    `experts`: the chosen experts' `projections`; only layers that hold one are wrapped. `attention`: every linear map
+    of every layer's attention. `target`: every linear map whose whole path the regular expression matches. `ranks` and
+    `alphas` replace r and alpha for single experts. The model is changed in place; `.unload()` of the result gives it
+    back. `ExpertsError` for an expert that the model does not have, `ModelError` for attention that it does not
+    declare, `OptionError` for a `target` that matches nothing.
+    """
+    routed: dict[str, list[int]] = {}
+    shared: list[str] = []
+    paths: dict[ExpertKey, str] = {}
+    if experts:
+        banks = {bank.layer: bank for bank in moe.find_banks(model)}
+        moe.check_experts(banks.values(), experts)
+        for key in sorted(experts, key=key_order):
+            layer, expert = key
+            if expert == "shared":
+                paths[key] = shared_path(model, banks[layer])
+                shared.append(paths[key])
+            else:
+                paths[key] = f"{banks[layer].path}.{expert}"
+                routed.setdefault(banks[layer].path, []).append(expert)
+    maps = [*(_attention(model) if attention else ()), *(_matched(model, target) if target is not None else ())]
+    maps = [path for path in dict.fromkeys(maps) if not any(path.startswith(f"{block}.") for block in shared)]
+    hidden = [path for path in maps if path.rpartition(".")[2] in RENAMED_BY_PEFT]
+    around = dict.fromkeys(path.rpartition(".")[0] for path in hidden)
+    common: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "use_rslora": rslora,
+        "rank_pattern": _patterns(ranks, paths, "--ranks"),
+        "alpha_pattern": _patterns(alphas, paths, "--alphas"),
+        "target_modules": [*routed, *shared, *around, *(path for path in maps if path not in hidden)],
+        "task_type": "CAUSAL_LM",
+    }
+    if routed or shared or hidden:
+        return _attach(
+            model,
+            ExpertLoraConfig(experts=routed, shared=shared, linears=hidden, projections=list(projections), **common),
+            seed,
+        )
+    return _attach(model, LoraConfig(**common), seed)  # which plain PEFT loads
+
+
 def attach_experts(
     model: nn.Module, experts: Collection[ExpertKey], *, r: int, alpha: float, dropout: float, seed: int
 ) -> PeftModel:
-    """Puts a fresh adapter on the chosen experts' gate, up and down projections, and freezes everything else.
-
-    The model is changed in place; `.unload()` of the result gives it back. Only layers that hold a chosen expert are
-    wrapped. `ExpertsError` for an expert that the model does not have.
-    """
-    banks = moe.find_banks(model)
-    moe.check_experts(banks, experts)
-    routed: dict[str, list[int]] = {}
-    shared: list[str] = []
-    for bank in banks:
-        for layer, expert in sorted(experts, key=key_order):
-            if layer == bank.layer and expert == "shared":
-                shared.append(shared_path(model, bank))
-            elif layer == bank.layer:
-                routed.setdefault(bank.path, []).append(cast(int, expert))
-    config = ExpertLoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=[*routed, *shared],
-        experts=routed,
-        shared=shared,
-        task_type="CAUSAL_LM",
-    )
-    return _attach(model, config, seed)
+    """`attach` for chosen experts alone."""
+    return attach(model, experts=experts, r=r, alpha=alpha, dropout=dropout, seed=seed)
 
 
 def attach_attention(model: nn.Module, *, r: int, alpha: float, dropout: float, seed: int) -> PeftModel:
-    """Puts a fresh adapter of PEFT's own on every linear map of every layer's attention.
+    """`attach` for attention alone."""
+    return attach(model, attention=True, r=r, alpha=alpha, dropout=dropout, seed=seed)
 
-    The attention is what the model's class declares as such (`can_record_outputs`), so that latent attention
-    (q_a_proj, kv_a_proj_with_mqa, kv_b_proj, ...) and plain q, k, v, o are both found. `ModelError` if there is none.
-    """
+
+def _patterns(values: Mapping[ExpertKey, Any] | None, paths: Mapping[ExpertKey, str], option: str) -> dict[str, Any]:
+    """PEFT's pattern for each expert that has a value of its own."""
+    strangers = [key_name(key) for key in values or {} if key not in paths]
+    if strangers:
+        raise OptionError(f"{option}: {strangers[0]} is not adapted; name an expert of --experts")
+    return {paths[key]: value for key, value in (values or {}).items()}
+
+
+def _attention(model: nn.Module) -> list[str]:
+    """Paths of the linear maps of what the model's class declares as its attention (`can_record_outputs`), so that
+    latent attention (q_a_proj, kv_a_proj_with_mqa, kv_b_proj, ...) and plain q, k, v, o are both found."""
     declared: Any = cast(Any, model).can_record_outputs.get("attentions", ())
     declared = declared if isinstance(declared, list | tuple) else (declared,)
     # An OutputRecorder of transformers wraps the class in a few families.
@@ -107,8 +156,19 @@ def attach_attention(model: nn.Module, *, r: int, alpha: float, dropout: float, 
         raise ModelError(
             f"--attention: {type(model).__name__} declares no attention with linear maps; give --experts instead"
         )
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=paths, task_type="CAUSAL_LM")
-    return _attach(model, config, seed)
+    return paths
+
+
+def _matched(model: nn.Module, target: str) -> list[str]:
+    """Paths of the linear maps that a regular expression matches from the first letter to the last."""
+    head = cast(Any, model).get_output_embeddings()
+    paths = [
+        path for path, linear in linears(model).items() if linear is not head and re.fullmatch(target, path) is not None
+    ]
+    if not paths:
+        some = next((path for path in reversed(linears(model)) if "." in path), "none")
+        raise OptionError(f"--target: {target!r} matches no linear map; paths are like {some}")
+    return paths
 
 
 def _attach(model: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
@@ -119,9 +179,11 @@ def _attach(model: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without two warnings of PEFT 0.21: that it asks transformers for an attribute that has a new name, which nobody
-    here can mend, and that keys are missing from a file, which `load_adapter` makes an error."""
+    """Without three warnings of PEFT 0.21: that it asks transformers for an attribute that has a new name, which nobody
+    here can mend, that keys are missing from a file, which `load_adapter` makes an error, and that it ignores patterns
+    for single experts, which are our layer's to read."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*_pattern keys did not match.*\.\d", category=RuntimeWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
@@ -247,9 +309,10 @@ def check_home(model: nn.Module, config: LoraConfig, folder: Path, option: str) 
                 f"{option}: {folder} is for expert {max(experts, default=None)} of {path!r}, "
                 f"which has experts 0..{count - 1} here; give its own model"
             )
-    for path in config.shared:
-        if path not in modules:
-            raise ModelError(f"{option}: {folder} is for a shared expert at {path!r}, which this model has not")
+    for what, paths in (("a shared expert", config.shared), ("a linear map", config.linears)):
+        for path in paths:
+            if path not in modules:
+                raise ModelError(f"{option}: {folder} is for {what} at {path!r}, which this model has not")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -334,5 +397,5 @@ def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
         kl=divergence / positions,
         probe_tokens=positions,
         probe_share=exposure.share() if exposure.experts else None,
-        probe_experts=exposure.by_expert(),
+        probe_experts=exposure.by_expert(together=False),  # every process measures the same rows
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -21,12 +21,17 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from . import moe
 from .bank import DOWN, GATE, UP
 
-__all__ = ["ExpertLoraConfig", "ExpertsLora", "linears"]
+__all__ = ["RENAMED_BY_PEFT", "ExpertLoraConfig", "ExpertsLora", "is_projection", "linears"]
+
+RENAMED_BY_PEFT = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+"""Last names that PEFT takes for the old names of routed experts when it stands them in `target_modules`, whatever
+module is meant (peft#3711); a linear map so called goes into `target_parameters` by its weight instead."""
 
 
 @dataclasses.dataclass
@@ -40,6 +45,10 @@ class ExpertLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT has no types
     """Per path of a bank, the experts of it that are adapted."""
     shared: list[str] = dataclasses.field(default_factory=list)
     """Paths of the shared experts' MLPs whose linear maps are adapted."""
+    linears: list[str] = dataclasses.field(default_factory=list)
+    """Paths of other linear maps that `target_modules` cannot name, so that it holds the modules around them."""
+    projections: list[str] = dataclasses.field(default_factory=lambda: [GATE, UP, DOWN])
+    """Which projections of the experts, routed and shared, are adapted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,11 +65,16 @@ def _dispatch(target: nn.Module, adapter_name: str, config: ExpertLoraConfig, **
     if moe.is_bank(base):
         return ExpertsLora(target, adapter_name, config=config, **settings)
     path = settings["target_name"]
-    if path not in config.shared:
+    own_linears = linears(target) if path in config.shared else {}
+    wanted = {name: linear for name, linear in own_linears.items() if is_projection(name, config.projections)}
+    for name in config.linears:
+        if name.rpartition(".")[0] == path:
+            wanted[name.rpartition(".")[2]] = target.get_submodule(name.rpartition(".")[2])
+    if not wanted:
         return None
     # PEFT cannot be told to target `...shared_experts.gate_proj`: it takes the name for the routed experts' old one
     # and adapts those instead (peft#3711). It never sees the name here.
-    for name, linear in linears(target).items():
+    for name, linear in wanted.items():
         parent, leaf = target.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if isinstance(linear, LoraLayer):
             linear.update_layer(adapter_name, settings["r"], lora_alpha=settings["lora_alpha"], config=config)
@@ -68,6 +82,12 @@ def _dispatch(target: nn.Module, adapter_name: str, config: ExpertLoraConfig, **
             own = {**settings, "target_name": f"{path}.{name}"}
             setattr(parent, leaf, LoraModel._create_new_module(config, adapter_name, linear, **own))
     return target
+
+
+def is_projection(name: str, projections: Collection[str]) -> bool:
+    """Whether a linear map of a shared expert is to be adapted; one with another name than the three always is."""
+    leaf = name.rpartition(".")[2]
+    return leaf in projections or leaf not in (GATE, UP, DOWN)
 
 
 def linears(module: nn.Module) -> dict[str, nn.Module]:
@@ -87,8 +107,9 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
     """LoRA on chosen experts of one bank: y = W x + scaling * B A dropout(x) at each of their projections.
 
     Per adapter, `lora_A` holds `{expert}_{projection}` [R, I] and `lora_B` the same names [O, R], in the bank's dtype
-    until PEFT raises half precision to float32. B starts at 0, A as in `nn.Linear`. Sums are taken in the adapter's
-    dtype and rounded to the bank's, as PEFT's own linear layer does.
+    until PEFT raises half precision to float32. Keys of `rank_pattern` and `alpha_pattern` name an expert as
+    `model.layers.2.mlp.experts.54`, or one of its projections as `...54.down_proj`. B starts at 0, A as in `nn.Linear`.
+    Sums are taken in the adapter's dtype and rounded to the bank's, as PEFT's own linear layer does.
     """
 
     # What `LoraLayer` brings, for the type checker, which else takes a module's attributes for tensors.
@@ -110,7 +131,7 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
     set_adapter: Any
     resolve_lora_variant: Any
 
-    other_param_names = (*LoraLayer.other_param_names, "experts")
+    other_param_names = (*LoraLayer.other_param_names, "experts", "relative_scaling")
 
     def __init__(
         self,
@@ -125,6 +146,8 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.experts: dict[str, tuple[int, ...]] = {}
+        # Per adapter and {expert}_{projection}: its own scaling over the adapter's, which PEFT sets and multiplies.
+        self.relative_scaling: dict[str, dict[str, float]] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config=config, target_name=target_name)
 
@@ -143,7 +166,8 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         self.experts[adapter_name] = tuple(sorted(config.experts[target_name]))
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.scaling[adapter_name] = _scaling(lora_alpha, r, config)
+        self.relative_scaling[adapter_name] = {}
         self.use_rslora[adapter_name] = config.use_rslora
         self.use_dora[adapter_name] = False
         self.lora_bias[adapter_name] = False
@@ -152,10 +176,16 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         a_RI, b_OR = nn.ParameterDict(), nn.ParameterDict()
         for expert in self.experts[adapter_name]:
             for projection, weight_OI in moe.projections(bank, expert).items():
+                if projection not in config.projections:
+                    continue
                 # Drawn on the CPU, so that a seed gives the same adapter on every device.
                 name, (outputs, inputs) = f"{expert}_{projection}", weight_OI.shape
-                a_RI[name] = nn.Parameter(torch.empty(r, inputs))
-                b_OR[name] = nn.Parameter(torch.zeros(outputs, r))
+                rank = _by_pattern(config.rank_pattern, target_name, expert, projection, r)
+                alpha = _by_pattern(config.alpha_pattern, target_name, expert, projection, lora_alpha)
+                own = _scaling(alpha, rank, config) / self.scaling[adapter_name]
+                self.relative_scaling[adapter_name][name] = own
+                a_RI[name] = nn.Parameter(torch.empty(rank, inputs))
+                b_OR[name] = nn.Parameter(torch.zeros(outputs, rank))
                 nn.init.kaiming_uniform_(a_RI[name], a=math.sqrt(5))
                 if config.init_lora_weights is False:  # PEFT's way to ask for an adapter that does something at once
                     nn.init.kaiming_uniform_(b_OR[name], a=math.sqrt(5))
@@ -214,24 +244,37 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         bank = self.get_base_layer()
         up_NU = moe.expert_up(bank, expert, x_ND)
         for name in self._adapters_of(expert):
-            change_NF = self._change(name, f"{expert}_{UP}", x_ND)
+            gate_NF, up_NF = (self._change(name, f"{expert}_{part}", x_ND) for part in (GATE, UP))
+            if gate_NF is None and up_NF is None:
+                continue
             if cast(Any, bank).has_gate:
-                change_NF = moe.join_gate_up(bank, self._change(name, f"{expert}_{GATE}", x_ND), change_NF)
-            up_NU = (up_NU + change_NF).to(up_NU.dtype)
+                # One of the two may be without an adapter; they have the same shape.
+                some_NF = cast(Tensor, up_NF if gate_NF is None else gate_NF)
+                halves = (torch.zeros_like(some_NF) if half is None else half for half in (gate_NF, up_NF))
+                up_NF = moe.join_gate_up(bank, *halves)
+            up_NU = (up_NU + cast(Tensor, up_NF)).to(up_NU.dtype)
         inner_NF = moe.expert_inner(bank, up_NU)
         y_ND = moe.expert_down(bank, expert, inner_NF)
         for name in self._adapters_of(expert):
-            y_ND = (y_ND + self._change(name, f"{expert}_{DOWN}", inner_NF)).to(y_ND.dtype)
+            change_ND = self._change(name, f"{expert}_{DOWN}", inner_NF)
+            if change_ND is not None:
+                y_ND = (y_ND + change_ND).to(y_ND.dtype)
         return moe.expert_norm(bank, y_ND)
 
     def _adapters_of(self, expert: int) -> list[str]:
         return [name for name in self.active_adapters if expert in self.experts.get(name, ())]
 
-    def _change(self, adapter_name: str, name: str, x_NI: Tensor) -> Tensor:
-        """scaling * B A dropout(x) -> [N, O], in the adapter's dtype."""
+    def scaling_of(self, adapter_name: str, name: str) -> float:
+        """alpha / r of `{expert}_{projection}`."""
+        return self.scaling[adapter_name] * self.relative_scaling[adapter_name][name]
+
+    def _change(self, adapter_name: str, name: str, x_NI: Tensor) -> Tensor | None:
+        """scaling * B A dropout(x) -> [N, O], in the adapter's dtype; None for a projection without an adapter."""
+        if name not in self.lora_A[adapter_name]:
+            return None
         a_RI, b_OR = self.lora_A[adapter_name][name], self.lora_B[adapter_name][name]
         x_NI = self.lora_dropout[adapter_name](x_NI.to(a_RI.dtype))
-        return F.linear(F.linear(x_NI, a_RI), b_OR) * self.scaling[adapter_name]
+        return F.linear(F.linear(x_NI, a_RI), b_OR) * self.scaling_of(adapter_name, name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds scaling * B A to the chosen experts' weights in place; no other weight is written."""
@@ -258,7 +301,21 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         for expert in self.experts[adapter_name]:
             for projection, weight_OI in moe.projections(self.get_base_layer(), expert).items():
                 name = f"{expert}_{projection}"
-                yield weight_OI, b[name].detach() @ a[name].detach() * self.scaling[adapter_name]
+                if name in a:
+                    yield weight_OI, b[name].detach() @ a[name].detach() * self.scaling_of(adapter_name, name)
 
     def __repr__(self) -> str:
         return f"superexperts.{super().__repr__()}"
+
+
+def _scaling(alpha: float, r: int, config: LoraConfig) -> float:
+    return float(alpha / (math.sqrt(r) if config.use_rslora else r))
+
+
+def _by_pattern(patterns: Mapping[str, Any], path: str, expert: int, projection: str, default: Any) -> Any:
+    """What PEFT's patterns say of a projection, or else of its expert."""
+    for name in (f"{path}.{expert}.{projection}", f"{path}.{expert}"):
+        key = get_pattern_key(tuple(patterns), name)
+        if key in patterns:
+            return patterns[key]
+    return default

@@ -96,7 +96,9 @@ def fits_in_memory(config: ModelConfig) -> bool:
     return bool(size < 0.9 * torch.cuda.mem_get_info(device)[0])
 
 
-def load_as_stored(config: CheckpointConfig, dtype: str = "auto", device_map: str | None = None) -> nn.Module:
+def load_as_stored(
+    config: CheckpointConfig, dtype: str = "auto", device_map: str | dict[str, Any] | None = None, **more: Any
+) -> nn.Module:
     """The model on the CPU in the checkpoint's own dtypes unless told otherwise, checked as by `load_model`."""
     folder = checkpoint_folder(config.model, config.revision)
     if not stderr.is_terminal:
@@ -109,6 +111,7 @@ def load_as_stored(config: CheckpointConfig, dtype: str = "auto", device_map: st
             use_safetensors=True,
             device_map=device_map,
             output_loading_info=True,
+            **more,
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(

@@ -12,12 +12,12 @@ from accelerate.utils import gather_object
 
 from .recorder import Recorder
 
-__all__ = ["device_of_process", "merged", "my_share"]
+__all__ = ["device_of_process", "merged", "my_share", "several", "together"]
 
 
 def my_share(batches: Sequence[int]) -> Sequence[int]:
     """Every n-th batch, n processes being at work."""
-    if not _several():
+    if not several():
         return batches
     state = PartialState()
     return batches[state.process_index :: state.num_processes]
@@ -25,7 +25,7 @@ def my_share(batches: Sequence[int]) -> Sequence[int]:
 
 def merged(recorder: Recorder) -> Recorder:
     """What all processes recorded, in each of them: exactly what one process records of all batches."""
-    if not _several():
+    if not several():
         return recorder
     total, *others = cast(list[Recorder], gather_object([recorder.cpu()]))
     for other in others:
@@ -35,9 +35,15 @@ def merged(recorder: Recorder) -> Recorder:
 
 def device_of_process() -> torch.device | None:
     """The device that this process of several is to use; None where it is the only one."""
-    return cast(torch.device, PartialState().device) if _several() else None
+    return cast(torch.device, PartialState().device) if several() else None
 
 
-def _several() -> bool:
+def together() -> None:
+    """Every process waits here for the others."""
+    if several():
+        PartialState().wait_for_everyone()
+
+
+def several() -> bool:
     """Whether a launcher started this process as one of several (torch's own convention)."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -158,7 +158,8 @@ def new_folder(folder: Path, command: str, option: str = "--out") -> Iterator[Pa
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if parent_is_ours:
-            folder.parent.rmdir()
+            with contextlib.suppress(OSError):  # a command may have left there what it goes on from
+                folder.parent.rmdir()
         raise
 
 

@@ -26,8 +26,8 @@ from .config import (
     PruneConfig,
     SelectConfig,
     StudyConfig,
-    TrainConfig,
 )
+from .config_train import TrainConfig
 from .console import note, stderr
 from .corpora import local_data, local_file, named_corpus, read_rows
 from .errors import DataError, OptionError
@@ -96,7 +96,17 @@ class Plan:
             raise OptionError(f"STUDY variants: {list(self.variants)} does not begin with base; put base first")
         free = {field.name for field in dataclasses.fields(TrainConfig)}
         for option in self.training:
-            if option not in free - {"model", "data", "experts", "attention", "out", "json", "seed"}:
+            if option not in free - {
+                "model",
+                "data",
+                "experts",
+                "attention",
+                "target",
+                "out",
+                "json",
+                "seed",
+                "recipe",
+            }:
                 raise OptionError(f"STUDY training: {option!r} is no option of train; see superexperts train --help")
         try:  # every option error before any work
             ProfileConfig(tokens=self.tokens, seq_len=self.seq_len, depth=self.depth)

@@ -1,9 +1,11 @@
-"""Supervised fine-tuning of LoRA on chosen experts or on attention, through TRL's trainer."""
+"""Supervised fine-tuning of LoRA on chosen experts, attention or any linear maps; `fit.py` has the loop."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,22 +13,32 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedTokenizerBase
 
 from . import lora
-from .artifacts import ExpertKey, key_name
-from .config import TrainConfig, identity
-from .console import note, stderr
-from .errors import DataError, EffectError, ExpertsError
+from .artifacts import ExpertKey, ExpertSet, key_name
+from .card import model_card, target_name
+from .config import identity
+from .config_train import TrainConfig, own_values, recipe_text
+from .console import note, speaks
+from .errors import DataError, EffectError, ExpertsError, OptionError, SuperExpertsError
 from .exposure import counting
-from .model import checkpoint_folder, chosen_experts, load_model, load_tokenizer
-from .rundir import completed, fingerprint, new_folder, read_json, write_json, write_manifest, write_text
+from .fit import Fitted, fit, last_checkpoint, whole_tensors
+from .memory import load_to_train
+from .model import checkpoint_folder, chosen_experts, load_tokenizer
+from .processes import together
+from .rundir import (
+    completed,
+    fingerprint,
+    input_key,
+    new_folder,
+    read_json,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from .sft_data import Example, encode, read_rows
 
 __all__ = ["run", "train"]
@@ -43,54 +55,149 @@ def run(config: TrainConfig) -> dict[str, Any]:
 def train(
     config: TrainConfig, *, model: nn.Module | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Any]:
-    """Trains an adapter and writes `adapter/`, `training.json` and, last, the manifest into `config.out`.
+    """Trains an adapter and writes `adapter/`, `recipe.yaml`, `training.json` and, last, the manifest into
+    `config.out`.
 
     A model that is handed in is the one that `config.model` names, and comes back as it was, adapter taken off.
     Returns training.json's content and `out`. `EffectError`, with nothing written, where the adapter changes no logit.
+    Of several processes that a launcher started, the first one writes.
     """
     started = time.monotonic()
     chosen = None if config.experts is None else chosen_experts(config.experts, config.model).experts
-    if not config.data.is_file():
-        raise DataError(
-            f"--data: {config.data} is no file; give a JSON array or JSONL of {{question, explain, answer}}"
-        )
+    files = {"--data": config.data} | ({"--eval-data": config.eval_data} if config.eval_data else {})
+    for option, file in files.items():
+        if not file.is_file():
+            raise DataError(f"{option}: {file} is no file; give a JSON array or JSONL of {{question, explain, answer}}")
     folder = checkpoint_folder(config.model, config.revision)
-    inputs = identity(config, model=fingerprint(folder), experts=chosen, data=fingerprint(config.data))
+    contents = {option.strip("-"): fingerprint(file) for option, file in files.items()}
+    inputs = identity(config, model=fingerprint(folder), experts=chosen, **contents)
     if completed(config.out, "train", inputs):
         note(f"train: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "training.json", "training")}
-    with new_folder(config.out, "train") as temporary:
-        rows = read_rows(config.data)
+    work = config.out.with_name(f".{config.out.name}.checkpoints")
+    with _written(config.out) as temporary, tempfile.TemporaryDirectory(prefix="superexperts-") as folder_of_weights:
+        scratch = Path(folder_of_weights)
         tokenizer = tokenizer or load_tokenizer(config)
-        examples = encode(rows, tokenizer, max_length=config.max_length, file=config.data)
-        model = model or load_model(config)
-        with _borrowed(model):
+        examples, held_out = _examples(config, tokenizer)
+        model = model or load_to_train(config, lambda empty: _attach(empty, chosen, config), scratch)
+        checkpoint = _prepare(work, input_key("train", inputs), config)
+        with _kept_when_killed(work), _borrowed(model):
             adapted = _attach(model, chosen, config)
             with counting(adapted, training=True) as exposure:
-                losses = _fit(adapted, tokenizer, examples, config)
+                if checkpoint is not None:
+                    note(f"train: going on from step {checkpoint.name.partition('-')[2]}")
+                fitted = fit(adapted, tokenizer, examples, held_out, config, exposure, work, checkpoint)
             seen = exposure.by_expert()
             _require_exposure(seen, exposure.tokens, config)
+            dtype = _round(adapted, config)
             effect = lora.adapter_effect(adapted, _probe(examples))
+            names = None if chosen is None else [key_name(key) for key in chosen]
             if effect.none:
-                target = "attention" if chosen is None else ", ".join(map(key_name, chosen))
+                option = "--experts" if names is not None else "--attention" if config.attention else "--target"
+                what = target_name(config, names).removeprefix("experts ")
                 raise EffectError(
-                    f"--experts: the adapter on {target} changes no logit of {len(_probe(examples))} rows of "
+                    f"{option}: the adapter on {what} changes no logit of {len(_probe(examples))} rows of "
                     f"{config.data}; nothing was written: choose experts that these rows reach, or train longer"
                 )
-            trained = lora.trainable_parameters(adapted)
-            _save(adapted, temporary / "adapter", chosen, config)
-        result = {
-            "loss": losses,
-            "trainable_parameters": trained,
-            "rows": len(examples),
-            "tokens": sum(len(example.input_ids) for example in examples),
-            "exposure": seen,
-            **dataclasses.asdict(effect),
-            "experts": None if chosen is None else [key_name(key) for key in chosen],
-        }
-        write_json(temporary / "training.json", result)
-        write_manifest(temporary, "train", inputs, ["adapter", "training.json"], time.monotonic() - started)
+            result = _result(fitted, adapted, examples, held_out) | {
+                "exposure": seen,
+                **dataclasses.asdict(effect),
+                "experts": names,
+            }
+            tensors = whole_tensors(adapted)
+            if temporary is not None:
+                _save(adapted, tensors, temporary / "adapter", config, dtype)
+        if temporary is not None:
+            digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()}
+            write_text(temporary / "adapter" / "README.md", model_card(config, result, digests))
+            comment = "superexperts train --recipe FILE; " + ", ".join(
+                f"{name}: sha256 {digest}" for name, digest in digests.items()
+            )
+            recipe = recipe_text(config, None if names is None else ",".join(names), comment)
+            for place in (temporary, temporary / "adapter"):
+                write_text(place / "recipe.yaml", recipe)
+            write_json(temporary / "training.json", result)
+            outputs = ["adapter", "recipe.yaml", "training.json"]
+            if (work / "logs").is_dir():
+                shutil.move(work / "logs", temporary / "logs")
+            write_manifest(temporary, "train", inputs, outputs, time.monotonic() - started)
+    if speaks:
+        shutil.rmtree(work, ignore_errors=True)
     return {"out": str(config.out), **result}
+
+
+@contextlib.contextmanager
+def _written(out: Path) -> Iterator[Path | None]:
+    """The folder to write into; None in a process that does not write."""
+    if not speaks:
+        yield None
+        return
+    with new_folder(out, "train") as temporary:
+        yield temporary
+
+
+def _prepare(work: Path, key: str, config: TrainConfig) -> Path | None:
+    """The folder of checkpoints and logs, and the checkpoint to go on from."""
+    checkpoint = None
+    if config.resume:
+        there = (work / "key.json").is_file()
+        if there and read_json(work / "key.json", "--resume") != key:
+            raise OptionError(
+                f"--resume: the checkpoints of {config.out} are of other settings, data or model; leave it out to "
+                "start anew"
+            )
+        checkpoint = last_checkpoint(work) if there else None
+        if checkpoint is None:
+            note(f"train: --resume: {config.out} has no checkpoint, training starts at the first step")
+    if speaks and checkpoint is None:
+        shutil.rmtree(work, ignore_errors=True)
+        write_json(work / "key.json", key)
+    together()
+    return checkpoint
+
+
+@contextlib.contextmanager
+def _kept_when_killed(work: Path) -> Iterator[None]:
+    """Checkpoints stay for --resume after an interruption, and go with an error that training again would meet too."""
+    try:
+        yield
+    except SuperExpertsError:
+        if speaks:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _examples(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[Example]]:
+    """Rows to train on, and rows set aside, in tokens."""
+
+    def encoded(file: Path, option: str) -> list[Example]:
+        return encode(
+            read_rows(file, option),
+            tokenizer,
+            max_length=config.max_length,
+            file=file,
+            option=option,
+            chat=config.prompt == "chat",
+            truncate=config.truncate,
+        )
+
+    examples = encoded(config.data, "--data")
+    cut = sum(example.truncated for example in examples)
+    if cut:
+        note(f"train: {cut:,} of {len(examples):,} responses were cut off at {config.max_length} tokens")
+    if config.eval_data is not None:
+        return examples, encoded(config.eval_data, "--eval-data")
+    aside = max(1, round(config.eval_share * len(examples))) if config.eval_share else 0
+    if aside >= len(examples):
+        raise OptionError(
+            f"--eval-share: {config.eval_share} of {len(examples)} rows leaves none to train on; give less"
+        )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    held_out = set(order[:aside])
+    return (
+        [example for number, example in enumerate(examples) if number not in held_out],
+        [example for number, example in enumerate(examples) if number in held_out],
+    )
 
 
 def _require_exposure(seen: Mapping[str, int], tokens: int, config: TrainConfig) -> None:
@@ -106,10 +213,23 @@ def _require_exposure(seen: Mapping[str, int], tokens: int, config: TrainConfig)
 
 
 def _attach(model: nn.Module, chosen: Sequence[ExpertKey] | None, config: TrainConfig) -> PeftModel:
-    settings: Any = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout, "seed": config.seed}
-    if chosen is None:
-        return lora.attach_attention(model, **settings)
-    return lora.attach_experts(model, chosen, **settings)
+    def keyed(text: str, option: str) -> dict[ExpertKey, Any]:
+        return {ExpertSet.parse(name).experts[0]: value for name, value in own_values(text, option).items()}
+
+    return lora.attach(
+        model,
+        experts=chosen or (),
+        attention=config.attention,
+        target=config.target,
+        projections=[f"{part}_proj" for part in config.projections.split(",")],
+        r=config.r,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        seed=config.seed,
+        rslora=config.rslora,
+        ranks=keyed(config.ranks, "--ranks"),
+        alphas=keyed(config.alphas, "--alphas"),
+    )
 
 
 def _probe(examples: Sequence[Example]) -> list[Tensor]:
@@ -117,106 +237,44 @@ def _probe(examples: Sequence[Example]) -> list[Tensor]:
     return [torch.tensor(example.input_ids) for example in examples[::step][:PROBE_ROWS]]
 
 
-def _save(adapted: PeftModel, folder: Path, chosen: Sequence[ExpertKey] | None, config: TrainConfig) -> None:
+def _result(
+    fitted: Fitted, adapted: PeftModel, examples: Sequence[Example], held_out: Sequence[Example]
+) -> dict[str, Any]:
+    return {
+        "loss": fitted.losses,
+        "eval_loss": fitted.eval_losses,
+        "kept_step": fitted.kept_step,
+        "trainable_parameters": lora.trainable_parameters(adapted),
+        "rows": len(examples),
+        "eval_rows": len(held_out),
+        "truncated": sum(example.truncated for example in examples),
+        "tokens": sum(len(example.input_ids) for example in examples),
+    }
+
+
+def _round(adapted: PeftModel, config: TrainConfig) -> torch.dtype:
+    """Rounds the adapter to the values that will be saved, before anything is measured on it; returns their dtype."""
+    own = next(parameter for parameter in adapted.parameters() if not parameter.requires_grad).dtype
+    if config.adapter_dtype == "auto":
+        dtype = own if own in (torch.float16, torch.bfloat16) else torch.float32
+    else:
+        dtype = getattr(torch, config.adapter_dtype)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter.to(dtype))
+    return dtype
+
+
+def _save(
+    adapted: PeftModel, tensors: dict[str, Tensor], folder: Path, config: TrainConfig, dtype: torch.dtype
+) -> None:
     """PEFT's files, with the base model as the user names it instead of a path of this machine."""
     settings = adapted.peft_config["default"]
     settings.base_model_name_or_path, settings.revision = config.model, config.revision
     # Left to itself PEFT asks the Hub whether the embeddings were resized.
-    adapted.save_pretrained(str(folder), save_embedding_layers=False)
-    what = "attention" if chosen is None else "experts " + ", ".join(map(key_name, chosen))
-    # In place of PEFT's card, which is an empty form.
-    write_text(
-        folder / "README.md",
-        f"---\nlibrary_name: peft\ntags:\n- lora\n- superexperts\n---\n\n# LoRA on {what} of {config.model}\n\n"
-        f"Rank {config.r}, alpha {config.alpha:g}, dropout {config.dropout:g}; {config.epochs:g} epochs of "
-        f"{config.data.name} at a learning rate of {config.learning_rate:g}, seed {config.seed}.\n"
-        + ("" if chosen is None else "\nLoad with `superexperts.lora.load_adapter(model, folder)`.\n"),
-    )
-
-
-# ---- the loop ----------------------------------------------------------------------------------------------------
-
-
-def _fit(
-    adapted: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], config: TrainConfig
-) -> list[tuple[int, float]]:
-    """Runs TRL's trainer; returns [(step, mean loss of the step in nats per response token)]."""
-    parameter = next(adapted.parameters())
-    progress = _Progress()
-    on_gpu = parameter.device.type == "cuda"
-    with tempfile.TemporaryDirectory() as scratch:
-        settings = SFTConfig(
-            output_dir=scratch,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.accumulation,
-            num_train_epochs=config.epochs,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=config.warmup,  # below 1 it is a share of the steps
-            seed=config.seed,
-            use_cpu=not on_gpu,
-            bf16=on_gpu and parameter.dtype == torch.bfloat16,
-            fp16=on_gpu and parameter.dtype == torch.float16,
-            # Backward stops at the lowest adapted layer; TRL's checkpointing would take it down to the embeddings.
-            activation_checkpointing=False,
-            # The loss is that of the response and nothing else; families ask for a router loss over all tokens.
-            router_aux_loss_coef=0.0,
-            # The rows are tokens with labels already, and too long ones were refused.
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=None,
-            save_strategy="no",
-            logging_steps=1,
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=on_gpu,
-        )
-        _ = settings.device  # finds the GPUs, several of which TRL refuses in one process
-        settings._n_gpu = min(settings._n_gpu, 1)
-        trainer = SFTTrainer(
-            model=adapted,
-            args=settings,
-            train_dataset=Dataset.from_dict(
-                {
-                    "input_ids": [example.input_ids for example in examples],
-                    "labels": [example.labels for example in examples],
-                }
-            ),
-            processing_class=tokenizer,
-            callbacks=[progress],
-        )
-        trainer.remove_callback(PrinterCallback)  # it prints every step to standard output
-        try:
-            trainer.train()
-        finally:
-            progress.close()
-    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-
-
-class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """A bar with the loss on standard error."""
-
-    def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=stderr,
-        )
-        self._task = self._bar.add_task("training", loss="")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.update(self._task, total=state.max_steps)
-        self._bar.start()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if "loss" in logs:
-            self._bar.update(self._task, completed=state.global_step, loss=f"loss {logs['loss']:.3f}")
-
-    def close(self) -> None:
-        """Gives the terminal back, also after an error."""
-        self._bar.stop()
+    values = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    adapted.save_pretrained(str(folder), state_dict=values, save_embedding_layers=False)
 
 
 @contextlib.contextmanager
