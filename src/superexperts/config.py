@@ -169,7 +169,6 @@ class SelectConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ServerConfig, ModelConfig):
     """Ask a model, or a model with an adapter, the benchmarks' questions; answers are kept as they are given.
 
