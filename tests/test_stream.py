@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from families import FAMILIES, MORE_FAMILIES, tiny_model, tiny_tokens
+from superexperts import float8
 from superexperts import profile as profile_command
 from superexperts.artifacts import CorpusProfile, ExpertStats, Profile
-from superexperts.checkpoint import SINGLE, Checkpoint
+from superexperts.checkpoint import SINGLE
 from superexperts.config import ModelConfig, ProfileConfig
 from superexperts.errors import ModelError, OptionError
-from superexperts.model import empty_model, load_as_stored
+from superexperts.model import empty_model, load_as_stored, settings_of
 from superexperts.pocket import PLANTED
 from superexperts.profile import profile_corpus
 from superexperts.profile_streamed import profile_streamed, quick_look
@@ -40,8 +41,9 @@ def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> nn.M
 
 @contextmanager
 def streaming(folder: Path, **settings: Any) -> Iterator[StreamedModel]:
-    with Checkpoint(folder) as checkpoint:
-        empty = empty_model(ModelConfig(model=str(folder), **settings), checkpoint)
+    config = ModelConfig(model=str(folder), **settings)
+    with float8.opened(folder, settings_of(config, folder)) as checkpoint:
+        empty = empty_model(config, checkpoint)
         yield StreamedModel(empty, checkpoint, torch.device("cpu"))
 
 
@@ -144,11 +146,82 @@ def test_a_family_that_passes_more_between_layers_is_refused(tmp_path: Path, mon
             profile_streamed(streamed, IDS_SL)
 
 
-def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
+# ---- float8 ----
+
+
+def quantize(folder: Path, block: tuple[int, int], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Rewrites a checkpoint's projections in float8 with scales; returns what each stands for, block by block."""
+    stands_for = {}
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if key.endswith("_proj.weight")]:
+            weight = tensors[key].float()
+            grid = [-(-size // step) for size, step in zip(weight.shape, block, strict=True)]
+            scales, meant = torch.zeros(grid), torch.zeros_like(weight)
+            stored = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn)
+            for row in range(grid[0]):
+                for column in range(grid[1]):
+                    place = tuple(slice(i * step, (i + 1) * step) for i, step in zip((row, column), block, strict=True))
+                    scales[row, column] = (weight[place].abs().max() / 448).to(dtype).float()
+                    stored[place] = (weight[place] / scales[row, column]).to(torch.float8_e4m3fn)
+                    meant[place] = stored[place].float() * scales[row, column]
+            tensors |= {key: stored, f"{key}_scale_inv": scales.to(dtype)}
+            stands_for[key] = meant.to(torch.bfloat16)
+
+    change(folder, edit)
+    settings = json.loads((folder / "config.json").read_text())
+    said = {"quant_method": "fp8", "weight_block_size": list(block), "fmt": "e4m3", "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": said}))
+    return stands_for
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize("block", [(128, 128), (16, 12)])
+def test_float8_is_profiled_as_the_bfloat16_that_it_stands_for(
+    tmp_path: Path, family: str, block: tuple[int, int]
+) -> None:
+    """Blocks larger than the matrices, and blocks with smaller ones at the edges."""
+    for name in ("plain", "float8"):
+        saved(tmp_path / name, family, torch.bfloat16)
+    meant = quantize(tmp_path / "float8", block)
+    assert len(meant) > 20
+    change(tmp_path / "plain", lambda tensors: tensors.update(meant))
+    wanted = profile_corpus(load_as_stored(ModelConfig(model=str(tmp_path / "plain"))), IDS_SL)
+    with streaming(tmp_path / "float8") as streamed:
+        assert profile_streamed(streamed, IDS_SL) == wanted
+        found = quick_look(streamed, IDS_SL, depth=1.0, statistic="all")
+    assert {row.key for row in found.experts} == {row.key for row in wanted.experts}
+
+
+def test_float8_scales_may_be_powers_of_two(tmp_path: Path) -> None:
+    """Stored as exponents alone, as in newer checkpoints."""
+    saved(tmp_path, "qwen3_moe", torch.bfloat16)
+    meant = quantize(tmp_path, (16, 16), torch.float8_e8m0fnu)
+    with streaming(tmp_path) as streamed:
+        for key, tensor in meant.items():
+            assert torch.equal(streamed.checkpoint.read(streamed.checkpoint[key]), tensor)
+
+
+@pytest.mark.parametrize(
+    ("said", "edit", "message"),
+    [
+        ({"quant_method": "gptq"}, {}, "not read here .gptq, blocks"),
+        ({"quant_method": "fp8", "weight_block_size": None}, {}, "not read here .fp8, blocks None."),
+        ({}, {"model.layers.1.mlp.experts.0.up_proj.weight_scale_inv": None}, "has no scales for the float8"),
+        ({}, {"model.layers.1.mlp.experts.0.up_proj.weight_scale_inv": torch.ones(7, 7)}, "has scales of .7, 7., not"),
+    ],
+)
+def test_other_quantizations_and_wrong_scales_are_refused(
+    tmp_path: Path, said: dict[str, Any], edit: dict[str, Tensor | None], message: str
+) -> None:
     saved(tmp_path, "qwen3_moe")
+    quantize(tmp_path, (16, 16))
     settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ModelError, match="is quantized"), streaming(tmp_path):
+    settings["quantization_config"] |= said
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    edited = {**load_file(tmp_path / SINGLE), **edit}
+    save_file({key: tensor for key, tensor in edited.items() if tensor is not None}, tmp_path / SINGLE)
+    with pytest.raises(ModelError, match=message), streaming(tmp_path):
         pass
 
 

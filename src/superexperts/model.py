@@ -127,11 +127,10 @@ def load_as_stored(
 def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
     """The model without weights, in the dtype to run in: the checkpoint's own unless told otherwise.
 
-    Parameters are on the meta device; buffers are real and on the device to run on. `ModelError` for a quantized one.
+    Parameters are on the meta device; buffers are real and on the device to run on.
     """
     settings = settings_of(config, checkpoint.folder)
-    if getattr(settings, "quantization_config", None) is not None:
-        raise ModelError(f"MODEL: {config.model!r} is quantized, which cannot be streamed; use its bfloat16 checkpoint")
+    settings.quantization_config = None  # the checkpoint gives what its float8 stands for
     floats = (entry.dtype for entry in checkpoint.values() if entry.dtype.is_floating_point)
     stored = getattr(settings.get_text_config(), "dtype", None) or next(floats)
     dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -17,16 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from . import moe
+from . import float8, moe
 from .artifacts import CorpusProfile, ExpertKey, ExpertStats, Profile, key_order
 from .attention import padded_values
-from .checkpoint import Checkpoint
 from .config import ProfileConfig, identity
 from .console import note, progress, speaks
 from .corpora import digest_ids, documents, local_data, pack
 from .decoder import num_layers, stopped_after, text_config
 from .errors import ExpertsError, OptionError
-from .model import checkpoint_folder, empty_model, fits_in_memory, load_model, load_tokenizer, pick_device
+from .model import checkpoint_folder, empty_model, fits_in_memory, load_model, load_tokenizer, pick_device, settings_of
 from .plots import plot_heatmap, plot_layers
 from .plots_corpora import plot_corpora, plot_top
 from .processes import merged, my_share
@@ -113,12 +112,18 @@ def run(config: ProfileConfig) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(config: ProfileConfig) -> Iterator[tuple[nn.Module, Callable[[str, Tensor], CorpusProfile]]]:
     """The model, in memory or without weights, and how a corpus is profiled on it."""
+    folder = checkpoint_folder(config.model, config.revision)
+    settings = settings_of(config, folder)
     streamed = config.stream or config.quick
-    if not streamed and config.device_map == "none" and not fits_in_memory(config):
-        if config.sinks:
-            raise OptionError("--sinks: the model does not fit in memory, which sinks need; drop the option")
-        note("profile: the model does not fit in memory, so it is streamed a layer at a time (--stream)")
-        streamed = True
+    if not streamed:
+        # What transformers builds of a quantized checkpoint has other experts than the family's own.
+        quantized = float8.is_quantized(settings)
+        streamed = quantized or (config.device_map == "none" and not fits_in_memory(config))
+        why = "is quantized" if quantized else "does not fit in memory"
+        if streamed and config.sinks:
+            raise OptionError(f"--sinks: the model {why}, so it is streamed, which sinks cannot be; drop the option")
+        if streamed:
+            note(f"profile: the model {why}, so it is streamed a layer at a time (--stream)")
     if not streamed:
         model = load_model(config, spread=config.device_map == "auto")
         yield (
@@ -128,7 +133,7 @@ def _opened(config: ProfileConfig) -> Iterator[tuple[nn.Module, Callable[[str, T
             ),
         )
         return
-    with Checkpoint(checkpoint_folder(config.model, config.revision)) as checkpoint:
+    with float8.opened(folder, settings) as checkpoint:
         source = StreamedModel(empty_model(config, checkpoint), checkpoint, pick_device(config.device))
 
         def profile_one(name: str, ids_BL: Tensor) -> CorpusProfile:
