@@ -154,6 +154,14 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "afmoe": {**_SPARSE, **_FULL, "num_experts": 8, "num_shared_experts": 1, "num_dense_layers": 1},
     "exaone_moe": {**_SPARSE, **_GROUPED, **_FULL, "num_experts": 8, "num_shared_experts": 1},
     "glm4_moe_lite": {**_DEEPSEEK, "q_lora_rank": 16},
+    # the shared expert stands beside the block of the routed ones
+    "granitemoeshared": {
+        **_COMMON,
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 40,
+    },
     "deepseek_v32": {**_DEEPSEEK, "q_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
 }
 """Families that only the profile is tested on; one that does not work is doge, whose experts are rows of embeddings."""

@@ -10,7 +10,7 @@ without), O outputs, I inputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -37,6 +37,7 @@ __all__ = [
     "join_gate_up",
     "looped",
     "projections",
+    "shared_down",
     "split_gate_up",
     "split_projections",
     "stock_forward",
@@ -109,6 +110,20 @@ def is_bank(module: nn.Module) -> bool:
 def down_weight(bank: nn.Module) -> Tensor:
     """down_proj [E, D, F], or [E, F, D] where the bank is transposed."""
     return cast(Tensor, bank.down_proj)
+
+
+def shared_down(siblings: Iterable[nn.Module], bank: nn.Module) -> nn.Linear | None:
+    """down_proj of a shared expert: of the bank's siblings, the last linear map onto the hidden size of one that is
+    an MLP (it also has a linear map from the hidden size to that map's input)."""
+    hidden = down_weight(bank).shape[1] if not cast(Any, bank).is_transposed else down_weight(bank).shape[2]
+    for sibling in siblings:
+        if any(module is bank for module in sibling.modules()):  # the bank, or PEFT's wrapper around it
+            continue
+        linears = [module for module in sibling.modules() if isinstance(module, nn.Linear)]
+        downs = [linear for linear in linears if linear.out_features == hidden]
+        if downs and any(up.in_features == hidden and up is not downs[-1] for up in linears):
+            return downs[-1]
+    return None
 
 
 def up_name(bank: nn.Module) -> str:

@@ -37,11 +37,12 @@ from .bank import (
     join_gate_up,
     looped,
     projections,
+    shared_down,
     split_gate_up,
     stock_forward,
     up_name,
 )
-from .decoder import layer_number
+from .decoder import decoder_layers, layer_number
 from .errors import ExpertsError, ModelError
 
 __all__ = [
@@ -120,15 +121,16 @@ def find_banks(model: nn.Module) -> tuple[Bank, ...]:
     banks = []
     for path, module in model.named_modules():
         if is_bank(module):
-            block = unwrapped(path).rpartition(".")[0]  # PEFT wraps what it adapts
-            banks.append(
-                Bank(
-                    layer=layer_number(model, path),
-                    path=path,
-                    module=module,
-                    shared_down=_shared_down(model.get_submodule(block), module),
-                )
-            )
+            block = model.get_submodule(unwrapped(path).rpartition(".")[0])  # PEFT wraps what it adapts
+            layer = layer_number(model, path)
+            # granitemoeshared has its shared expert beside the block.
+            beside = [
+                child
+                for name, child in decoder_layers(model, path)[layer].named_children()
+                if name.startswith("shared")
+            ]
+            shared = shared_down([*block.children(), *beside], module)
+            banks.append(Bank(layer=layer, path=path, module=module, shared_down=shared))
     if not banks:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ModelError(f"MODEL: {family} has no routed experts that transformers 5 can swap; use an MoE checkpoint")
@@ -160,20 +162,6 @@ def check_experts(banks: Collection[Bank], experts: Collection[ExpertKey], optio
             else:
                 have = f"layer {key[0]} has experts 0..{sizes[key[0]] - 1}"
             raise ExpertsError(f"{option}: {key_name(key)} is not in the model ({have}); name an expert that is")
-
-
-def _shared_down(block: nn.Module, bank: nn.Module) -> nn.Linear | None:
-    """down_proj of a shared expert: of the bank's siblings, the last linear map onto the hidden size of one that is
-    an MLP (it also has a linear map from the hidden size to that map's input)."""
-    hidden = down_weight(bank).shape[1] if not cast(Any, bank).is_transposed else down_weight(bank).shape[2]
-    for sibling in block.children():
-        if any(module is bank for module in sibling.modules()):  # the bank, or PEFT's wrapper around it
-            continue
-        linears = [module for module in sibling.modules() if isinstance(module, nn.Linear)]
-        downs = [linear for linear in linears if linear.out_features == hidden]
-        if downs and any(up.in_features == hidden and up is not downs[-1] for up in linears):
-            return downs[-1]
-    return None
 
 
 # ---- the registered implementation --------------------------------------------------------------------------------
