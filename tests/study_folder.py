@@ -66,6 +66,9 @@ def results_json(variants: Mapping[str, str] = TITLES) -> dict[str, Any]:
                 "target": {"lora-super": "experts", "lora-attention": "attention"}.get(name),
                 "trainable_parameters": 12_345 if name.startswith("lora") else None,
                 "perplexity": PERPLEXITY[name],
+                "perplexity_interval": None
+                if PERPLEXITY[name] is None
+                else [PERPLEXITY[name] - 0.5, PERPLEXITY[name] + 0.5],
                 "mean": sum(one.accuracy for one in scores) / len(scores),
                 "scores": [one.to_json() for one in scores],
                 "paired": {task: pair.to_json() for task, pair in paired.items()} if own else None,

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from superexperts.errors import ModelError
-from superexperts.perplexity import perplexity
+from superexperts.perplexity import perplexity, perplexity_of
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +48,19 @@ def test_not_a_number_is_an_error(model: LlamaForCausalLM) -> None:
     finally:
         with torch.no_grad():
             model.lm_head.weight.copy_(weight)
+
+
+def test_interval_of_four_sequences_by_hand() -> None:
+    """Mean 2, standard deviation 1, t quantile of three degrees of freedom 3.1824 (a printed table)."""
+    losses_B = torch.tensor([2 - math.sqrt(1.5), 2.0, 2.0, 2 + math.sqrt(1.5)], dtype=torch.float64)
+    found = perplexity_of(losses_B)
+    assert found.value == pytest.approx(math.exp(2))
+    assert found.interval == pytest.approx((math.exp(2 - 1.5912), math.exp(2 + 1.5912)), rel=1e-4)
+    assert perplexity_of(losses_B[:1]).interval is None
+
+
+def test_interval_holds_the_truth_nineteen_times_in_twenty() -> None:
+    losses_SB = torch.randn(4000, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.3 + 1.5
+    intervals = [perplexity_of(losses_B).interval for losses_B in losses_SB]
+    inside = sum(low <= math.exp(1.5) <= high for low, high in filter(None, intervals))
+    assert 0.94 <= inside / 4000 <= 0.96

@@ -31,7 +31,7 @@ from .errors import OptionError
 from .journal import Journal
 from .lora import adapter_folder, load_adapter
 from .model import checkpoint_folder, chosen_experts, load_model, load_tokenizer
-from .perplexity import perplexity
+from .perplexity import perplexity_of, sequence_losses
 from .rundir import (
     MANIFEST,
     completed,
@@ -178,13 +178,15 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             write_text(out / outputs[-1], "".join(lines))
         if sequences_BL is not None:
             assert model is not None
-            measured = perplexity(model, sequences_BL, description=f"{config.variant}: perplexity")
+            losses_B = sequence_losses(model, sequences_BL, description=f"{config.variant}: perplexity")
+            measured = perplexity_of(losses_B)
             value = {
                 "schema": PERPLEXITY_SCHEMA,
                 "corpus": config.perplexity,
                 "tokens": sequences_BL.numel(),
                 "seq_len": sequences_BL.shape[1],
-                "perplexity": measured,
+                "perplexity": measured.value,
+                "interval": measured.interval,
             }
             write_json(out / "perplexity.json", value)
             outputs.append("perplexity.json")
@@ -241,11 +243,12 @@ def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:
     for name in config.task_names:
         with (config.out / "answers" / f"{name}.jsonl").open(encoding="utf-8") as stream:
             counts[name] = sum(1 for _ in stream)
-    found = read_json(config.out / "perplexity.json", "perplexity")["perplexity"] if config.perplexity else None
+    found = read_json(config.out / "perplexity.json", "perplexity") if config.perplexity else None
     return {
         "out": str(config.out),
         "variant": config.variant,
         "tasks": counts,
-        "perplexity": found,
+        "perplexity": found["perplexity"] if found else None,
+        "perplexity_interval": found["interval"] if found else None,
         "truncated": truncated,
     }

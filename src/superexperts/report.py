@@ -170,6 +170,7 @@ def _rows(results: Results) -> list[dict[str, Any]]:
             "cells": [_cell(variant, task, p_values.get((variant.name, task), 1.0)) for task in results.columns],
             "mean": f"{100 * variant.mean:.1f}",
             "perplexity": None if variant.perplexity is None else f"{variant.perplexity:.2f}",
+            "perplexity_interval": "–".join(f"{end:.2f}" for end in variant.perplexity_interval or ()),
         }
         for variant in results.variants
     ]

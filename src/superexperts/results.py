@@ -65,6 +65,8 @@ class VariantResult:
     trainable_parameters: int | None
     perplexity: float | None
     """On held-out text; None where it was not measured."""
+    perplexity_interval: tuple[float, float] | None
+    """95%, over the sequences; None also where there is only one."""
     mean: float
     """Mean accuracy of the benchmarks, each counting once, in 0..1."""
     scores: tuple[Score, ...]
@@ -82,6 +84,8 @@ class VariantResult:
         """Reads one entry of `variants`; KeyError or TypeError where a field is missing or wrong."""
         own = {field.name: value[field.name] for field in dataclasses.fields(cls)}
         paired, pooled = own["paired"], own["pooled"]
+        interval = own["perplexity_interval"]
+        own["perplexity_interval"] = None if interval is None else (interval[0], interval[1])
         own["experts"] = None if own["experts"] is None else tuple(own["experts"])
         own["scores"] = tuple(Score.from_json(score) for score in own["scores"])
         own["paired"] = None if paired is None else {task: Paired.from_json(row) for task, row in paired.items()}

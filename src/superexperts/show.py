@@ -49,7 +49,9 @@ def show(command: str, result: dict[str, Any]) -> None:
         for task, items in result["tasks"].items():
             stdout.print(f"{task}: {items} answers")
         if result["perplexity"] is not None:
-            stdout.print(f"perplexity: {result['perplexity']:.3f}")
+            interval = result["perplexity_interval"]
+            told = f" (95%: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+            stdout.print(f"perplexity: {result['perplexity']:.3f}{told}")
     elif command == "extract" and "scores" in result:
         _show_scores(result["scores"])
         if "judge" in result:

@@ -316,6 +316,7 @@ def _conclude(plan: Plan, out: Path) -> dict[str, Any]:
         scores = {score.task: score for score in map(Score.from_json, found)}
         paired, pooled = stats.compare(base, _extractions(out, name, plan)) if name != "base" else (None, None)
         training = read_json(folder / "train" / "training.json", "training") if variant.kind == "lora" else None
+        measured = read_json(folder / "perplexity.json", "perplexity")
         chosen = ExpertSet.parse(str(out / "experts" / f"{variant.experts}.json")).experts if variant.experts else None
         rows.append(
             {
@@ -325,7 +326,8 @@ def _conclude(plan: Plan, out: Path) -> dict[str, Any]:
                 "target": None if variant.kind == "base" else "experts" if variant.experts else "attention",
                 "experts": [key_name(key) for key in chosen] if chosen else None,
                 "trainable_parameters": training["trainable_parameters"] if training else None,
-                "perplexity": read_json(folder / "perplexity.json", "perplexity")["perplexity"],
+                "perplexity": measured["perplexity"],
+                "perplexity_interval": measured["interval"],
                 "mean": sum(scores[task].accuracy for task in plan.tasks) / len(plan.tasks),
                 "scores": [scores[task].to_json() for task in plan.tasks],
                 "paired": {task: pair.to_json() for task, pair in paired.items()} if paired else None,
