@@ -1,4 +1,5 @@
-"""`make demo`'s study, whole, as a user runs it: its verdicts are right, and a second run does no work."""
+"""`make demo`'s study, whole, as a user runs it: its verdicts are right, a second run does no work, and the notebook
+reads its folder."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from superexperts.config import TASKS
 
@@ -19,7 +23,26 @@ def run(folder: Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stderr
 
 
-def test_the_demo(tmp_path: Path) -> None:
+def _run_notebook(folder: Path, results: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the cells of the notebook on a study; its figures are the study's."""
+    monkeypatch.setenv("SUPEREXPERTS_STUDY", str(folder))
+    notebook = json.loads((Path(__file__).parents[1] / "notebooks" / "explore.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)  # noqa: S102
+    scores = {(row["name"], score["task"]): score for row in results["variants"] for score in row["scores"]}
+    assert len(names["items"]) == sum(score["items"] for score in scores.values())
+    for (variant, task), score in scores.items():
+        assert names["accuracy"].loc[variant, task] == pytest.approx(100 * score["accuracy"], abs=0.05)
+    assert names["how"].sum().sum() == len(names["items"])
+    assert len(names["unparsed"]) == sum(score["unparsed"] for score in scores.values())
+    paired = next(row for row in results["variants"] if row["name"] == names["OTHER"])["paired"]
+    assert names["pairs"].lost.sum() == sum(pair["only_base"] for pair in paired.values())
+    assert names["pairs"].won.sum() == sum(pair["only_variant"] for pair in paired.values())
+
+
+def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = run(tmp_path / "demo")
     assert "up to date" not in said
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
@@ -35,6 +58,7 @@ def test_the_demo(tmp_path: Path) -> None:
     assert all(score["items"] == results["limit"] for row in results["variants"] for score in row["scores"])
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert "L1E11" in page
+    _run_notebook(tmp_path / "demo", results, monkeypatch)
     before = (tmp_path / "demo" / "results.json").stat().st_mtime_ns
     assert "is up to date, nothing to do" in run(tmp_path / "demo")
     assert (tmp_path / "demo" / "results.json").stat().st_mtime_ns == before
