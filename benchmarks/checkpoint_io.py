@@ -39,13 +39,16 @@ from superexperts.factors import Factor, Place, own_layout, save_layout
 from superexperts.model import load_structure
 
 ORIGINAL = """
-import sys, torch
+import sys, time, torch
 from transformers import AutoModelForCausalLM
+import transformers.models.deepseek_v2.modeling_deepseek_v2
+begin = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 for expert in sys.argv[3].split(","):
     layer, number = map(int, expert[1:].split("E"))
     model.model.layers[layer].mlp.experts.down_proj.data[number] = 0
 model.save_pretrained(sys.argv[2])
+print(f"loading: {time.perf_counter() - begin:.2f} s once everything is imported", file=sys.stderr)
 """
 
 
@@ -63,6 +66,7 @@ def watched(command: list[str]) -> tuple[float, float]:
         said = child.stderr.read() if child.stderr else ""
         if child.returncode:
             raise SystemExit(said)
+        print(*(line for line in said.splitlines() if line.startswith("loading: ")), sep="\n", end="")
     return seconds, peak / 2**20
 
 
