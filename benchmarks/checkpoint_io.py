@@ -66,7 +66,9 @@ def watched(command: list[str]) -> tuple[float, float]:
         said = child.stderr.read() if child.stderr else ""
         if child.returncode:
             raise SystemExit(said)
-        print(*(line for line in said.splitlines() if line.startswith("loading: ")), sep="\n", end="")
+        for line in said.splitlines():
+            if line.startswith("loading: "):
+                print(line)
     return seconds, peak / 2**20
 
 

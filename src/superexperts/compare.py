@@ -157,7 +157,7 @@ def _judged(
     failed = None
     if wrong:
         what = f"beyond {', '.join(map(key_name, allowed))}" if allowed else "between A and B"
-        failed = f"{len(wrong)} differences {what}; the first: {wrong[0].unit.key} is {wrong[0].status}"
+        failed = f"{len(wrong)} differences {what}; the first: {wrong[0].unit.key!a} is {wrong[0].status}"
     return {
         "exit_code": 1 if wrong else 0,
         "failed": failed,
