@@ -87,10 +87,8 @@ def _check_base(record: Record, original: Checkpoint, edited: Checkpoint, config
         for key, same in workers.map(lambda pair: (pair[0], _same(original, edited, *pair[1:])), pairs):
             if not same:
                 workers.shutdown(cancel_futures=True)
-                raise DataError(
-                    f"DIR: {edited.folder} and {config.model!a} differ in {key!a}, which was not changed; one of the two "
-                    "was edited since"
-                )
+                two = f"{edited.folder} and {config.model!a}"
+                raise DataError(f"DIR: {two} differ in {key!a}, which was not changed; one of the two was edited since")
 
 
 def _within(entry: Entry, change: Change) -> bool:
