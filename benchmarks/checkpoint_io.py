@@ -3,67 +3,57 @@
     python benchmarks/checkpoint_io.py --folder DIR
 
 Makes, in DIR, a checkpoint of DeepSeek-V2-Lite's shape (`large_checkpoint.py`; 7 layers by default, 8 GB) and keeps it
-for the next run; beside it needs as much again and two shards. In each round, one after the other: `cp` of the shards
-that hold two experts, the same with `sync`, `prune`, `restore`, `export --format merged`, `cmp` and `compare` of two
-copies; once: the model loaded with transformers, zeroed and saved. Times of commands are without the start of Python
-and its imports, which no checkpoint can change, and with it. Memory is what is resident and no page of a file.
+for the next run; beside it needs as much again and two shards.
+
+In each round, one after the other in this process: `cp` of the shards that hold two experts, `cp` and `sync`, prune,
+restore, export as merged; with `--compare` also `cmp` of two whole copies, and compare. Then once, in processes of
+their own, whole commands with the start of Python, and the original's way: the model loaded with transformers, zeroed
+and saved. Memory is what is resident and no page of a file.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from large_checkpoint import Shape, made, size_of
 
+from superexperts import compare, export, prune, restore
 from superexperts.bank import DOWN, GATE, UP
 from superexperts.config import CheckpointConfig
+from superexperts.config_adapters import ExportConfig
+from superexperts.config_surgery import CompareConfig, PruneConfig, RestoreConfig
 from superexperts.factors import Factor, Place, own_layout, save_layout
 from superexperts.model import load_structure
 
 ORIGINAL = """
-import sys, torch
+import sys, time, torch
 from transformers import AutoModelForCausalLM
+import transformers.models.deepseek_v2.modeling_deepseek_v2
+begin = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 for expert in sys.argv[3].split(","):
     layer, number = map(int, expert[1:].split("E"))
     model.model.layers[layer].mlp.experts.down_proj.data[number] = 0
 model.save_pretrained(sys.argv[2])
+print(f"loading: {time.perf_counter() - begin:.2f} s once everything is imported", file=sys.stderr)
 """
-COMMAND = """
-import sys, time
-import torch, superexperts.cli, transformers.models.deepseek_v2.modeling_deepseek_v2
-import superexperts.compare, superexperts.export, superexperts.prune, superexperts.restore
-begin = time.perf_counter()
-code = superexperts.cli.main(sys.argv[1:])
-print(f"seconds {time.perf_counter() - begin}", file=sys.stderr)
-sys.exit(code)
-"""
-"""The command, and how long it takes once everything is imported."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """What one run of a command took."""
-
-    seconds: float
-    inside: float
-    """Without the start of Python and its imports; the same for commands of others."""
-    memory: float
-    """The most MiB at a time that were no pages of a file."""
-
-
-def watched(command: list[str]) -> Run:
+def watched(command: list[str]) -> tuple[float, float]:
+    """Runs a command: seconds, and the most MiB at a time that were no pages of a file."""
     begin, peak = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
         process = psutil.Process(child.pid)
@@ -71,17 +61,19 @@ def watched(command: list[str]) -> Run:
             with contextlib.suppress(psutil.Error):
                 memory = process.memory_info()
                 peak = max(peak, memory.rss - memory.shared)
-            time.sleep(0.005)
+            time.sleep(0.01)
         seconds = time.perf_counter() - begin
         said = child.stderr.read() if child.stderr else ""
         if child.returncode:
             raise SystemExit(said)
-    inside = [float(line.partition(" ")[2]) for line in said.splitlines() if line.startswith("seconds ")]
-    return Run(seconds=seconds, inside=inside[0] if inside else seconds, memory=peak / 2**20)
+        for line in said.splitlines():
+            if line.startswith("loading: "):
+                print(line)
+    return seconds, peak / 2**20
 
 
 def superexperts(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", COMMAND, *arguments]
+    return [sys.executable, "-m", "superexperts", *arguments]
 
 
 def write_adapter(folder: Path, base: Path, experts: tuple[tuple[int, int], ...]) -> None:
@@ -99,6 +91,10 @@ def write_adapter(folder: Path, base: Path, experts: tuple[tuple[int, int], ...]
             )
     folder.mkdir(exist_ok=True)
     save_layout(folder, *own_layout(model, factors), base=str(base), revision=None)
+
+
+def shell(command: str) -> None:
+    subprocess.run(["sh", "-c", command], check=True)
 
 
 def new_bytes(folder: Path) -> int:
@@ -127,67 +123,74 @@ def main() -> None:
     held = [base / f"model-{layer + 2:05}-of-{len(shards):05}.safetensors" for layer, _ in experts]
     size = sum(file.stat().st_size for file in held)
     print(f"{size_of(shape) / 1e9:.1f} GB; two experts in {len(held)} shards of {size / 1e9:.2f} GB together")
+    sources, copies = " ".join(map(str, held)), [work / "copy" / file.name for file in shards]
+    compared = " && ".join(f"cmp {one} {other}" for one, other in zip(shards, copies, strict=True))
     if arguments.compare:
         shutil.copytree(base, work / "copy")
-    runs: dict[str, list[Run]] = defaultdict(list)
-    written: dict[str, int] = {}
+    pruning = PruneConfig(model=str(base), experts=names, out=work / "pruned")
+    restoring = RestoreConfig(folder=pruning.out, out=work / "restored")
+    merging = ExportConfig(adapter=work / "adapter", format="merged", out=work / "merged")
+    comparing = CompareConfig(a=str(base), b=str(work / "copy"), expect_identical=True)
+    times: dict[str, list[float]] = defaultdict(list)
 
-    def measure(name: str, command: list[str], result: str | None = None) -> None:
-        runs[name].append(watched(command))
-        if result is not None:
-            written[name] = new_bytes(work / result)
+    def measure(name: str, action: Callable[[], Any]) -> None:
+        begin = time.perf_counter()
+        action()
+        times[name].append(time.perf_counter() - begin)
 
     for _ in range(arguments.rounds):
-        for name in ("cp", "cp-sync", "pruned", "restored", "merged"):
-            shutil.rmtree(work / name, ignore_errors=True)
         for file in held:  # all into the page cache
             file.read_bytes()
-        for name, then in (("cp", ""), ("cp-sync", f" && sync {work / 'cp-sync'}/*")):
-            (work / name).mkdir()
-            copied = f"cp --reflink=never {' '.join(map(str, held))} {work / name}"
-            measure(name, ["sh", "-c", copied + then], name)
-            shutil.rmtree(work / name)
-        measure("prune", superexperts("prune", str(base), f"--experts={names}", f"--out={work / 'pruned'}"), "pruned")
-        measure("restore", superexperts("restore", str(work / "pruned"), f"--out={work / 'restored'}"), "restored")
-        measure("merged", superexperts("export", str(work / "adapter"), "--format=merged", f"--out={work / 'merged'}"),
-                "merged")  # fmt: skip
-        shutil.rmtree(work / "pruned")
-        shutil.rmtree(work / "merged")
+        for name, then in (("cp", ""), ("cp, sync", f" && sync {work / 'cp'}/*")):
+            (work / "cp").mkdir()
+            measure(name, lambda then=then: shell(f"cp --reflink=never {sources} {work / 'cp'}{then}"))
+            shutil.rmtree(work / "cp")
+            os.sync()
+        measure("prune", lambda: prune.run(pruning))
+        print(f"prune wrote {new_bytes(pruning.out) / 1e9:.2f} GB of shards; ", end="")
+        measure("restore", lambda: restore.run(restoring))
+        print(f"restore {new_bytes(restoring.out) / 1e9:.2f} GB; ", end="")
+        measure("merged", lambda: export.run(merging))
+        print(f"merged {new_bytes(merging.out) / 1e9:.2f} GB")
+        for folder in (pruning.out, restoring.out, merging.out):
+            shutil.rmtree(folder)
+        os.sync()
         if arguments.compare:
-            pairs = " && ".join(f"cmp {file} {work / 'copy' / file.name}" for file in shards)
-            measure("cmp", ["sh", "-c", pairs])
-            measure("compare", superexperts("compare", str(base), str(work / "copy"), "--expect-identical"))
+            measure("cmp", lambda: shell(compared))
+            measure("compare", lambda: compare.run(comparing))
+    for name, values in times.items():
+        print(
+            f"{name:9} {min(values):6.2f} s, median {statistics.median(values):6.2f} s of",
+            *(f"{v:.2f}" for v in values),
+        )
+    for statistic in (min, statistics.median):
+        told = [f"{statistic(times['prune']) / statistic(times[name]):.2f}x of {name}" for name in ("cp", "cp, sync")]
+        print(f"{statistic.__name__}: prune {' and '.join(told)}", end="")
+        if arguments.compare:
+            speeds = [size_of(shape) / 1e9 / statistic(times[name]) for name in ("compare", "cmp")]
+            print(
+                f"; compare {speeds[0]:.2f} GB/s of each side, cmp {speeds[1]:.2f}: {speeds[0] / speeds[1]:.2f}x",
+                end="",
+            )
+        print()
+    commands = {"prune": superexperts("prune", str(base), f"--experts={names}", f"--out={pruning.out}")}
+    commands["restore"] = superexperts("restore", str(pruning.out), f"--out={restoring.out}")
     if arguments.compare:
-        shutil.rmtree(work / "copy")
+        commands["compare"] = superexperts("compare", str(base), str(work / "copy"), "--expect-identical")
+    whole = {name: watched(command) for name, command in commands.items()}
+    shutil.rmtree(work / "copy", ignore_errors=True)
     if arguments.original:
         needed = 1.5 * size_of(shape)
         if psutil.virtual_memory().available < needed:
             print(f"the model is not loaded: that takes {needed / 2**30:.0f} GiB, which are not free")
         else:
-            measure("original", [sys.executable, "-c", ORIGINAL, str(base), str(work / "original"), names])
-    report(runs, written, size_of(shape))
+            whole["original"] = watched([sys.executable, "-c", ORIGINAL, str(base), str(work / "original"), names])
+    for name, (seconds, memory) in whole.items():
+        print(f"{name:9} {seconds:6.2f} s with the start of Python, {memory:6.0f} MiB")
+    if "original" in whole:
+        faster, smaller = (whole["original"][i] / whole["prune"][i] for i in range(2))
+        print(f"against loading: {faster:.1f}x faster, {smaller:.0f}x less memory")
     shutil.rmtree(work)
-
-
-def report(runs: dict[str, list[Run]], written: dict[str, int], size: int) -> None:
-    """The fastest of the rounds, since others may use the machine; all of them in brackets."""
-    best = {name: min(run.inside for run in some) for name, some in runs.items()}
-    memory = {name: statistics.median(run.memory for run in some) for name, some in runs.items()}
-    for name, some in runs.items():
-        told = f"{name:9} {best[name]:6.2f} s (" + ", ".join(f"{run.inside:.2f}" for run in some) + ")"
-        whole = min(run.seconds for run in some)
-        told += f"; {whole:.2f} s with the start of Python" if whole != best[name] else ""
-        told += f"; {memory[name]:.0f} MiB" if name not in ("cp", "cp-sync", "cmp") else ""
-        print(told + (f"; {written[name] / 1e9:.2f} GB written" if name in written else ""))
-    print(f"prune: {best['prune'] / best['cp']:.2f}x of cp, {best['prune'] / best['cp-sync']:.2f}x of cp and sync")
-    if "compare" in best:
-        speeds = [size / 1e9 / best[name] for name in ("compare", "cmp")]
-        ratio = speeds[0] / speeds[1]
-        print(f"compare: {speeds[0]:.2f} GB/s of each side, cmp {speeds[1]:.2f}: {ratio:.2f}x")
-    if "original" in best:
-        whole = min(run.seconds for run in runs["prune"])
-        saved = memory["original"] / memory["prune"]
-        print(f"against loading: {best['original'] / whole:.1f}x faster with the start, {saved:.0f}x less memory")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ def make(folder: Path, shape: Shape) -> None:
         weight_map |= dict.fromkeys(shapes, name)
         print(f"\rwriting {name}", end="", flush=True)
     print()
-    (temporary / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {"total_size": size_of(shape)}, "weight_map": weight_map}
+    (temporary / INDEX).write_text(json.dumps(index))
     shape.config().save_pretrained(temporary)
     for name in TOKENIZER_FILES:
         if (checkpoint_dir() / name).is_file():

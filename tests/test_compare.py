@@ -270,7 +270,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", a, b, "--expect-only", "L1E1,L2shared,L0E0"]) == 0
     assert "expected, but identical: L0E0" in capsys.readouterr().out
     assert main(["compare", a, b, "--expect-only", "L1E1"]) == 1
-    assert "NOT AS EXPECTED: 1 differences beyond L1E1; the first: model.layers.2.mlp.shared" in capsys.readouterr().out
+    assert (
+        "NOT AS EXPECTED: 1 differences beyond L1E1; the first: 'model.layers.2.mlp.shared" in capsys.readouterr().out
+    )
     assert main(["compare", a, b, "--expect-identical", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["parts"]["changed"] == 2
     assert main(["compare", a, a, "--expect-identical"]) == 0

@@ -136,6 +136,7 @@ def pickled(folder: Path) -> None:
         (lambda f: rewrite(f, lambda h: h.update(__metadata__=[1])), "wrong at '__metadata__'"),
         (lambda f: rewrite(f, lambda h: h.update(__metadata__={"a": {}})), "wrong at '__metadata__'"),
         (lambda f: a_shard(f).write_bytes(b"\x80\x04" + a_shard(f).read_bytes()), "no header|cannot be read"),
+        (lambda f: rewrite(f, lambda h: h.update({"a\n\x1b[31m": {**first(h)}})), "overlap|as does|does not name"),
         (pickled, "pickles are not read"),
     ],
 )  # fmt: skip

@@ -82,7 +82,8 @@ class Checkpoint(Mapping[str, Entry]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = _shards(folder)
+        weight_map = _weight_map(folder)
+        self.files = (SINGLE,) if weight_map is None else tuple(sorted(set(weight_map.values())))
         self.metadata: dict[str, dict[str, str]] = {}
         """Per shard what its header says beside the tensors."""
         self._entries: dict[str, Entry] = {}
@@ -98,7 +99,8 @@ class Checkpoint(Mapping[str, Entry]):
                     if entry.key in self._entries:
                         raise _refused(folder, file, f"holds {entry.key!r}, as does {self._entries[entry.key].file}")
                     self._entries[entry.key] = entry
-            _check_index(folder, self._entries)
+            if weight_map is not None:
+                _check_index(folder, weight_map, self._entries)
         except BaseException:
             self.close()
             raise
@@ -175,19 +177,14 @@ def _refused(folder: Path, file: str, why: str) -> ModelError:
     return ModelError(f"MODEL: {str(folder / file)!r} {why}; fetch the checkpoint again")
 
 
-def _shards(folder: Path) -> tuple[str, ...]:
-    """Names of the files that hold the tensors."""
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """The index: key -> shard; None for a checkpoint of one file."""
     if not (folder / INDEX).is_file():
         if (folder / SINGLE).is_file():
-            return (SINGLE,)
+            return None
         raise ModelError(
             f"MODEL: {str(folder)!r} has neither {SINGLE} nor {INDEX} (pickles are not read); convert it first"
         )
-    return tuple(sorted(set(_weight_map(folder).values())))
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """The index: key -> shard."""
     try:
         index = _object((folder / INDEX).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -195,21 +192,22 @@ def _weight_map(folder: Path) -> dict[str, str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _refused(folder, INDEX, "has no weight_map")
+    good: set[str] = set()
     for key, file in weight_map.items():
+        if isinstance(file, str) and file in good:
+            continue
         # A name, not a path: an index must not lead out of its folder. What a name leads to may be a link, as it is in
         # the Hub's cache.
         if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file:
             raise _refused(folder, INDEX, f"says that {key!r} is in {str(file)[:80]!r}, outside its folder")
         if not file.endswith(".safetensors"):
             raise _refused(folder, INDEX, f"says that {key!r} is in {file[:80]!r}, which is no safetensors file")
+        good.add(file)
     return weight_map
 
 
-def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
+def _check_index(folder: Path, weight_map: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
     """The index and the shards must say the same."""
-    if not (folder / INDEX).is_file():
-        return
-    weight_map = _weight_map(folder)
     for key, file in weight_map.items():
         if key not in entries or entries[key].file != file:
             raise _refused(folder, INDEX, f"says that {key!r} is in {file!r}, where it is not")

@@ -16,7 +16,7 @@ from .config_surgery import CompareConfig
 from .console import note, progress
 from .decoder import num_layers
 from .differences import Difference, Status, Sums, compare_units, count, tensor_sums, total
-from .errors import ModelError
+from .errors import ExpertsError, ModelError
 from .merge import merged_patches
 from .model import checkpoint_folder, load_structure
 from .options import CheckpointConfig
@@ -33,7 +33,7 @@ ADDED_LATER = ("transformers_version", "_name_or_path")
 def run(config: CompareConfig) -> dict[str, Any]:
     """The command: `exit_code` of the result is 1 where what was expected does not hold, and `failed` says why."""
     started = time.monotonic()
-    expected = None if config.expect_only is None else ExpertSet.parse(config.expect_only).experts
+    expected = _expected(config.expect_only)
     one = CheckpointConfig(model=config.a, revision=config.revision, trust_remote_code=config.trust_remote_code)
     other = CheckpointConfig(model=config.b, revision=config.revision_b, trust_remote_code=config.trust_remote_code)
     adapter = lora.adapter_folder(Path(config.b))
@@ -68,6 +68,15 @@ def run(config: CompareConfig) -> dict[str, Any]:
         _write(config, result, anatomy, started, [folder_a, folder_b])
         result["out"] = str(config.out)
     return result
+
+
+def _expected(text: str | None) -> tuple[ExpertKey, ...] | None:
+    if text is None:
+        return None
+    try:
+        return ExpertSet.parse(text).experts
+    except ExpertsError as error:
+        raise ExpertsError(str(error).replace("--experts", "--expect-only", 1)) from error
 
 
 def _anatomy(config: CheckpointConfig, checkpoint: Checkpoint, *, needed: bool) -> Anatomy | None:
@@ -148,7 +157,7 @@ def _judged(
     failed = None
     if wrong:
         what = f"beyond {', '.join(map(key_name, allowed))}" if allowed else "between A and B"
-        failed = f"{len(wrong)} differences {what}; the first: {wrong[0].unit.key} is {wrong[0].status}"
+        failed = f"{len(wrong)} differences {what}; the first: {wrong[0].unit.key!a} is {wrong[0].status}"
     return {
         "exit_code": 1 if wrong else 0,
         "failed": failed,

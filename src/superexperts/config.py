@@ -38,7 +38,7 @@ MORE_TASKS = ("arc_challenge", "openbookqa")
 
 # Where a result goes and how it is shown does not change what it is.
 NOT_IDENTITY = (
-    *("out", "json", "model", "experts", "data", "data_dir", "adapter", "silence", "profile", "like", "base"),
+    *("out", "json", "model", "experts", "data", "data_dir", "adapter", "silence", "profile", "like"),
     *("base_url", "concurrency", "timeout", "retries"),
     *("recipe", "eval_data", "checkpoint_steps", "resume", "report_to"),
 )

@@ -67,7 +67,7 @@ class Homes:
         info = _info(unexpected=homeless)
         cast(Any, model)._adjust_missing_and_unexpected_keys(info)
         if info.unexpected_keys and not self.quantized:
-            some = ", ".join(sorted(info.unexpected_keys)[:3])
+            some = ", ".join(map(ascii, sorted(info.unexpected_keys)[:3]))
             raise ModelError(
                 f"MODEL: the checkpoint has {len(info.unexpected_keys)} unexpected keys ({some}); repair it"
             )

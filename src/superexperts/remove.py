@@ -182,7 +182,7 @@ def _check_ignored(model: nn.Module, banks: Sequence[moe.Bank], homes: Homes) ->
     more = next((key for key in homes.ignored if (found := beyond.match(key)) and int(found[1]) >= layers), None)
     if more is not None:
         raise ModelError(
-            f"MODEL: holds layers that the model does not run ({more}), whose experts the new number would not fit; "
+            f"MODEL: holds layers that the model does not run ({more!a}), whose experts the new number would not fit; "
             "use --mode zero"
         )
 

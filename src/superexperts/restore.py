@@ -70,13 +70,13 @@ def _check_base(record: Record, original: Checkpoint, edited: Checkpoint, config
     found = base_files(original, original.folder)
     for name in sorted(found.keys() | record.files.keys()):
         if found.get(name) != record.files.get(name):
-            raise DataError(f"--base: {name} of {config.model} is not the one that was changed; {mend}")
+            raise DataError(f"--base: {name!a} of {config.model!a} is not the one that was changed; {mend}")
     for change in record.changes:
         entry = original.get(change.key)
         if entry is None or entry.file != change.file or not _within(entry, change) or (
             digest_of(original, part(entry, change.offset, change.bytes)) != change.sha256_before
         ):  # fmt: skip
-            raise DataError(f"--base: {change.key} of {config.model} is not what it was; {mend}")
+            raise DataError(f"--base: {change.key!a} of {config.model!a} is not what it was; {mend}")
     if not record.changes:
         raise DataError(
             f"DIR: {edited.folder} was written from a loaded model, not from shards, so nothing tells what stayed; "
@@ -87,10 +87,8 @@ def _check_base(record: Record, original: Checkpoint, edited: Checkpoint, config
         for key, same in workers.map(lambda pair: (pair[0], _same(original, edited, *pair[1:])), pairs):
             if not same:
                 workers.shutdown(cancel_futures=True)
-                raise DataError(
-                    f"DIR: {edited.folder} and {config.model} differ in {key}, which was not changed; one of the two "
-                    "was edited since"
-                )
+                two = f"{edited.folder} and {config.model!a}"
+                raise DataError(f"DIR: {two} differ in {key!a}, which was not changed; one of the two was edited since")
 
 
 def _within(entry: Entry, change: Change) -> bool:

@@ -120,12 +120,12 @@ def _show_compare(result: dict[str, Any]) -> None:
             status = row["status"] if first == "key" else ", ".join(row["statuses"])
             norm, cosine = ("" if row[name] is None else f"{row[name]:.4g}" for name in ("relative_norm", "cosine"))
             share = f"{100 * row['share_changed']:.2f}%"
-            table.add_row(Text(row[first]), status, norm, f"{row['max_change']:.4g}", cosine, share)
+            table.add_row(Text(ascii(row[first])[1:-1]), status, norm, f"{row['max_change']:.4g}", cosine, share)
         stdout.print(table)
         if len(rows) > MOST_ROWS:
             stdout.print(f"and {len(rows) - MOST_ROWS:,} more {title}; --json or --out has all")
     if result["config"]:
-        stdout.print(f"config.json differs in {', '.join(result['config'])}", soft_wrap=True, markup=False)
+        stdout.print(f"config.json differs in {', '.join(map(ascii, result['config']))}", soft_wrap=True, markup=False)
     if result["expected_but_identical"]:
         stdout.print(f"expected, but identical: {', '.join(result['expected_but_identical'])}", soft_wrap=True)
     if result["failed"] is not None:

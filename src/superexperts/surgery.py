@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, Entry
+from .checkpoint import DTYPES, INDEX, Checkpoint, Entry
 from .console import note, progress
 from .errors import ModelError, OutputError
 from .rundir import MANIFEST, write_bytes, write_json
@@ -77,10 +77,6 @@ class Change:
     sha256_before: str
     sha256_after: str | None
     """None where they were taken out."""
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON value."""
-        return dataclasses.asdict(self)
 
 
 # ---- shards -------------------------------------------------------------------------------------------------------
@@ -168,7 +164,7 @@ def rewrite_shards(base: Checkpoint, shards: Mapping[str, Sequence[NewTensor]], 
         try:
             for file in rest:
                 link(base.folder / file, out / file, copy=not linked)
-            if base.files != (SINGLE,):
+            if (base.folder / INDEX).is_file():
                 _write_index(base, shards, rest, out)
             list(_waited(jobs))
         except BaseException:
