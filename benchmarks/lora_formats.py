@@ -2,8 +2,8 @@
 
     python benchmarks/lora_formats.py --folder runs/formats
 
-Trains each of recipes/pocket-*.yaml on the pocket world's rows, exports it, and asks the six benchmarks of every
-format, each in a process of its own that loads it anew: `adapter` and `peft` by `evaluate --adapter`, `merged` as a
+Trains each of recipes/pocket-*.yaml on the pocket world's rows, exports it, and asks every format the six
+benchmarks, each in a process of its own that loads it anew: `adapter` and `peft` by `evaluate --adapter`, `merged` as a
 checkpoint, `vllm` as `import` reads it back. Prints a table in Markdown: accuracy in %, and how many answers differ
 from those of the adapter itself. What is done already is not done again.
 """
@@ -11,10 +11,14 @@ from those of the adapter itself. What is done already is not done again.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+from superexperts.cli import main as main_of_package
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TITLES = {
@@ -27,14 +31,17 @@ TASKS = ("mmlu", "arc_easy", "gsm8k", "boolq", "medqa", "vmlu")
 
 
 def superexperts(*arguments: str | Path) -> None:
-    subprocess.run([sys.executable, "-m", "superexperts", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = main_of_package([*map(str, arguments), "--json"])
+    if code:
+        raise SystemExit(code)
 
 
 def evaluated(data: Path, limit: int, out: Path, *what: str | Path) -> tuple[dict[str, float], dict[str, list[str]]]:
     """Accuracy and answers of each benchmark."""
-    superexperts(
-        "evaluate", *what, "--data-dir", data, "--limit", str(limit), "--max-new-tokens", "48", "--out", out
-    )  # fmt: skip
+    options = ["--data-dir", data, "--limit", limit, "--max-new-tokens", "48", "--out", out]
+    command = [sys.executable, "-m", "superexperts", "evaluate", *what, *options]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
     superexperts("extract", out)
     scores = json.loads((out / "scores.json").read_text())["scores"]
     answers = {

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config
 
 from superexperts import lora, moe
 from superexperts.artifacts import ExpertKey
+from superexperts.fit import whole_tensors
 
 SHAPE = {
     "vocab_size": 8192,
@@ -174,8 +175,9 @@ def main() -> None:
                     peaks[name].append(peak_mib())
                 trainable[name] = lora.trainable_parameters(adapted)
                 if name == "ours" and not number:
-                    with tempfile.TemporaryDirectory() as folder:
-                        adapted.save_pretrained(folder, save_embedding_layers=False)
+                    values = {name: tensor.to(model.dtype) for name, tensor in whole_tensors(adapted).items()}
+                    with tempfile.TemporaryDirectory() as folder:  # as `train` saves it, in the weights' precision
+                        adapted.save_pretrained(folder, state_dict=values, save_embedding_layers=False)
                         size = (Path(folder) / lora.WEIGHTS_FILE).stat().st_size
             model.zero_grad()
 

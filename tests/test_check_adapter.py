@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,25 @@ def test_another_models_adapter(tmp_path: Path) -> None:
     adapter = adapter_on(base, tmp_path / "adapter", [(1, 7)])
     with pytest.raises(ModelError, match="expert 7 .* 0..3 here"):
         check_adapter.run(settings(other, adapter))
+
+
+def test_a_server_that_applies_the_adapter_and_one_that_does_not(
+    served: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapted = attach(stock(checkpoint), [(1, 11), (3, 54)])
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=20)
+    merged, copy = tmp_path / "merged", tmp_path / "copy"
+    for folder in (merged, copy):
+        shutil.copytree(checkpoint, folder)
+    adapted.merge_and_unload().save_pretrained(merged)
+    url = ["--base-url", f"{served}/chat/completions", "--prompts", "4", "--max-new-tokens", "8"]
+    assert main(["check-adapter", str(checkpoint), str(merged), *url, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prompts"], found["differ"] > 0) == (4, True)
+    assert main(["check-adapter", str(checkpoint), str(copy), *url]) == 2
+    said = capsys.readouterr().err
+    assert "continues all 4 prompts of pocket alike" in said
+    assert main(["check-adapter", str(copy), str(copy), *url]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,7 +30,7 @@ def model_card(config: TrainConfig, result: Mapping[str, Any], data: Mapping[str
     experts = result["experts"]
     front = {
         "library_name": "peft",
-        "base_model": config.model,
+        **({} if Path(config.model).is_dir() else {"base_model": config.model}),
         "tags": ["lora", "superexperts"],
     }
     own = [f"{option} {text}" for option, text in (("ranks", config.ranks), ("alphas", config.alphas)) if text]

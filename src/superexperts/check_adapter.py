@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,20 @@ from . import lora
 from .config_adapters import CheckAdapterConfig
 from .console import note
 from .corpora import documents, local_data, pack
+from .engines import api, as_chat, instances, quiet, request_url
 from .errors import DataError
 from .model import load_model, load_tokenizer
 
 __all__ = ["gate", "run"]
 
+CHARACTERS = 200
+"""Of each text that a server is to continue."""
+
 
 def run(config: CheckAdapterConfig) -> dict[str, Any]:
     """The command; writes nothing. `DataError` for an adapter that does not fit or changes no logit."""
+    if config.base_url is not None:
+        return _served(config, config.base_url)
     folder = lora.adapter_folder(config.adapter)
     _, tensors = lora.read_adapter(folder, "ADAPTER")
     tokenizer = load_tokenizer(config)
@@ -37,6 +44,34 @@ def run(config: CheckAdapterConfig) -> dict[str, Any]:
         **dataclasses.asdict(effect),
         "unreached": [name for name, count in effect.probe_experts.items() if not count],
     }
+
+
+def _served(config: CheckAdapterConfig, url: str) -> dict[str, Any]:
+    """What a server makes of the adapter: greedy continuations under both names; `DataError` where all are the same."""
+    data_dir = local_data(config.data_dir)
+    texts = documents(config.corpus, data_dir=None if str(data_dir) == "pocket" else data_dir)
+    beginnings = [text[:CHARACTERS] for text in itertools.islice((t for t in texts if t.strip()), config.prompts)]
+    replies = []
+    for name in (config.model, str(config.adapter)):
+        asker = api(
+            name,
+            request_url(url),
+            concurrency=config.concurrency,
+            timeout=config.timeout,
+            retries=config.retries,
+            seed=config.seed,
+        )
+        prompts = as_chat(asker, beginnings)
+        with quiet():
+            replies.append(asker.generate_until(instances(prompts, config.max_new_tokens)))
+    differ = sum(base != adapted for base, adapted in zip(*replies, strict=True))
+    if not differ:
+        raise DataError(
+            f"ADAPTER: {url} continues all {len(beginnings)} prompts of {config.corpus} alike as "
+            f"{str(config.adapter)!r} and as {config.model!r}; it may not apply the adapter: check its log, or give "
+            "text that the adapter is for"
+        )
+    return {"adapter": str(config.adapter), "corpus": config.corpus, "prompts": len(beginnings), "differ": differ}
 
 
 def gate(adapted: PeftModel, sequences: Sequence[Tensor], folder: Path, option: str) -> lora.Effect:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from .options import ModelConfig, Switch, require_sequences
+from .options import ModelConfig, ServerConfig, Switch, require, require_sequences, require_url
 
 __all__ = ["CheckAdapterConfig", "ExportConfig", "ImportConfig"]
 
@@ -64,10 +64,12 @@ class ImportConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckAdapterConfig(ModelConfig):
+class CheckAdapterConfig(ServerConfig, ModelConfig):
     """Does the adapter fit the model, does text reach it, and does it change anything? Exit code 2 where it does not.
 
     Example: superexperts check-adapter pocket runs/lora --tokens 2048
+
+    Example: superexperts check-adapter BASE ADAPTER --base-url http://localhost:8000/v1
     """
 
     adapter: Positional[Annotated[Path, tyro.conf.arg(metavar="ADAPTER")]]
@@ -78,10 +80,24 @@ class CheckAdapterConfig(ModelConfig):
     """Probe tokens, BOS of each sequence counted."""
     seq_len: int = 256
     """Tokens per sequence."""
+    base_url: str | None = None
+    """Check what an OpenAI-compatible server does with the adapter instead; MODEL and ADAPTER are its names for the
+    base model and for the adapter."""
+    prompts: int = 32
+    """api: beginnings of texts that both are to continue."""
+    max_new_tokens: int = 32
+    """api: tokens of each continuation."""
     data_dir: Path | None = None
     """Folder of local data files instead of the Hub; default: the environment's SUPEREXPERTS_DATA."""
     json: Switch = False
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_sequences(self.tokens, self.seq_len)
+        require(self.prompts > 0, "--prompts", self.prompts, "is not positive; give at least 1")
+        require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
+        if self.base_url is not None:
+            require_url("--base-url", self.base_url)
+            differ = str(self.adapter) != self.model
+            require(differ, "ADAPTER", str(self.adapter), "is MODEL; give the server's name for the adapter")

@@ -244,7 +244,7 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         bank = self.get_base_layer()
         up_NU = moe.expert_up(bank, expert, x_ND)
         for name in self._adapters_of(expert):
-            gate_NF, up_NF = (self._change(name, f"{expert}_{part}", x_ND) for part in (GATE, UP))
+            up_NF, gate_NF = (self._change(name, f"{expert}_{part}", x_ND) for part in (UP, GATE))
             if gate_NF is None and up_NF is None:
                 continue
             if cast(Any, bank).has_gate:

@@ -133,6 +133,10 @@ def _show_compare(result: dict[str, Any]) -> None:
 
 
 def _show_check(result: dict[str, Any]) -> None:
+    if "differ" in result:
+        told = f"{result['differ']:,} of {result['prompts']:,} continuations of {result['corpus']} differ"
+        stdout.print(f"{told} as {result['adapter']}", soft_wrap=True, markup=False)
+        return
     share = "" if result["probe_share"] is None else f"; {100 * result['probe_share']:.1f}% reach an adapted expert"
     stdout.print(f"{result['keys']:,} keys, each in its place", soft_wrap=True)
     stdout.print(f"{result['probe_tokens']:,} probe tokens of {result['corpus']}{share}", soft_wrap=True, markup=False)

@@ -40,6 +40,10 @@ from .tasks import load_benchmarks
 __all__ = ["VARIANTS", "Plan", "Variant", "run"]
 
 
+OWN_OPTIONS = ("model", "data", "eval_data", "experts", "attention", "target", "out", "json", "seed", "recipe")
+"""Options of `train` that a study sets itself, or that take a path of their own."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
     """What is done to the model before it is asked."""
@@ -96,17 +100,7 @@ class Plan:
             raise OptionError(f"STUDY variants: {list(self.variants)} does not begin with base; put base first")
         free = {field.name for field in dataclasses.fields(TrainConfig)}
         for option in self.training:
-            if option not in free - {
-                "model",
-                "data",
-                "experts",
-                "attention",
-                "target",
-                "out",
-                "json",
-                "seed",
-                "recipe",
-            }:
+            if option not in free - set(OWN_OPTIONS):
                 raise OptionError(f"STUDY training: {option!r} is no option of train; see superexperts train --help")
         try:  # every option error before any work
             ProfileConfig(tokens=self.tokens, seq_len=self.seq_len, depth=self.depth)

@@ -113,9 +113,15 @@ def train(
             comment = "superexperts train --recipe FILE; " + ", ".join(
                 f"{name}: sha256 {digest}" for name, digest in digests.items()
             )
-            recipe = recipe_text(config, None if names is None else ",".join(names), comment)
-            for place in (temporary, temporary / "adapter"):
-                write_text(place / "recipe.yaml", recipe)
+            named = None if names is None else ",".join(names)
+            write_text(temporary / "recipe.yaml", recipe_text(config, named, comment))
+            # What is published with the adapter names the data, not where they lie on this machine.
+            published = dataclasses.replace(
+                config,
+                data=Path(config.data.name),
+                eval_data=None if config.eval_data is None else Path(config.eval_data.name),
+            )
+            write_text(temporary / "adapter" / "recipe.yaml", recipe_text(published, named, comment))
             write_json(temporary / "training.json", result)
             outputs = ["adapter", "recipe.yaml", "training.json"]
             if (work / "logs").is_dir():
