@@ -30,7 +30,7 @@ def _run_notebook(folder: Path, results: Any, monkeypatch: pytest.MonkeyPatch) -
     names: dict[str, Any] = {}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)  # noqa: S102
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
     scores = {(row["name"], score["task"]): score for row in results["variants"] for score in row["scores"]}
     assert len(names["items"]) == sum(score["items"] for score in scores.values())
     for (variant, task), score in scores.items():
