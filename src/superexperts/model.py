@@ -134,12 +134,20 @@ def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
     floats = (entry.dtype for entry in checkpoint.values() if entry.dtype.is_floating_point)
     stored = getattr(settings.get_text_config(), "dtype", None) or next(floats)
     dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    try:
+        # As from_pretrained does: on a bank of 30 GB even an empty tensor of the CPU fails.
+        with torch.device("meta"), meta_device_safe_creation_ops():
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    except ValueError as error:
+        raise ModelError(
+            f"MODEL: {config.model!r} is no language model that can be streamed ({_first_line(error)[:100]}); profile "
+            "the language model's own checkpoint"
+        ) from error
     device = pick_device(config.device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+            setattr(module, name, torch.empty_like(buffer, device=device))
+    model.initialize_weights()  # fills the buffers
     return cast(nn.Module, model.eval())
 
 
