@@ -162,6 +162,15 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "shared_intermediate_size": 40,
     },
+    # the layer itself is the block, its dense MLP the shared expert
+    "gemma4_text": {
+        **_SPARSE,
+        **_FULL,
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 3,
+        "hidden_size_per_layer_input": 0,
+    },
     "deepseek_v32": {**_DEEPSEEK, "q_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
 }
 """Families that only the profile is tested on; one that does not work is doge, whose experts are rows of embeddings."""

@@ -216,6 +216,7 @@ def test_several_corpora_and_what_they_agree_on(
         profile.run(settings)
     assert not (out / "profile.json").exists()
     (out / "heatmap-of-a-former-run.png").write_bytes(b"")
+    (out / "mine.png").write_bytes(b"not the command's")
     result = profile.run(settings)
     assert asked == 4
     assert "notes.txt was finished before, kept" in capsys.readouterr().err
@@ -228,6 +229,7 @@ def test_several_corpora_and_what_they_agree_on(
         "profile.json",
     }
     assert "heatmap-of-a-former-run.png" not in names
+    assert "mine.png" in names
     assert ".sections" not in names
     written = Profile.load(out)
     for name in (*files, "pocket"):

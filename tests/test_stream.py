@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -16,14 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from families import FAMILIES, MORE_FAMILIES, tiny_model, tiny_tokens
 from superexperts import float8
 from superexperts import profile as profile_command
+from superexperts import profile_streamed as profile_streamed_module
 from superexperts.artifacts import CorpusProfile, ExpertStats, Profile
-from superexperts.checkpoint import SINGLE
+from superexperts.checkpoint import SINGLE, Checkpoint
+from superexperts.cli import main
 from superexperts.config import ModelConfig, ProfileConfig
-from superexperts.errors import ModelError, OptionError
+from superexperts.corpora import documents
+from superexperts.errors import ModelError, OptionError, OutputError
 from superexperts.model import empty_model, load_as_stored, settings_of
 from superexperts.pocket import PLANTED
 from superexperts.profile import profile_corpus
@@ -105,7 +110,8 @@ def test_every_dtype_that_is_asked_for(tmp_path: Path) -> None:
     wanted = profile_corpus(load_as_stored(ModelConfig(model=str(tmp_path)), "float32"), IDS_SL)
     with streaming(tmp_path, dtype="float32") as streamed:
         assert_same(profile_streamed(streamed, IDS_SL), wanted, 1e-5)
-        assert_same(quick_look(streamed, IDS_SL, depth=1.0, statistic="all"), wanted, 1e-5)
+        wanted = profile_corpus(load_as_stored(ModelConfig(model=str(tmp_path)), "float32"), IDS_SL[:4])
+        assert_same(quick_look(streamed, IDS_SL[:4], depth=1.0, statistic="all"), wanted, 1e-5)
 
 
 def change(folder: Path, edit: Any) -> None:
@@ -281,6 +287,40 @@ def test_command_streams_and_finds_the_same(tmp_path: Path, capsys: pytest.Captu
     assert "weights were read" in capsys.readouterr().err
 
 
+def test_a_disk_too_full_for_the_hidden_states_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    saved(tmp_path, "qwen3_moe")
+    with streaming(tmp_path) as streamed, pytest.raises(OutputError, match="--activation-budget: .*No space left"):
+        profile_streamed(streamed, IDS_SL, budget=0, folder=tmp_path)
+
+
+def test_no_process_of_several_takes_a_quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match="--quick: True is for one process"):
+        profile_command.run(ProfileConfig(quick=True))
+
+
+def test_no_weight_is_made_on_the_way_to_a_model_without_weights(tmp_path: Path) -> None:
+    """Not even an empty one: those of a large model have more bytes than a machine will promise."""
+    saved(tmp_path, "deepseek_v2")
+    made: list[torch.Size] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.device.type == "cpu" and result.ndim == 3 and len(result) == 8:
+                made.append(result.shape)
+            return result
+
+    config = ModelConfig(model=str(tmp_path))
+    with Checkpoint(tmp_path) as checkpoint, Watch():
+        assert next(empty_model(config, checkpoint).parameters()).is_meta
+    assert not made
+
+
 def test_a_model_too_large_for_memory_is_streamed_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,7 +329,9 @@ def test_a_model_too_large_for_memory_is_streamed_by_itself(
     settings: dict[str, Any] = {"tokens": 256, "seq_len": 128, "dtype": "float32"}
     profile_command.run(ProfileConfig(out=tmp_path / "a", **settings))
     assert "does not fit in memory, so it is streamed" in capsys.readouterr().err
-    with pytest.raises(OptionError, match="--sinks: the model does not fit"):
+    said = json.loads((tmp_path / "a" / "manifest.json").read_text())["inputs"]["options"]
+    assert (said["stream"], said["dtype"]) == ("True", "float32")
+    with pytest.raises(OptionError, match="--sinks: True needs the model in memory, and it does not fit"):
         profile_command.run(ProfileConfig(out=tmp_path / "b", sinks=True, **settings))
 
 
@@ -307,22 +349,49 @@ def test_a_device_map_changes_nothing(tmp_path: Path) -> None:
     assert Profile.load(tmp_path / "a") == Profile.load(tmp_path / "b")
 
 
-@pytest.mark.parametrize("option", ["--seed=0", "--stream"])
-def test_two_processes_write_the_profile_of_one(tmp_path: Path, option: str) -> None:
-    command = ["-m", "superexperts", "profile", "pocket", "--tokens=640", "--seq-len=128", "--batch-size=2", option]
-    command += ["--dtype=float32", "--json"]
-    launch = ["-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--mixed_precision=no"]
-    quiet = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    one = subprocess.run(
-        [sys.executable, *command, f"--out={tmp_path / 'one'}"], capture_output=True, text=True, check=True, env=quiet
-    )
-    two = subprocess.run(
-        [sys.executable, *launch, *command, f"--out={tmp_path / 'two'}"],
+SCRIPT = """
+import os, sys
+from superexperts import cli
+assert os.environ["WORLD_SIZE"] == "2"
+sys.exit(cli.main([*sys.argv[1:], "--out=" + os.environ["OUT"] + os.environ["RANK"]]))
+"""
+# Two processes on a CPU: with `--cpu` accelerate starts a single one, whatever --num_processes says.
+LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes=2", "--multi_gpu", "--mixed_precision=no"]
+
+
+@pytest.mark.parametrize("option", ["--batch-size=2", "--stream"])
+def test_two_processes_write_the_profile_of_one(
+    tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the first one goes on with a corpus that the second one's disk knows nothing of."""
+    texts = list(documents("pocket"))
+    for name, part in (("a", texts[:40]), ("b", texts[40:80])):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(part), encoding="utf-8")
+    command = ["profile", "pocket", *(f"--corpus={tmp_path / name}.txt" for name in "ab")]
+    command += ["--tokens=640", "--seq-len=64", "--dtype=float32", option]
+    asked = 0
+
+    def interrupted(recorder: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            raise KeyboardInterrupt
+        return recorder
+
+    with monkeypatch.context() as patch:
+        for module in (profile_command, profile_streamed_module):
+            patch.setattr(module, "merged", interrupted)
+        assert main([*command, f"--out={tmp_path / 'two0'}"]) == 130
+    assert main([*command, f"--out={tmp_path / 'one'}"]) == 0
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, str(tmp_path / "script.py"), *command, "--json"],
         capture_output=True,
         text=True,
         check=False,
-        env=quiet,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "OUT": str(tmp_path / "two")},
     )
-    assert two.returncode == 0, two.stderr
-    assert (tmp_path / "one" / "profile.json").read_bytes() == (tmp_path / "two" / "profile.json").read_bytes()
-    assert json.loads(one.stdout)["corpora"] == json.loads(two.stdout)["corpora"]  # printed once
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("a.txt was finished before, kept") == 1
+    assert (tmp_path / "one" / "profile.json").read_bytes() == (tmp_path / "two0" / "profile.json").read_bytes()
+    assert len(json.loads(done.stdout)["corpora"]) == 2  # printed once

@@ -85,6 +85,10 @@ class CorpusProfile:
     """Of a quick look: whether the super experts stayed the same over its last rounds; None for a full profile."""
 
 
+CRITERION_DEPTH = 0.75
+"""Super experts are looked for in the first three quarters of the layers (arXiv 2507.23279)."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
     """`profile.json`: per corpus, per (layer, expert) statistics."""
@@ -97,6 +101,11 @@ class Profile:
     statistic: Statistic = "all"
     """Which peaks the criterion is about: `output_max` ("all") or `first_token_output_max` ("first")."""
     corpora: Mapping[str, CorpusProfile]
+
+    @property
+    def criterion_depth(self) -> float:
+        """Share of the layers in which the paper's criterion looks for super experts, if so many were run."""
+        return min(CRITERION_DEPTH, self.depth)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value with the schema's name."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import psutil
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.initialization import meta_device_safe_creation_ops
 from transformers.utils.logging import disable_progress_bar
 
 from .artifacts import ExpertSet
@@ -21,11 +21,12 @@ from .config import CheckpointConfig, ModelConfig
 from .console import note, stderr
 from .errors import ModelError, OptionError
 from .pocket import checkpoint_dir
-from .processes import device_of_process
+from .processes import device_of_process, processes_here
 
 __all__ = [
     "checkpoint_folder",
     "chosen_experts",
+    "dtype_to_run",
     "empty_model",
     "fits_in_memory",
     "load_as_stored",
@@ -85,15 +86,29 @@ def load_model(config: ModelConfig, *, spread: bool = False) -> nn.Module:
     return load_as_stored(config, dtype).to(device)
 
 
+def dtype_to_run(config: ModelConfig, *, streamed: bool) -> Literal["float32", "bfloat16", "float16"]:
+    """What `auto` means: float32 in a CPU's memory; else, and if the model is streamed, the checkpoint's own."""
+    if config.dtype != "auto":
+        return config.dtype
+    if pick_device(config.device).type == "cpu" and not streamed:
+        return "float32"
+    folder = checkpoint_folder(config.model, config.revision)
+    stored = settings_of(config, folder).get_text_config().dtype
+    if stored is None:
+        with Checkpoint(folder) as checkpoint:
+            stored = next(entry.dtype for entry in checkpoint.values() if entry.dtype.is_floating_point)
+    return cast(Literal["float32", "bfloat16", "float16"], str(stored).removeprefix("torch."))
+
+
 def fits_in_memory(config: ModelConfig) -> bool:
-    """Whether the model's weights fit into what is free on the device, a tenth of it left for the rest."""
-    folder, device = checkpoint_folder(config.model, config.revision), pick_device(config.device)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if device.type != "cuda":
-        stored = settings_of(config, folder).get_text_config().dtype
-        dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-        return bool(size / (stored or dtype).itemsize * dtype.itemsize < 0.9 * psutil.virtual_memory().available)
-    return bool(size < 0.9 * torch.cuda.mem_get_info(device)[0])
+    """Whether the model's weights, in the dtype to run in, fit into what is free on the device for each of this
+    machine's processes, a tenth of it left for the rest."""
+    device, target = pick_device(config.device), getattr(torch, dtype_to_run(config, streamed=False))
+    with Checkpoint(checkpoint_folder(config.model, config.revision)) as checkpoint:
+        size = sum(entry.nbytes / entry.dtype.itemsize * target.itemsize for entry in checkpoint.values())
+    if device.type == "cuda":
+        return bool(size < 0.9 * torch.cuda.mem_get_info(device)[0])
+    return bool(size * processes_here() < 0.9 * psutil.virtual_memory().available)
 
 
 def load_as_stored(
@@ -131,9 +146,7 @@ def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
     """
     settings = settings_of(config, checkpoint.folder)
     settings.quantization_config = None  # the checkpoint gives what its float8 stands for
-    floats = (entry.dtype for entry in checkpoint.values() if entry.dtype.is_floating_point)
-    stored = getattr(settings.get_text_config(), "dtype", None) or next(floats)
-    dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = getattr(torch, dtype_to_run(config, streamed=True))
     try:
         # As from_pretrained does: on a bank of 30 GB even an empty tensor of the CPU fails.
         with torch.device("meta"), meta_device_safe_creation_ops():

@@ -123,14 +123,12 @@ def find_banks(model: nn.Module) -> tuple[Bank, ...]:
         if is_bank(module):
             block = model.get_submodule(unwrapped(path).rpartition(".")[0])  # PEFT wraps what it adapts
             layer = layer_number(model, path)
-            # granitemoeshared has its shared expert beside the block.
-            beside = [
-                child
-                for name, child in decoder_layers(model, path)[layer].named_children()
-                if name.startswith("shared")
-            ]
-            shared = shared_down([*block.children(), *beside], module)
-            banks.append(Bank(layer=layer, path=path, module=module, shared_down=shared))
+            # granitemoeshared has its shared expert beside the block; gemma4's layer is the block itself, and holds
+            # much that is no expert.
+            whole = decoder_layers(model, path)[layer]
+            own = [] if block is whole else [*block.children()]
+            beside = [child for name, child in whole.named_children() if name == "mlp" or name.startswith("shared")]
+            banks.append(Bank(layer=layer, path=path, module=module, shared_down=shared_down([*own, *beside], module)))
     if not banks:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ModelError(f"MODEL: {family} has no routed experts that transformers 5 can swap; use an MoE checkpoint")

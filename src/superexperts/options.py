@@ -52,7 +52,7 @@ class ModelConfig(CheckpointConfig):
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights in memory; `auto` is the checkpoint's own on a GPU and float32 on a CPU."""
+    """Weights in memory; `auto` is the checkpoint's own on a GPU or streamed, and float32 on a CPU."""
     seed: int = 0
     """Seed of everything random in this command."""
 

@@ -21,8 +21,8 @@ def plot_top(
 ) -> None:
     """The `count` largest peaks as bars (log scale), the `chosen` experts in the accent colour, and the two bounds."""
     section = profile.corpora[corpus]
-    rows = considered(section.experts, profile.num_layers, profile.depth)
-    rows = sorted(rows, key=lambda row: (-peak(row, profile.statistic), key_order(row.key)))[:count]
+    considered_rows = considered(section.experts, profile.num_layers, profile.criterion_depth)
+    rows = sorted(considered_rows, key=lambda row: (-peak(row, profile.statistic), key_order(row.key)))[:count]
     rows = [row for row in rows if peak(row, profile.statistic) > 0]
     with figure_in(COLUMN, 0.95 + 0.17 * max(1, len(rows)), theme) as figure:
         axes = figure.add_subplot()
@@ -35,7 +35,7 @@ def plot_top(
         axes.tick_params(axis="y", length=0)
         axes.set_xscale("log")
         if peaks:
-            bound = threshold([peak(row, profile.statistic) for row in section.experts])
+            bound = threshold([peak(row, profile.statistic) for row in considered_rows])
             axes.axvline(bound.value, color=theme.ink, lw=0.8, ls=(0, (4, 2)))
             low = min(peaks[-1], bound.value)
             axes.set_xlim(low / 2, peaks[0] * (peaks[0] / low) ** 0.25 * 1.6)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from .recorder import Recorder
 
-__all__ = ["device_of_process", "merged", "my_share", "several", "together"]
+__all__ = ["agreed", "device_of_process", "merged", "my_share", "processes_here", "several", "together"]
 
 
 def my_share(batches: Sequence[int]) -> Sequence[int]:
@@ -33,6 +33,11 @@ def merged(recorder: Recorder) -> Recorder:
     return total
 
 
+def agreed(value: Any) -> Any:
+    """The first process' value, in all of them: what is on a disk, which may not be every one's."""
+    return cast(list[Any], broadcast_object_list([value]))[0] if several() else value
+
+
 def device_of_process() -> torch.device | None:
     """The device that this process of several is to use; None where it is the only one."""
     return cast(torch.device, PartialState().device) if several() else None
@@ -42,6 +47,11 @@ def together() -> None:
     """Every process waits here for the others."""
     if several():
         PartialState().wait_for_everyone()
+
+
+def processes_here() -> int:
+    """How many of the processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def several() -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,15 +26,22 @@ from .console import note, progress, speaks
 from .corpora import digest_ids, documents, local_data, pack
 from .decoder import num_layers, stopped_after, text_config
 from .errors import ExpertsError, OptionError
-from .model import checkpoint_folder, empty_model, fits_in_memory, load_model, load_tokenizer, pick_device, settings_of
+from .model import (
+    checkpoint_folder,
+    dtype_to_run,
+    empty_model,
+    fits_in_memory,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    settings_of,
+)
 from .plots import plot_heatmap, plot_layers
 from .plots_corpora import plot_corpora, plot_top
-from .processes import merged, my_share
-from .profile_streamed import banks_below, profile_streamed, quick_look
+from .processes import agreed, merged, my_share, several
+from .profile_streamed import QUICK_LENGTH, QUICK_SEQUENCES, banks_below, profile_streamed, quick_look
 from .recorder import Recorder
 from .rundir import (
-    MANIFEST,
-    TEMPORARY,
     completed,
     fingerprint,
     input_key,
@@ -50,8 +58,11 @@ from .stream import StreamedModel
 __all__ = ["profile_corpus", "run"]
 
 SINK_SEQUENCES = 8
-WRITTEN = (MANIFEST, "profile.json", "stability.json", "sinks.json")
-"""Files beside the pictures."""
+SECTIONS = ".sections"
+WRITTEN = re.compile(
+    r"(manifest|profile|stability|sinks)\.json|((heatmap|layers|top)-.+|corpora|sinks)\.(png|svg)|\..+\.tmp"
+)
+"""Names of what the command leaves in --out, also half done; other files there are somebody's."""
 
 
 @torch.inference_mode()
@@ -93,6 +104,7 @@ def profile_corpus(
 def run(config: ProfileConfig) -> dict[str, Any]:
     """The command: profiles each corpus, writes profile.json and the pictures."""
     started = time.monotonic()
+    config = _settled(config)
     names = tuple(dict.fromkeys(config.corpus)) or ("pocket",)
     tokenizer = load_tokenizer(config)
     sequences = {name: _sequences(config, name, tokenizer) for name in names}
@@ -101,7 +113,11 @@ def run(config: ProfileConfig) -> dict[str, Any]:
         model=fingerprint(checkpoint_folder(config.model, config.revision)),
         corpora={name: digest_ids(ids_BL) for name, ids_BL in sequences.items()},
     )
-    if completed(config.out, "profile", inputs):
+    if agreed(inputs) != inputs:
+        raise OptionError("--corpus: not every process reads the same; give all of them the same model and files")
+    if agreed(completed(config.out, "profile", inputs)):
+        if not speaks:
+            return {}
         note(f"profile: {config.out} is up to date, nothing to do")
         return summary(Profile.load(config.out), config, tokenizer)
     with _opened(config) as (model, profile_one):
@@ -109,22 +125,31 @@ def run(config: ProfileConfig) -> dict[str, Any]:
     return summary(Profile.load(config.out), config, tokenizer) if speaks else {}
 
 
+def _settled(config: ProfileConfig) -> ProfileConfig:
+    """Whether the model is streamed and in which dtype it runs, where the options leave it open: the numbers depend on
+    it."""
+    folder = checkpoint_folder(config.model, config.revision)
+    settings = settings_of(config, folder)
+    if config.quick and several():
+        raise OptionError("--quick: True is for one process; leave accelerate launch out")
+    if not (config.stream or config.quick):
+        # What transformers builds of a quantized checkpoint has other experts than the family's own.
+        quantized = float8.is_quantized(settings)
+        if agreed(quantized or (config.device_map == "none" and not fits_in_memory(config))):
+            why = "is quantized" if quantized else "does not fit in memory"
+            if config.sinks:
+                raise OptionError(f"--sinks: True needs the model in memory, and it {why}; drop the option")
+            config = dataclasses.replace(config, stream=True)
+            note(f"profile: the model {why}, so it is streamed a layer at a time (--stream)")
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype=dtype_to_run(config, streamed=config.stream or config.quick))
+    return config
+
+
 @contextlib.contextmanager
 def _opened(config: ProfileConfig) -> Iterator[tuple[nn.Module, Callable[[str, Tensor], CorpusProfile]]]:
     """The model, in memory or without weights, and how a corpus is profiled on it."""
-    folder = checkpoint_folder(config.model, config.revision)
-    settings = settings_of(config, folder)
-    streamed = config.stream or config.quick
-    if not streamed:
-        # What transformers builds of a quantized checkpoint has other experts than the family's own.
-        quantized = float8.is_quantized(settings)
-        streamed = quantized or (config.device_map == "none" and not fits_in_memory(config))
-        why = "is quantized" if quantized else "does not fit in memory"
-        if streamed and config.sinks:
-            raise OptionError(f"--sinks: the model {why}, so it is streamed, which sinks cannot be; drop the option")
-        if streamed:
-            note(f"profile: the model {why}, so it is streamed a layer at a time (--stream)")
-    if not streamed:
+    if not (config.stream or config.quick):
         model = load_model(config, spread=config.device_map == "auto")
         yield (
             model,
@@ -133,6 +158,8 @@ def _opened(config: ProfileConfig) -> Iterator[tuple[nn.Module, Callable[[str, T
             ),
         )
         return
+    folder = checkpoint_folder(config.model, config.revision)
+    settings = settings_of(config, folder)
     with float8.opened(folder, settings) as checkpoint:
         source = StreamedModel(empty_model(config, checkpoint), checkpoint, pick_device(config.device))
 
@@ -168,25 +195,25 @@ def _profile_all(
         raise OptionError(f"--seq-len: {config.seq_len} is over the model's context of {context}; give at most that")
     moe.find_banks(model)
     prepare_folder(config.out)
-    sections = config.out / ".sections"
+    # A killed run starts again from the last finished corpus.
+    sections = {name: _section(config, inputs, name) for name in sequences}
+    kept: dict[str, CorpusProfile] = agreed(
+        {name: Profile.load(file).corpora[name] for name, file in sections.items() if file.is_file()}
+    )
     corpora: dict[str, CorpusProfile] = {}
     for name, ids_BL in sequences.items():
-        # A killed run starts again from the last finished corpus.
-        alone = {**inputs, "corpora": {name: inputs["corpora"][name]}, "options": {**inputs["options"], "corpus": name}}
-        section = sections / f"{input_key('profile', alone)[:32]}.json"
-        if section.is_file():
+        if name in kept:
             note(f"profile: {name} was finished before, kept")
-            corpora |= Profile.load(section).corpora
+            corpora[name] = kept[name]
             continue
-        done = profile_one(name, ids_BL)
-        corpora[name] = done
+        corpora[name] = profile_one(name, ids_BL)
         if speaks:
-            write_json(section, _profile(config, model, {name: done}).to_json())
+            write_json(sections[name], _profile(config, model, {name: corpora[name]}).to_json())
     if not speaks:
         return
     profile = _profile(config, model, corpora)
     for old in config.out.iterdir():
-        if old.suffix in (".png", ".svg", TEMPORARY) or old.name in WRITTEN:
+        if WRITTEN.fullmatch(old.name):
             old.unlink()  # of a former run, whose corpora may have been others
     write_json(config.out / "profile.json", profile.to_json())
     outputs = ["profile.json", *_pictures(profile, config.out)]
@@ -196,7 +223,13 @@ def _profile_all(
     if config.sinks:
         outputs += _sinks(profile, config, model, sequences)
     write_manifest(config.out, "profile", inputs, outputs, time.monotonic() - started)
-    shutil.rmtree(sections)
+    shutil.rmtree(config.out / SECTIONS)
+
+
+def _section(config: ProfileConfig, inputs: Mapping[str, Any], name: str) -> Path:
+    """Where one corpus' part of the profile is kept until all are done."""
+    alone = {**inputs, "corpora": {name: inputs["corpora"][name]}, "options": {**inputs["options"], "corpus": name}}
+    return config.out / SECTIONS / f"{input_key('profile', alone)[:32]}.json"
 
 
 def _profile(config: ProfileConfig, model: nn.Module, corpora: Mapping[str, CorpusProfile]) -> Profile:
@@ -221,8 +254,8 @@ def _pictures(profile: Profile, folder: Path) -> list[str]:
         chosen = [row.key for row in _super(profile, corpus)]
         for suffix in ("png", "svg"):
             heatmap, layers, top = (f"{kind}-{stem}.{suffix}" for kind in ("heatmap", "layers", "top"))
-            plot_heatmap(profile, name, chosen, folder / heatmap, depth=profile.depth)
-            plot_layers(profile, name, chosen, folder / layers, depth=profile.depth)
+            plot_heatmap(profile, name, chosen, folder / heatmap, depth=profile.criterion_depth)
+            plot_layers(profile, name, chosen, folder / layers, depth=profile.criterion_depth)
             plot_top(profile, name, chosen, folder / top)
             drawn += [heatmap, layers, top]
     if len(profile.corpora) > 1:
@@ -246,7 +279,7 @@ def _sinks(profile: Profile, config: ProfileConfig, model: nn.Module, sequences:
 
 
 def _super(profile: Profile, corpus: CorpusProfile) -> tuple[ExpertStats, ...]:
-    return super_experts(corpus.experts, profile.num_layers, depth=profile.depth, statistic=profile.statistic)
+    return super_experts(corpus.experts, profile.num_layers, depth=profile.criterion_depth, statistic=profile.statistic)
 
 
 def _largest(profile: Profile, count: int) -> list[ExpertKey]:
@@ -260,7 +293,11 @@ def _largest(profile: Profile, count: int) -> list[ExpertKey]:
 
 def _sequences(config: ProfileConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     texts = documents(name, config.column, local_data(config.data_dir))
-    return pack(texts, tokenizer, corpus=name, tokens=config.tokens, seq_len=config.seq_len)
+    tokens, seq_len = config.tokens, config.seq_len
+    if config.quick:
+        seq_len = min(seq_len, QUICK_LENGTH)
+        tokens = min(tokens, QUICK_SEQUENCES * seq_len)
+    return pack(texts, tokenizer, corpus=name, tokens=tokens, seq_len=seq_len)
 
 
 def summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

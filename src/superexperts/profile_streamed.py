@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from . import moe
-from .artifacts import CorpusProfile, ExpertKey, Statistic
+from .artifacts import CRITERION_DEPTH, CorpusProfile, ExpertKey, Statistic
 from .attention import padded_values
 from .console import note, progress
 from .decoder import layer_by_layer, num_layers
-from .errors import OptionError
+from .errors import OptionError, OutputError
 from .processes import merged, my_share
 from .recorder import Recorder
 from .select import layers_below, super_experts
@@ -28,6 +29,8 @@ from .stream import StreamedModel
 
 __all__ = ["banks_below", "profile_streamed", "quick_look"]
 
+QUICK_SEQUENCES = 32
+"""Sequences of the quick look at most."""
 QUICK_LENGTH = 64
 """Tokens of a sequence of the quick look: attention sinks and with them super experts show on the first ones."""
 FIRST_ROUNDS = 4
@@ -89,8 +92,15 @@ def profile_streamed(
 def _room(made_BLD: Tensor, sequences: int, budget: int, folder: Path | None) -> Tensor:
     """Where a batch's hidden states are kept from layer to layer: where they are, or in a file if all are too many."""
     if made_BLD.nbytes / len(made_BLD) * sequences <= budget:
-        return torch.empty_like(made_BLD)
+        return torch.empty_like(made_BLD, device="cpu")
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden-") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, made_BLD.nbytes)  # a full disk says so now, not by a signal later
+        except OSError as error:
+            raise OutputError(
+                f"--activation-budget: {made_BLD.nbytes / 2**30:.1f} GiB more cannot be kept in {folder} "
+                f"({error.strerror}); make room, or raise the budget"
+            ) from error
         # The kernel keeps the file as long as it is mapped, without its name: nothing is left after a kill.
         flat = torch.from_file(file.name, shared=True, size=made_BLD.numel(), dtype=made_BLD.dtype)
     return flat.view(made_BLD.shape)
@@ -102,11 +112,10 @@ def quick_look(
 ) -> CorpusProfile:
     """The super experts of a checkpoint at about the cost of reading those experts that some token is routed to.
 
-    The sequences [S, L] are cut to `QUICK_LENGTH` tokens. A few are run at once, and their statistics kept apart, so
+    Of sequences [S, L] a few are run at once, and their statistics kept apart, so
     that one pass through the checkpoint shows what each further sequence (a round) changes; unless the super experts
     settled, twice as many follow. At the end of the corpus the answer is given as not stable.
     """
-    ids_SL = ids_SL[:, :QUICK_LENGTH].contiguous()
     banks = banks_below(streamed.model, depth)
     total = Recorder(moe.expert_keys(banks), ids_SL)
     sets: list[frozenset[ExpertKey]] = []
@@ -116,7 +125,12 @@ def quick_look(
         _one_pass(streamed, banks, ids_SL[first : first + len(rounds)], rounds, first, description)
         for recorder in rounds:
             total.merge(recorder)
-            found = super_experts(total.rows(), num_layers(streamed.model), depth=depth, statistic=statistic)
+            found = super_experts(
+                total.rows(),
+                num_layers(streamed.model),
+                depth=min(CRITERION_DEPTH, depth),
+                statistic=statistic,
+            )
             sets.append(frozenset(row.key for row in found))
         stable = len(sets) >= SAME_ROUNDS and len(set(sets[-SAME_ROUNDS:])) == 1
         if stable:

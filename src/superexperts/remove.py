@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import moe
 from .artifacts import ExpertKey, key_name
 from .checkpoint import Checkpoint, Entry
-from .decoder import num_layers
+from .decoder import decoder_layers, num_layers, text_config
 from .errors import ExpertsError, ModelError
 from .homes import Homes
 from .model import settings_of, structure_of
@@ -149,7 +149,11 @@ def _check_routing(model: nn.Module, count: int) -> None:
         stock = bank.module.forward
         bank.module.forward = lambda x, *_, **__: torch.empty_like(x)
         try:
-            block(torch.empty(1, 2, cast(Any, model).config.get_text_config().hidden_size, device="meta"))
+            if block is decoder_layers(model, bank.path)[bank.layer]:  # it takes more than hidden states
+                tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+                cast(Any, model).base_model(input_ids=tokens, use_cache=False)
+            else:
+                block(torch.empty(1, 2, text_config(model).hidden_size, device="meta"))
         except (RuntimeError, ValueError, IndexError) as error:
             why = " ".join(str(error).split())[:120]
             raise ExpertsError(

@@ -19,7 +19,9 @@ def found_on(profile: Profile) -> dict[ExpertKey, list[str]]:
     """Every expert that is a super expert on some corpus -> the corpora; the most often found first."""
     found: dict[ExpertKey, list[str]] = {}
     for name, corpus in profile.corpora.items():
-        for row in super_experts(corpus.experts, profile.num_layers, depth=profile.depth, statistic=profile.statistic):
+        for row in super_experts(
+            corpus.experts, profile.num_layers, depth=profile.criterion_depth, statistic=profile.statistic
+        ):
             found.setdefault(row.key, []).append(name)
     return dict(sorted(found.items(), key=lambda item: (-len(item[1]), key_order(item[0]))))
 
