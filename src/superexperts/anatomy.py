@@ -62,9 +62,10 @@ class Anatomy:
 
 
 def _mlp_of(down: str, bank: str) -> str:
-    """Path of the shared expert beside a bank that a path leads into."""
-    block = bank.rpartition(".")[0]
-    return f"{block}.{down.removeprefix(f'{block}.').partition('.')[0]}"
+    """Path of the shared expert that a path leads into: the first part that is none of the bank's own path."""
+    parts = down.split(".")
+    depth = next(i for i, (own, other) in enumerate(zip(parts, bank.split("."), strict=False)) if own != other)
+    return ".".join(parts[: depth + 1])
 
 
 def pair_units(a: Anatomy | Checkpoint, b: Anatomy | Checkpoint) -> list[Unit]:

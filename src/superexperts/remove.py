@@ -149,11 +149,11 @@ def _check_routing(model: nn.Module, count: int) -> None:
         stock = bank.module.forward
         bank.module.forward = lambda x, *_, **__: torch.empty_like(x)
         try:
-            if block is decoder_layers(model, bank.path)[bank.layer]:  # it takes more than hidden states
-                tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
-                cast(Any, model).base_model(input_ids=tokens, use_cache=False)
+            hidden = torch.empty(1, 2, text_config(model).hidden_size, device="meta")
+            if block is decoder_layers(model, bank.path)[bank.layer]:  # gemma4; a layer takes more than hidden states
+                cast(Any, block).router(hidden[0])
             else:
-                block(torch.empty(1, 2, text_config(model).hidden_size, device="meta"))
+                block(hidden)
         except (RuntimeError, ValueError, IndexError) as error:
             why = " ".join(str(error).split())[:120]
             raise ExpertsError(
