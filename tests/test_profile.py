@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 from superexperts import moe, profile
-from superexperts.artifacts import ExpertSet, ExpertStats, Profile
+from superexperts.artifacts import CorpusProfile, ExpertSet, ExpertStats, Profile
 from superexperts.config import ModelConfig, ProfileConfig, SelectConfig
 from superexperts.corpora import documents, pack
 from superexperts.decoder import num_layers
@@ -238,6 +238,16 @@ def test_several_corpora_and_what_they_agree_on(
     assert {row["expert"] for row in found["super"]} >= {"L1E11", "L3E54"}
     show("profile", result)
     assert "Jaccard" in capsys.readouterr().out
+
+
+def test_pictures_of_corpora_of_like_names_are_kept_apart(tmp_path: Path) -> None:
+    """`x/n-txt-3` is called as the third picture of another would be."""
+    rows = (ExpertStats(layer=0, expert=0, tokens=1, output_max=1.0), ExpertStats(layer=0, expert=1))
+    names = ("a/n.txt", "x/n-txt-3", "b/n.txt", "c/n.txt")
+    corpora = {name: CorpusProfile(tokens=1, experts=rows) for name in names}
+    drawn = profile._pictures(Profile(model="m", num_layers=1, corpora=corpora), tmp_path)
+    tops = [name for name in drawn if name.startswith("top-") and name.endswith(".png")]
+    assert tops == ["top-n-txt.png", "top-n-txt-3.png", "top-n-txt-2.png", "top-n-txt-4.png"]
 
 
 def test_killed_at_any_moment_no_file_is_half_written(tmp_path: Path) -> None:

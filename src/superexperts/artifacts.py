@@ -115,6 +115,8 @@ class Profile:
                 )
                 for name, section in value["corpora"].items()
             }
+            if not corpora:
+                raise DataError("PROFILE: it has no corpus; profile again")
             return cls(
                 model=value["model"],
                 num_layers=value["num_layers"],
@@ -122,7 +124,7 @@ class Profile:
                 statistic=value["statistic"],
                 corpora=corpora,
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"PROFILE: a field is missing or wrong ({error}); profile again") from error
 
     @classmethod
