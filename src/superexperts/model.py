@@ -134,8 +134,14 @@ def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
     floats = (entry.dtype for entry in checkpoint.values() if entry.dtype.is_floating_point)
     stored = getattr(settings.get_text_config(), "dtype", None) or next(floats)
     dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"MODEL: {config.model!r} cannot be streamed: {settings.model_type} does not build without its weights "
+            f"({_first_line(error)}); leave out --stream and --quick"
+        ) from error
     device = pick_device(config.device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
