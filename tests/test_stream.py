@@ -51,9 +51,11 @@ def streaming(folder: Path, **settings: Any) -> Iterator[StreamedModel]:
 def test_a_family_that_does_not_build_without_weights_is_one_line(tmp_path: Path) -> None:
     AutoConfig.for_model("qwen3_vl_moe").save_pretrained(tmp_path)
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match="cannot be streamed: qwen3_vl_moe does not build without") as error:
-        with streaming(tmp_path):
-            pass
+    with (
+        pytest.raises(ModelError, match="cannot be streamed: qwen3_vl_moe does not build without") as error,
+        streaming(tmp_path),
+    ):
+        pass
     assert len(str(error.value).splitlines()) == 1
     assert len(str(error.value)) < 500
 
