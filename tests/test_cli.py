@@ -63,6 +63,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["profile", "--tokens", "8"], "--tokens: 8 is under one sequence"),
         (["profile", "--corpus", "nowhere.txt"], "--corpus: 'nowhere.txt' is neither a file nor one of"),
         (["profile", "--device", "cuda:99"], "--device: 'cuda:99'"),
+        (["profile", "--device", "meta"], "--device: 'meta' holds no values"),
+        (["evaluate", "--device", "meta:0"], "--device: 'meta:0' holds no values"),
+        (["train", "--data", "x.json", "--attention", "--device", "meta"], "--device: 'meta' holds no values"),
+        (["check-adapter", "pocket", "x", "--device", "meta"], "--device: 'meta' holds no values"),
+        (["profile", "--seed", "1"], "--seed"),
+        (["profile", "--activation-budget", "inf"], "--activation-budget: inf"),
+        (["profile", "--column", "body"], "--column: 'body' says nothing of pocket"),
+        (["profile", "--column", "body", "--corpus", "c4"], "--column: 'body' says nothing of c4"),
+        (["profile", "--column", "body", "--corpus", "notes.txt"], "--column: 'body' says nothing of notes.txt"),
         (["profile", "no/such/model"], "MODEL: 'no/such/model'"),
         (["profile", "no-such-model"], "MODEL: 'no-such-model'"),
         (["profile", "--data-dir", "nowhere", "--corpus", "c4"], "--data-dir: 'nowhere' is no folder"),
@@ -149,7 +158,7 @@ def test_a_dense_model_is_one_line(here: Path, capsys: Any) -> None:
 
 def test_an_empty_or_short_corpus_is_one_line(here: Path, capsys: Any) -> None:
     (here / "empty.txt").write_text("")
-    assert "has 0 tokens" in wrong(capsys, "profile", "--corpus", "empty.txt")
+    assert "empty.txt is empty" in wrong(capsys, "profile", "--corpus", "empty.txt")
     (here / "short.txt").write_text("a few words only")
     assert "under one sequence" in wrong(capsys, "profile", "--corpus", "short.txt")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from superexperts import corpora
 from superexperts.config import CheckpointConfig
 from superexperts.corpora import HUB_CORPORA, documents, named_corpus, pack
 from superexperts.errors import DataError
@@ -39,8 +41,18 @@ def test_pack_says_how_many_tokens_there_are(tokenizer) -> None:  # type: ignore
         pack(iter(["a b c"]), tokenizer, corpus="x", tokens=512, seq_len=512)
     with pytest.raises(DataError, match="under --tokens 4000; give --tokens"):
         pack(iter(["a b c " * 100]), tokenizer, corpus="x", tokens=4000, seq_len=10)
-    with pytest.raises(DataError, match="x has 0 tokens"):
+    with pytest.raises(DataError, match="x is empty, it has no text"):
         pack(iter([]), tokenizer, corpus="x", tokens=8, seq_len=8)
+
+
+def test_the_number_of_tokens_that_is_told_does_not_depend_on_the_sequences(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    text = "one two three four five six seven"
+    have = len(tokenizer(text, add_special_tokens=False).input_ids)
+    for seq_len in (2, 3, 4, have + 1, 4 * have):
+        with pytest.raises(DataError, match=f"x has {have} tokens") as error:
+            pack(iter([text]), tokenizer, corpus="x", tokens=4 * have, seq_len=seq_len)
+        most = int(str(error.value).rpartition(" ")[2])  # what it says to give instead works
+        assert pack(iter([text]), tokenizer, corpus="x", tokens=most, seq_len=min(seq_len, most)).numel() == most
 
 
 def test_files(tmp_path: Path) -> None:
@@ -82,6 +94,66 @@ def test_a_broken_gzip_is_named(tmp_path: Path, damage: str) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(bytes(data))
     with pytest.raises(DataError, match="is not readable as JSONL"):
         list(documents(str(tmp_path / "a.jsonl.gz")))
+
+
+def test_a_long_text_is_read_in_parts_that_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "BLOCK", 50)
+    paragraphs = "\n\n".join(f"paragraph {number}\nof ä lines" for number in range(40))
+    (tmp_path / "a.txt").write_text(paragraphs, encoding="utf-8")
+    parts = list(documents(str(tmp_path / "a.txt")))
+    assert "\n\n".join(parts) == paragraphs
+    assert len(parts) > 15
+    assert max(map(len, parts)) < 150
+    (tmp_path / "a.txt").write_text("\n".join(paragraphs.split()), encoding="utf-8")
+    parts = list(documents(str(tmp_path / "a.txt")))
+    assert "\n".join(parts) == "\n".join(paragraphs.split())
+    assert len(parts) > 15
+    (tmp_path / "a.txt").write_text("x" * 200)
+    assert list(documents(str(tmp_path / "a.txt"))) == ["x" * 200]
+    # What is past the tokens that are wanted is not read.
+    (tmp_path / "a.txt").write_bytes(b"word\n\n" * 100_000 + b"\xff")
+    assert next(documents(str(tmp_path / "a.txt"))).startswith("word")
+
+
+def test_names_win_over_files_that_are_called_so(
+    tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("math", "multilingual-vi", "pocket"):
+        (tmp_path / name).write_text("mine")
+        assert next(documents(name, data_dir=shared_data)) != "mine"
+        with pytest.raises(DataError, match=f"--corpus: ./{name} is none of the files that are read: .txt, .jsonl, "):
+            next(documents(f"./{name}"))
+
+
+def test_what_local_rows_cannot_give_is_named(tmp_path: Path, shared_data: Path) -> None:
+    with pytest.raises(DataError, match=r"wikitext2@deadbeef is a revision on the Hub, .* give wikitext2, or leave"):
+        list(documents("wikitext2@deadbeef", data_dir=shared_data))
+    with pytest.raises(DataError, match=r"no row in 'fr' \(it has .*de, .*vi.*\); name one"):
+        list(documents("multilingual-fr", data_dir=shared_data))
+    for name in ("notes.md", "rows.csv"):
+        (tmp_path / name).write_text("a,b")
+        with pytest.raises(DataError, match="none of the files that are read: .txt, .jsonl, .jsonl.gz"):
+            list(documents(str(tmp_path / name)))
+
+
+class PayloadError(Exception):
+    """Of the kind that HTTP libraries raise: no OSError and no ValueError."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Dataset scripts are no longer supported"), PayloadError("half")])
+def test_whatever_the_hub_fails_with_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def rows(*_: object, **__: object) -> Iterator[dict[str, str]]:
+        yield {"text": "one"}
+        raise error
+
+    monkeypatch.setattr(corpora.datasets, "load_dataset", rows)
+    texts = documents("owner/name")
+    assert next(texts) == "one"
+    with pytest.raises(
+        DataError, match=f"from the Hub \\(owner/name: {type(error).__name__}: {error}\\); check its name"
+    ):
+        next(texts)
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
@@ -145,7 +217,7 @@ def test_a_data_set_by_its_folder_goes_the_way_of_the_hub(tmp_path: Path) -> Non
     assert list(documents(f"{tmp_path}/set::test", "body")) == ["three"]
     with pytest.raises(DataError, match=r"--column: .*set row 1 has no 'text' \(it has body\)"):
         list(documents(f"{tmp_path}/set"))
-    with pytest.raises(DataError, match=r"cannot be read from the Hub \(.*set: ValueError\); check its name"):
+    with pytest.raises(DataError, match=r"cannot be read from the Hub \(.*set: ValueError: .*\); check its name"):
         list(documents(f"{tmp_path}/set::nowhere", "body"))
 
 

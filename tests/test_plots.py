@@ -11,14 +11,16 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from study_folder import profile, results_json
-from superexperts import plots
+from superexperts import plots, plots_corpora
 from superexperts.artifacts import CorpusProfile
 from superexperts.drawing import DARK, LIGHT
 from superexperts.errors import OutputError
 from superexperts.plots import plot_differences, plot_heatmap, plot_layers, plot_training
+from superexperts.plots_corpora import plot_corpora
 from superexperts.results import Results
 from superexperts.select import considered, threshold
 
@@ -82,6 +84,44 @@ def test_names_do_not_cover_each_other(drawn: list[Figure]) -> None:
     assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
     title = figure.axes[0].get_title(loc="left")
     assert title.startswith("Peak |down_proj output|")
+
+
+@pytest.mark.parametrize("layers", [[12, 13, 15], [17, 19, 20], [10, 11, 12, 13, 14]])
+def test_no_name_stands_at_the_ring_of_another_layer(drawn: list[Figure], layers: list[int]) -> None:
+    """In a picture of 61 layers rings stand close: a name is nearest to its own ring, or tied to it by a line."""
+    chosen = [(layer, 3) for layer in layers]
+    plot_layers(profile(layers=61, experts=64), "pocket", chosen, Path("x.png"))  # type: ignore[arg-type]
+    axes = drawn[0].axes[0]
+    names = [text for text in axes.texts if text.get_text().startswith("L")]
+    assert len(names) == len(chosen) + 1
+    drawn[0].draw_without_rendering()
+    boxes = {name: Text.get_window_extent(name) for name in names}  # without the line
+    rings = {name: axes.transData.transform(name.xy) for name in names}
+    for name, box in boxes.items():
+        gaps = {
+            other: np.hypot(*np.maximum(np.maximum(box.min - ring, ring - box.max), 0)) for other, ring in rings.items()
+        }
+        assert gaps[name] == min(gaps.values()) or name.arrow_patch is not None, name.get_text()
+        assert not [other for other in names if other is not name and box.overlaps(boxes[other])]
+
+
+def test_seven_corpora_look_different_and_their_super_experts_are_filled(
+    drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots_corpora, "save", lambda figure, path: drawn.append(figure))
+    one = profile(experts=80).corpora["pocket"]
+    flat = dataclasses.replace(
+        one, experts=tuple(dataclasses.replace(row, output_max=min(row.output_max, 1.0)) for row in one.experts)
+    )
+    corpora = {name: flat if name == "flat" else one for name in ("a", "b", "c", "d", "e", "flat", "g")}
+    plot_corpora(dataclasses.replace(profile(experts=80), corpora=corpora), [(1, 2), (3, 1)], Path("x.png"))
+    axes = drawn[0].axes[0]
+    filled = [line for line in axes.lines if line.get_markerfacecolor() != "none"]
+    assert [list(line.get_xdata()) for line in filled] == [[] if name == "flat" else [900] for name in corpora]
+    assert len({(line.get_color(), line.get_marker()) for line in filled}) == 7
+    assert len({line.get_color() for line in filled}) == 7
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == list(corpora)
+    assert [label.get_color() == LIGHT.accent for label in axes.get_yticklabels()] == [True, False]
 
 
 def test_differences_show_every_interval_and_fill_only_detected_ones(drawn: list[Figure]) -> None:

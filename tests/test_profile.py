@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 from superexperts import moe, profile
-from superexperts.artifacts import ExpertSet, ExpertStats, Profile
+from superexperts.artifacts import CorpusProfile, ExpertSet, ExpertStats, Profile
 from superexperts.config import ModelConfig, ProfileConfig, SelectConfig
-from superexperts.corpora import documents, pack
+from superexperts.corpora import HUB_CORPORA, documents, pack
 from superexperts.decoder import num_layers
 from superexperts.errors import ModelError, OptionError
 from superexperts.model import load_model, load_tokenizer
@@ -33,7 +33,9 @@ from test_moe import by_hand
 IDS_BL = torch.randint(3, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("family", ["deepseek_v2", "qwen3_moe", "gpt_oss", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["deepseek_v2", "qwen3_moe", "gpt_oss", "mixtral", "nemotron_h", "glm4_moe", "afmoe", "flex_olmo"]
+)
 @torch.no_grad()
 def test_statistics_equal_a_loop_over_every_token(family: str) -> None:
     model: Any = tiny_model(family)
@@ -45,6 +47,7 @@ def test_statistics_equal_a_loop_over_every_token(family: str) -> None:
     for bank in moe.find_banks(model):
         seen: dict[int, list[tuple[Tensor, Tensor, float, int]]] = {}
         x_TD, index_TK, weight_TK = inputs_of(model, bank)
+        all_weights = sum(float(weight) for weight in weight_TK.flatten())
         for token in range(len(x_TD)):
             for slot, expert in enumerate(index_TK[token].tolist()):
                 inner_F, y_D = by_hand(bank.module, expert, x_TD[token])
@@ -55,6 +58,8 @@ def test_statistics_equal_a_loop_over_every_token(family: str) -> None:
                 assert row == ExpertStats(layer=bank.layer, expert=expert)
                 continue
             assert row.tokens == len(calls)
+            assert row.token_share == pytest.approx(len(calls) / index_TK.numel())
+            assert row.gate_share == pytest.approx(sum(weight for _, _, weight, _ in calls) / all_weights, rel=1e-5)
             inner_F, _, _, token = max(calls, key=lambda call: float(call[0].max()))
             assert row.input_max == pytest.approx(float(inner_F.max()), rel=1e-5)
             assert (row.input_channel, row.input_position) == (int(inner_F.argmax()), token % length)
@@ -84,36 +89,44 @@ def inputs_of(model: Any, bank: moe.Bank) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def test_the_shared_experts_peak_is_that_of_its_down_proj() -> None:
+def test_the_shared_experts_statistics_are_those_of_its_down_proj() -> None:
     model: Any = tiny_model("deepseek_v2")
+    inners: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
+
+    def hook(layer: int, x: Tensor, y: Tensor) -> None:
+        inners[layer], outputs[layer] = x.clone(), y.clone()
+
     for layer in (1, 2):
         model.model.layers[layer].mlp.shared_experts.down_proj.register_forward_hook(
-            lambda _, __, y, layer=layer: outputs.__setitem__(layer, y)
+            lambda _, args, y, layer=layer: hook(layer, args[0], y)
         )
     rows = {row.key: row for row in profile_corpus(model, IDS_BL, batch_size=5).experts}
     for layer, y in outputs.items():
         row = rows[layer, "shared"]
         assert row.output_max == float(y.abs().max())
-        assert row.tokens == IDS_BL.numel()
+        assert row.tokens == row.gate_sum == IDS_BL.numel()
+        assert (row.token_share, row.gate_share) == (None, None)
+        assert row.reap == pytest.approx(float(y.norm(dim=-1).mean()), rel=1e-5)
+        inner = inners[layer]
+        assert row.input_max == float(inner.abs().max())
+        assert float(inner[:, row.input_position, row.input_channel].abs().max()) == row.input_max
+        assert row.first_token_output_max == row.output_max  # of a shared expert, all tokens are the first one's
         assert float(y[:, row.position, row.channel].abs().max()) == row.output_max
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_planted_outlier_is_found_in_the_right_place(family: str, dtype: torch.dtype) -> None:
-    """In the last MoE layer, whatever the stock experts implementation that the model was set to."""
+    """In the last MoE layer. That a tap computes what each stock implementation does is tested in test_moe."""
     model: Any = tiny_model(family, dtype=dtype)
     bank = moe.find_banks(model)[-1]
     rows = profile_corpus(model, IDS_BL).experts
     expert = next(row.expert for row in rows if row.layer == bank.layer and row.expert != "shared" and row.tokens)
     with torch.no_grad():
         moe.down_weight(bank.module)[expert] *= 1000
-    for implementation in ("eager", "grouped_mm", "batched_mm"):
-        model.set_experts_implementation(implementation)
-        found = super_experts(profile_corpus(model, IDS_BL).experts, num_layers(model), percentile=90, depth=1.0)
-        assert [row.key for row in found] == [(bank.layer, expert)]
-        assert model.config._experts_implementation == implementation
+    found = super_experts(profile_corpus(model, IDS_BL).experts, num_layers(model), percentile=90, depth=1.0)
+    assert [row.key for row in found] == [(bank.layer, expert)]
 
 
 def test_a_family_whose_experts_are_no_bank_is_named() -> None:
@@ -133,7 +146,15 @@ def test_batch_size_and_padding_do_not_matter(family: str) -> None:
     padded_BL = torch.cat([IDS_BL, torch.zeros(5, 7, dtype=torch.int64)], dim=1)
     mask_BL = torch.cat([torch.ones_like(IDS_BL), torch.zeros(5, 7, dtype=torch.int64)], dim=1)
     padded = profile_corpus(model, padded_BL, mask_BL=mask_BL, batch_size=2)
-    for other in (all_, padded):
+    # Padding in front moves the places, and nothing else: positions of rotary embeddings are relative.
+    left = profile_corpus(model, padded_BL.roll(7, 1), mask_BL=mask_BL.roll(7, 1), batch_size=2)
+    moved = tuple(
+        dataclasses.replace(row, position=row.position - 7, input_position=row.input_position - 7)
+        if row.tokens
+        else row
+        for row in left.experts
+    )
+    for other in (all_, padded, dataclasses.replace(left, experts=moved)):
         assert other.tokens == one.tokens
         for ours, theirs in zip(other.experts, one.experts, strict=True):
             for field in dataclasses.fields(ExpertStats):
@@ -242,6 +263,16 @@ def test_several_corpora_and_what_they_agree_on(
     assert "Jaccard" in capsys.readouterr().out
 
 
+def test_pictures_of_corpora_of_like_names_are_kept_apart(tmp_path: Path) -> None:
+    """`x/n-txt-3` is called as the third picture of another would be."""
+    rows = (ExpertStats(layer=0, expert=0, tokens=1, output_max=1.0), ExpertStats(layer=0, expert=1))
+    names = ("a/n.txt", "x/n-txt-3", "b/n.txt", "c/n.txt")
+    corpora = {name: CorpusProfile(tokens=1, experts=rows) for name in names}
+    drawn = profile._pictures(Profile(model="m", num_layers=1, corpora=corpora), tmp_path)
+    tops = [name for name in drawn if name.startswith("top-") and name.endswith(".png")]
+    assert tops == ["top-n-txt.png", "top-n-txt-3.png", "top-n-txt-2.png", "top-n-txt-4.png"]
+
+
 def test_killed_at_any_moment_no_file_is_half_written(tmp_path: Path) -> None:
     """Killed three times, from the first corpus to the last picture; then it ends as if it had not been."""
     texts = list(documents("pocket"))
@@ -279,6 +310,23 @@ def test_command_does_not_work_twice(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "p" / "profile.json").stat().st_mtime_ns == stamp
     profile.run(ProfileConfig(out=tmp_path / "p", tokens=384, seq_len=128))
     assert Profile.load(tmp_path / "p").corpora["pocket"].tokens == 384
+
+
+def test_the_seven_real_corpora_profile_under_their_names(
+    tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "_pictures", lambda *_: [])
+    settings = ProfileConfig(
+        corpus=tuple(HUB_CORPORA), out=tmp_path / "p", tokens=512, seq_len=128, data_dir=shared_data
+    )
+    profile.run(settings)
+    written = Profile.load(tmp_path / "p")
+    assert list(written.corpora) == ["math", "medical", "legal", "wikitext2", "c4", "tinystories", "multilingual"]
+    for corpus in written.corpora.values():
+        assert corpus.tokens == 512
+        assert max(corpus.experts, key=lambda row: row.output_max).key in PLANTED
+    peaks = {tuple(row.output_max for row in corpus.experts) for corpus in written.corpora.values()}
+    assert len(peaks) == 7  # seven texts, none read in another's place
 
 
 def test_real_english_text_has_the_same_super_experts(shared_data: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from superexperts.artifacts import CorpusProfile, ExpertKey, ExpertSet, ExpertStats, Profile
 from superexperts.config import SelectConfig
-from superexperts.errors import ExpertsError, OptionError
+from superexperts.errors import DataError, ExpertsError, OptionError
 from superexperts.rundir import digest, write_json
 from superexperts.select import (
     considered,
@@ -242,17 +243,71 @@ def test_a_profile_that_stopped_early_says_so(tmp_path: Path) -> None:
         run(SelectConfig(profile=tmp_path, out=tmp_path / "e.json"))
 
 
+FOR_SUPER: dict[str, Any] = {"criterion": "reference", "percentile": 90.0, "ratio": 5.0, "depth": 0.5}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"rule": "gate"}, "--count: None is missing for --rule gate"),
         ({"rule": "reap", "count": 2, "share": 0.5}, "--share: 0.5 excludes --count"),
         ({"rule": "routed", "share": 1.5}, "--share: 1.5 is out of range"),
+        ({"ratio": math.inf}, "--ratio: inf is not positive and finite"),
+        ({"ratio": math.nan}, "--ratio: nan is not positive and finite"),
+        *(
+            ({"rule": rule, name: value} | needed, f"--{name}: {value!r} does nothing for --rule {rule}, only for ")
+            for rule, needed, useless in (
+                ("super", {}, {"count": 2, "share": 0.5, "lowest": True, "like": "L1E0", "anywhere": True, "seed": 1}),
+                *(
+                    (rule, {"count": 2}, FOR_SUPER | {"like": "L1E0", "anywhere": True, "seed": 1})
+                    for rule in ("routed", "gate", "reap")
+                ),
+                ("random", {"count": 2}, FOR_SUPER | {"lowest": True}),
+            )
+            for name, value in useless.items()
+        ),
+        ({"rule": "random", "count": 2, "anywhere": True}, "--anywhere: True is the default without --like"),
+        ({"rule": "random", "share": 0.5, "like": "L1E0", "anywhere": True}, "--anywhere: True does nothing with --sh"),
     ],
 )
 def test_wrong_options(options: Any, said: str) -> None:
     with pytest.raises(OptionError, match=said):
         SelectConfig(profile=Path("p"), **options)
+
+
+@pytest.mark.parametrize(("depth", "told"), [(0.5, True), (1.0, False)])
+def test_a_choice_from_the_lower_layers_only_is_told_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], depth: float, told: bool
+) -> None:
+    made = Profile(model="m", num_layers=6, depth=depth, corpora={"c": CorpusProfile(tokens=9, experts=tuple(table()))})
+    write_json(tmp_path / "profile.json", made.to_json())
+    settings: list[dict[str, Any]] = [
+        {"rule": "gate", "count": 2}, {"rule": "random", "count": 2}, {"rule": "random", "like": "L1E0"},
+    ]  # fmt: skip
+    for options in settings:
+        run(SelectConfig(profile=tmp_path, out=tmp_path / "e.json", **options))
+        said = " ".join(capsys.readouterr().err.split())
+        # A draw in the layers of --like loses nothing.
+        assert ("the profile has layers 0 to 2 of 6 only" in said) == (told and "like" not in options)
+        assert ExpertSet.parse(str(tmp_path / "e.json")).rule["profile_depth"] == depth
+
+
+@pytest.mark.parametrize("corpora", [{}, [], None])
+def test_a_profile_without_corpora_is_named(tmp_path: Path, corpora: Any) -> None:
+    write_json(tmp_path / "profile.json", profile(flat(range(1, 3), 3)).to_json() | {"corpora": corpora})
+    with pytest.raises(DataError, match="PROFILE: "):
+        run(SelectConfig(profile=tmp_path, out=tmp_path / "e.json"))
+
+
+def test_the_command_by_the_reference_codes_criterion(tmp_path: Path) -> None:
+    """9.85 is over 99 // 10 and not over 99 / 10; peaks over all tokens (1e9) are not looked at."""
+    peaks = flat(range(1, 4), 300) | {(1, 0): 99.0, (2, 0): 9.85, (3, 1): 98.0}
+    section = CorpusProfile(tokens=9, experts=tuple(firsts(peaks)))
+    write_json(tmp_path / "profile.json", Profile(model="m", num_layers=4, corpora={"c": section}).to_json())
+    run(SelectConfig(profile=tmp_path, criterion="reference", out=tmp_path / "e.json"))
+    chosen = ExpertSet.parse(str(tmp_path / "e.json"))
+    assert (chosen.experts, chosen.scores) == (((1, 0), (2, 0)), (99.0, 9.85))
+    assert (chosen.rule["criterion"], chosen.rule["statistic"]) == ("reference", "first")
 
 
 def test_more_than_there_are_is_an_error() -> None:

@@ -15,6 +15,7 @@ from superexperts.corpora import documents, pack
 from superexperts.model import load_model, load_tokenizer
 from superexperts.pocket import PLANTED
 from superexperts.rundir import read_json
+from superexperts.show import show
 from superexperts.sinks import SinkReport, attention_sinks, compare_sinks
 
 IDS_BL = torch.randint(3, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(5))
@@ -84,10 +85,18 @@ def test_decay_by_hand() -> None:
     assert report.decay == {0: pytest.approx(0.8), 3: None}
 
 
-def test_command_writes_the_report_and_the_picture(tmp_path: Path) -> None:
+def test_command_writes_the_report_and_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {"tokens": 512, "seq_len": 128, "sinks": True}
     result = profile.run(ProfileConfig(out=tmp_path / "p", **settings))
     assert read_json(tmp_path / "p" / "sinks.json", "") == result["sinks"]
     assert result["sinks"]["experts"] == ["L3E54", "L1E11"]
     assert (tmp_path / "p" / "sinks.png").read_bytes().startswith(b"\x89PNG")
     assert profile.run(ProfileConfig(out=tmp_path / "p", **settings)) == result
+    show("profile", result)
+    decay = result["sinks"]["layers"][3]["decay"]
+    told = f"decay (D_sink) {100 * decay:.1f}%"
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("layer 3: ")]
+    assert [told in line for line in said] == [True]
+    picture = (tmp_path / "p" / "sinks.svg").read_text()  # matplotlib writes a text as a comment beside its outlines
+    assert f"<!-- {100 * decay:.0f}% -->" in picture
+    assert "<!-- D_sink -->" in picture

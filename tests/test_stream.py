@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig
 
 from families import FAMILIES, MORE_FAMILIES, tiny_model, tiny_tokens
 from superexperts import float8
@@ -50,6 +51,18 @@ def streaming(folder: Path, **settings: Any) -> Iterator[StreamedModel]:
     with float8.opened(folder, settings_of(config, folder)) as checkpoint:
         empty = empty_model(config, checkpoint)
         yield StreamedModel(empty, checkpoint, torch.device("cpu"))
+
+
+def test_a_family_that_does_not_build_without_weights_is_one_line(tmp_path: Path) -> None:
+    AutoConfig.for_model("qwen3_vl_moe").save_pretrained(tmp_path)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with (
+        pytest.raises(ModelError, match="cannot be streamed: qwen3_vl_moe does not build without") as error,
+        streaming(tmp_path),
+    ):
+        pass
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 500
 
 
 def assert_same(found: CorpusProfile, wanted: CorpusProfile, tolerance: float) -> None:

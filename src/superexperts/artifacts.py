@@ -67,6 +67,11 @@ class ExpertStats:
     reap: float = 0.0
     """Mean over the expert's tokens of routing weight x L2 norm of the down_proj output: REAP's saliency
     (arXiv 2510.13999, Eq. 9)."""
+    token_share: float | None = 0.0
+    """Share of the tokens that went to its layer's routed experts, counted once for each expert: ESFT's token selection
+    ratio (arXiv 2407.01906, Eq. 9) and MoE-Sieve's count. None for a shared expert, as the next one."""
+    gate_share: float | None = 0.0
+    """Share of the sum of its layer's routing weights: ESFT's average gate score (Eq. 8), up to normalisation."""
 
     @property
     def key(self) -> ExpertKey:
@@ -124,6 +129,8 @@ class Profile:
                 )
                 for name, section in value["corpora"].items()
             }
+            if not corpora:
+                raise DataError("PROFILE: it has no corpus; profile again")
             return cls(
                 model=value["model"],
                 num_layers=value["num_layers"],
@@ -131,7 +138,7 @@ class Profile:
                 statistic=value["statistic"],
                 corpora=corpora,
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"PROFILE: a field is missing or wrong ({error}); profile again") from error
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,8 +11,9 @@ import tyro
 from tyro.conf import Positional
 
 from .config_surgery import PruneConfig
-from .options import CheckpointConfig, ModelConfig, ServerConfig, Switch
+from .options import CheckpointConfig, ModelConfig, SeededConfig, ServerConfig, Switch
 from .options import require as _require
+from .options import require_device as _require_device
 from .options import require_sequences as _require_sequences
 from .options import require_url as _require_url
 
@@ -60,8 +62,8 @@ class ProfileConfig(ModelConfig):
     corpus: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """`pocket`, one of the original's seven names, `multilingual-LANG`, a .txt / .jsonl / .jsonl.gz file, or a Hub
     data set as OWNER/NAME[:CONFIG[:SPLIT]][@REVISION]; may be given several times. Default: pocket."""
-    column: str = "text"
-    """Column of a file or Hub data set that holds the text."""
+    column: str | None = None
+    """Column of a .jsonl file or Hub data set that holds the text; default: text."""
     out: Path = Path("runs/profile")
     """Folder for profile.json and the pictures."""
     tokens: int = 16384
@@ -93,9 +95,15 @@ class ProfileConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         _require_sequences(self.tokens, self.seq_len)
+        _require_device(self.device)
         _require(self.batch_size >= 1, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
-        _require(self.activation_budget >= 0, "--activation-budget", self.activation_budget, "is negative; give GiB")
+        _require(
+            0 <= self.activation_budget < math.inf,
+            "--activation-budget",
+            self.activation_budget,
+            "is negative or no number; give GiB",
+        )
         streamed = "--quick" if self.quick else "--stream"
         _require(
             not (self.sinks and (self.quick or self.stream)),
@@ -109,6 +117,16 @@ class ProfileConfig(ModelConfig):
             self.device_map,
             f"is for models in memory; drop {streamed}",
         )
+
+
+SCORED = ("routed", "gate", "reap")
+RULES_OF = (
+    dict.fromkeys(("criterion", "percentile", "ratio", "depth"), ("super",))
+    | dict.fromkeys(("count", "share"), (*SCORED, "random"))
+    | {"lowest": SCORED}
+    | dict.fromkeys(("like", "anywhere", "seed"), ("random",))
+)
+"""Options of `select` that only some rules read; another rule refuses them unless they are at their default."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +170,7 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.percentile <= 100, "--percentile", self.percentile, "is out of range; give 0 to 100")
-        _require(self.ratio > 0, "--ratio", self.ratio, "is not positive; the paper's is 10")
+        _require(0 < self.ratio < math.inf, "--ratio", self.ratio, "is not positive and finite; the paper's is 10")
         _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
         _require(self.count is None or self.count > 0, "--count", self.count, "is not positive; give at least 1")
         _require(
@@ -166,10 +184,21 @@ class SelectConfig:
             _require(given, "--count", self.count, "is missing for --rule random; give it, --share, or --like EXPERTS")
         elif self.rule != "super":
             _require(given, "--count", self.count, f"is missing for --rule {self.rule}; give it, or --share")
+        for field in dataclasses.fields(self):
+            value, rules = getattr(self, field.name), RULES_OF.get(field.name, (self.rule,))
+            _require(
+                self.rule in rules or value == field.default,
+                f"--{field.name}",
+                value,
+                f"does nothing for --rule {self.rule}, only for {', '.join(rules)}; leave it out",
+            )
+        if self.anywhere:
+            _require(self.like is not None, "--anywhere", True, "is the default without --like; leave it out")
+            _require(self.share is None, "--anywhere", True, "does nothing with --share; leave it out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ServerConfig, ModelConfig):
+class EvaluateConfig(ServerConfig, SeededConfig):
     """Ask a model, or a model with an adapter, the benchmarks' questions; answers are kept as they are given.
 
     Example: superexperts evaluate pocket --data-dir pocket --tasks gsm8k,boolq --limit 50 --out runs/base
@@ -220,6 +249,7 @@ class EvaluateConfig(ServerConfig, ModelConfig):
         _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
         _require_sequences(self.tokens, self.seq_len)
+        _require_device(self.device)
         both = self.adapter is not None and self.silence is not None
         _require(not both, "--silence", self.silence, "excludes --adapter; merge the adapter into a checkpoint first")
         missing = self.engine == "api" and self.base_url is None

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from .options import ModelConfig, ServerConfig, Switch, require, require_sequences, require_url
+from .options import SeededConfig, ServerConfig, Switch, require, require_device, require_sequences, require_url
 
 __all__ = ["CheckAdapterConfig", "ExportConfig", "ImportConfig"]
 
@@ -64,7 +64,7 @@ class ImportConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckAdapterConfig(ServerConfig, ModelConfig):
+class CheckAdapterConfig(ServerConfig, SeededConfig):
     """Does the adapter fit the model, does text reach it, and does it change anything? Exit code 2 where it does not.
 
     Example: superexperts check-adapter pocket runs/lora --tokens 2048
@@ -95,6 +95,7 @@ class CheckAdapterConfig(ServerConfig, ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_sequences(self.tokens, self.seq_len)
+        require_device(self.device)
         require(self.prompts > 0, "--prompts", self.prompts, "is not positive; give at least 1")
         require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
         if self.base_url is not None:

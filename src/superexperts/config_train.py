@@ -12,8 +12,9 @@ from typing import Any, Literal
 import yaml
 
 from .errors import DataError, OptionError
-from .options import ModelConfig, Switch
+from .options import SeededConfig, Switch
 from .options import require as _require
+from .options import require_device as _require_device
 
 __all__ = ["PROJECTIONS", "TrainConfig", "read_recipe", "recipe_text"]
 
@@ -23,7 +24,7 @@ NOT_IN_RECIPE = ("recipe", "out", "resume", "checkpoint_steps", "report_to", "js
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(ModelConfig):
+class TrainConfig(SeededConfig):
     """LoRA on only the chosen experts, on attention, or on any linear maps, by supervised fine-tuning.
 
     Example: superexperts train pocket --data train.json --experts runs/super.json --out runs/lora
@@ -105,6 +106,7 @@ class TrainConfig(ModelConfig):
     def __post_init__(self) -> None:
         some = self.experts is not None or self.attention or self.target is not None
         _require(some, "--experts", self.experts, "is missing; give an expert set, --attention, or --target REGEX")
+        _require_device(self.device)
         for option in ("r", "alpha", "learning_rate", "epochs", "batch_size", "accumulation", "max_length"):
             value = getattr(self, option)
             _require(value > 0, f"--{option.replace('_', '-')}", value, "is not positive; give more than 0")

@@ -31,6 +31,7 @@ __all__ = [
     "named_corpus",
     "pack",
     "read_rows",
+    "takes_column",
 ]
 
 
@@ -51,6 +52,8 @@ class HubCorpus:
 
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+BLOCK = 2**20
+"""Characters of a .txt file that are read, and tokenized, at once."""
 C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 # The seven data sets of the original command line; `multilingual` is its Afrikaans part of C4. No commit of `math` and
 # `legal` is published anywhere that we have seen.
@@ -130,22 +133,41 @@ def local_file(folder: Path, stem: str) -> Path:
     raise DataError(f"--data-dir: {folder} has no {stem}.jsonl or {stem}.jsonl.gz; add it or leave the option out")
 
 
+def takes_column(corpus: str) -> bool:
+    """Whether `column` says anything of a corpus: not where there is none, nor where the name stands for it."""
+    hub = named_corpus(corpus)
+    return corpus != "pocket" and not corpus.endswith(".txt") and (hub is None or hub.stem is None)
+
+
 def documents(corpus: str, column: str = "text", data_dir: Path | None = None) -> Iterator[str]:
     """The texts of a corpus one by one, blank ones left out.
 
-    `corpus` is `pocket`, a .txt / .jsonl / .jsonl.gz file, or a name as for `named_corpus`; of a file or a data set
-    that has no name here, `column` holds the text.
+    `corpus` is `pocket`, a name as for `named_corpus`, or a .txt / .jsonl / .jsonl.gz file; of a file or a data set
+    that has no name here, `column` holds the text. The names here win over files that are called so (`./math`).
     """
+    hub = named_corpus(corpus, column)
     if corpus == "pocket":
         yield from heldout_documents()
-    elif Path(corpus).is_file():
-        yield from _texts(Path(corpus), (column,))
-    elif hub := named_corpus(corpus, column):
-        folder_ = local_data(data_dir)
-        if folder_ is not None and hub.stem is not None:
-            yield from _texts(local_file(folder_, hub.stem), hub.columns, hub.language)
-        else:
+    elif hub is not None and hub.stem is not None:
+        folder = local_data(data_dir)
+        if folder is None:
             yield from _hub_texts(corpus, hub)
+            return
+        name, _, revision = corpus.partition("@")
+        if revision:
+            raise DataError(
+                f"--corpus: {corpus} is a revision on the Hub, but the rows are read from {folder}; give {name}, or "
+                "leave out --data-dir and SUPEREXPERTS_DATA"
+            )
+        yield from _rows_texts(local_file(folder, hub.stem), hub.columns, hub.language)
+    elif Path(corpus).is_file():
+        if not corpus.endswith(FILE_SUFFIXES):
+            raise DataError(
+                f"--corpus: {corpus} is none of the files that are read: {', '.join(FILE_SUFFIXES)}; convert it"
+            )
+        yield from _text_blocks(Path(corpus)) if corpus.endswith(".txt") else _rows_texts(Path(corpus), (column,))
+    elif hub is not None:
+        yield from _hub_texts(corpus, hub)
     else:
         names = ", ".join(["pocket", *HUB_CORPORA])
         raise DataError(
@@ -155,32 +177,51 @@ def documents(corpus: str, column: str = "text", data_dir: Path | None = None) -
 
 
 def _hub_texts(name: str, hub: HubCorpus) -> Iterator[str]:
+    for number, row in enumerate(_hub_rows(name, hub), start=1):
+        if text := _row_text(row, hub.columns, f"{hub.path} row {number}"):
+            yield text
+
+
+def _hub_rows(name: str, hub: HubCorpus) -> Iterator[Mapping[str, Any]]:
     try:
-        rows = datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, streaming=True)
-        for number, row in enumerate(rows, start=1):
-            if text := _row_text(row, hub.columns, f"{hub.path} row {number}"):
-                yield text
-    except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, DataError):
-            raise
+        yield from datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, streaming=True)
+    except Exception as error:  # of several HTTP libraries, file formats and data sets' own metadata
         mend = "check its name and the network" if hub.stem is None else "check the network, or give --data-dir"
+        why = (str(error).strip().splitlines() or [""])[0][:120]
         raise DataError(
-            f"--corpus: {name} cannot be read from the Hub ({hub.path}: {type(error).__name__}); {mend}"
+            f"--corpus: {name} cannot be read from the Hub ({hub.path}: {type(error).__name__}: {why}); {mend}"
         ) from error
 
 
-def _texts(file: Path, columns: tuple[str, ...], language: str | None = None) -> Iterator[str]:
-    if file.suffix == ".txt":
-        try:
-            yield file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"--corpus: {file} is not UTF-8 text ({error}); convert it") from error
-        return
+def _text_blocks(file: Path) -> Iterator[str]:
+    """A text file in parts of about a MiB, cut at blank lines, or at ends of lines where there is none."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            held = stream.read(BLOCK)
+            while more := stream.read(BLOCK):
+                mark = next((mark for mark in ("\n\n", "\n") if mark in held), None)
+                part, _, rest = held.rpartition(mark) if mark else ("", "", held)
+                if part.strip():
+                    yield part
+                held = rest + more
+            if held.strip():
+                yield held
+    except UnicodeDecodeError as error:
+        raise DataError(f"--corpus: {file} is not UTF-8 text ({error}); convert it") from error
+
+
+def _rows_texts(file: Path, columns: tuple[str, ...], language: str | None = None) -> Iterator[str]:
+    languages: set[str] = set()
     for number, row in read_rows(file, "--corpus"):
-        if language is not None and row.get("lang") != language:
-            continue
+        if language is not None:
+            languages.add(str(row.get("lang")))
+            if row.get("lang") != language:
+                continue
         if text := _row_text(row, columns, f"{file} row {number}"):
             yield text
+    if language is not None and language not in languages:
+        have = ", ".join(sorted(languages))
+        raise DataError(f"--corpus: {file} has no row in {language!r} (it has {have}); name one of these")
 
 
 def _row_text(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> str:
@@ -245,13 +286,17 @@ def pack(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, corpus: st
             buffer = buffer[body:]
         if len(sequences) == wanted:
             return torch.tensor(sequences)
-    have = len(sequences) * seq_len + len(buffer)
+    have = len(sequences) * body + len(buffer)  # of the text, whatever the length of the sequences
+    if not have:
+        raise DataError(f"--corpus: {corpus} is empty, it has no text; give another")
     if not sequences:
+        most = have + len(prefix)
         raise DataError(
-            f"--corpus: {corpus} has {have} tokens, under one sequence; give --seq-len and --tokens of at most {have}"
+            f"--corpus: {corpus} has {have} tokens, under one sequence; give --seq-len and --tokens of at most {most}"
         )
+    bos = ", a BOS in each sequence not counted" if prefix else ""
     raise DataError(
-        f"--corpus: {corpus} has {have} tokens, under --tokens {tokens}; give --tokens {len(sequences) * seq_len}"
+        f"--corpus: {corpus} has {have} tokens{bos}, under --tokens {tokens}; give --tokens {len(sequences) * seq_len}"
     )
 
 

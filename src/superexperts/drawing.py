@@ -55,7 +55,7 @@ LIGHT = Theme(
     gain="#0072b2",
     unreached="#e3d3b8",
     scale=("#eef3f6", "#cfe0ea", "#a3c6db", "#68a3c8", "#2f7bb0", "#0f5390", "#06285c"),
-    lines=("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b08900", "#56b4e9"),
+    lines=("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b08900", "#56b4e9", "#1f1d1a"),
 )
 DARK = Theme(
     ink="#ece8e1",
@@ -66,7 +66,7 @@ DARK = Theme(
     gain="#5ab8f0",
     unreached="#54473a",
     scale=("#20282f", "#26404f", "#2a5d78", "#3583a5", "#5caeca", "#a5d8e2", "#f3fbf5"),
-    lines=("#ff8a3d", "#5ab8f0", "#3ecfa0", "#e39cc6", "#e6c34a", "#9ad4f5"),
+    lines=("#ff8a3d", "#5ab8f0", "#3ecfa0", "#e39cc6", "#e6c34a", "#9ad4f5", "#ece8e1"),
 )
 
 
@@ -159,8 +159,8 @@ def put_names(
         size = probe.get_window_extent()
         probe.remove()
         taken = np.array([box.extents for box in boxes])
-        places: list[tuple[float, int, tuple[float, float], Bbox]] = []
-        for far in (7.0, 14.0, 22.0):
+        places: list[tuple[float, int, tuple[float, float], Bbox, bool]] = []
+        for far in (7.0, 14.0, 22.0, 32.0, 44.0):
             for dx, dy in sides:
                 shift_x = dx * (far * unit + size.width / 2)
                 shift_y = dy * (far * unit + size.height / 2)
@@ -168,8 +168,11 @@ def put_names(
                 box = Bbox.from_bounds(left, bottom, size.width, size.height)
                 outside = size.width * size.height - float(_overlaps(box, np.array([frame.extents])).sum())
                 covered = float(_overlaps(box, taken).sum()) + 10 * outside
-                places.append((covered, len(places), (shift_x / unit, shift_y / unit), box))
-        _, rank, shift, box = min(places)
+                # Nearer to another ring it would be read as that one's name.
+                astray = any(_distance(box, other) < _distance(box, (x, y)) for other in centres)
+                covered += 0.1 * astray * size.width * size.height
+                places.append((covered, len(places), (shift_x / unit, shift_y / unit), box, astray))
+        _, rank, shift, box, astray = min(places, key=lambda place: place[:2])
         text = axes.annotate(
             name,
             point,
@@ -177,14 +180,19 @@ def put_names(
             textcoords="offset points",
             path_effects=[withStroke(linewidth=2.2, foreground=theme.paper)],
             annotation_clip=False,
-            # a name that had to move away is tied to its ring
+            # a name that had to move away, or to another ring, is tied to its own
             arrowprops={"arrowstyle": "-", "lw": 0.7, "color": colour, "shrinkA": 0, "shrinkB": 4}
-            if rank > 7
+            if rank > 7 or astray
             else None,
             **style,
         )
         text.set_in_layout(False)
         boxes.append(box)
+
+
+def _distance(box: Bbox, point: Sequence[float] | NDArray[np.float64]) -> float:
+    """From a point to the nearest place of a box."""
+    return math.hypot(max(box.x0 - point[0], 0, point[0] - box.x1), max(box.y0 - point[1], 0, point[1] - box.y1))
 
 
 def _overlaps(box: Bbox, others: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -151,10 +151,10 @@ def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
         # As from_pretrained does: on a bank of 30 GB even an empty tensor of the CPU fails.
         with torch.device("meta"), meta_device_safe_creation_ops():
             model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
-    except ValueError as error:
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ModelError(
-            f"MODEL: {config.model!r} is no language model that can be streamed ({_first_line(error)[:100]}); profile "
-            "the language model's own checkpoint"
+            f"MODEL: {config.model!r} cannot be streamed: {settings.model_type} does not build without its weights "
+            f"({_first_line(error)}); leave out --stream and --quick"
         ) from error
     device = pick_device(config.device)
     for module in model.modules():

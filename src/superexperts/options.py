@@ -10,7 +10,17 @@ from tyro.conf import Positional
 
 from .errors import OptionError
 
-__all__ = ["CheckpointConfig", "ModelConfig", "ServerConfig", "Switch", "require", "require_sequences", "require_url"]
+__all__ = [
+    "CheckpointConfig",
+    "ModelConfig",
+    "SeededConfig",
+    "ServerConfig",
+    "Switch",
+    "require",
+    "require_device",
+    "require_sequences",
+    "require_url",
+]
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 """An option without a value: --json, with no --no-json beside it."""
@@ -24,6 +34,11 @@ def require(condition: bool, option: str, value: object, mend: str) -> None:
 def require_sequences(tokens: int, seq_len: int) -> None:
     require(seq_len >= 2, "--seq-len", seq_len, "is too short; give at least 2")
     require(tokens >= seq_len, "--tokens", tokens, f"is under one sequence of {seq_len}; give more")
+
+
+def require_device(device: str) -> None:
+    # torch knows it as a device, of which nothing can be computed.
+    require(device.partition(":")[0] != "meta", "--device", device, "holds no values; use cpu or auto")
 
 
 def require_url(option: str, url: str) -> None:
@@ -53,6 +68,12 @@ class ModelConfig(CheckpointConfig):
     """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights in memory; `auto` is the checkpoint's own on a GPU or streamed, and float32 on a CPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeededConfig(ModelConfig):
+    """A model that is run with something random; shared by the commands that draw."""
+
     seed: int = 0
     """Seed of everything random in this command."""
 

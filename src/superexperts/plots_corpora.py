@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.ticker import FuncFormatter
 
 from .artifacts import ExpertKey, Profile, key_name, key_order
 from .drawing import COLUMN, LIGHT, PAGE, Theme, figure_in, put_title, save, shorten
-from .select import considered, peak, threshold
+from .select import considered, peak, super_experts, threshold
 
 __all__ = ["plot_corpora", "plot_top"]
 
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*"
+"""One more than there are colours, so that a pair of the two comes again only after 56 corpora."""
 
 
 def plot_top(
@@ -48,7 +50,16 @@ def plot_top(
 
 
 def plot_corpora(profile: Profile, keys: Sequence[ExpertKey], path: Path, theme: Theme = LIGHT) -> None:
-    """The experts in `keys`, a row each, with a mark per corpus at its peak (log scale): do the corpora agree?"""
+    """The experts in `keys`, a row each, with a mark per corpus at its peak (log scale): do the corpora agree?
+
+    A mark is filled where the expert is a super expert of that corpus by the paper's criterion; those that are one of
+    any corpus have their names in the accent colour.
+    """
+    settings: Any = {"depth": profile.depth, "statistic": profile.statistic}
+    found = {
+        name: {row.key for row in super_experts(corpus.experts, profile.num_layers, **settings)}
+        for name, corpus in profile.corpora.items()
+    }
     width = COLUMN if len(profile.corpora) <= 3 else PAGE
     with figure_in(width, 1.2 + 0.2 * max(1, len(keys)), theme) as figure:
         axes = figure.add_subplot()
@@ -58,21 +69,27 @@ def plot_corpora(profile: Profile, keys: Sequence[ExpertKey], path: Path, theme:
             rows = [row for row, key in enumerate(keys) if peaks[key] > 0]
             # Marks of several corpora that agree lie on each other: each a little below the one before.
             shift = (place - (len(profile.corpora) - 1) / 2) * 0.6 / max(1, len(profile.corpora))
-            axes.plot(
-                [peaks[keys[row]] for row in rows],
-                [row + shift for row in rows],
-                MARKERS[place % len(MARKERS)],
-                ms=3.6,
-                color=theme.lines[place % len(theme.lines)],
-                label=shorten(Path(name).name, 24),
-            )
+            colour, marker = theme.lines[place % len(theme.lines)], MARKERS[place % len(MARKERS)]
+            style: Any = {"ls": "none", "marker": marker, "ms": 3.6, "color": colour, "mew": 0.8}
+            for filled in (True, False):
+                some = [row for row in rows if (keys[row] in found[name]) == filled]
+                axes.plot(
+                    [peaks[keys[row]] for row in some],
+                    [row + shift for row in some],
+                    mfc=colour if filled else "none",
+                    label=shorten(Path(name).name, 24) if filled else None,
+                    **style,
+                )
         axes.set_yticks(range(len(keys)), [key_name(key) for key in keys])
+        for label, key in zip(axes.get_yticklabels(), keys, strict=True):
+            if any(key in some for some in found.values()):
+                label.set(color=theme.accent, fontweight="bold")
         axes.set_ylim(len(keys) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.minorticks_off()
-        axes.set_xlabel("peak |down_proj output|")
+        axes.set_xlabel("peak |down_proj output|; filled: a super expert of that corpus")
         figure.legend(loc="outside lower center", ncols=4 if width == PAGE else 3)
         put_title(axes, "The largest peaks, corpus by corpus", Path(profile.model).name, width)
         save(figure, path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import re
 import shutil
 import time
@@ -23,7 +24,7 @@ from .artifacts import CorpusProfile, ExpertKey, ExpertStats, Profile, key_order
 from .attention import padded_values
 from .config import ProfileConfig, identity
 from .console import note, progress, speaks
-from .corpora import digest_ids, documents, local_data, pack
+from .corpora import digest_ids, documents, local_data, pack, takes_column
 from .decoder import num_layers, stopped_after, text_config
 from .errors import ExpertsError, OptionError
 from .model import (
@@ -247,9 +248,9 @@ def _pictures(profile: Profile, folder: Path) -> list[str]:
     drawn = []
     stems: set[str] = set()
     for name, corpus in profile.corpora.items():
-        stem = plain = "".join(letter if letter.isalnum() else "-" for letter in Path(name).name)
-        while stem in stems:
-            stem = f"{plain}-{len(stems) + 1}"
+        plain = "".join(letter if letter.isalnum() else "-" for letter in Path(name).name)
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        stem = next(stem for stem in itertools.chain([plain], numbered) if stem not in stems)
         stems.add(stem)
         chosen = [row.key for row in _super(profile, corpus)]
         for suffix in ("png", "svg"):
@@ -292,7 +293,12 @@ def _largest(profile: Profile, count: int) -> list[ExpertKey]:
 
 
 def _sequences(config: ProfileConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    texts = documents(name, config.column, local_data(config.data_dir))
+    if config.column is not None and not any(map(takes_column, config.corpus)):
+        raise OptionError(
+            f"--column: {config.column!r} says nothing of {', '.join(config.corpus) or 'pocket'}; leave it out, it "
+            "is for .jsonl files and data sets given as OWNER/NAME"
+        )
+    texts = documents(name, config.column or "text", local_data(config.data_dir))
     tokens, seq_len = config.tokens, config.seq_len
     if config.quick:
         seq_len = min(seq_len, QUICK_LENGTH)

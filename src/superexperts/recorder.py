@@ -18,6 +18,7 @@ from torch import Tensor
 from . import moe
 from .artifacts import ExpertId, ExpertKey, ExpertStats, key_name, key_order
 from .errors import ModelError
+from .select import layer_shares
 
 __all__ = ["Recorder"]
 
@@ -195,7 +196,11 @@ class Recorder:
         """Every expert's statistics, in the order of `key_order`. `ModelError` names one that wrote inf or nan."""
         ids_T, length = self._ids_BL.flatten(), self._ids_BL.shape[1]
         found = {row.key: row for (layer, _), bank in self._banks.items() for row in bank.rows(layer, ids_T, length)}
-        return tuple(found.get(key) or ExpertStats(layer=key[0], expert=key[1]) for key in self._keys)
+        rows = [found.get(key) or ExpertStats(layer=key[0], expert=key[1]) for key in self._keys]
+        tokens, gates = layer_shares(rows, "routed"), layer_shares(rows, "gate")
+        return tuple(
+            dataclasses.replace(row, token_share=tokens.get(row.key), gate_share=gates.get(row.key)) for row in rows
+        )
 
 
 def _row_norms(values: Tensor) -> tuple[Tensor, Tensor]:

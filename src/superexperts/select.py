@@ -12,6 +12,7 @@ import numpy as np
 
 from .artifacts import ExpertId, ExpertKey, ExpertSet, ExpertStats, Profile, Statistic, key_name, key_order
 from .config import SelectConfig
+from .console import note
 from .errors import ExpertsError, OptionError
 from .rundir import digest, write_json
 
@@ -185,7 +186,15 @@ def run(config: SelectConfig) -> dict[str, Any]:
         chosen = _random(profile, names, config)
     else:
         chosen = _highest(profile, names, config)
-    chosen = dataclasses.replace(chosen, rule={**chosen.rule, "corpora": names, "profile": digest(profile.to_json())})
+    follows = config.rule == "random" and config.like is not None and config.share is None and not config.anywhere
+    run_layers = layers_below(profile.depth, profile.num_layers)
+    if config.rule != "super" and not follows and run_layers < profile.num_layers:
+        note(
+            f"--rule {config.rule}: the profile has layers 0 to {run_layers - 1} of {profile.num_layers} only, and no "
+            "expert of the others can be chosen; profile with --depth 1.0 for all"
+        )
+    made_from = {"corpora": names, "profile": digest(profile.to_json()), "profile_depth": profile.depth}
+    chosen = dataclasses.replace(chosen, rule={**chosen.rule, **made_from})
     write_json(config.out, chosen.to_json())
     return {"out": str(config.out), **chosen.to_json()}
 

@@ -96,9 +96,9 @@ def _show_profile(result: dict[str, Any]) -> None:
     if result["sinks"] is not None:
         for row in result["sinks"]["layers"]:
             before, after = (100 * sum(row[side]) / len(row[side]) for side in ("before", "after"))
-            stdout.print(
-                f"layer {row['layer']}: {before:.1f}% of attention on the first token, {after:.1f}% without them"
-            )
+            decay = "no head has a sink" if row["decay"] is None else f"decay (D_sink) {100 * row['decay']:.1f}%"
+            told = f"{before:.1f}% of attention on the first token, {after:.1f}% without them"
+            stdout.print(f"layer {row['layer']}: {told}; {decay}", soft_wrap=True)
     if result["stability"] is not None:
         _show_stability(result["stability"])
 

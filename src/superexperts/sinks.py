@@ -123,7 +123,8 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
 
 
 def plot_sinks(report: SinkReport, path: Path, theme: Theme = LIGHT) -> None:
-    """Layers by heads: attention on the first token as it is, and with the experts silent. PNG or SVG by the suffix."""
+    """Layers by heads: attention on the first token as it is, and with the experts silent; beside each layer its decay
+    (`SinkReport.decay`, the paper's D_sink). PNG or SVG by the suffix."""
     layers = list(report.before)
     heads = max(map(len, report.before.values()))
     height = min(7.0, max(1.0, 0.16 * len(layers) + 0.4)) + 1.0
@@ -146,6 +147,13 @@ def plot_sinks(report: SinkReport, path: Path, theme: Theme = LIGHT) -> None:
             axes.set_xlabel("head")
             axes.set_xticks(range(0, heads, max(1, heads // 8)))
             put_title(axes, "Attention on the first token", title, PAGE / 2)
+        beside: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 6.5}
+        for row, layer in enumerate(layers):
+            lost = report.decay[layer]
+            told = "no sink" if lost is None else f"{100 * lost:.0f}%".replace("-", "\N{MINUS SIGN}")
+            right.annotate(told, (1, row), xytext=(4, 0), va="center", color=theme.ink, **beside)
+        top: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 6.5}
+        right.annotate("D_sink", (1, 1), xytext=(4, 3), color=theme.muted, **top)
         left.set_ylabel("layer")
         bar = figure.colorbar(image, ax=[left, right], pad=0.015, shrink=0.9)
         bar.outline.set_visible(False)

@@ -218,10 +218,11 @@ def _data_identity(plan: Plan) -> dict[str, str]:
     benchmarks = load_benchmarks(plan.tasks, data_dir) if local else {}
     digests = {name: benchmark.sha for name, benchmark in benchmarks.items()}
     corpus = named_corpus(plan.corpus)
-    if Path(plan.corpus).is_file():
+    if corpus is not None and corpus.stem is not None:
+        if data_dir is not None:
+            digests["corpus"] = fingerprint(local_file(data_dir, corpus.stem))
+    elif Path(plan.corpus).is_file():
         digests["corpus"] = fingerprint(Path(plan.corpus))
-    elif corpus is not None and corpus.stem is not None and data_dir is not None:
-        digests["corpus"] = fingerprint(local_file(data_dir, corpus.stem))
     return digests
 
 
@@ -245,7 +246,6 @@ def _run_cells(plan: Plan, out: Path) -> None:
             seq_len=plan.seq_len,
             depth=plan.depth,
             data_dir=None if plan.corpus == "pocket" else data_dir,
-            seed=plan.seed,
         )
     )
     experts = {name: str(out / "experts" / f"{name}.json") for name in ("super", "random")}
