@@ -48,8 +48,9 @@ def test_tapped_forward_equals_every_stock_forward(family: str, stock: str) -> N
     expected = logits(model)
     with moe.tapped(model, lambda call: None):
         tapped = logits(model)
-    # qwen3_next enlarges rounding: its stock implementations differ by 9e-7 of the largest logit among themselves.
-    tolerance = 2e-6 if family == "qwen3_next" else 1e-6
+    # These two enlarge rounding: their stock implementations differ by 9e-7 and 1.4e-6 of the largest logit among
+    # themselves.
+    tolerance = 2e-6 if family in ("qwen3_next", "gemma4_text") else 1e-6
     assert (tapped - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
     assert model.config._experts_implementation == stock
     assert torch.equal(logits(model), expected)

@@ -6,6 +6,7 @@ import copy
 import gzip
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,16 +183,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_checkpoint(folder / name, name) for name in ("deepseek_v2", "deepseek_v3", "qwen3_moe")}
 
 
-@pytest.fixture
-def config(checkpoints: dict[str, Path], tmp_path: Path) -> Any:
-    """Makes settings for a quick training; options replace the quick ones."""
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS), encoding="utf-8")
+def quick_settings(checkpoints: dict[str, Path], folder: Path, rows: Any) -> Callable[..., TrainConfig]:
+    """What makes settings for a quick training on rows in a folder; options replace the quick ones."""
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
 
     def make(family: str = "deepseek_v2", **options: Any) -> TrainConfig:
         quick = {
-            "data": tmp_path / "rows.json",
+            "data": folder / "rows.json",
             "experts": None if options.get("attention") else "L1E0,L1E2,L2E3",
-            "out": tmp_path / "out",
+            "out": folder / "out",
             "r": 4,
             "alpha": 8,
             "dropout": 0.0,
@@ -203,6 +203,11 @@ def config(checkpoints: dict[str, Path], tmp_path: Path) -> Any:
         return TrainConfig(model=str(checkpoints[family]), **{**quick, **options})
 
     return make
+
+
+@pytest.fixture
+def config(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]:
+    return quick_settings(checkpoints, tmp_path, ROWS)
 
 
 def brute_force_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> float:

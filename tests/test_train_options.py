@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from superexperts.cli import main
 from superexperts.config_train import TrainConfig, read_recipe
 from superexperts.errors import DataError, ModelError, OptionError
 from superexperts.sft_data import IGNORED, encode, read_rows
-from test_train import BOS, EOS, ROWS, byte_tokenizer, ids, row, save_checkpoint
+from test_train import BOS, EOS, ROWS, byte_tokenizer, ids, quick_settings, row, save_checkpoint
 
 EIGHT = [*ROWS, *({**ROWS[0], "question": f"What is {n} + {n}?"} for n in range(3))]
 WEIGHTS = Path("adapter") / "adapter_model.safetensors"
@@ -33,26 +34,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def config(checkpoints: dict[str, Path], tmp_path: Path) -> Any:
-    """Makes settings for a quick training of 8 rows; options replace the quick ones."""
-    (tmp_path / "rows.json").write_text(json.dumps(EIGHT), encoding="utf-8")
-
-    def make(family: str = "deepseek_v2", **options: Any) -> TrainConfig:
-        quick: dict[str, Any] = {
-            "data": tmp_path / "rows.json",
-            "experts": "L1E0,L1E2,L2E3",
-            "out": tmp_path / "out",
-            "r": 4,
-            "alpha": 8,
-            "dropout": 0.0,
-            "learning_rate": 0.01,
-            "epochs": 2,
-            "batch_size": 2,
-            "device": "cpu",
-        }
-        return TrainConfig(model=str(checkpoints[family]), **{**quick, **options})
-
-    return make
+def config(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]:
+    return quick_settings(checkpoints, tmp_path, EIGHT)
 
 
 # ---- resume -------------------------------------------------------------------------------------------------------
@@ -321,7 +304,10 @@ def test_checkpointed_activations_train_the_same_and_ask_nothing_of_lower_layers
 
 
 def test_the_saved_recipe_trains_the_same_adapter_again(config: Any, tmp_path: Path) -> None:
-    first = config(dropout=0.1, ranks="L1E0=2", alphas="L2E3=3.5", projections="gate,down", seed=3, attention=True)
+    chosen = "L1E0,L1E2,L2E3"
+    first = config(
+        experts=chosen, dropout=0.1, ranks="L1E0=2", alphas="L2E3=3.5", projections="gate,down", seed=3, attention=True
+    )
     train.run(first)
     recipe = tmp_path / "out" / "recipe.yaml"
     published = (tmp_path / "out" / "adapter" / "recipe.yaml").read_text()
