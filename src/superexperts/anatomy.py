@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from . import moe
 from .artifacts import ExpertId
 from .checkpoint import Checkpoint, Entry
+from .decoder import in_layer
 from .differences import Unit
 from .homes import Homes
 
@@ -25,9 +25,7 @@ class Anatomy:
         self.homes = Homes(model, checkpoint)
         self.names = {key: name for name, sources in self.homes.of.items() for _, key in sources}
         """Key -> name in the model."""
-        some = self.banks[0]
-        decoder = some.path.split(f".{some.layer}.")[0]
-        self._layer = re.compile(rf"{re.escape(decoder)}\.(\d+)\.")
+        self._layer = in_layer(self.banks[0].path, self.banks[0].layer)
         paths = {module: path for path, module in model.named_modules()}
         self._shared = {
             _mlp_of(paths[bank.shared_down], bank.path): bank.layer

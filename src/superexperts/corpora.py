@@ -25,6 +25,7 @@ __all__ = [
     "HUB_CORPORA",
     "HubCorpus",
     "bos_prefix",
+    "corpus_sequences",
     "digest_ids",
     "documents",
     "local_data",
@@ -298,6 +299,15 @@ def pack(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, corpus: st
     raise DataError(
         f"--corpus: {corpus} has {have} tokens{bos}, under --tokens {tokens}; give --tokens {len(sequences) * seq_len}"
     )
+
+
+def corpus_sequences(
+    corpus: str, data_dir: Path | None, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seq_len: int
+) -> Tensor:
+    """`pack` of a named corpus or file, for commands whose --data-dir may be `pocket`, which has benchmarks only."""
+    folder = local_data(data_dir)
+    texts = documents(corpus, data_dir=None if str(folder) == "pocket" else folder)
+    return pack(texts, tokenizer, corpus=corpus, tokens=tokens, seq_len=seq_len)
 
 
 def digest_ids(ids_BL: Tensor) -> str:

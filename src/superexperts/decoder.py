@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 
-__all__ = ["decoder_layers", "layer_by_layer", "layer_number", "num_layers", "stopped_after", "text_config"]
+__all__ = ["decoder_layers", "in_layer", "layer_by_layer", "layer_number", "num_layers", "stopped_after", "text_config"]
 
 
 def num_layers(model: nn.Module) -> int:
@@ -32,6 +33,12 @@ def layer_number(model: nn.Module, path: str) -> int:
 def decoder_layers(model: nn.Module, path: str) -> nn.ModuleList:
     """The decoder's list of layers; `path` names any module inside one."""
     return _decoder_place(model, path)[0]
+
+
+def in_layer(path: str, layer: int) -> re.Pattern[str]:
+    """Matches the beginning of a name inside any decoder layer, whose number is its group; `path` names a module inside
+    the one of number `layer`."""
+    return re.compile(rf"{re.escape(path.split(f'.{layer}.')[0])}\.(\d+)\.")
 
 
 def _decoder_place(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:

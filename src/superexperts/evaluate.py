@@ -25,7 +25,7 @@ from .artifacts import Answer
 from .check_adapter import gate
 from .config import EvaluateConfig, identity
 from .console import note
-from .corpora import digest_ids, documents, local_data, pack
+from .corpora import corpus_sequences, digest_ids
 from .engines import HfAsker, open_engine, quiet, request_url
 from .errors import OptionError
 from .journal import Journal
@@ -232,9 +232,9 @@ def _sequences(config: EvaluateConfig) -> Tensor | None:
     """Token ids [B, L] of the corpus whose perplexity is wanted, None where none is."""
     if config.perplexity is None:
         return None
-    data_dir = local_data(config.data_dir)
-    texts = documents(config.perplexity, data_dir=None if str(data_dir) == "pocket" else data_dir)
-    return pack(texts, load_tokenizer(config), corpus=config.perplexity, tokens=config.tokens, seq_len=config.seq_len)
+    return corpus_sequences(
+        config.perplexity, config.data_dir, load_tokenizer(config), tokens=config.tokens, seq_len=config.seq_len
+    )
 
 
 def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:

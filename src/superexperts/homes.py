@@ -24,6 +24,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from . import moe
 from .checkpoint import Entry
 from .errors import ModelError
+from .float8 import is_quantized
 
 __all__ = ["Homes", "Parts"]
 
@@ -39,7 +40,7 @@ class Homes:
     """
 
     def __init__(self, model: nn.Module, checkpoint: Mapping[str, Entry]) -> None:
-        self.quantized = is_quantized(model)
+        self.quantized = is_quantized(cast(Any, model).config)
         self.checkpoint = checkpoint
         self.mapping = get_model_conversion_mapping(cast(Any, model))
         self.of: dict[str, list[tuple[str | None, str]]] = collections.defaultdict(list)
@@ -125,11 +126,6 @@ class Homes:
                     for wanted in converter.source_patterns
                 ]
         return None
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether the configuration says that the checkpoint's weights are not the model's as they stand."""
-    return getattr(cast(Any, model).config, "quantization_config", None) is not None
 
 
 def _info(missing: Collection[str] = (), unexpected: Collection[str] = ()) -> LoadStateDictInfo:

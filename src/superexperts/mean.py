@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .config_surgery import PruneConfig
 from .console import progress
-from .corpora import digest_ids, documents, local_data, pack
+from .corpora import corpus_sequences
 from .decoder import layer_by_layer
 from .errors import DataError
 from .model import empty_model, load_tokenizer, pick_device
@@ -26,13 +26,11 @@ from .stream import StreamedModel
 __all__ = ["mean_outputs", "means", "sequences"]
 
 
-def sequences(config: PruneConfig) -> tuple[Tensor, str]:
-    """The corpus that the options name, as int64 token ids [S, L], and their hash."""
-    data_dir = local_data(config.data_dir)
-    texts = documents(config.corpus, data_dir=None if str(data_dir) == "pocket" else data_dir)
-    tokenizer = load_tokenizer(config)
-    ids_SL = pack(texts, tokenizer, corpus=config.corpus, tokens=config.tokens, seq_len=config.seq_len)
-    return ids_SL, digest_ids(ids_SL)
+def sequences(config: PruneConfig) -> Tensor:
+    """The corpus that the options name, as int64 token ids [S, L]."""
+    return corpus_sequences(
+        config.corpus, config.data_dir, load_tokenizer(config), tokens=config.tokens, seq_len=config.seq_len
+    )
 
 
 def means(

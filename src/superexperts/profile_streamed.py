@@ -112,9 +112,9 @@ def quick_look(
 ) -> CorpusProfile:
     """The super experts of a checkpoint at about the cost of reading those experts that some token is routed to.
 
-    Of sequences [S, L] a few are run at once, and their statistics kept apart, so
-    that one pass through the checkpoint shows what each further sequence (a round) changes; unless the super experts
-    settled, twice as many follow. At the end of the corpus the answer is given as not stable.
+    Of sequences [S, L] a few are run at once, and their statistics kept apart, so that one pass through the checkpoint
+    shows what each further sequence (a round) changes; unless the super experts settled, twice as many follow. At the
+    end of the corpus the answer is given as not stable.
     """
     banks = banks_below(streamed.model, depth)
     total = Recorder(moe.expert_keys(banks), ids_SL)

@@ -47,11 +47,14 @@ def run(config: PruneConfig) -> dict[str, Any]:
     if config.out.resolve() == folder.resolve():
         raise OutputError(f"--out: {config.out} is MODEL itself; choose another folder")
     inputs = identity(config, model=fingerprint(folder), experts=chosen.experts)
+    ids_SL: Tensor | None = None
     if config.mode == "mean":
         _check_biases(config, folder, chosen.experts)
-        from .mean import sequences  # here, so that the other modes do not wait for what reads corpora
+        from .corpora import digest_ids  # here, so that the other modes do not wait for what reads corpora
+        from .mean import sequences
 
-        inputs["corpus"] = sequences(config)[1]
+        ids_SL = sequences(config)
+        inputs["corpus"] = digest_ids(ids_SL)
     result = {"out": str(config.out), "mode": config.mode, "pruned": [key_name(key) for key in chosen.experts]}
     if completed(config.out, "prune", inputs):
         note(f"prune: {config.out} is up to date, nothing to do")
@@ -60,7 +63,7 @@ def run(config: PruneConfig) -> dict[str, Any]:
         if config.mode == "remove":
             changes = _removed(config, base, chosen.experts, temporary)
         else:
-            changes = _patched(config, base, chosen.experts, temporary)
+            changes = _patched(config, base, chosen.experts, temporary, ids_SL)
         Record(
             command="prune",
             mode=config.mode,
@@ -83,7 +86,10 @@ def _removed(config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKey]
     return removal.changes
 
 
-def _patched(config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKey], out: Path) -> Sequence[Change]:
+def _patched(
+    config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKey], out: Path, ids_SL: Tensor | None
+) -> Sequence[Change]:
+    """Zeros, or the experts' means over sequences where there are some."""
     model = load_structure(config)
     banks = moe.find_banks(model)
     moe.check_experts(banks, experts)
@@ -98,7 +104,7 @@ def _patched(config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKey]
         return _in_memory(config, base, experts, out)
     if found is None:
         raise ModelError("--mode: 'mean' edits shards, but these keep the experts in another order; use --mode zero")
-    constants = _constants(config, base, found) if config.mode == "mean" else {}
+    constants = {} if ids_SL is None else _constants(config, base, ids_SL, found)
     patches = [
         Patch(entry=entry, data=functools.partial(_constant, entry, constants.get(down.expert) if is_bias else None))
         for down in found
@@ -177,9 +183,8 @@ def _check_biases(config: PruneConfig, folder: Path, experts: Sequence[ExpertKey
             )
 
 
-def _constants(config: PruneConfig, base: Checkpoint, found: Sequence[Down]) -> dict[ExpertKey, Tensor]:
+def _constants(config: PruneConfig, base: Checkpoint, ids_SL: Tensor, found: Sequence[Down]) -> dict[ExpertKey, Tensor]:
     """Each expert's mean output over the corpus [D]."""
-    from .mean import means, sequences
+    from .mean import means
 
-    ids_SL, _ = sequences(config)
     return means(config, base, ids_SL, [down.expert for down in found])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from . import moe
 from .artifacts import ExpertKey, key_name
 from .checkpoint import Checkpoint, Entry
-from .decoder import decoder_layers, num_layers, text_config
+from .decoder import decoder_layers, in_layer, num_layers, text_config
 from .errors import ExpertsError, ModelError
 from .homes import Homes
 from .model import settings_of, structure_of
@@ -181,8 +180,7 @@ def _check_groups(settings: Any, banks: Sequence[moe.Bank], experts: Collection[
 
 def _check_ignored(model: nn.Module, banks: Sequence[moe.Bank], homes: Homes) -> None:
     """A checkpoint may hold more layers than the model uses (for speculative decoding), with experts of their own."""
-    decoder, layers = banks[0].path.split(f".{banks[0].layer}.")[0], num_layers(model)
-    beyond = re.compile(rf"{re.escape(decoder)}\.(\d+)\.")
+    beyond, layers = in_layer(banks[0].path, banks[0].layer), num_layers(model)
     more = next((key for key in homes.ignored if (found := beyond.match(key)) and int(found[1]) >= layers), None)
     if more is not None:
         raise ModelError(

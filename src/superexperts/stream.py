@@ -16,13 +16,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import (
-    convert_and_load_state_dict_in_model,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from . import moe
+from .bank import DOWN
 from .checkpoint import Checkpoint
 from .decoder import decoder_layers
 from .errors import ModelError
@@ -53,7 +52,7 @@ class StreamedModel:
         self._experts = {
             (layer, name): parts
             for layer, bank in self.banks.items()
-            for name in (moe.up_name(bank.module), "down_proj")
+            for name in _matrices(bank)
             if (parts := self._homes.expert_parts(bank, name)) is not None
         }
         self._alone = {f"{self.banks[layer].path}.{name}" for layer, name in self._experts}
@@ -94,7 +93,7 @@ class StreamedModel:
 
         What was yielded is overwritten once the next is asked for.
         """
-        names = (moe.up_name(self.banks[layer].module), "down_proj")
+        names = _matrices(self.banks[layer])
         if not self.holds_alone(layer):
             bank = cast(Any, self.banks[layer].module)
             yield from ({name: getattr(bank, name)[expert] for name in names} for expert in experts)
@@ -123,7 +122,7 @@ class StreamedModel:
 
     def holds_alone(self, layer: int) -> bool:
         """Whether the checkpoint's layout lets one expert of the layer be read without the others."""
-        return all((layer, name) in self._experts for name in (moe.up_name(self.banks[layer].module), "down_proj"))
+        return all((layer, name) in self._experts for name in _matrices(self.banks[layer]))
 
     # ---- filling and emptying ----
 
@@ -221,6 +220,11 @@ class StreamedModel:
     def _is_outside(self, name: str) -> bool:
         """Whether a parameter is the decoder's own, in none of its layers (embeddings, a norm)."""
         return name.startswith(self._decoder.rpartition(".")[0]) and not name.startswith(self._decoder + ".")
+
+
+def _matrices(bank: moe.Bank) -> tuple[str, str]:
+    """Names of the parameters that hold the experts' matrices."""
+    return moe.up_name(bank.module), DOWN
 
 
 @contextlib.contextmanager
