@@ -1,0 +1,46 @@
+"""What a study compares: variants, each a way to change the model, and their runs, one for each seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+__all__ = ["SETS", "Kind", "Run", "title_of"]
+
+Kind = Literal["base", "prune", "lora"]
+
+SETS = {
+    "super": "super experts",
+    "random": "random experts of the same layers",
+    "anywhere": "random experts of any layer",
+    "routed": "the most routed experts",
+    "gate": "the experts of highest gate weight",
+    "reap": "the experts of highest REAP saliency",
+    "layers": "all experts of the same layers",
+}
+"""Sets of experts that every study knows, and how they are called."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One model that is asked: a variant with one seed."""
+
+    name: str
+    """Folder below `variants/`: the variant's name, with `-s1`, `-s2` for its second and third run."""
+    variant: str
+    """base, prune-SET, lora-SET or lora-attention."""
+    kind: Kind
+    target: str | None
+    """The set of experts, or "attention"; None for the base model."""
+    seed: int
+    """Seed of everything random in it: the draw of random experts, the adapter's start, the order of the rows."""
+    experts: str | None
+    """Stem of its file below `experts/`; None for base and attention."""
+
+
+def title_of(kind: Kind, target: str | None) -> str:
+    """How the table calls a variant, such as `prune super experts`."""
+    if kind == "base" or target is None:
+        return "baseline"
+    what = SETS.get(target, target)
+    return f"prune {what}" if kind == "prune" else f"LoRA on {what}"
