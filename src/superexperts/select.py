@@ -142,7 +142,7 @@ def highest(
 def highest_like(
     scores: Mapping[ExpertKey, float], like: Collection[ExpertKey], *, lowest: bool = False
 ) -> tuple[ExpertKey, ...]:
-    """The experts with the highest scores, as many in each layer as `like` has there, so that layers and budget match."""
+    """The experts with the highest scores, in each layer as many as `like` has there: a set of the same budget."""
     wanted = Counter(layer for layer, _ in like)
     chosen: list[ExpertKey] = []
     for layer, count in sorted(wanted.items()):
@@ -265,8 +265,13 @@ def _highest(profile: Profile, names: Sequence[str], config: SelectConfig) -> Ex
         chosen = highest_like(scores, like, lowest=config.lowest)
     else:
         chosen = highest(scores, count=config.count, share=config.share, lowest=config.lowest)
-    rule = {"name": config.rule, "count": config.count, "share": config.share, "lowest": config.lowest}
-    rule["like"] = [list(key) for key in like]
+    rule = {
+        "name": config.rule,
+        "count": config.count,
+        "share": config.share,
+        "lowest": config.lowest,
+        "like": [list(key) for key in like],
+    }
     return ExpertSet(model=profile.model, rule=rule, experts=chosen, scores=tuple(scores[key] for key in chosen))
 
 
