@@ -9,6 +9,7 @@ from rich.text import Text
 
 from .artifacts import key_name
 from .console import stdout
+from .show_study import show_plan, show_status
 
 __all__ = ["show"]
 
@@ -58,6 +59,12 @@ def show(command: str, result: dict[str, Any]) -> None:
             _show_judge(result["judge"])
     elif command == "extract":
         _show_audit(result)
+    elif command == "status":
+        show_status(result)
+    elif command == "study" and "written" in result:
+        stdout.print(f"wrote {result['written']}", soft_wrap=True, markup=False)
+    elif command == "study" and "plan" in result:
+        show_plan(result["plan"])
     elif command == "study":
         from .report import print_table  # here, so that the other commands do not wait for what draws
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["SETS", "Kind", "Run", "title_of"]
+__all__ = ["DEFAULT_SETS", "DEFAULT_VARIANTS", "SETS", "Kind", "Run", "title_of"]
 
 Kind = Literal["base", "prune", "lora"]
 
@@ -19,6 +19,17 @@ SETS = {
     "layers": "all experts of the same layers",
 }
 """Sets of experts that every study knows, and how they are called."""
+DEFAULT_SETS: dict[str, dict[str, Any]] = {
+    "super": {"rule": "super"},
+    "random": {"rule": "random", "like": "super"},
+    "anywhere": {"rule": "random", "like": "super", "anywhere": True},
+    "routed": {"rule": "routed", "like": "super"},
+    "gate": {"rule": "gate", "like": "super"},
+    "reap": {"rule": "reap", "like": "super"},
+    "layers": {"rule": "layers", "like": "super"},
+}
+"""Options of `select` for each; `like` names another set."""
+DEFAULT_VARIANTS = ("base", "prune-super", "prune-random", "lora-super", "lora-random", "lora-attention")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
