@@ -10,7 +10,7 @@ from typing import Any
 
 from .artifacts import Answer, Extraction
 from .errors import DataError
-from .results import Results, task_title
+from .results import Results, run_title, task_title
 
 __all__ = ["Disagreements", "disagreements", "script_safe", "visible"]
 
@@ -37,24 +37,22 @@ class Disagreements:
 
 
 def disagreements(results: Results, answers: Lines, extractions: Lines) -> Disagreements:
-    """Items whose correctness differs between variants, the first ones of each benchmark, cut and made visible.
+    """Items whose correctness differs between runs, the first ones of each benchmark, cut and made visible.
 
-    `answers` and `extractions` are by variant and benchmark; `DataError` where an item lacks either.
+    `answers` and `extractions` are by run and benchmark; `DataError` where an item lacks either.
     """
     items: list[dict[str, Any]] = []
     tasks = []
     asked = found = 0
     budget = MAX_BYTES // max(1, len(results.columns))
     for task in results.columns:
-        correct = {
-            variant.name: {row.id: row for row in extractions[variant.name][task]} for variant in results.variants
-        }
-        said = {variant.name: {row.id: row for row in answers[variant.name][task]} for variant in results.variants}
+        correct = {run.name: {row.id: row for row in extractions[run.name][task]} for _, run in results.runs}
+        said = {run.name: {row.id: row for row in answers[run.name][task]} for _, run in results.runs}
         shown = size = 0
-        for first in answers[results.base.name][task]:
+        for first in answers[results.base.runs[0].name][task]:
             asked += 1
             try:
-                rows = [(correct[v.name][first.id], said[v.name][first.id]) for v in results.variants]
+                rows = [(correct[run.name][first.id], said[run.name][first.id]) for _, run in results.runs]
             except KeyError as error:
                 raise DataError(
                     f"{task}: item {first.id!r} is not answered by every variant; evaluate again"
@@ -68,7 +66,9 @@ def disagreements(results: Results, answers: Lines, extractions: Lines) -> Disag
                 items.append(item)
                 shown += 1
         tasks.append({"name": task, "title": task_title(task), "shown": shown})
-    variants = [{"title": visible(variant.title), "base": variant.kind == "base"} for variant in results.variants]
+    variants = [
+        {"title": visible(run_title(variant, run)), "base": variant.kind == "base"} for variant, run in results.runs
+    ]
     data = {"variants": variants, "tasks": tasks, "items": items}
     return Disagreements(asked=asked, found=found, shown=len(items), json=script_safe(data))
 

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .artifacts import CorpusProfile, ExpertKey, Profile, key_name
 from .drawing import COLUMN, LIGHT, PAGE, Theme, figure_in, put_names, put_title, save, shorten
-from .results import SIGNIFICANT, Results, adjusted, task_title
+from .results import Results, task_title
 from .select import considered, layers_below, peak, threshold
 
 __all__ = ["plot_differences", "plot_heatmap", "plot_layers", "plot_training"]
@@ -203,7 +203,6 @@ def plot_differences(results: Results, path: Path, theme: Theme = LIGHT) -> None
     A filled mark differs from base after Holm's adjustment. All panels share one scale. PNG or SVG by the suffix.
     """
     variants = results.others
-    p_values = adjusted(results)
     panels: list[str | None] = [None, *results.columns]
     with figure_in(PAGE, 0.95 + 0.3 * max(1, len(variants)), theme) as figure:
         grid = figure.add_gridspec(1, len(panels), width_ratios=[1.9, *[1.0] * (len(panels) - 1)])
@@ -214,19 +213,18 @@ def plot_differences(results: Results, path: Path, theme: Theme = LIGHT) -> None
             axes.axvline(0, color=theme.ink, lw=0.8)
             axes.grid(axis="x", color=theme.faint, lw=0.5)
             for row, variant in enumerate(variants):
-                paired = variant.pooled if task is None else (variant.paired or {}).get(task)
-                if paired is None:
+                found = results.to_base(variant.name, task)
+                if found is None:
                     continue
-                sure = p_values[variant.name, task] < SIGNIFICANT
-                colour = (theme.accent if paired.difference < 0 else theme.gain) if sure else theme.muted
-                axes.plot((100 * paired.low, 100 * paired.high), (row, row), color=colour, lw=1.4)
+                colour = (theme.accent if found.difference < 0 else theme.gain) if found.sure else theme.muted
+                axes.plot((100 * found.low, 100 * found.high), (row, row), color=colour, lw=1.4)
                 axes.plot(
-                    100 * paired.difference,
+                    100 * found.difference,
                     row,
                     "D" if task is None else "o",
                     ms=4 if task is None else 3.6,
                     color=colour,
-                    mfc=colour if sure else theme.paper,
+                    mfc=colour if found.sure else theme.paper,
                     mew=1.2,
                 )
             title = "all items" if task is None else task_title(task)

@@ -25,19 +25,19 @@ from .drawing import DARK, LIGHT, PAGE, Theme
 from .errors import DataError
 from .plots import plot_differences, plot_heatmap, plot_layers, plot_training
 from .results import (
-    SIGNIFICANT,
+    Comparison,
     Results,
     VariantResult,
-    adjusted,
     markdown_table,
     print_table,
+    run_title,
     signed_points,
     task_title,
     write_csv,
 )
 from .rundir import read_json, write_text
 from .select import super_experts
-from .verdict import Comparison, against_base, against_controls, format_p, headline
+from .verdict import against_base, against_controls, format_p, headline
 
 __all__ = ["markdown_table", "print_table", "run", "write_csv", "write_report"]
 
@@ -67,9 +67,6 @@ def write_report(folder: Path) -> Path:
     answers = _load_lines(folder, results, "answers", Answer.from_json)
     super_file = folder / "experts" / "super.json"
     chosen = ExpertSet.from_json(read_json(super_file, "experts")) if super_file.is_file() else None
-    controls: list[Comparison] = []
-    if chosen is not None and extractions:
-        controls = against_controls(results, [key_name(key) for key in chosen.experts], extractions)
     browser = disagreements(results, answers, extractions) if answers and extractions else None
     pictures = _pictures(folder, results, chosen)
     manifests = [(path.parent, read_json(path, "manifest")) for path in sorted(folder.rglob("manifest.json"))]
@@ -94,10 +91,10 @@ def write_report(folder: Path) -> Path:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         sections=[section for section in sections if section is not None],
-        headline=headline(results, controls),
+        headline=headline(results),
         lede=_lede(results),
         against_base=against_base(results),
-        controls=controls,
+        controls=against_controls(results),
         perplexity=_perplexity_changes(results),
         columns=[
             {"title": task_title(task), "asked": score.items if (score := results.base.score(task)) else "?"}
@@ -112,6 +109,7 @@ def write_report(folder: Path) -> Path:
         facts=_facts(results, manifests),
         versions=_versions(manifests),
         stages=_stages(folder, manifests),
+        experts_of=experts_of,
         version=__version__,
         points=signed_points,
         format_p=format_p,
@@ -122,10 +120,10 @@ def write_report(folder: Path) -> Path:
 
 
 def _load_lines(folder: Path, results: Results, kind: str, parse: Callable[[Any], T]) -> dict[str, dict[str, list[T]]]:
-    """variant -> benchmark -> lines of `variants/<name>/<kind>/<task>.jsonl`; empty if the study kept none at all."""
+    """run -> benchmark -> lines of `variants/<name>/<kind>/<task>.jsonl`; empty if the study kept none at all."""
     files = {
-        variant.name: {task: folder / "variants" / variant.name / kind / f"{task}.jsonl" for task in results.tasks}
-        for variant in results.variants
+        run.name: {task: folder / "variants" / run.name / kind / f"{task}.jsonl" for task in results.tasks}
+        for _, run in results.runs
     }
     there = [file.is_file() for by_task in files.values() for file in by_task.values()]
     if not any(there):
@@ -162,35 +160,41 @@ def _perplexity_changes(results: Results) -> dict[str, str]:
 
 
 def _rows(results: Results) -> list[dict[str, Any]]:
-    p_values = adjusted(results)
     return [
         {
             "title": variant.title,
-            "what": ", ".join(variant.experts or ()),
-            "cells": [_cell(variant, task, p_values.get((variant.name, task), 1.0)) for task in results.columns],
+            "what": experts_of(variant),
+            "cells": [_cell(variant, task, results.to_base(variant.name, task)) for task in results.columns],
             "mean": f"{100 * variant.mean:.1f}",
             "perplexity": None if variant.perplexity is None else f"{variant.perplexity:.2f}",
-            "perplexity_interval": "–".join(f"{end:.2f}" for end in variant.perplexity_interval or ()),
+            "perplexity_interval": "–".join(f"{end:.2f}" for end in variant.runs[0].perplexity_interval or ())
+            if len(variant.runs) == 1
+            else "",
         }
         for variant in results.variants
     ]
 
 
-def _cell(variant: VariantResult, task: str, p: float) -> dict[str, Any] | None:
+def _cell(variant: VariantResult, task: str, row: Comparison | None) -> dict[str, Any] | None:
     score = variant.score(task)
     if score is None:
         return None
-    paired = (variant.paired or {}).get(task)
-    sure = paired is not None and p < SIGNIFICANT
-    share = score.unparsed / score.items
+    share = score.unparsed_share
     return {
         "accuracy": f"{100 * score.accuracy:.1f}",
         "interval": f"{100 * score.low:.1f}–{100 * score.high:.1f}",
-        "difference": signed_points(paired.difference) if paired is not None else "",
-        "effect": "none" if not sure or paired is None else "down" if paired.difference < 0 else "up",
+        "difference": signed_points(row.difference) if row is not None else "",
+        "effect": "none" if row is None or not row.sure else "down" if row.difference < 0 else "up",
         "unparsed": f"{100 * share:.1f}% unparsed" if score.unparsed else "all parsed",
         "many_unparsed": share >= MANY_UNPARSED,
     }
+
+
+def experts_of(variant: VariantResult) -> str:
+    """The first run's experts, and how many other draws there are."""
+    first, *more = [run.experts for run in variant.runs]
+    draws = f" and {len(more)} other draws" if more and any(one != first for one in more) else ""
+    return ", ".join(first or ()) + draws
 
 
 def _rule(chosen: ExpertSet | None) -> dict[str, Any]:
@@ -202,8 +206,7 @@ def _pictures(folder: Path, results: Results, chosen: ExpertSet | None) -> dict[
     differences = None
     if results.others:
         alt = "; ".join(
-            f"{one.title}: {signed_points(one.paired.difference)} points, {one.interval}"
-            for one in against_base(results)
+            f"{one.title}: {signed_points(one.row.difference)} points, {one.interval}" for one in against_base(results)
         )
         differences = _picture(
             lambda path, theme: plot_differences(results, path, theme=theme),
@@ -217,9 +220,9 @@ def _pictures(folder: Path, results: Results, chosen: ExpertSet | None) -> dict[
         for name in list(profile.corpora)[:MAX_CORPORA]:
             corpora.append(_profile_pictures(profile, name, chosen))
     curves = {
-        variant.title: [(float(step), float(loss)) for step, loss in read_json(log, "training")["loss"]]
-        for variant in results.variants
-        if (log := folder / "variants" / variant.name / "train" / "training.json").is_file()
+        run_title(variant, run): [(float(step), float(loss)) for step, loss in read_json(log, "training")["loss"]]
+        for variant, run in results.runs
+        if (log := folder / "variants" / run.name / "train" / "training.json").is_file()
     }
     training = None
     if any(curves.values()):
@@ -290,8 +293,8 @@ def _facts(results: Results, manifests: Sequence[tuple[Path, Mapping[str, Any]]]
         ("Model", results.model),
         ("Benchmarks", ", ".join(task_title(task) for task in results.columns)),
         ("Items per benchmark", "all" if results.limit is None else f"at most {results.limit}"),
-        ("Corpus of profile and perplexity", results.corpus),
-        ("Seed", str(results.seed)),
+        ("Corpora", ", ".join(results.corpora)),
+        ("Seeds", ", ".join(str(seed) for seed in sorted({run.seed for _, run in results.runs}))),
     ]
     if manifests:
         commits = sorted({str(manifest.get("git_commit") or "not a git checkout") for _, manifest in manifests})
