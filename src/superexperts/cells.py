@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import evaluate, export, extract, profile, prune, select, train
+from .artifacts import ExpertSet
 from .config import EvaluateConfig, ExtractConfig, ProfileConfig, PruneConfig, SelectConfig
 from .config_adapters import ExportConfig
 from .config_train import TrainConfig
 from .judge import Judge, open_judge
 from .pocket import write_data
-from .rundir import completed, new_folder, write_manifest
+from .rundir import completed, new_folder, write_json, write_manifest
 from .shared import Shelf
 from .study_file import Plan, expert_files
 from .variants import Run
@@ -139,19 +140,17 @@ class Worker:
         plan = self.plan
         for stem, (name, seed) in expert_files(plan).items():
             options: dict[str, Any] = dict(plan.experts[name])
+            file = Path(self._experts(stem))
+            if "experts" in options:
+                write_json(file, ExpertSet.parse(options["experts"]).to_json())
+                continue
             if options.get("like") in plan.experts:
-                options["like"] = self._set(options["like"])
+                options["like"] = self._experts(options["like"])
             if options.get("rule", "super") == "super":
                 options["depth"] = plan.depth
             if plan.drawn(name):
                 options["seed"] = seed
-            if "experts" not in options:
-                select.run(SelectConfig(profile=self.out / "profile", out=Path(self._experts(stem)), **options))
-
-    def _set(self, stem: str) -> str:
-        """What commands take as EXPERTS for a set: its file, or what the study file says as it stands."""
-        given = self.plan.experts.get(stem, {}).get("experts")
-        return given if given is not None else self._experts(stem)
+            select.run(SelectConfig(profile=self.out / "profile", out=file, **options))
 
     def _train(self, run: Run) -> None:
         plan = self.plan
@@ -161,7 +160,7 @@ class Worker:
             model=plan.model,
             revision=plan.revision,
             data=self.train_data,
-            experts=self._set(run.experts) if run.experts else None,
+            experts=self._experts(run.experts) if run.experts else None,
             attention=run.experts is None,
             out=self._folder(run) / "train",
             seed=run.seed,
@@ -180,7 +179,7 @@ class Worker:
         self.shelf.clear()
         if run.kind == "prune":
             assert run.experts is not None
-            experts = self._set(run.experts)
+            experts = self._experts(run.experts)
             prune.run(PruneConfig(model=plan.model, revision=plan.revision, experts=experts, out=out))
         else:
             adapter = self._folder(run) / "train" / "adapter"
@@ -197,7 +196,7 @@ class Worker:
                 model=str(self._folder(run) / "model") if built else plan.model,
                 revision=None if built else plan.revision,
                 adapter=self._folder(run) / "train" / "adapter" if lora else None,
-                silence=self._set(run.experts) if pruned and run.experts else None,
+                silence=self._experts(run.experts) if pruned and run.experts else None,
                 tasks=",".join(plan.tasks),
                 out=self._folder(run),
                 limit=plan.limit,

@@ -27,8 +27,6 @@ from .variants import Run, title_of
 
 __all__ = ["compare", "conclude", "proportion"]
 
-DRAWN = ("random", "anywhere")
-"""Sets that are another one with another seed."""
 REFERENCES = ("attention", "custom")
 
 
@@ -48,7 +46,7 @@ class _Variant:
     @property
     def random(self) -> bool:
         """Whether another seed would have given another model."""
-        return self.first.kind == "lora" or self.first.target in DRAWN
+        return self.first.random
 
     def all(self, task: str | None) -> Floats:
         """[R, N] of one benchmark, or of all of them."""
@@ -245,8 +243,8 @@ def _controls(others: Sequence[_Variant]) -> list[tuple[_Variant, _Variant]]:
     for one, other in itertools.product(others, others):
         if one.first.kind != other.first.kind or one.name == other.name:
             continue
-        chosen = one.first.target not in (*DRAWN, *REFERENCES)
-        if one.first.target == "super" or (chosen and other.first.target in DRAWN):
+        chosen = not one.first.drawn and one.first.target not in REFERENCES
+        if one.first.target == "super" or (chosen and other.first.drawn):
             pairs.append((one, other))
     return pairs
 

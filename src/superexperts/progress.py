@@ -45,10 +45,9 @@ def cell_states(out: Path, todo: Sequence[Cell]) -> list[dict[str, Any]]:
     found = []
     for cell in todo:
         event = last.get(cell.name, {})
-        kind = event.get("event")
-        state = {"start": "running" if at_work else "interrupted", "end": "done", "failed": "failed"}.get(
-            kind, "waiting"
-        )
+        begun = "running" if at_work else "interrupted"
+        states = {"": "waiting", "start": begun, "end": "done", "failed": "failed"}
+        state = states[event.get("event", "")]
         seconds = event.get("seconds", time.time() - event["time"] if state == "running" else 0.0)
         answers = _answers(out / "variants" / cell.run) if cell.run and cell.stage == "evaluate" else None
         row = {"cell": cell.name, "state": state, "seconds": seconds, "answers": answers, "error": event.get("error")}

@@ -120,7 +120,6 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "name": plan.name,
         "model": plan.model,
         "revision": plan.revision,
-        "seed": plan.seed,
         "limit": plan.limit,
         "protocol": plan.evaluation.get("protocol", "generative"),
         "corpora": plan.corpus,

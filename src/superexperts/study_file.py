@@ -90,6 +90,7 @@ class Plan:
                 target=variant.target,
                 seed=self.seed + k,
                 experts=self._stem(variant, k),
+                drawn=self.drawn(variant.target),
             )
             for variant in self.variants
             for k in range(variant.seeds)
@@ -100,9 +101,9 @@ class Plan:
             return None
         return f"{variant.target}-s{k}" if k and self.drawn(variant.target) else variant.target
 
-    def drawn(self, name: str) -> bool:
+    def drawn(self, name: str | None) -> bool:
         """Whether a set of experts is another one for each seed."""
-        return self.experts[name].get("rule") == "random"
+        return name is not None and self.experts.get(name, {}).get("rule") == "random"
 
     def variant(self, name: str) -> VariantPlan:
         """The variant of that name."""

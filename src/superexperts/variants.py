@@ -47,6 +47,13 @@ class Run:
     """Seed of everything random in it: the draw of random experts, the adapter's start, the order of the rows."""
     experts: str | None
     """Stem of its file below `experts/`; None for base and attention."""
+    drawn: bool
+    """Whether these experts are another set with another seed."""
+
+    @property
+    def random(self) -> bool:
+        """Whether another seed would give another model."""
+        return self.drawn or self.kind == "lora"
 
 
 def title_of(kind: Kind, target: str | None) -> str:
