@@ -329,12 +329,14 @@ class _Reader:
         flat = {name: read[name] for name in ("tokens", "seq_len", "depth", "limit", "max_new_tokens") if name in read}
         for name, command, fixed in (
             ("profile", ProfileConfig, {}),
-            ("evaluation", EvaluateConfig, {"tasks": ",".join(read.get("tasks", TASKS))}),
+            ("evaluation", EvaluateConfig, {}),
             ("extraction", ExtractConfig, {"folder": Path("x")}),
         ):
             options = {key: flat[key] for key in FLAT.get(name, ()) if key in flat} | read[name]
-            if options.get("engine") == "api":
-                del options["engine"]  # told below
+            if name == "evaluation":
+                options["tasks"] = ",".join(read.get("tasks", TASKS))
+                if options.get("engine") == "api":
+                    del options["engine"]  # told below
             places = where | dict.fromkeys(read[name], (name,)) | {"tasks": ()}
             self._together(command, fixed, options, places)
         rows = {"data": Path("rows"), "attention": True}
@@ -364,9 +366,11 @@ class _Reader:
             except OptionError as error:
                 named = re.match(r"--([\w-]+):", str(error))
                 key = named[1].replace("-", "_") if named else ""
-                self._error((*places.get(key, ()), key), str(error))
                 if key not in left:
+                    if len(left) == len(options):  # else it misses what was left out
+                        self._error((*places.get(key, ()), key), str(error))
                     return
+                self._error((*places.get(key, ()), key), str(error))
                 del left[key]
 
 
