@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "extract": config.ExtractConfig,
     "study": config.StudyConfig,
     "report": config.ReportConfig,
+    "push": config_adapters.PushConfig,
     "pocket": config.PocketConfig,
 }
 

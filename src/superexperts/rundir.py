@@ -20,6 +20,7 @@ from typing import Any
 from .errors import DataError, OutputError
 
 __all__ = [
+    "changed_outputs",
     "completed",
     "digest",
     "fingerprint",
@@ -209,8 +210,13 @@ def completed(folder: Path, command: str, inputs: Mapping[str, Any]) -> bool:
     manifest = read_json(manifest_path, "manifest")
     if manifest.get("key") != input_key(command, inputs):
         return False
-    outputs: dict[str, str] = manifest["outputs"]
-    return all((folder / name).exists() and fingerprint(folder / name) == sha for name, sha in outputs.items())
+    return not changed_outputs(folder)
+
+
+def changed_outputs(folder: Path) -> list[str]:
+    """The outputs named in `folder`'s manifest, relative to it, that are missing or not as they were written."""
+    outputs: dict[str, str] = read_json(folder / MANIFEST, "manifest")["outputs"]
+    return [name for name, sha in outputs.items() if not (folder / name).exists() or fingerprint(folder / name) != sha]
 
 
 @functools.cache
