@@ -271,6 +271,8 @@ def test_paths_of_this_machine_stay_here(hub: Hub, tmp_path: Path, capsys: pytes
         ("variants/lora-super/train/adapter/extra.json", b"{}", "adapter is missing or not as"),
         ("study.yaml", b"a: [", "study.yaml cannot be read"),
         ("figures/a.json", b"{", "figures/a.json cannot be read"),
+        ("experts/manifest.json", b"[]", "manifest.json was not written by superexperts"),
+        ("manifest.json", b'{"name": "an app"}', "manifest.json was not written by superexperts"),
     ],
 )
 def test_what_is_not_whole_or_not_ours_is_refused(

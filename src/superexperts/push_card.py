@@ -41,6 +41,7 @@ def adapter_card(bundle: Bundle, adapter: str, facts: Mapping[str, Any]) -> str:
 def study_card(bundle: Bundle, facts: Mapping[str, Any]) -> str:
     """README.md of a study's repository: its table, expert sets, adapters, seeds and versions."""
     assert bundle.results is not None
+    table = _table(bundle)
     cards = {adapter: ModelCard(bundle.text(f"{adapter}/{CARD}")) for adapter in bundle.adapters}
     bases = {card.data.get("base_model") for card in cards.values()}
     front = {
@@ -60,7 +61,7 @@ def study_card(bundle: Bundle, facts: Mapping[str, Any]) -> str:
         f"# {name}: a study of {model}",
         "",
         "`report.html` has the verdict, intervals, pictures and answers: download it, it opens from disk.",
-        *_table(bundle),
+        *table,
         *_expert_sets(bundle),
     ]
     if cards:
@@ -81,9 +82,10 @@ def _is_manifest(path: str) -> bool:
 def _table(bundle: Bundle) -> list[str]:
     if bundle.results is None:
         return []
+    table = markdown_table(bundle.results).rstrip("\n")  # which refuses what is no results.json
     name, model = (_text(bundle.results.get(field)) for field in ("name", "model"))
     caption = f"Study {name} on {model}: accuracy in %; a star marks a difference from the base model (5%, Holm)."
-    return ["", "## Results", "", markdown_table(bundle.results).rstrip("\n"), "", caption]
+    return ["", "## Results", "", table, "", caption]
 
 
 def _expert_sets(bundle: Bundle) -> list[str]:

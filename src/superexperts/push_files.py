@@ -13,7 +13,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from .errors import DataError
-from .rundir import MANIFEST, changed_outputs, read_json
+from .rundir import MANIFEST, MANIFEST_SCHEMA, changed_outputs, read_json
 
 __all__ = ["Bundle", "Upload", "collect"]
 
@@ -86,6 +86,9 @@ def collect(folder: Path, base_model: str | None) -> Bundle:
     adapters = [path.removesuffix(ADAPTER_CONFIG).rstrip("/") for path in contents if path.endswith(ADAPTER_CONFIG)]
     configs = [f"{adapter}/{ADAPTER_CONFIG}".lstrip("/") for adapter in adapters]
     values = {path: _value(path, content) for path, content in contents.items() if path.endswith((".json", ".yaml"))}
+    for path, value in values.items():
+        if Path(path).name == MANIFEST and not (isinstance(value, dict) and value.get("schema") == MANIFEST_SCHEMA):
+            raise DataError(f"DIR: {files[path]} was not written by superexperts; take it out of the folder")
     cuts = {path: _cut(path, top) for path in _absolute([*values.values(), results])}
     if base_model is not None:
         for path in configs:
