@@ -37,6 +37,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "study": config.StudyConfig,
     "status": config.StatusConfig,
     "report": config.ReportConfig,
+    "push": config_adapters.PushConfig,
     "pocket": config.PocketConfig,
 }
 

@@ -70,6 +70,8 @@ def show(command: str, result: dict[str, Any]) -> None:
 
         print_table(result["results"], stdout)
         stdout.print(f"report: {result['report']}", soft_wrap=True)
+    elif command == "push":
+        _show_push(result)
     if "out" in result and command != "study":
         stdout.print(f"in {result['out']}", soft_wrap=True)
 
@@ -150,6 +152,24 @@ def _show_check(result: dict[str, Any]) -> None:
     for name, tokens in result["probe_experts"].items():
         stdout.print(f"{name}: {tokens:,} tokens")
     stdout.print(f"logits change by up to {result['max_logit_change']:.3g} (KL {result['kl']:.3g} nats)")
+
+
+def _show_push(result: dict[str, Any]) -> None:
+    def line(text: str) -> None:
+        stdout.print(text, soft_wrap=True, markup=False)
+
+    if result["dry_run"]:
+        for file in result["files"]:
+            line(f"{file['bytes']:>13,}  {file['path']}")
+    told = f"{len(result['files'])} files, {result['bytes']:,} bytes"
+    if result["dry_run"]:
+        line(f"{told} for the {result['repo_type']} repository {result['repo']}; nothing was sent (--dry-run)")
+        return
+    if result["others"]:
+        others = ", ".join(map(ascii, result["others"]))
+        line(f"left as they are, since this folder has none of that name: {others}")
+    line(f"{told} in {result['url']}" if result["changed"] else f"{result['url']} has all {told} already")
+    line(f"commit {result['commit']}")
 
 
 def _show_stability(result: dict[str, Any]) -> None:
