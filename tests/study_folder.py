@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from superexperts.artifacts import Answer, CorpusProfile, ExpertSet, ExpertStats, Extraction, Profile
-from superexperts.conclude import compare
+from superexperts.effects import compare
 from superexperts.results import RESULTS_SCHEMA
 from superexperts.rundir import write_json, write_manifest, write_text
 from superexperts.stats import holm, score
@@ -98,6 +98,7 @@ def results_json(variants: Mapping[str, str] = TITLES) -> dict[str, Any]:
                 "title": title,
                 "kind": name.split("-")[0],
                 "target": None if name == "base" else name.split("-")[1],
+                "random": "lora" in name or "random" in name,
                 "runs": [run],
                 "mean": sum(one.accuracy for one in scores) / len(scores),
                 "perplexity": perplexity,

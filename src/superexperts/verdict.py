@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from .results import Comparison, Results, VariantResult, signed_points
+from .results import Comparison, Results, signed_points
 
 __all__ = ["Verdict", "against_base", "against_controls", "format_p", "headline", "verdict"]
-
-DRAWN = ("random", "anywhere")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,18 +72,13 @@ class Verdict:
 def verdict(results: Results, row: Comparison) -> Verdict:
     """A comparison of these results in words."""
     variant, reference = results.variant(row.variant), results.variant(row.reference)
-    single = [one for one in (variant, reference) if _varies(one) and len(one.runs) == 1]
+    single = [one for one in (variant, reference) if one.random and len(one.runs) == 1]
     return Verdict(
         row=row,
         title=variant.title,
         reference=reference.title,
         seeds="one seed: another one may differ" if single else "",
     )
-
-
-def _varies(variant: VariantResult) -> bool:
-    """Whether another seed would have given another model."""
-    return variant.kind == "lora" or variant.target in DRAWN
 
 
 def against_base(results: Results) -> list[Verdict]:
