@@ -18,6 +18,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 from statsmodels.formula.api import ols
 from statsmodels.regression.linear_model import OLS
+from statsmodels.regression.mixed_linear_model import MixedLM
 from statsmodels.stats.anova import anova_lm
 
 from superexperts import clusters, seeds
@@ -44,6 +45,22 @@ def test_seeds_are_those_of_the_two_way_analysis_of_variance() -> None:
     assert found.rest == pytest.approx(squares["Residual"] / 30)
     assert (found.df, found.weight) == (3, 0.25)
     assert found.sd == pytest.approx(math.sqrt(max(0, squares["C(run)"] - squares["Residual"]) / 30))
+
+
+def test_seeds_are_those_of_a_mixed_model() -> None:
+    rng = np.random.default_rng(0)
+    values_RN = rng.normal(size=40) + 0.7 * rng.normal(size=(4, 1)) + 0.8 * rng.normal(size=(4, 40))
+    frame = pd.DataFrame(
+        {"y": values_RN.ravel(), "run": np.repeat(range(4), 40), "item": np.tile(range(40), 4), "one": 1}
+    )
+    parts = {"run": "0 + C(run)", "item": "0 + C(item)"}
+    fitted = MixedLM.from_formula("y ~ 1", groups="one", vc_formula=parts, data=frame).fit(reml=True)
+    between = dict(zip(fitted.model.exog_vc.names, fitted.vcomp, strict=True))["run"]
+    found = seeds_of(values_RN)
+    assert found.sd**2 == pytest.approx(between, rel=1e-3)
+    assert found.rest * 40 == pytest.approx(fitted.scale, rel=1e-3)
+    items = values_RN.mean(0).var(ddof=1) / 40
+    assert items + found.weight * found.sd**2 == pytest.approx(fitted.bse["Intercept"] ** 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("df", [1, 2, 4])
@@ -226,7 +243,7 @@ def test_false_alarms_and_coverage(calibration: Any, changes: dict[str, Any]) ->
 
 def test_detectable_is_seen_with_80_percent_power(calibration: Any) -> None:
     design = calibration.Design(title="x", items=300, runs=(1, 1, 5, 3, 3, 3), seed=0.00343)
-    effect = calibration.predicted(design, 0, 12)
+    effect = calibration.predicted(design, 0, 20)
     low, high = wilson(calibration.power(design, effect, 150, 1), 150)
     assert low < 0.9
     assert high > 0.7
