@@ -21,7 +21,22 @@ from numpy.typing import NDArray
 from .errors import OutputError
 from .rundir import write_bytes
 
-__all__ = ["COLUMN", "DARK", "LIGHT", "PAGE", "Theme", "figure_in", "put_names", "put_title", "save", "shorten"]
+__all__ = [
+    "COLUMN",
+    "DARK",
+    "LIGHT",
+    "PAGE",
+    "Grid",
+    "Spots",
+    "Theme",
+    "figure_in",
+    "grid_of",
+    "points_of",
+    "put_names",
+    "put_title",
+    "save",
+    "shorten",
+]
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column and the full width of a two-column paper
 
@@ -44,6 +59,8 @@ class Theme:
     scale: tuple[str, ...]
     """The heatmap's colours from small to large, evenly rising in contrast to `paper`."""
     lines: tuple[str, ...]
+    letters: bool = False
+    """Whether an SVG keeps its text as letters, which is half the size, instead of outlines, the same everywhere."""
 
 
 LIGHT = Theme(
@@ -68,6 +85,54 @@ DARK = Theme(
     scale=("#20282f", "#26404f", "#2a5d78", "#3583a5", "#5caeca", "#a5d8e2", "#f3fbf5"),
     lines=("#ff8a3d", "#5ab8f0", "#3ecfa0", "#e39cc6", "#e6c34a", "#9ad4f5", "#ece8e1"),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Cells of a picture that have values of their own."""
+
+    box: tuple[float, float, float, float]
+    """Left, top, width and height in shares of the picture's width and height."""
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    """By row and column; None where there is nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spots:
+    """What of a picture can be pointed at and read."""
+
+    grids: tuple[Grid, ...] = ()
+    points: tuple[tuple[float, float, str], ...] = ()
+    """Left and top in shares of the picture's width and height, and what is to be said of that place."""
+
+
+def grid_of(axes: Axes, rows: Sequence[str], columns: Sequence[str], values_RC: NDArray[np.float64]) -> Grid:
+    """The whole of a drawn figure's axes as cells; `values_RC` are rounded to three digits, nan is nothing."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    box, whole = axes.get_window_extent(), figure.bbox
+    place = (box.x0 / whole.width, 1 - box.y1 / whole.height, box.width / whole.width, box.height / whole.height)
+    return Grid(
+        box=cast(Any, tuple(round(float(value), 4) for value in place)),
+        rows=tuple(rows),
+        columns=tuple(columns),
+        values=tuple(tuple(None if math.isnan(v) else float(f"{v:.3g}") for v in row) for row in values_RC.tolist()),
+    )
+
+
+def points_of(axes: Axes, points: Sequence[tuple[float, float, str]]) -> tuple[tuple[float, float, str], ...]:
+    """(x, y, text) in the data of a drawn figure's axes, as places of `Spots`."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    found = []
+    for x, y, text in points:
+        left, bottom = axes.transData.transform((x, y))
+        found.append(
+            (round(float(left / figure.bbox.width), 4), round(float(1 - bottom / figure.bbox.height), 4), text)
+        )
+    return tuple(found)
 
 
 @contextmanager
@@ -95,6 +160,7 @@ def figure_in(width: float, height: float, theme: Theme) -> Iterator[Figure]:
         "xtick.major.width": 0.6,
         "ytick.major.width": 0.6,
         "hatch.linewidth": 0.6,
+        "svg.fonttype": "none" if theme.letters else "path",
         "svg.hashsalt": "superexperts",  # the same picture is the same file
         "text.parse_math": False,  # names may hold a dollar sign
     }
