@@ -24,6 +24,7 @@ from .rundir import write_bytes
 __all__ = [
     "COLUMN",
     "DARK",
+    "LETTERS",
     "LIGHT",
     "PAGE",
     "Grid",
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column and the full width of a two-column paper
+LETTERS = ".letters.svg"
+"""An SVG whose name ends so keeps its text as letters, which is half the size, instead of outlines."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +62,6 @@ class Theme:
     scale: tuple[str, ...]
     """The heatmap's colours from small to large, evenly rising in contrast to `paper`."""
     lines: tuple[str, ...]
-    letters: bool = False
-    """Whether an SVG keeps its text as letters, which is half the size, instead of outlines, the same everywhere."""
 
 
 LIGHT = Theme(
@@ -160,7 +161,6 @@ def figure_in(width: float, height: float, theme: Theme) -> Iterator[Figure]:
         "xtick.major.width": 0.6,
         "ytick.major.width": 0.6,
         "hatch.linewidth": 0.6,
-        "svg.fonttype": "none" if theme.letters else "path",
         "svg.hashsalt": "superexperts",  # the same picture is the same file
         "text.parse_math": False,  # names may hold a dollar sign
     }
@@ -169,14 +169,17 @@ def figure_in(width: float, height: float, theme: Theme) -> Iterator[Figure]:
         yield figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Renders in memory, then writes whole or not at all."""
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in ("png", "svg"):
-        raise OutputError(f"{path.name}: pictures are .png or .svg, not {path.suffix!r}; choose one of the two")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
-    write_bytes(path, buffer.getvalue())
+def save(figure: Figure, paths: Path | Sequence[Path]) -> None:
+    """Renders in memory, then writes whole or not at all; PNG or SVG by each path's suffix (see `LETTERS`)."""
+    for path in [paths] if isinstance(paths, Path) else paths:
+        kind = path.suffix.removeprefix(".").lower()
+        if kind not in ("png", "svg"):
+            raise OutputError(f"{path.name}: pictures are .png or .svg, not {path.suffix!r}; choose one of the two")
+        buffer = io.BytesIO()
+        with mpl.rc_context({"svg.fonttype": "none" if path.name.endswith(LETTERS) else "path"}):
+            figure.savefig(buffer, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
+        write_bytes(path, buffer.getvalue())
+        figure.set_layout_engine("none")  # another format need not be laid out again
 
 
 def put_title(axes: Axes, title: str, source: str, inches: float) -> None:
