@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from superexperts.artifacts import Answer, CorpusProfile, ExpertSet, ExpertStats, Extraction, Profile
+from superexperts.conclude import compare
+from superexperts.results import RESULTS_SCHEMA
 from superexperts.rundir import write_json, write_manifest, write_text
-from superexperts.stats import compare, score
+from superexperts.stats import holm, score
 
 TASKS = ("mmlu", "boolq")
 HOSTILE = (
@@ -51,39 +55,72 @@ def extractions(variant: str) -> dict[str, list[Extraction]]:
     }
 
 
+def table(variant: str, task: str | None = None) -> Any:
+    """Right (1) or wrong (0) of the variant's one run, [1, items]."""
+    patterns = [CORRECT[variant][name] for name in TASKS if task in (None, name)]
+    return np.array([[mark == "+" for pattern in patterns for mark in pattern]], dtype=float)
+
+
+def comparison_rows(family: str, pairs: list[tuple[str, str, str | None]]) -> list[dict[str, Any]]:
+    rows = [
+        {"family": family, "variant": one, "reference": other, "task": task}
+        | compare(table(one, task), table(other, task), tests=len(pairs))
+        for one, other, task in pairs
+    ]
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["adjusted"] = p
+    return rows
+
+
 def results_json(variants: Mapping[str, str] = TITLES) -> dict[str, Any]:
     rows = []
     for name, title in variants.items():
         scores = [score(task, name, rows) for task, rows in extractions(name).items()]
-        paired, pooled = compare(extractions("base"), extractions(name))
-        own = name != "base"
+        perplexity = PERPLEXITY[name]
+        run = {
+            "name": name,
+            "seed": 0,
+            "experts": EXPERTS.get(name),
+            "trainable_parameters": 12_345 if name.startswith("lora") else None,
+            "exposure": {"L1E2": 100, "L2E5": 50} if name == "lora-super" else None,
+            "perplexity": perplexity,
+            "perplexity_interval": None if perplexity is None else [perplexity - 0.5, perplexity + 0.5],
+            "scores": [one.to_json() for one in scores],
+        }
+        together = [
+            {field: value for field, value in one.to_json().items() if field != "variant"}
+            | {"runs": 1, "clustered": None}
+            for one in scores
+        ]
         rows.append(
             {
                 "name": name,
                 "title": title,
                 "kind": name.split("-")[0],
-                "experts": EXPERTS.get(name),
-                "target": {"lora-super": "experts", "lora-attention": "attention"}.get(name),
-                "trainable_parameters": 12_345 if name.startswith("lora") else None,
-                "perplexity": PERPLEXITY[name],
-                "perplexity_interval": None
-                if PERPLEXITY[name] is None
-                else [PERPLEXITY[name] - 0.5, PERPLEXITY[name] + 0.5],
+                "target": None if name == "base" else name.split("-")[1],
+                "runs": [run],
                 "mean": sum(one.accuracy for one in scores) / len(scores),
-                "scores": [one.to_json() for one in scores],
-                "paired": {task: pair.to_json() for task, pair in paired.items()} if own else None,
-                "pooled": pooled.to_json() if own else None,
+                "perplexity": perplexity,
+                "scores": together,
             }
         )
+    others = [name for name in variants if name != "base"]
+    controls = [("prune-super", "prune-random"), ("lora-super", "lora-attention")]
     return {
-        "schema": "superexperts/results/1",
+        "schema": RESULTS_SCHEMA,
         "name": "by <i>hand</i>",
         "model": "pocket",
-        "seed": 0,
+        "revision": None,
         "limit": 40,
-        "corpus": "pocket",
+        "protocol": "generate",
+        "corpora": ["pocket"],
         "tasks": list(TASKS),
         "variants": rows,
+        "comparisons": [
+            *comparison_rows("base", [(name, "base", None) for name in others]),
+            *comparison_rows("benchmark", [(name, "base", task) for name in others for task in TASKS]),
+            *comparison_rows("control", [(*pair, None) for pair in controls if set(pair) <= set(others)]),
+        ],
     }
 
 

@@ -23,6 +23,13 @@ def run(folder: Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stderr
 
 
+def against_base(results: Any, variant: str) -> Any:
+    """The comparison over all items."""
+    found = [row for row in results["comparisons"] if (row["family"], row["variant"]) == ("base", variant)]
+    assert len(found) == 1
+    return found[0]
+
+
 def _run_notebook(folder: Path, results: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the cells of the notebook on a study; its figures are the study's."""
     monkeypatch.setenv("SUPEREXPERTS_STUDY", str(folder))
@@ -31,15 +38,16 @@ def _run_notebook(folder: Path, results: Any, monkeypatch: pytest.MonkeyPatch) -
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
-    scores = {(row["name"], score["task"]): score for row in results["variants"] for score in row["scores"]}
+    runs = [run for row in results["variants"] for run in row["runs"]]
+    scores = {(run["name"], score["task"]): score for run in runs for score in run["scores"]}
     assert len(names["items"]) == sum(score["items"] for score in scores.values())
     for (variant, task), score in scores.items():
         assert names["accuracy"].loc[variant, task] == pytest.approx(100 * score["accuracy"], abs=0.05)
     assert names["how"].sum().sum() == len(names["items"])
     assert len(names["unparsed"]) == sum(score["unparsed"] for score in scores.values())
-    paired = next(row for row in results["variants"] if row["name"] == names["OTHER"])["paired"]
-    assert names["pairs"].lost.sum() == sum(pair["only_base"] for pair in paired.values())
-    assert names["pairs"].won.sum() == sum(pair["only_variant"] for pair in paired.values())
+    pair = against_base(results, names["OTHER"])
+    assert names["pairs"].lost.sum() == pair["only_base"]
+    assert names["pairs"].won.sum() == pair["only_variant"]
 
 
 def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +55,8 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "up to date" not in said
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     rows = {row["name"]: row for row in results["variants"]}
-    assert set(rows["prune-super"]["experts"]) == {"L1E11", "L3E54"}
-    pruned, control = rows["prune-super"]["pooled"], rows["prune-random"]["pooled"]
+    assert set(rows["prune-super"]["runs"][0]["experts"]) == {"L1E11", "L3E54"}
+    pruned, control = against_base(results, "prune-super"), against_base(results, "prune-random")
     assert pruned["difference"] < -0.03
     assert pruned["p"] < 0.001
     assert abs(control["difference"]) < 0.02

@@ -134,9 +134,10 @@ def test_differences_show_every_interval_and_fill_only_detected_ones(drawn: list
         1:
     ]
     for variant, mark, span in zip(results.others, marks, spans, strict=True):
-        assert variant.pooled is not None
-        assert mark.get_xdata()[0] == pytest.approx(100 * variant.pooled.difference)
-        assert list(span) == pytest.approx([100 * variant.pooled.low, 100 * variant.pooled.high])
+        row = results.to_base(variant.name)
+        assert row is not None
+        assert mark.get_xdata()[0] == pytest.approx(100 * row.difference)
+        assert list(span) == pytest.approx([100 * row.low, 100 * row.high])
     assert [mark.get_markerfacecolor() == LIGHT.paper for mark in marks] == [False, True, False, False]
 
 

@@ -144,7 +144,7 @@ def test_disagreements_are_all_there_as_text(page: BeautifulSoup) -> None:
 
 def test_what_was_run(page: BeautifulSoup) -> None:
     section = text_of(page.select_one("#run"))
-    assert "LoRA on super experts lora experts L2E5, L1E2 12,345" in section
+    assert "LoRA on super experts lora super L2E5, L1E2 12,345" in section
     assert "evaluate variants/prune-super" in section
     assert "ab" * 32 in section
     assert re.search(r"torch \d+\.\d+", section)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from study_folder import results_json
 from superexperts.errors import DataError
-from superexperts.results import Results, adjusted, markdown_table, print_table, signed_points, write_csv
+from superexperts.results import Results, markdown_table, print_table, signed_points, write_csv
 from superexperts.stats import holm
 
 
@@ -24,17 +24,16 @@ def test_csv_has_the_original_columns(tmp_path: Path) -> None:
     assert len(lines) == 6
 
 
-def test_adjusted_is_holm_in_two_families() -> None:
+def test_adjusted_is_holm_in_three_families() -> None:
     results = Results.from_json(results_json())
-    found = adjusted(results)
-    names = [variant.name for variant in results.others]
-    pooled = holm([variant.pooled.p for variant in results.others if variant.pooled])
-    assert [found[name, None] for name in names] == pooled
-    cells = [(name, task) for name in names for task in ("mmlu", "boolq")]
-    raw = [(variant.paired or {})[task].p for variant in results.others for task in ("mmlu", "boolq")]
-    assert [found[cell] for cell in cells] == holm(raw)
+    for name, size in (("base", 4), ("benchmark", 8), ("control", 2)):
+        family = results.family(name)
+        assert len(family) == size
+        assert [row.adjusted for row in family] == holm([row.p for row in family])
     # 20 items lost, none won: p = 2 / 2**20, the smallest of the eight cells
-    assert found["prune-super", "mmlu"] == pytest.approx(8 * 2 / 2**20)
+    found = results.to_base("prune-super", "mmlu")
+    assert found is not None
+    assert found.adjusted == pytest.approx(8 * 2 / 2**20)
 
 
 def test_markdown_marks_only_detected_differences() -> None:
@@ -73,6 +72,6 @@ def test_from_json_refuses_what_it_cannot_use() -> None:
     with pytest.raises(DataError, match="0 variants are the base"):
         Results.from_json(value)
     value = results_json()
-    value["variants"][1]["pooled"] = None
-    with pytest.raises(DataError, match="prune-super has no paired test"):
+    del value["comparisons"][0]
+    with pytest.raises(DataError, match="prune-super has no test against base"):
         Results.from_json(value)

@@ -13,7 +13,7 @@ from scipy.stats import binom
 
 from superexperts.artifacts import Extraction
 from superexperts.errors import DataError
-from superexperts.stats import Paired, compare, detectable, holm, mcnemar, paired_interval, score, wilson
+from superexperts.stats import detectable, holm, mcnemar, paired_interval, score, wilson
 
 Z = 1.959963984540054
 
@@ -115,32 +115,6 @@ def test_score_counts_unparsed_as_wrong() -> None:
     assert (found.low, found.high) == wilson(2, 5)
     with pytest.raises(DataError, match="gsm8k: base has no answers"):
         score("gsm8k", "base", [])
-
-
-def test_compare_joins_by_id_and_pools() -> None:
-    base = {"mmlu": rows("++--"), "boolq": rows("+-+")}
-    variant = {"boolq": rows("---"), "mmlu": list(reversed(rows("+++-")))}
-    paired, pooled = compare(base, variant)
-    assert list(paired) == ["mmlu", "boolq"]
-    assert (paired["mmlu"].only_base, paired["mmlu"].only_variant, paired["mmlu"].n) == (0, 1, 4)
-    assert (paired["boolq"].only_base, paired["boolq"].only_variant, paired["boolq"].n) == (2, 0, 3)
-    assert (pooled.only_base, pooled.only_variant, pooled.n) == (2, 1, 7)
-    assert pooled.difference == pytest.approx(-1 / 7)
-    assert Paired.from_json(pooled.to_json()) == pooled
-
-
-def test_compare_refuses_different_items() -> None:
-    with pytest.raises(DataError, match="mmlu: 2 items in one variant only, first 'i3'"):
-        compare({"mmlu": rows("++++")}, {"mmlu": [*rows("+++"), extraction("other", True)]})
-    with pytest.raises(DataError, match="boolq,mmlu and mmlu cannot be compared"):
-        compare({"mmlu": rows("+"), "boolq": rows("+")}, {"mmlu": rows("+")})
-    with pytest.raises(DataError, match="1 ids occur twice"):
-        compare({"mmlu": rows("+") * 2}, {"mmlu": rows("+")})
-
-
-def test_paired_from_json_names_what_is_missing() -> None:
-    with pytest.raises(DataError, match="only_base"):
-        Paired.from_json({"n": 3})
 
 
 def test_holm_by_hand() -> None:

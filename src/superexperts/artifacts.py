@@ -225,17 +225,20 @@ class Answer:
     task: str
     variant: str
     seed: int
+    subject: str | None = None
+    """What the benchmark files the item under, such as anatomy; None where it does not."""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value; choices as a list of pairs."""
-        return dataclasses.asdict(self)
+        """A JSON value; choices as a list of pairs, and no subject where there is none."""
+        value = dataclasses.asdict(self)
+        return value if self.subject is not None else {name: value[name] for name in value if name != "subject"}
 
     @classmethod
     def from_json(cls, value: Any) -> Answer:
         """The inverse of `to_json`."""
         try:
             choices = tuple((str(label), str(text)) for label, text in value["choices"])
-            answer = cls(**{**_own_fields(cls, value), "choices": choices})
+            answer = cls(**{**_own_fields(cls, {"subject": None, **value}), "choices": choices})
             if not isinstance(answer.response, str) or answer.kind not in ("choice", "number", "yesno"):
                 raise TypeError(f"response {answer.response!r:.40}, kind {answer.kind!r:.40}")
             return answer

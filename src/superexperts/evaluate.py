@@ -111,6 +111,7 @@ def _ask_one(
                 task=name,
                 variant=variant,
                 seed=seed,
+                subject=item.subject,
             )
         )
     return answers

@@ -20,22 +20,26 @@ from rich.text import Text
 from .artifacts import Score
 from .errors import DataError
 from .rundir import read_json, write_text
-from .stats import Paired, holm
+from .variants import Kind
 
 __all__ = [
     "COLUMNS",
+    "RESULTS_SCHEMA",
     "SIGNIFICANT",
+    "Comparison",
     "Results",
+    "RunResult",
     "VariantResult",
-    "adjusted",
+    "VariantScore",
     "markdown_table",
     "print_table",
+    "run_title",
     "signed_points",
     "task_title",
     "write_csv",
 ]
 
-RESULTS_SCHEMA = "superexperts/results/1"
+RESULTS_SCHEMA = "superexperts/results/2"
 SIGNIFICANT = 0.05
 MINUS = "\N{MINUS SIGN}"
 
@@ -51,31 +55,82 @@ COLUMNS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VariantResult:
-    """One row of the result table."""
+class RunResult:
+    """One model that was asked: a variant with one seed."""
 
     name: str
-    """Folder of the variant below `variants/`."""
-    title: str
-    kind: Literal["base", "prune", "lora"]
+    """Its folder below `variants/`."""
+    seed: int
     experts: tuple[str, ...] | None
-    """Pruned or adapted experts, such as L2E54; None where the variant has none."""
-    target: str | None
-    """What LoRA adapts: "experts" or "attention"; None for other kinds."""
+    """Pruned or adapted experts, such as L2E54; None where the run has none."""
     trainable_parameters: int | None
+    exposure: Mapping[str, int] | None
+    """Training tokens that each adapted expert saw; None for what was not trained."""
     perplexity: float | None
     """On held-out text; None where it was not measured."""
     perplexity_interval: tuple[float, float] | None
     """95%, over the sequences; None also where there is only one."""
+    scores: tuple[Score, ...]
+
+    @classmethod
+    def from_json(cls, value: Any) -> RunResult:
+        """Reads one entry of `runs`; KeyError or TypeError where a field is missing or wrong."""
+        own = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+        own["experts"] = None if own["experts"] is None else tuple(own["experts"])
+        own["perplexity_interval"] = _interval(own["perplexity_interval"])
+        own["scores"] = tuple(Score.from_json(score) for score in own["scores"])
+        return cls(**own)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VariantScore:
+    """A variant on one benchmark, all its runs together."""
+
+    task: str
+    items: int
+    """Asked of each run."""
+    runs: int
+    correct: int
+    """Summed over the runs, as `unparsed`."""
+    unparsed: int
+    accuracy: float
+    """Mean over the runs, in 0..1."""
+    low: float
+    high: float
+    """95% interval of the accuracy: Wilson's for one run; for several over items and seeds, see `stats.accuracy`."""
+    clustered: tuple[float, float] | None
+    """95% interval with items of one subject as one cluster; None where there are too few subjects."""
+
+    @property
+    def unparsed_share(self) -> float:
+        """Of all answers of all runs."""
+        return self.unparsed / (self.items * self.runs)
+
+    @classmethod
+    def from_json(cls, value: Any) -> VariantScore:
+        """Reads one entry of a variant's `scores`."""
+        own = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+        return cls(**own | {"clustered": _interval(own["clustered"])})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VariantResult:
+    """One row of the result table."""
+
+    name: str
+    """base, prune-SET, lora-SET or lora-attention."""
+    title: str
+    kind: Kind
+    target: str | None
+    """The set of experts, or "attention"; None for base."""
+    runs: tuple[RunResult, ...]
     mean: float
     """Mean accuracy of the benchmarks, each counting once, in 0..1."""
-    scores: tuple[Score, ...]
-    paired: Mapping[str, Paired] | None
-    """Per benchmark against base; None for base itself, as `pooled`."""
-    pooled: Paired | None
-    """Against base over the items of all benchmarks, each item counting once."""
+    perplexity: float | None
+    """Mean over the runs; None where it was not measured."""
+    scores: tuple[VariantScore, ...]
 
-    def score(self, task: str) -> Score | None:
+    def score(self, task: str) -> VariantScore | None:
         """The variant's score on a benchmark, None where it was not run."""
         return next((score for score in self.scores if score.task == task), None)
 
@@ -83,13 +138,63 @@ class VariantResult:
     def from_json(cls, value: Any) -> VariantResult:
         """Reads one entry of `variants`; KeyError or TypeError where a field is missing or wrong."""
         own = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-        paired, pooled = own["paired"], own["pooled"]
-        interval = own["perplexity_interval"]
-        own["perplexity_interval"] = None if interval is None else (interval[0], interval[1])
-        own["experts"] = None if own["experts"] is None else tuple(own["experts"])
-        own["scores"] = tuple(Score.from_json(score) for score in own["scores"])
-        own["paired"] = None if paired is None else {task: Paired.from_json(row) for task, row in paired.items()}
-        own["pooled"] = None if pooled is None else Paired.from_json(pooled)
+        own["runs"] = tuple(RunResult.from_json(run) for run in own["runs"])
+        own["scores"] = tuple(VariantScore.from_json(score) for score in own["scores"])
+        return cls(**own)
+
+
+Family = Literal["base", "benchmark", "control"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One variant against another on the same items; `difference` is the variant's accuracy minus the reference's."""
+
+    family: Family
+    """Tests that are corrected together: against base over all items, on each benchmark, and against controls."""
+    variant: str
+    reference: str
+    task: str | None
+    """None for all items of all benchmarks, each counting once."""
+    n: int
+    """Items that both answered."""
+    runs: tuple[int, int]
+    """Of the variant and of the reference."""
+    only_base: int | None
+    """Items that only the reference has right; None where a side has several runs, as the next one."""
+    only_variant: int | None
+    """Items that only the variant has right."""
+    difference: float
+    """In -1..1."""
+    low: float
+    high: float
+    """95% interval: Tango's for one run each; over items and seeds where a side has several runs."""
+    clustered: tuple[float, float] | None
+    """95% interval with items of one subject as one cluster; None where there are too few subjects."""
+    bootstrap: tuple[float, float] | None
+    """95% percentile interval over resampled items (subjects, where there are), the runs being what they are."""
+    seed_sd: tuple[float | None, float | None]
+    """Standard deviation of the accuracy between runs, the items' share taken off, of the variant and of the reference;
+    None for one run."""
+    test: Literal["mcnemar", "seeds"]
+    p: float
+    """Two-sided: the exact McNemar test, or the test with seeds as a random effect. Not adjusted."""
+    adjusted: float
+    """By Holm within the family."""
+    detectable: float
+    """The smallest difference that this test would have detected with 80% power, at the family's first step."""
+
+    @property
+    def sure(self) -> bool:
+        """Whether a difference was detected at 5%."""
+        return self.adjusted < SIGNIFICANT
+
+    @classmethod
+    def from_json(cls, value: Any) -> Comparison:
+        """Reads one entry of `comparisons`; KeyError or TypeError where a field is missing or wrong."""
+        own = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+        for name in ("clustered", "bootstrap", "runs", "seed_sd"):
+            own[name] = _interval(own[name])
         return cls(**own)
 
 
@@ -99,13 +204,16 @@ class Results:
 
     name: str
     model: str
-    seed: int
+    revision: str | None
     limit: int | None
     """Items per benchmark at most; None when all were asked."""
-    corpus: str
-    """Corpus of the profile and of the perplexity."""
+    protocol: str
+    """How the benchmarks were asked."""
+    corpora: tuple[str, ...]
+    """Corpora of the profile; the first one is the perplexity's."""
     tasks: tuple[str, ...]
     variants: tuple[VariantResult, ...]
+    comparisons: tuple[Comparison, ...]
 
     @property
     def base(self) -> VariantResult:
@@ -118,10 +226,28 @@ class Results:
         return tuple(variant for variant in self.variants if variant.kind != "base")
 
     @property
+    def runs(self) -> tuple[tuple[VariantResult, RunResult], ...]:
+        """Every run with its variant, in order."""
+        return tuple((variant, run) for variant in self.variants for run in variant.runs)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The benchmarks that were run, in the order of `COLUMNS`, unknown ones last."""
         known = list(COLUMNS)
         return tuple(sorted(self.tasks, key=lambda task: known.index(task) if task in COLUMNS else len(known)))
+
+    def variant(self, name: str) -> VariantResult:
+        """The variant of that name, which must be there."""
+        return next(variant for variant in self.variants if variant.name == name)
+
+    def family(self, name: Family) -> tuple[Comparison, ...]:
+        """The comparisons of a family, in order."""
+        return tuple(row for row in self.comparisons if row.family == name)
+
+    def to_base(self, variant: str, task: str | None = None) -> Comparison | None:
+        """The variant against base on a benchmark, or over all items; None for base itself."""
+        rows = self.family("base" if task is None else "benchmark")
+        return next((row for row in rows if (row.variant, row.task) == (variant, task)), None)
 
     @classmethod
     def from_json(cls, value: Any) -> Results:
@@ -131,23 +257,41 @@ class Results:
             raise DataError(f"results: expected schema {RESULTS_SCHEMA!r}, found {found!r}; run the study again")
         try:
             own = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-            own["tasks"] = tuple(own["tasks"])
+            own["corpora"], own["tasks"] = tuple(own["corpora"]), tuple(own["tasks"])
             own["variants"] = tuple(VariantResult.from_json(row) for row in own["variants"])
-        except (KeyError, TypeError) as error:
+            own["comparisons"] = tuple(Comparison.from_json(row) for row in own["comparisons"])
+        except (KeyError, TypeError, IndexError) as error:
             raise DataError(f"results: a field is missing or wrong ({error}); run the study again") from error
         results = cls(**own)
         bases = sum(variant.kind == "base" for variant in results.variants)
         if bases != 1:
             raise DataError(f"results: {bases} variants are the base, one is needed; run the study again")
+        names = {variant.name for variant in results.variants}
+        for row in results.comparisons:
+            if not {row.variant, row.reference} <= names:
+                raise DataError(
+                    f"results: {row.variant} against {row.reference} compares no variant; run the study again"
+                )
         for variant in results.others:
-            if variant.paired is None or variant.pooled is None:
-                raise DataError(f"results: {variant.name} has no paired test against base; run the study again")
+            for task in (None, *results.tasks):
+                if results.to_base(variant.name, task) is None:
+                    raise DataError(f"results: {variant.name} has no test against base; run the study again")
         return results
 
     @classmethod
     def load(cls, folder: Path) -> Results:
         """Reads `results.json` of a study's folder."""
         return cls.from_json(read_json(folder / "results.json", "results"))
+
+
+def _interval(value: Any) -> Any:
+    """A pair as JSON has it, or None."""
+    return None if value is None else (value[0], value[1])
+
+
+def run_title(variant: VariantResult, run: RunResult) -> str:
+    """A variant's title, with the seed where it has several runs."""
+    return variant.title if len(variant.runs) == 1 else f"{variant.title}, seed {run.seed}"
 
 
 def task_title(task: str) -> str:
@@ -159,21 +303,6 @@ def signed_points(difference: float, digits: int = 1) -> str:
     """0.0123 -> `+1.2`, with a real minus sign; a difference that rounds to nothing has no sign."""
     text = f"{100 * abs(difference):.{digits}f}"
     return text if float(text) == 0 else f"{MINUS if difference < 0 else '+'}{text}"
-
-
-def adjusted(results: Results) -> dict[tuple[str, str | None], float]:
-    """(variant, benchmark or None for all items) -> p-value against base, adjusted by Holm.
-
-    Two families: the variants over all items, and every variant on every benchmark.
-    """
-    pooled = {(variant.name, None): variant.pooled.p for variant in results.others if variant.pooled is not None}
-    cells = {
-        (variant.name, task): paired.p for variant in results.others for task, paired in (variant.paired or {}).items()
-    }
-    found: dict[tuple[str, str | None], float] = {}
-    for family in (pooled, cells):
-        found.update(zip(family, holm(list(family.values())), strict=True))
-    return found
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:
@@ -203,7 +332,7 @@ def print_table(results: Mapping[str, Any], console: Console) -> None:
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
-        caption="accuracy in %; * differs from base (McNemar, Holm, 5%; at the mean: over all items)",
+        caption="accuracy in %; * differs from base (paired test, Holm, 5%; at the mean: over all items)",
         caption_justify="left",
     )
     table.add_column("variant", no_wrap=True)
@@ -216,15 +345,16 @@ def print_table(results: Mapping[str, Any], console: Console) -> None:
 
 def _cells(results: Results) -> list[list[str]]:
     """Per variant: title, accuracies, mean, perplexity."""
-    p_values = adjusted(results)
     lines = []
     for variant in results.variants:
         cells = [variant.title]
         for task in results.columns:
             score = variant.score(task)
-            star = "*" if p_values.get((variant.name, task), 1.0) < SIGNIFICANT else ""
+            row = results.to_base(variant.name, task)
+            star = "*" if row is not None and row.sure else ""
             cells.append("" if score is None else f"{100 * score.accuracy:.1f}{star}")
-        star = "*" if p_values.get((variant.name, None), 1.0) < SIGNIFICANT else ""
+        row = results.to_base(variant.name)
+        star = "*" if row is not None and row.sure else ""
         cells.append(f"{100 * variant.mean:.1f}{star}")
         cells.append("" if variant.perplexity is None else f"{variant.perplexity:.2f}")
         lines.append(cells)

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from .artifacts import Extraction, Score
 from .errors import DataError
 
-__all__ = ["Paired", "compare", "detectable", "holm", "mcnemar", "paired_interval", "score", "wilson"]
+__all__ = ["CONFIDENCE", "Paired", "detectable", "holm", "mcnemar", "paired_interval", "score", "wilson"]
 
 CONFIDENCE = 0.95
 
@@ -42,25 +43,17 @@ class Paired:
     p: float
     """Exact two-sided McNemar test; 1.0 when the two never differ. Not adjusted for other tests, see `holm`."""
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON value."""
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_json(cls, value: Any) -> Paired:
-        """The inverse of `to_json`; `DataError` for anything else."""
-        try:
-            return cls(**{field.name: value[field.name] for field in dataclasses.fields(cls)})
-        except (KeyError, TypeError) as error:
-            raise DataError(f"results: a paired test's field is missing ({error}); run the study again") from error
+def wilson(correct: float, items: float) -> tuple[float, float]:
+    """95% Wilson score interval of the share `correct / items`; (0, 1), that is no knowledge, without items.
 
-
-def wilson(correct: int, items: int) -> tuple[float, float]:
-    """95% Wilson score interval of the share `correct / items`; (0, 1), that is no knowledge, without items."""
+    Both can be fractions: of several runs, and of items that together are worth fewer.
+    """
     if items == 0:
         return 0.0, 1.0
-    interval = binomtest(correct, items).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
+    low, high = proportion_confint(correct, items, alpha=1 - CONFIDENCE, method="wilson")
+    share = correct / items  # rounding must not leave it outside
+    return max(0.0, min(float(low), share)), min(1.0, max(float(high), share))
 
 
 def mcnemar(base_correct: Sequence[bool], variant_correct: Sequence[bool]) -> Paired:
@@ -146,43 +139,6 @@ def score(task: str, variant: str, extractions: Sequence[Extraction]) -> Score:
     )
 
 
-def compare(
-    base: Mapping[str, Sequence[Extraction]], variant: Mapping[str, Sequence[Extraction]]
-) -> tuple[dict[str, Paired], Paired]:
-    """The paired test of each benchmark, and of all their items pooled (each item counting once).
-
-    Items are joined by id; `DataError` unless both hold the same benchmarks and the same ids, each once.
-    """
-    if not base or set(base) != set(variant):
-        both = " and ".join(",".join(sorted(tasks)) or "none" for tasks in (base, variant))
-        raise DataError(f"--tasks: {both} cannot be compared; evaluate both on the same benchmarks")
-    paired: dict[str, Paired] = {}
-    all_base: list[bool] = []
-    all_variant: list[bool] = []
-    for task, rows in base.items():
-        left, right = _by_id(task, rows), _by_id(task, variant[task])
-        odd = sorted(left.keys() ^ right.keys())
-        if odd:
-            raise DataError(f"{task}: {len(odd)} items in one variant only, first {odd[0]!r}; evaluate both again")
-        base_correct, variant_correct = list(left.values()), [right[name] for name in left]
-        paired[task] = mcnemar(base_correct, variant_correct)
-        all_base += base_correct
-        all_variant += variant_correct
-    return paired, mcnemar(all_base, all_variant)
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values, in the order given: reject those under 0.05 and the family errs in at most 5% of studies."""
-    adjusted = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
-
-
-def _by_id(task: str, rows: Sequence[Extraction]) -> dict[str, bool]:
-    found = {row.id: row.correct for row in rows}
-    if len(found) < len(rows):
-        raise DataError(f"{task}: {len(rows) - len(found)} ids occur twice; evaluate again")
-    return found
+    return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []

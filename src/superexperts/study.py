@@ -12,12 +12,12 @@ import time
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
-from . import evaluate, extract, profile, prune, select, stats, train
-from .artifacts import ExpertSet, Extraction, Score, key_name
+from . import evaluate, extract, profile, prune, select, train
+from .conclude import conclude
 from .config import (
     TASKS,
     EvaluateConfig,
@@ -29,13 +29,14 @@ from .config import (
 )
 from .config_train import TrainConfig
 from .console import note, stderr
-from .corpora import local_data, local_file, named_corpus, read_rows
+from .corpora import local_data, local_file, named_corpus
 from .errors import DataError, OptionError
 from .model import checkpoint_folder
 from .pocket import write_data
 from .report import write_csv, write_report
 from .rundir import completed, fingerprint, new_folder, prepare_folder, read_json, write_json, write_manifest
 from .tasks import load_benchmarks
+from .variants import Kind, Run
 
 __all__ = ["VARIANTS", "Plan", "Variant", "run"]
 
@@ -301,50 +302,20 @@ def _run_cells(plan: Plan, out: Path) -> None:
 
 
 def _conclude(plan: Plan, out: Path) -> dict[str, Any]:
-    """results.json: every number of the report, with nothing in it that differs between two equal runs."""
-    base = _extractions(out, "base", plan)
-    rows = []
+    runs = []
     for name in plan.variants:
-        variant, folder = VARIANTS[name], out / "variants" / name
-        found = read_json(folder / "scores.json", "scores")["scores"]
-        scores = {score.task: score for score in map(Score.from_json, found)}
-        paired, pooled = stats.compare(base, _extractions(out, name, plan)) if name != "base" else (None, None)
-        training = read_json(folder / "train" / "training.json", "training") if variant.kind == "lora" else None
-        measured = read_json(folder / "perplexity.json", "perplexity")
-        chosen = ExpertSet.parse(str(out / "experts" / f"{variant.experts}.json")).experts if variant.experts else None
-        rows.append(
-            {
-                "name": name,
-                "title": variant.title,
-                "kind": variant.kind,
-                "target": None if variant.kind == "base" else "experts" if variant.experts else "attention",
-                "experts": [key_name(key) for key in chosen] if chosen else None,
-                "trainable_parameters": training["trainable_parameters"] if training else None,
-                "perplexity": measured["perplexity"],
-                "perplexity_interval": measured["interval"],
-                "mean": sum(scores[task].accuracy for task in plan.tasks) / len(plan.tasks),
-                "scores": [scores[task].to_json() for task in plan.tasks],
-                "paired": {task: pair.to_json() for task, pair in paired.items()} if paired else None,
-                "pooled": pooled.to_json() if pooled else None,
-            }
-        )
-    return {
-        "schema": "superexperts/results/1",
-        "name": plan.name,
-        "model": plan.model,
-        "seed": plan.seed,
-        "limit": plan.limit,
-        "corpus": plan.corpus,
-        "tasks": list(plan.tasks),
-        "variants": rows,
-    }
-
-
-def _extractions(out: Path, variant: str, plan: Plan) -> dict[str, list[Extraction]]:
-    found = {}
-    for task in plan.tasks:
-        file = out / "variants" / variant / "extractions" / f"{task}.jsonl"
-        if not file.is_file():
-            raise DataError(f"STUDY: {file} is missing; run the study again")
-        found[task] = [Extraction.from_json(row) for _, row in read_rows(file, "extractions")]
-    return found
+        variant = VARIANTS[name]
+        target = None if variant.kind == "base" else variant.experts or "attention"
+        kind = cast(Kind, variant.kind)
+        runs.append(Run(name=name, variant=name, kind=kind, target=target, seed=plan.seed, experts=variant.experts))
+    return conclude(
+        out,
+        runs,
+        name=plan.name,
+        model=plan.model,
+        revision=plan.revision,
+        limit=plan.limit,
+        protocol="generate",
+        corpora=(plan.corpus,),
+        tasks=plan.tasks,
+    )

@@ -3,127 +3,126 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 
-from .artifacts import Extraction
-from .results import SIGNIFICANT, Results, VariantResult, adjusted, signed_points
-from .stats import Paired, compare, detectable, holm
+from .results import Comparison, Results, VariantResult, signed_points
 
-__all__ = ["Comparison", "against_base", "against_controls", "format_p", "headline"]
+__all__ = ["Verdict", "against_base", "against_controls", "format_p", "headline", "verdict"]
+
+DRAWN = ("random", "anywhere")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One variant against another on the items of all benchmarks."""
+class Verdict:
+    """One comparison in words."""
 
-    name: str
+    row: Comparison
     title: str
     reference: str
     """Title of what it is compared with."""
-    paired: Paired
-    p: float
-    """Adjusted by Holm within its family."""
-    tests: int
-    """Size of that family."""
+    seeds: str
+    """What the number of seeds leaves open; empty where nothing."""
+
+    @property
+    def name(self) -> str:
+        """The variant's name."""
+        return self.row.variant
+
+    @property
+    def p(self) -> float:
+        """Adjusted by Holm within its family."""
+        return self.row.adjusted
 
     @property
     def sure(self) -> bool:
         """Whether a difference was detected at 5%."""
-        return self.p < SIGNIFICANT
+        return self.row.sure
 
     @property
     def effect(self) -> str:
         """down, up or none: for the words and the colours."""
-        return "none" if not self.sure else "down" if self.paired.difference < 0 else "up"
+        return "none" if not self.sure else "down" if self.row.difference < 0 else "up"
 
     @property
     def words(self) -> str:
-        """The conclusion about the two, such as `costs 12.3 points`."""
-        points = signed_points(abs(self.paired.difference)).lstrip("+")
+        """The conclusion as a predicate of the variant, such as `costs 12.3 points`."""
         if self.sure:
-            return f"{'costs' if self.paired.difference < 0 else 'gains'} {points} points"
+            return f"{'costs' if self.row.difference < 0 else 'gains'} {_points(self.row.difference)} points"
         return "makes no detectable difference"
 
     @property
     def detectable(self) -> str:
         """The smallest difference in points that would have been seen with 80% power."""
-        paired = self.paired
-        smallest = detectable(paired.only_base + paired.only_variant, paired.n, self.tests)
-        return signed_points(smallest).lstrip("+")
+        return _points(self.row.detectable)
 
     @property
     def interval(self) -> str:
         """The difference's 95% interval in points."""
-        return f"{signed_points(self.paired.low)} to {signed_points(self.paired.high)}"
+        return f"{signed_points(self.row.low)} to {signed_points(self.row.high)}"
+
+    @property
+    def sentence(self) -> str:
+        """The whole verdict, such as `no difference detected; differences over 1.9 points would have been seen`."""
+        if self.sure:
+            side = "lower" if self.row.difference < 0 else "higher"
+            said = f"{_points(self.row.difference)} points {side}, {self.interval}"
+        else:
+            said = f"no difference detected; differences over {self.detectable} points would have been seen"
+        return f"{said}; {self.seeds}" if self.seeds else said
 
 
-def against_base(results: Results) -> list[Comparison]:
+def verdict(results: Results, row: Comparison) -> Verdict:
+    """A comparison of these results in words."""
+    variant, reference = results.variant(row.variant), results.variant(row.reference)
+    single = [one for one in (variant, reference) if _varies(one) and len(one.runs) == 1]
+    return Verdict(
+        row=row,
+        title=variant.title,
+        reference=reference.title,
+        seeds="one seed: another one may differ" if single else "",
+    )
+
+
+def _varies(variant: VariantResult) -> bool:
+    """Whether another seed would have given another model."""
+    return variant.kind == "lora" or variant.target in DRAWN
+
+
+def against_base(results: Results) -> list[Verdict]:
     """Every variant against the base model, over all items; one family of tests."""
-    p_values = adjusted(results)
-    return [
-        Comparison(
-            name=variant.name,
-            title=variant.title,
-            reference=results.base.title,
-            paired=variant.pooled,
-            p=p_values[variant.name, None],
-            tests=len(results.others),
-        )
-        for variant in results.others
-        if variant.pooled is not None
-    ]
+    return [verdict(results, row) for row in results.family("base")]
 
 
-def against_controls(
-    results: Results,
-    chosen: Collection[str],
-    extractions: Mapping[str, Mapping[str, Sequence[Extraction]]],
-) -> list[Comparison]:
-    """The variant on the `chosen` experts against each other variant of its kind, item by item; one family of tests.
+def against_controls(results: Results) -> list[Verdict]:
+    """Every variant on chosen experts against its controls, item by item; one family of tests.
 
     That one variant differs from base and another does not is no evidence that the two differ; this tests it.
-    `chosen` are names such as L2E54, `extractions` are by variant and benchmark; empty where nothing matches.
     """
-    pairs: list[tuple[VariantResult, VariantResult, Paired]] = []
-    for treated in results.others:
-        if treated.experts is None or set(treated.experts) != set(chosen):
-            continue
-        for control in results.others:
-            if control.kind == treated.kind and control.name != treated.name:
-                _, pooled = compare(extractions[control.name], extractions[treated.name])
-                pairs.append((treated, control, pooled))
-    p_values = holm([pooled.p for *_, pooled in pairs])
-    return [
-        Comparison(
-            name=treated.name, title=treated.title, reference=control.title, paired=pooled, p=p, tests=len(pairs)
-        )
-        for (treated, control, pooled), p in zip(pairs, p_values, strict=True)
-    ]
+    return [verdict(results, row) for row in results.family("control")]
 
 
-def headline(results: Results, controls: Sequence[Comparison]) -> list[str]:
+def headline(results: Results) -> list[str]:
     """One sentence on pruning and one on LoRA, where the study has such variants."""
-    found = {comparison.name: comparison for comparison in against_base(results)}
+    found = {one.name: one for one in against_base(results)}
     sentences = []
     pruned = [found[variant.name] for variant in results.others if variant.kind == "prune"]
     if pruned:
-        sentences.append("; ".join(f"{_subject(comparison.title)} {comparison.words}" for comparison in pruned) + ".")
+        sentences.append("; ".join(f"{_subject(one.title)} {one.words}" for one in pruned) + ".")
     adapted = [found[variant.name] for variant in results.others if variant.kind == "lora"]
     if adapted:
-        names = {comparison.name for comparison in adapted}
-        direct = [comparison for comparison in controls if comparison.name in names]
-        sentences.append(_on_adapters(adapted, direct))
+        names = {one.name for one in adapted}
+        sentences.append(_on_adapters(adapted, [one for one in against_controls(results) if one.name in names]))
     if sentences:
         sentences[0] = sentences[0].replace(" points", " points of accuracy", 1)
     return [sentence[0].upper() + sentence[1:] for sentence in sentences]
 
 
-def _on_adapters(adapted: Sequence[Comparison], direct: Sequence[Comparison]) -> str:
+def _on_adapters(adapted: Sequence[Verdict], direct: Sequence[Verdict]) -> str:
     effects = {comparison.effect for comparison in adapted}
     if effects == {"none"}:
         start = "no LoRA variant differs detectably from the base model"
     elif len(effects) == 1 and len(adapted) > 1:
-        points = sorted(abs(comparison.paired.difference) for comparison in adapted)
+        points = sorted(abs(comparison.row.difference) for comparison in adapted)
         low, high = (signed_points(value).lstrip("+") for value in (points[0], points[-1]))
         size = low if low == high else f"{low} to {high}"
         start = f"LoRA {'gains' if effects == {'up'} else 'costs'} {size} points"
@@ -138,11 +137,16 @@ def _on_adapters(adapted: Sequence[Comparison], direct: Sequence[Comparison]) ->
     if not unequal:
         return f"{start}; what it adapts makes no detectable difference."
     ends = [
-        f"{signed_points(abs(comparison.paired.difference)).lstrip('+')} points "
-        f"{'behind' if comparison.paired.difference < 0 else 'ahead of'} {comparison.reference}"
+        f"{_points(comparison.row.difference)} points "
+        f"{'behind' if comparison.row.difference < 0 else 'ahead of'} {comparison.reference}"
         for comparison in unequal
     ]
     return f"{start}; {unequal[0].title} is {' and '.join(ends)}."
+
+
+def _points(difference: float) -> str:
+    """A difference's size in points, without its sign."""
+    return signed_points(abs(difference)).lstrip("+")
 
 
 def _subject(title: str) -> str:

@@ -47,6 +47,8 @@ class Item:
     gold: str
     """The right choice's label, "yes" / "no", or a plain number."""
     kind: Literal["choice", "number", "yesno"]
+    subject: str | None = None
+    """What the benchmark files the item under: MMLU's subject, the number before the dash of VMLU's ids."""
 
 
 def prompt(item: Item) -> str:
@@ -86,7 +88,9 @@ def _text(row: Row, name: str) -> str:
     return text
 
 
-def _choice_item(name: str, question: str, choices: list[tuple[str, str]], gold: str) -> Item:
+def _choice_item(
+    name: str, question: str, choices: list[tuple[str, str]], gold: str, subject: str | None = None
+) -> Item:
     """A question with its labelled choices, in the rows' own labels."""
     labels = [label for label, _ in choices]
     if len(set(labels)) < len(labels) or len(labels) < 2:
@@ -94,7 +98,9 @@ def _choice_item(name: str, question: str, choices: list[tuple[str, str]], gold:
     if gold not in labels:
         raise _FieldError(f"the answer is {gold!r}, which is none of the labels {labels}")
     lines = [f"{label}. {text}" for label, text in choices]
-    return Item(id=name, body="\n".join([question, *lines]), choices=tuple(choices), gold=gold, kind="choice")
+    return Item(
+        id=name, body="\n".join([question, *lines]), choices=tuple(choices), gold=gold, kind="choice", subject=subject
+    )
 
 
 def _mmlu(row: Row, name: str) -> Item:
@@ -103,7 +109,14 @@ def _mmlu(row: Row, name: str) -> Item:
     labels = "ABCDEFGHIJ"[: len(texts)]
     # By index, never by text: some rows have two equal choices.
     gold = labels[index] if 0 <= index < len(labels) else str(index)
-    return _choice_item(name, _text(row, "question"), list(zip(labels, texts, strict=True)), gold)
+    subject = row.get("subject")
+    return _choice_item(
+        name,
+        _text(row, "question"),
+        list(zip(labels, texts, strict=True)),
+        gold,
+        subject if isinstance(subject, str) and subject else None,
+    )
 
 
 def _gsm8k(row: Row, name: str) -> Item:
@@ -150,7 +163,9 @@ def _vmlu(row: Row, name: str) -> Item:
         pairs.append((found[1], str(choice)[found.end() :].strip()))
     if row.get("answer") is None:
         raise _FieldError("field 'answer' is missing (VMLU's test rows have none: use its valid.jsonl)")
-    return _choice_item(str(row.get("id") or name), _text(row, "question"), pairs, _text(row, "answer"))
+    own = str(row.get("id") or "")
+    subject = own.rpartition("-")[0] or None
+    return _choice_item(own or name, _text(row, "question"), pairs, _text(row, "answer"), subject)
 
 
 READERS: dict[str, Callable[[Row, str], Item]] = {
