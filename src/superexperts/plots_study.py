@@ -116,9 +116,10 @@ def plot_forest(rows: Sequence[ForestRow], path: Path | Sequence[Path], *, unit:
                 if down == 0:
                     axes.set_title(panel, fontsize=7.5, fontweight="normal" if across else "bold")
                 axes.tick_params(axis="y", length=0, labelleft=across == 0)
+                axes.tick_params(axis="x", labelsize=6 if across else 7)
                 axes.xaxis.set_major_locator(MaxNLocator(2 if across else 6, steps=[1, 2, 5, 10], integer=True))
             assert first is not None
-            first.set_yticks(range(len(own)), [shorten(row.title, 34) for row in own])
+            first.set_yticks(range(len(own)), [shorten(row.title, 60 if len(panels) == 1 else 38) for row in own])
             first.set_ylim(len(own) - 0.5, -0.5)
             if len(blocks) > 1 and longest:
                 first.set_ylabel(name, fontsize=7, color=theme.muted)
@@ -150,7 +151,7 @@ def _forest_panel(
             100 * mark.difference, height, "D" if large else "o", ms=4 if large else 3.6, color=colour,
             mfc=colour if mark.sure else theme.paper, mew=1.2,
         )  # fmt: skip
-        text = f"{row.title}, {panel}: {_signed(mark.difference)} points, {_signed(mark.low)} to {_signed(mark.high)}"
+        text = f"{row.block}, {row.title}, {panel}: {_signed(mark.difference)} points, {_signed(mark.low)} to {_signed(mark.high)}"
         if mark.runs:
             text += f"; runs {', '.join(map(_signed, mark.runs))}"
         said.append((100 * mark.difference, height, text + ("; detected" if mark.sure else "; not detected")))
@@ -186,7 +187,7 @@ def plot_training(curves: Sequence[LearningCurve], path: Path | Sequence[Path], 
                 axes.set_visible(False)
                 continue
             axes.grid(axis="y", color=theme.faint, lw=0.5)
-            axes.set_title(shorten(variant, 40), loc="left", fontsize=7.5)
+            axes.set_title(shorten(variant, 36), loc="left", fontsize=7.5)
             said: list[tuple[float, float, str]] = []
             for curve in (one for one in curves if one.variant == variant):
                 colour = theme.lines[runs.index(curve.run) % len(theme.lines)]

@@ -126,11 +126,11 @@ def _forest(results: Results, family: Any) -> Picture | None:
             for task in tasks
             if (found := everything.get((row.variant, row.reference, task))) is not None
         }
-        title = variant.title if family == "base" else f"{variant.title} − {_short(reference.title, variant.title)}"
+        title = _short(variant.title) + ("" if family == "base" else f" − {_short(reference.title)}")
         lines.append(ForestRow(title=title, block=BLOCKS[variant.kind], marks=marks))
     lines = [line for block in BLOCKS.values() for line in lines if line.block == block]
     to = results.base.title if family == "base" else "the control"
-    alt = "; ".join(f"{line.title} {_spoken(line.marks['all items'])}" for line in lines)
+    alt = "; ".join(f"{line.block}, {line.title}: {_spoken(line.marks['all items'])}" for line in lines)
     return Picture(
         name="differences" if family == "base" else "controls",
         section="results" if family == "base" else "controls",
@@ -143,12 +143,9 @@ def _forest(results: Results, family: Any) -> Picture | None:
     )
 
 
-def _short(title: str, other: str) -> str:
-    """`LoRA on attention` beside `LoRA on super experts` is `attention`."""
-    for start in ("prune ", "LoRA on "):
-        if title.startswith(start) and other.startswith(start):
-            return title.removeprefix(start)
-    return title
+def _short(title: str) -> str:
+    """`LoRA on attention` in the block of LoRA is `attention`."""
+    return title.removeprefix("prune ").removeprefix("LoRA on ")
 
 
 def _mark(results: Results, row: Comparison) -> Mark:
@@ -310,7 +307,7 @@ def _training(folder: Path, results: Results) -> Picture | None:
             if pairs["loss"]:
                 curves.append(
                     LearningCurve(
-                        variant=variant.title,
+                        variant=_short(variant.title),
                         run=f"seed {run.seed}",
                         train=pairs["loss"],
                         evaluated=pairs["eval_loss"],

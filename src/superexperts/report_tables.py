@@ -196,7 +196,9 @@ class Budget:
     """How many experts in which layers, and whether that is as the reference has it."""
     parameters: str
     exposure: str
-    """Training tokens that its experts saw, together and the least and most seen of them."""
+    """Training tokens that its experts saw, together."""
+    exposure_each: str
+    """The least and the most seen of them."""
     accuracy: str
     perplexity: str
     odd: tuple[str, ...]
@@ -214,7 +216,7 @@ def budgets(results: Results) -> list[Budget]:
 
 
 def _budget(variant: VariantResult, run: RunResult, reference: RunResult | None) -> Budget:
-    own = reference is run
+    own, seen = reference is run, list((run.exposure or {}).values())
     odd = []
     if reference is not None and not own:
         if _layers(run) != _layers(reference):
@@ -231,7 +233,8 @@ def _budget(variant: VariantResult, run: RunResult, reference: RunResult | None)
         experts=_named(run.experts) or "–",
         layers=_by_layer(_layers(run)),
         parameters=parameters,
-        exposure=_exposure(run.exposure),
+        exposure=f"{sum(seen):,}" if seen else "–",
+        exposure_each=f"{min(seen):,} to {max(seen):,} each" if len(seen) > 1 else "",
         accuracy=_points(_mean(run)),
         perplexity="–" if run.perplexity is None else f"{run.perplexity:.2f}",
         odd=tuple(odd),
@@ -248,16 +251,6 @@ def _layers(run: RunResult) -> dict[int, int]:
 
 
 def _by_layer(layers: Mapping[int, int]) -> str:
-    if not layers:
-        return "–"
     if len(layers) > MANY_EXPERTS:
         return f"{sum(layers.values()):,} in {len(layers)} layers"
-    return ", ".join(f"{count} in layer {layer}" for layer, count in layers.items())
-
-
-def _exposure(exposure: Mapping[str, int] | None) -> str:
-    if not exposure:
-        return "–"
-    least, most = min(exposure.values()), max(exposure.values())
-    spread = f", {least:,} to {most:,} each" if len(exposure) > 1 else ""
-    return f"{sum(exposure.values()):,}{spread}"
+    return ", ".join(f"{count} in L{layer}" for layer, count in layers.items()) or "none"
