@@ -37,9 +37,9 @@ def plot_heatmap(
 ) -> Spots:
     """Every expert's peak |down_proj output| (log scale): a row per decoder layer, under its true number.
 
-    `chosen` experts are ringed and named. PNG or SVG by the suffix of `path`, or several; layers without experts are hatched, and
-    layers that the criterion leaves out for their `depth` are washed out. `width` is in inches; by default a column's
-    up to 24 experts, else a page's. Returns the cells.
+    `chosen` experts are ringed and named. PNG or SVG by the suffix of `path`, or several; layers without experts are
+    hatched, and layers that the criterion leaves out for their `depth` are washed out. `width` is in inches; by default
+    a column's up to 24 experts, else a page's. Returns the cells.
     """
     section = profile.corpora[corpus]
     routed = sorted({row.expert for row in section.experts if row.expert != "shared"}, key=int)

@@ -137,7 +137,7 @@ def _forest_panel(
     axes.grid(axis="x", color=theme.faint, lw=0.5)
     axes.spines[["left"]].set_visible(False)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
-    said = []
+    said: list[tuple[float, float, str]] = []
     for height, row in enumerate(rows):
         mark = row.marks.get(panel)
         if mark is None:
@@ -151,7 +151,8 @@ def _forest_panel(
             100 * mark.difference, height, "D" if large else "o", ms=4 if large else 3.6, color=colour,
             mfc=colour if mark.sure else theme.paper, mew=1.2,
         )  # fmt: skip
-        text = f"{row.block}, {row.title}, {panel}: {_signed(mark.difference)} points, {_signed(mark.low)} to {_signed(mark.high)}"
+        span = f"{_signed(mark.low)} to {_signed(mark.high)}"
+        text = f"{row.block}, {row.title}, {panel}: {_signed(mark.difference)} points, {span}"
         if mark.runs:
             text += f"; runs {', '.join(map(_signed, mark.runs))}"
         said.append((100 * mark.difference, height, text + ("; detected" if mark.sure else "; not detected")))
@@ -169,7 +170,7 @@ def smoothed(losses: Sequence[float]) -> NDArray[np.float64]:
     total = np.concatenate([[0.0], np.cumsum(values)])
     start = np.maximum(np.arange(len(values)) - reach, 0)
     end = np.minimum(np.arange(len(values)) + reach + 1, len(values))
-    return (total[end] - total[start]) / (end - start)
+    return np.asarray((total[end] - total[start]) / (end - start))
 
 
 def plot_training(curves: Sequence[LearningCurve], path: Path | Sequence[Path], theme: Theme = LIGHT) -> Spots:
@@ -300,7 +301,7 @@ def plot_weight_changes(
         first.set(xlim=(-0.5, width - 0.5), ylim=(layers - 0.5, -0.5))
         first.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if experts / step <= 9)
-        ticks = {x: str(x) for x in range(0, experts, step)}
+        ticks = {float(x): str(x) for x in range(0, experts, step)}
         if shared:
             ticks[lone + gap / 2 - 0.5] = "S"
         if width > right:
@@ -315,7 +316,7 @@ def plot_weight_changes(
             bar = figure.colorbar(
                 ScalarMappable(norm, scale), ax=grid, pad=0.015, aspect=max(12.0, 10.0 * lines), shrink=0.9
             )
-            bar.outline.set_visible(False)  # type: ignore[operator]
+            bar.outline.set_visible(False)
             bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
             bar.ax.minorticks_off()

@@ -76,7 +76,7 @@ def pictures(folder: Path, results: Results, chosen: ExpertSet | None) -> list[P
 
 
 def drawn(picture: Picture, folder: Path) -> dict[str, Any]:
-    """Writes `folder`/NAME.png and .svg, and returns the picture for the page: two `data:` addresses of SVG, and Spots."""
+    """Writes `folder`/NAME.png and .svg; returns what the page shows: two `data:` addresses of SVG, and Spots."""
     addresses = {}
     with tempfile.TemporaryDirectory() as scratch:
         light, dark = (Path(scratch) / f"{theme}{LETTERS}" for theme in ("light", "dark"))
@@ -180,7 +180,8 @@ def _of_corpora(profile: Profile, chosen: ExpertSet | None) -> list[Picture]:
                 name=f"heatmap-{short}",
                 title=f"Peaks of every expert on {name}",
                 alt=f"Heatmap of every expert's peak on {name}, a row per layer. Largest: {largest}. {ringed}",
-                caption="Each cell is one expert's largest |down_proj output| over all tokens of the corpus, on a log scale.",
+                caption="Each cell is one expert's largest |down_proj output| over all tokens of the corpus, on a log "
+                "scale.",
                 draw=_heatmap(profile, name, keys, rule),
                 **common,
             ),
@@ -223,8 +224,8 @@ def _sinks(report: Mapping[str, Any]) -> Picture:
         section="sinks",
         title="Attention on the first token",
         alt=f"Share of attention on the first token by layer, as it is and with {named} silenced: {said}.",
-        caption="Lines are means over a layer's heads, dots are heads. A model that leans on its first token loses that "
-        "sink where its super experts fall silent.",
+        caption="Lines are means over a layer's heads, dots are heads: what is left of the first token's sink "
+        "when the super experts fall silent.",
         draw=lambda paths, theme: plot_sink_layers(before, after, silent, paths, theme=theme),
     )
 
@@ -268,8 +269,8 @@ def _weights(folder: Path, results: Results, profile: Profile) -> Picture | None
         title="What each variant changes",
         alt=f"A heatmap per variant, layers by experts. {said}.",
         caption="Frobenius norm of LoRA's change over the norm of the weights that it changes, an expert's three "
-        "matrices together; where a variant has several runs, the mean of those that change an expert. Silenced experts "
-        f"of all draws are crossed out.{missing}",
+        "matrices together; where a variant has several runs, the mean of those that change an expert. The experts "
+        f"that some run silences are crossed out.{missing}",
         draw=lambda paths, theme: plot_weight_changes(
             panels, paths, layers=profile.num_layers, sizes=sizes, shared=shared, theme=theme
         ),

@@ -33,8 +33,8 @@ def lede(results: Results) -> str:
     runs = len(results.runs)
     return (
         f"{results.model} on {items:,} items of {_count(len(results.tasks), 'benchmark')}, "
-        f"{_count(len(results.variants), 'variant')} in {_count(runs, 'run')}. Differences are over all items, by paired "
-        "tests; “detected” means p under 5% after Holm's adjustment."
+        f"{_count(len(results.variants), 'variant')} in {_count(runs, 'run')}. Differences are over all items, by "
+        "paired tests; “detected” means p under 5% after Holm's adjustment."
     )
 
 

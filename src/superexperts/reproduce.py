@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from .artifacts import key_name
-from .config import EvaluateConfig, ExtractConfig, ProfileConfig
+from .config import EvaluateConfig, ProfileConfig
 from .config_surgery import PruneConfig
 from .config_train import TrainConfig
 from .results import Results, task_title
@@ -29,7 +29,6 @@ CONFIGS: dict[str, type[Any]] = {
     "prune": PruneConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
-    "extract": ExtractConfig,
 }
 
 
@@ -51,7 +50,9 @@ def read_manifests(folder: Path) -> Manifests:
     """Every stage's manifest below a study's folder; the pictures' own is left out."""
     found = [(path.parent, read_json(path, "manifest")) for path in sorted(folder.rglob("manifest.json"))]
     found = [(where, manifest) for where, manifest in found if manifest.get("command") != "report"]
-    return sorted(found, key=lambda pair: str(pair[1]["finished"]))
+    order = ["pocket-data", "profile", "prune", "train", "export", "evaluate", "extract", "study"]
+    rank = {name: number for number, name in enumerate(order)}  # of stages that were finished in the same second
+    return sorted(found, key=lambda pair: (str(pair[1]["finished"]), rank.get(str(pair[1]["command"]), len(order))))
 
 
 def facts(results: Results, manifests: Manifests) -> list[tuple[str, str]]:
@@ -111,21 +112,17 @@ def _typed(folder: Path, results: Results, where: Path, manifest: Mapping[str, A
     place = str(where.relative_to(folder))
     if command == "study":
         return "superexperts study study.yaml --out ."
+    if command == "extract":
+        judge = inputs.get("judge")  # a judge's settings are in the study file
+        return shlex.join(["superexperts", command, str(where.parent.relative_to(folder))]) if not judge else ""
     if command not in CONFIGS or not isinstance(inputs.get("options"), dict):
         return ""
-    words = ["superexperts", command]
-    if command == "extract":
-        words.append(str(where.parent.relative_to(folder)))
-    else:
-        pruned = where / "model"
-        own = command == "evaluate" and pruned.is_dir()
-        words.append(str(pruned.relative_to(folder)) if own else results.model)
-        words += _paths(folder, command, where, inputs)
+    built = where / "model"
+    model = str(built.relative_to(folder)) if command == "evaluate" and built.is_dir() else results.model
+    words = ["superexperts", command, model, *_paths(folder, command, where, inputs)]
     for name, text in inputs["options"].items():
         words += _option(CONFIGS[command], name, str(text))
-    if command != "extract":
-        words += ["--out", place]
-    return shlex.join(words)
+    return shlex.join([*words, "--out", place])
 
 
 def _paths(folder: Path, command: str, where: Path, inputs: Mapping[str, Any]) -> list[str]:
