@@ -96,7 +96,7 @@ class Page:
 
     def run(self, code: str) -> Any:
         """The value of a JavaScript expression, or of what a function body returns."""
-        body = code if "return " in code else f"return ({code});"
+        body = code if "return " in code or code.endswith(";") else f"return ({code});"
         found = self.call("Runtime.evaluate", expression=f"(() => {{ {body} }})()", returnByValue=True)
         if "exceptionDetails" in found:
             raise AssertionError(json.dumps(found["exceptionDetails"])[:600])

@@ -98,16 +98,16 @@ def write_report(folder: Path) -> Path:
 
 def _page(told: dict[str, Any], shown: list[dict[str, Any]], browser: Any) -> str:
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    by_section: dict[str, list[dict[str, Any]]] = {}
-    for picture in shown:
-        if picture["on_page"]:
-            by_section.setdefault(picture["section"], []).append(picture)
+    by_section = {
+        name: [one for one in shown if one["section"] == name and one["on_page"]]
+        for name in ("results", "controls", "experts", "sinks", "weights", "training")
+    }
     sections = [
         ("results", "Results", True),
         ("budget", "Budget", bool(told["budgets"])),
-        ("experts", "Experts", "experts" in by_section),
-        ("weights", "Weights", "weights" in by_section),
-        ("training", "Training", "training" in by_section),
+        ("experts", "Experts", bool(by_section["experts"] or by_section["sinks"])),
+        ("weights", "Weights", bool(by_section["weights"])),
+        ("training", "Training", bool(by_section["training"])),
         ("answers", "Answers", browser is not None),
         ("run", "Reproduce", True),
     ]
