@@ -82,7 +82,7 @@ def test_verdict_comes_first_and_pocket_is_named(page: BeautifulSoup) -> None:
     assert told[0].startswith("−43.3 points prune super experts 43.3 points lower,")
     assert "Perplexity 6.00 → 15.00 (×2.5)." in told[0]
     seen = "No difference detected; differences over 17.7 points would have been seen"
-    assert f"{seen}; one seed: another one may differ (p = 1)" in told[1]
+    assert f"{seen}; one seed: another one may differ (95% interval −6.0 to +6.0, p = 1)" in told[1]
     assert "Perplexity 6.00 → 6.03." in told[1]
     assert len(told) == 4
     direct = [text_of(line) for line in page.select("#verdict .verdicts")[1].select("li")]
@@ -409,7 +409,7 @@ def test_page_fits_and_can_be_read(seeds: Path, tab: Page, width: int, dark: boo
     assert all(size > 0 for _, size in shown)
     first = BeautifulSoup((seeds / "report.html").read_text(encoding="utf-8"), "html.parser").picture
     assert first is not None
-    assert shown[0][0] == (first.select("source")[1]["srcset"] if dark else first.img["src"])  # type: ignore[index]
+    assert shown[0][0] == (first.source["srcset"] if dark else first.img["src"])  # type: ignore[index]
     assert tab.problems == []
 
 
@@ -492,6 +492,7 @@ def test_paper_is_white_and_narrow(seeds: Path, tab: Page, tmp_path: Path) -> No
     tab.show(width=718, dark=True, media="print")
     assert tab.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.run("document.querySelector('nav').checkVisibility()") is False
+    assert tab.run("[...document.images].every((one) => one.currentSrc === one.src)")  # those of the light theme
     assert tab.run("document.documentElement.scrollWidth") <= 718
     wide = "(one) => one.getBoundingClientRect().right > 719"
     assert tab.run(f"[...document.querySelectorAll('main table, main img')].filter({wide}).length") == 0

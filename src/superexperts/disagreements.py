@@ -15,8 +15,6 @@ from .results import Results, task_title
 __all__ = ["Disagreements", "disagreements", "script_safe", "visible"]
 
 MAX_PER_TASK = 60
-MAX_BYTES = 2 * 2**20
-"""The report stays under 5 MB with its pictures."""
 PROMPT_LENGTH = 1200
 RESPONSE_LENGTHS = (1000, 500, 250)
 """Answers are cut to the first of these with which all items that may be shown fit."""
@@ -40,15 +38,16 @@ class Disagreements:
     """Safe inside a `<script type="application/json">`."""
 
 
-def disagreements(results: Results, answers: Lines, extractions: Lines) -> Disagreements:
+def disagreements(results: Results, answers: Lines, extractions: Lines, max_bytes: int = 2 * 2**20) -> Disagreements:
     """Items whose correctness differs between runs, the first ones of each benchmark, cut and made visible.
 
-    `answers` and `extractions` are by run and benchmark; `DataError` where an item lacks either.
+    `answers` and `extractions` are by run and benchmark; `DataError` where an item lacks either. The items' JSON takes
+    `max_bytes` at most.
     """
     items: list[str] = []
     tasks = []
     asked = found = 0
-    budget = MAX_BYTES // max(1, len(results.columns))
+    budget = max_bytes // max(1, len(results.columns))
     for task in results.columns:
         first, differing = _differing(results, task, answers, extractions)
         asked, found = asked + len(first), found + len(differing)

@@ -41,7 +41,7 @@ __all__ = [
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column and the full width of a two-column paper
 LETTERS = ".letters.svg"
-"""An SVG whose name ends so keeps its text as letters, which is half the size, instead of outlines."""
+"""An SVG whose name ends so is for a page: text is letters instead of outlines, and pixels, if any, are fewer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,8 +176,10 @@ def save(figure: Figure, paths: Path | Sequence[Path]) -> None:
         if kind not in ("png", "svg"):
             raise OutputError(f"{path.name}: pictures are .png or .svg, not {path.suffix!r}; choose one of the two")
         buffer = io.BytesIO()
-        with mpl.rc_context({"svg.fonttype": "none" if path.name.endswith(LETTERS) else "path"}):
-            figure.savefig(buffer, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
+        small = path.name.endswith(LETTERS)
+        with mpl.rc_context({"svg.fonttype": "none" if small else "path"}):
+            dpi = 140 if small else 200  # of what is drawn as pixels within an SVG
+            figure.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
         write_bytes(path, buffer.getvalue())
         figure.set_layout_engine("none")  # another format need not be laid out again
 

@@ -166,7 +166,7 @@ def plot_layers(
                 axes.axhline(value, color=theme.ink, lw=0.8, ls=(0, (4, 2)))
                 place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
                 style: Any = {"va": side, "fontsize": 6.5, "linespacing": 0.95, "color": theme.ink}
-                shift = (4, 3 if side == "top" else -3)
+                shift = (4, 0)  # so that the two never meet
                 axes.annotate(f"{name}\n{value:.3g}", (1, value), xytext=shift, **place, **style)
         peaks = {row.key: peak(row, profile.statistic) for row in reached}
         ringed = [key for key in chosen if key in peaks]

@@ -38,6 +38,8 @@ __all__ = [
 MINUS = "\N{MINUS SIGN}"
 POINTS_PER_CURVE = 40
 """That can be pointed at; more would be too near to each other to choose from."""
+STROKES = 150
+"""Of a smoothed curve, which has no more to show."""
 MARKED = 24
 """Up to so many changed experts are drawn large enough to be found, more as cells."""
 
@@ -119,7 +121,7 @@ def plot_forest(rows: Sequence[ForestRow], path: Path | Sequence[Path], *, unit:
                 axes.tick_params(axis="x", labelsize=6 if across else 7)
                 axes.xaxis.set_major_locator(MaxNLocator(2 if across else 6, steps=[1, 2, 5, 10], integer=True))
             assert first is not None
-            first.set_yticks(range(len(own)), [shorten(row.title, 60 if len(panels) == 1 else 38) for row in own])
+            first.set_yticks(range(len(own)), [shorten(row.title, 70 if len(panels) == 1 else 38) for row in own])
             first.set_ylim(len(own) - 0.5, -0.5)
             if len(blocks) > 1 and longest:
                 first.set_ylabel(name, fontsize=7, color=theme.muted)
@@ -189,12 +191,15 @@ def plot_training(curves: Sequence[LearningCurve], path: Path | Sequence[Path], 
                 continue
             axes.grid(axis="y", color=theme.faint, lw=0.5)
             axes.set_title(shorten(variant, 36), loc="left", fontsize=7.5)
+            axes.set_rasterization_zorder(0)  # single steps are pixels, all in one picture
             said: list[tuple[float, float, str]] = []
             for curve in (one for one in curves if one.variant == variant):
                 colour = theme.lines[runs.index(curve.run) % len(theme.lines)]
                 steps, means = [step for step, _ in curve.train], smoothed([loss for _, loss in curve.train])
-                axes.plot(steps, [loss for _, loss in curve.train], color=colour, lw=0.5, alpha=0.28)
-                axes.plot(steps, means, color=colour, lw=1.4)
+                losses = [loss for _, loss in curve.train]
+                axes.plot(steps, losses, color=colour, lw=0.5, alpha=0.28, zorder=-1)
+                thin = [*range(0, len(steps) - 1, max(1, len(steps) // STROKES)), len(steps) - 1]
+                axes.plot([steps[i] for i in thin], means[thin], color=colour, lw=1.4)
                 if curve.evaluated:
                     axes.plot(*zip(*curve.evaluated, strict=True), "s", ls=(0, (3, 1.5)), color=colour, lw=1, ms=3)
                 name = f"{variant}, {curve.run}"
@@ -238,6 +243,7 @@ def plot_sink_layers(
     with figure_in(PAGE, 2.5, theme) as figure:
         axes = figure.add_subplot()
         axes.grid(axis="y", color=theme.faint, lw=0.5)
+        axes.set_rasterization_zorder(0)  # of a large model's heads there are thousands
         kinds: Any = (
             (before, theme.gain, "-", "o", "base model", -0.06),
             (after, theme.accent, (0, (4, 1.5)), "D", f"{named} silenced", 0.06),
@@ -246,7 +252,7 @@ def plot_sink_layers(
             means = {layer: 100 * sum(heads) / len(heads) for layer, heads in shares.items()}
             x = [layer + shift for layer, heads in shares.items() for _ in heads]
             y = [100 * share for heads in shares.values() for share in heads]
-            axes.plot(x, y, "o", color=colour, ms=2.2, alpha=0.35, mew=0)
+            axes.plot(x, y, "o", color=colour, ms=2.2, alpha=0.35, mew=0, zorder=-1)
             axes.plot(
                 list(means), list(means.values()), color=colour, ls=style, lw=1.4, marker=marker, ms=3.6, label=name
             )

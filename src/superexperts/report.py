@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIGURES = "figures"
+MAX_PAGE, MAX_ANSWERS = 4_900_000, 2_000_000
+"""Bytes of the page, which is to stay under 5 MB, and of the answers in it."""
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
@@ -59,7 +61,6 @@ def write_report(folder: Path) -> Path:
     answers = _load_lines(folder, results, "answers", Answer.from_json)
     super_file = folder / "experts" / "super.json"
     chosen = ExpertSet.from_json(read_json(super_file, "experts")) if super_file.is_file() else None
-    browser = disagreements(results, answers, extractions) if answers and extractions else None
     manifests = read_manifests(folder)
     rule = rule_of(chosen)
     told: dict[str, Any] = {
@@ -90,9 +91,13 @@ def write_report(folder: Path) -> Path:
         outputs = sorted(file.name for file in figures.iterdir())
         inputs = {"results": fingerprint(folder / "results.json")}
         write_manifest(figures, "report", inputs, outputs, time.monotonic() - started)
+    page = _page(told, shown, None)
+    if answers and extractions:
+        room = min(MAX_ANSWERS, max(0, MAX_PAGE - len(page.encode("utf-8", errors="backslashreplace"))))
+        page = _page(told, shown, disagreements(results, answers, extractions, room))
     write_text(folder / "report.md", _markdown(told, shown))
     path = folder / "report.html"
-    write_text(path, _page(told, shown, browser))
+    write_text(path, page)
     return path
 
 
@@ -128,7 +133,7 @@ def _page(told: dict[str, Any], shown: list[dict[str, Any]], browser: Any) -> st
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         sections=[(name, title) for name, title, there in sections if there],
         pictures=by_section,
-        left_out=sum(not picture["on_page"] for picture in shown) // 2,
+        left_out=sum(not picture["on_page"] for picture in shown),
         browser=browser,
     )
 

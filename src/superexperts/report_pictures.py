@@ -39,8 +39,8 @@ from .select import super_experts
 
 __all__ = ["Picture", "drawn", "pictures", "rule_of"]
 
-MAX_CORPORA = 8
-"""Shown on the page; more would make it large. `figures/` has all."""
+MAX_HEATMAPS, MAX_LAYERS = 8, 2
+"""Corpora whose heatmap, and whose peaks by layer, are on the page; more would make it large. `figures/` has all."""
 BLOCKS = {"prune": "pruning", "lora": "LoRA"}
 
 Draw = Callable[[Sequence[Path], Theme], Spots]
@@ -173,7 +173,6 @@ def _of_corpora(profile: Profile, chosen: ExpertSet | None) -> list[Picture]:
         top = sorted(section.experts, key=lambda row: -row.output_max)[:5]
         largest = ", ".join(f"{key_name(row.key)} {row.output_max:.3g}" for row in top)
         ringed = f"Ringed: {', '.join(map(key_name, keys[:12]))}." if keys else ""
-        common: dict[str, Any] = {"section": "experts", "on_page": number < MAX_CORPORA}
         short = re.sub(r"[^\w.-]+", "-", Path(name).name)
         found += [
             Picture(
@@ -183,7 +182,8 @@ def _of_corpora(profile: Profile, chosen: ExpertSet | None) -> list[Picture]:
                 caption="Each cell is one expert's largest |down_proj output| over all tokens of the corpus, on a log "
                 "scale.",
                 draw=_heatmap(profile, name, keys, rule),
-                **common,
+                section="experts",
+                on_page=number < MAX_HEATMAPS,
             ),
             Picture(
                 name=f"layers-{short}",
@@ -191,7 +191,8 @@ def _of_corpora(profile: Profile, chosen: ExpertSet | None) -> list[Picture]:
                 alt=f"Peaks of the experts by layer on {name}, and the criterion's two bounds. Largest: {largest}.",
                 caption="The same peaks by layer; a super expert lies over both dashed lines.",
                 draw=_layers(profile, name, keys, rule),
-                **common,
+                section="experts",
+                on_page=number < MAX_LAYERS,
             ),
         ]
     return found

@@ -61,7 +61,7 @@ def verdict_rows(results: Results, family: str) -> list[dict[str, str]]:
 
 def _how(verdict: Verdict) -> str:
     runs = verdict.row.runs
-    said = format_p(verdict.p)
+    said = format_p(verdict.p) if verdict.sure else f"95% interval {verdict.interval}, {format_p(verdict.p)}"
     return said if runs == (1, 1) else f"{said}, {runs[0]} against {_count(runs[1], 'run')}"
 
 
