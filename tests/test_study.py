@@ -300,10 +300,8 @@ def test_variants_as_checkpoints_answer_as_they_do_in_a_shared_model(
             )
         )
         for task in TASKS:
-            ours, theirs = (
-                [json.loads(line)["response"] for line in (folder / "answers" / f"{task}.jsonl").open(encoding="utf-8")]
-                for folder in (finished / "variants" / name, tmp_path / name)
-            )
+            files = [folder / "answers" / f"{task}.jsonl" for folder in (finished / "variants" / name, tmp_path / name)]
+            ours, theirs = ([row["response"] for _, row in read_rows(file, "answers")] for file in files)
             assert ours == theirs
 
 
