@@ -166,20 +166,20 @@ def predicted(design: Design, seed: int, studies: int = 100) -> float | None:
         for _ in range(studies):
             models, clusters = study(rng, design, effect)
             difference_N = models[3].mean(0) - models[0][0]
-            own, _ = items_of(difference_N)
+            _, null = items_of(difference_N)
             part = seeds_of(models[3]) if len(models[3]) > 1 else None
             between, rest = (part.between, part.rest) if part is not None else (0.0, 0.0)
             by_subject = items(difference_N, clusters).variance if clusters is not None else 0.0
-            found.append((float((difference_N**2).mean()), own.variance, by_subject, between, rest))
+            found.append((float((difference_N**2).mean()), null.variance, by_subject, between, rest))
         square, variance, by_subject, between, rest = np.mean(found, axis=0).tolist()
         runs = design.runs[3]
         parts = [Seeds(between=between, df=runs - 1, rest=rest, weight=1 / runs)] if runs > 1 else []
         sizes = [detectable(round(square * design.items), design.items, 5)]
         if parts:
-            sizes = [seeds.detectable(square, Items(variance=variance), design.items, parts, 5, 0.8)]
+            sizes = [seeds.detectable(square, Items(variance=variance), parts, 5, 0.8)]
         if design.subjects:
             wider = Items(variance=max(by_subject, variance), df=design.subjects - 1)
-            sizes.append(seeds.detectable(square, wider, design.items, parts, 5, 0.8))
+            sizes.append(seeds.detectable(square, wider, parts, 5, 0.8))
         before, effect = effect, min((effect + max(sizes)) / 2, 0.42)
         if abs(effect - before) < 0.0005:
             break

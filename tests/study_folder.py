@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from superexperts.artifacts import Answer, CorpusProfile, ExpertSet, ExpertStats, Extraction, Profile
+from superexperts.artifacts import Answer, CorpusProfile, ExpertSet, ExpertStats, Extraction, Profile, Score
+from superexperts.conclude import conclude
 from superexperts.effects import compare
 from superexperts.results import RESULTS_SCHEMA
-from superexperts.rundir import write_json, write_manifest, write_text
+from superexperts.rundir import read_json, write_json, write_manifest, write_text
 from superexperts.stats import holm, score
+from superexperts.variants import Run
 
 TASKS = ("mmlu", "boolq")
 HOSTILE = (
@@ -61,10 +65,14 @@ def table(variant: str, task: str | None = None) -> Any:
     return np.array([[mark == "+" for pattern in patterns for mark in pattern]], dtype=float)
 
 
+@functools.cache  # the bootstrap takes its time
+def compared(one: str, other: str, task: str | None, tests: int) -> dict[str, Any]:
+    return compare(table(one, task), table(other, task), tests=tests)
+
+
 def comparison_rows(family: str, pairs: list[tuple[str, str, str | None]]) -> list[dict[str, Any]]:
     rows = [
-        {"family": family, "variant": one, "reference": other, "task": task}
-        | compare(table(one, task), table(other, task), tests=len(pairs))
+        {"family": family, "variant": one, "reference": other, "task": task} | compared(one, other, task, len(pairs))
         for one, other, task in pairs
     ]
     for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
@@ -178,4 +186,60 @@ def build(folder: Path, titles: Mapping[str, str] = TITLES) -> Path:
         if name.startswith("lora"):
             write_json(where / "train" / "training.json", {"loss": [[0, 2.0], [5, 1.0], [10, 0.5]]})
         write_manifest(where, "evaluate", {"options": {"limit": "40"}, "model": "ab" * 32}, [], 1.5)
+    return folder
+
+
+RUNS = [
+    Run(name=name + (f"-s{seed}" if seed else ""), variant=name, kind=kind, target=target, seed=seed, experts=experts)
+    for name, kind, target, experts, seeds in (
+        ("base", "base", None, None, 1),
+        ("prune-super", "prune", "super", "super", 1),
+        ("prune-random", "prune", "random", "random", 1),
+        ("lora-super", "lora", "super", "super", 3),
+        ("lora-attention", "lora", "attention", None, 1),
+    )
+    for seed in range(seeds)
+]
+
+
+def build_runs(folder: Path) -> Path:
+    """As `build`, with three runs of one variant: the second has one item less right, the third answers otherwise."""
+    build(folder)
+    for seed in (1, 2):
+        shutil.copytree(folder / "variants" / "lora-super", folder / "variants" / f"lora-super-s{seed}")
+    second = folder / "variants" / "lora-super-s1" / "extractions" / "boolq.jsonl"
+    rows = [json.loads(line) for line in second.read_text(encoding="utf-8").splitlines()]
+    rows[0]["correct"] = False
+    second.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    third = folder / "variants" / "lora-super-s2" / "answers" / "boolq.jsonl"
+    answers = [json.loads(line) for line in third.read_text(encoding="utf-8").splitlines()]
+    third.write_text("".join(json.dumps(row | {"response": "otherwise"}) + "\n" for row in answers), encoding="utf-8")
+    random = ExpertSet(model="pocket", rule={"name": "random"}, experts=((1, 0), (2, 1)), scores=(None, None))
+    write_json(folder / "experts" / "random.json", random.to_json())
+    for run in RUNS:
+        where = folder / "variants" / run.name
+        scores: list[Score] = []
+        for task in TASKS:
+            lines = (where / "extractions" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+            scores.append(score(task, run.name, [Extraction.from_json(json.loads(line)) for line in lines]))
+        write_json(where / "scores.json", {"scores": [one.to_json() for one in scores]})
+        if run.kind == "lora":
+            log = read_json(where / "train" / "training.json", "training")
+            more = {
+                "eval_loss": [[5, 0.9], [10, 0.6 + run.seed / 10]],
+                "trainable_parameters": 24_690 // (run.seed + 1),
+            }
+            write_json(where / "train" / "training.json", log | more | {"exposure": {"L1E2": 1_000, "L2E5": 50}})
+            (where / "train" / "adapter").mkdir()
+    results = conclude(
+        folder, RUNS, name="by hand", model="pocket", revision=None, limit=40, protocol="generate", corpora=["pocket"],
+        tasks=TASKS,
+    )  # fmt: skip
+    write_json(folder / "results.json", results)
+    shares = {"layers": [{"layer": n, "before": [0.1 * n, 0.2], "after": [0.05, 0.1], "decay": 0.5} for n in range(5)]}
+    write_json(folder / "profile" / "sinks.json", shares | {"experts": ["L1E2", "L2E5"]})
+    write_text(folder / "study.yaml", "# <b>how</b> ``` it was run\nname: by hand\ntrain_data: rows/train.json\n")
+    options = {"learning_rate": "0.003", "attention": "False", "projections": "gate,up,down", "recipe": "None"}
+    key = {"options": options, "experts": [[1, 2], [2, "shared"]]}
+    write_manifest(folder / "variants" / "lora-super" / "train", "train", key, [], 2.5)
     return folder

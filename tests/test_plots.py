@@ -14,14 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from study_folder import profile, results_json
+from study_folder import profile
 from superexperts import plots, plots_corpora
 from superexperts.artifacts import CorpusProfile
 from superexperts.drawing import DARK, LIGHT
 from superexperts.errors import OutputError
-from superexperts.plots import plot_differences, plot_heatmap, plot_layers, plot_training
+from superexperts.plots import plot_heatmap, plot_layers
 from superexperts.plots_corpora import plot_corpora
-from superexperts.results import Results
 from superexperts.select import considered, threshold
 
 CHOSEN = ((1, 2), (2, 5))
@@ -124,28 +123,10 @@ def test_seven_corpora_look_different_and_their_super_experts_are_filled(
     assert [label.get_color() == LIGHT.accent for label in axes.get_yticklabels()] == [True, False]
 
 
-def test_differences_show_every_interval_and_fill_only_detected_ones(drawn: list[Figure]) -> None:
-    results = Results.from_json(results_json())
-    plot_differences(results, Path("x.png"))
-    axes = drawn[0].axes
-    assert [one.get_title() for one in axes] == ["all items", "MMLU", "BoolQ"]
-    marks = [line for line in axes[0].lines if line.get_marker() == "D"]
-    spans = [line.get_xdata() for line in axes[0].lines if len(line.get_xdata()) == 2 and line.get_marker() == "None"][
-        1:
-    ]
-    for variant, mark, span in zip(results.others, marks, spans, strict=True):
-        row = results.to_base(variant.name)
-        assert row is not None
-        assert mark.get_xdata()[0] == pytest.approx(100 * row.difference)
-        assert list(span) == pytest.approx([100 * row.low, 100 * row.high])
-    assert [mark.get_markerfacecolor() == LIGHT.paper for mark in marks] == [False, True, False, False]
-
-
-DRAW: dict[str, Callable[[Path], None]] = {
+DRAW: dict[str, Callable[[Path], object]] = {
     "heatmap": lambda path: plot_heatmap(profile(), "pocket", CHOSEN, path),
     "layers": lambda path: plot_layers(profile(), "pocket", CHOSEN, path, theme=DARK),
-    "differences": lambda path: plot_differences(Results.from_json(results_json()), path),
-    "training": lambda path: plot_training({"a $x$": [(0, 2.0), (5, 1.0)], "b": []}, path),
+    "corpora": lambda path: plot_corpora(profile(), CHOSEN, path),
 }
 
 

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from superexperts import pocket, study
+from superexperts import evaluate, pocket, study
 from superexperts.artifacts import Extraction
+from superexperts.cells import Cell, Worker, cells
 from superexperts.cli import main
-from superexperts.config import StudyConfig
+from superexperts.config import EvaluateConfig, StatusConfig, StudyConfig
 from superexperts.corpora import read_rows
-from superexperts.errors import DataError, OptionError
+from superexperts.errors import DataError, OptionError, OutputError
+from superexperts.progress import run as status
+from superexperts.runner import LOG, Outcome, locked, schedule
+from superexperts.study_file import parse
 
 TASKS = ["gsm8k", "boolq"]
+VARIANTS = ["base", "prune-super", "prune-random", "prune-mine", "lora-super", "lora-random", "lora-attention"]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +48,8 @@ max_new_tokens: 32
 data_dir: {folder / "data"}
 train_data: {folder / "rows.json"}
 training: {{epochs: 1, batch_size: 16, learning_rate: 1.0e-3}}
+variants: [base, prune-super, prune-random: {{seeds: 2}}, prune-mine, lora-super, lora-random, lora-attention: {{r: 4}}]
+experts: {{mine: L2E3}}
 """
     (folder / "small.yaml").write_text(text)
     return folder / "small.yaml"
@@ -54,9 +64,10 @@ def finished(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_results_are_what_the_files_of_the_stages_say(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
-    assert [row["name"] for row in results["variants"]] == list(study.VARIANTS)
+    assert [row["name"] for row in results["variants"]] == VARIANTS
+    assert [len(row["runs"]) for row in results["variants"]] == [1, 1, 2, 1, 1, 1, 1]
     rights: dict[str, dict[str, list[bool]]] = {}
-    for row in results["variants"]:
+    for row in (run for variant in results["variants"] for run in variant["runs"]):
         for score in row["scores"]:
             file = finished / "variants" / row["name"] / "extractions" / f"{score['task']}.jsonl"
             found = [Extraction.from_json(value) for _, value in read_rows(file, "x")]
@@ -66,8 +77,12 @@ def test_results_are_what_the_files_of_the_stages_say(finished: Path) -> None:
             assert score["unparsed"] == sum(extraction.extracted is None for extraction in found)
             assert score["accuracy"] == pytest.approx(score["correct"] / 12)
             assert 0 <= score["low"] <= score["accuracy"] <= score["high"] <= 1
-        assert row["mean"] == pytest.approx(sum(score["accuracy"] for score in row["scores"]) / 2)
-    for row in results["comparisons"]:
+    for row in results["variants"]:
+        every = [score["accuracy"] for run in row["runs"] for score in run["scores"]]
+        assert row["mean"] == pytest.approx(sum(every) / len(every))
+    single = [row for row in results["comparisons"] if row["runs"] == [1, 1]]
+    assert single
+    for row in single:
         tasks = TASKS if row["task"] is None else [row["task"]]
         ours, other = (
             [right for task in tasks for right in rights[row[side]][task]] for side in ("variant", "reference")
@@ -88,6 +103,11 @@ def test_variants_are_what_they_say(finished: Path) -> None:
     assert layers == sorted(f"L{layer}" for layer, _ in pocket.PLANTED)
     assert rows["lora-super"]["trainable_parameters"] == rows["lora-random"]["trainable_parameters"] > 0
     assert rows["lora-attention"]["experts"] is None
+    assert rows["prune-mine"]["experts"] == ["L2E3"]
+    draws = [set(run["experts"]) for run in rows["prune-random"]["runs"]]
+    assert draws[0] != draws[1]
+    recipe = (finished / "variants" / "lora-attention" / "train" / "recipe.yaml").read_text()
+    assert "\nr: 4\n" in recipe
     assert rows["prune-super"]["perplexity"] >= 1.5 * rows["base"]["perplexity"]
     assert rows["prune-random"]["perplexity"] <= 1.1 * rows["base"]["perplexity"]
 
@@ -97,7 +117,7 @@ def test_csv_has_the_originals_columns(finished: Path) -> None:
         table = list(csv.reader(stream))
     assert table[0] == ["Model Variant", "MMLU", "ARC-E", "GSM8K", "BoolQ", "MedicalQA", "VMLU"]
     results = json.loads((finished / "results.json").read_text())
-    assert len(table) == 7
+    assert len(table) == 1 + len(VARIANTS)
     for line, row in zip(table[1:], results["variants"], strict=True):
         accuracy = {score["task"]: f"{100 * score['accuracy']:.2f}" for score in row["scores"]}
         assert line[1:] == ["", "", accuracy["gsm8k"], accuracy["boolq"], "", ""]
@@ -114,15 +134,10 @@ def test_a_second_run_does_no_work_and_says_so(finished: Path, plan: Path, capsy
     assert stamps(finished) == before
 
 
-def test_numbers_may_be_written_as_yaml_reads_them() -> None:
-    plan = study.Plan.load("{name: x, data_dir: pocket, tokens: 1e4, training: {learning_rate: 1e-3}}")
-    assert (plan.tokens, plan.training["learning_rate"]) == (10_000, 0.001)
-
-
 def test_changed_benchmark_files_make_a_finished_study_old(plan: Path, finished: Path) -> None:
     file = plan.parent / "data" / "gsm8k_main_test.jsonl"
     text = file.read_text(encoding="utf-8")
-    loaded = study.Plan.load(plan.read_text(encoding="utf-8"))
+    loaded = parse(plan.read_text(encoding="utf-8"))
     before = study._data_identity(loaded)
     file.write_text(text.replace("#### ", "#### 9", 1), encoding="utf-8")
     try:
@@ -150,45 +165,174 @@ def test_a_lost_cell_is_made_again_and_the_others_are_kept(finished: Path, plan:
     assert stamps(finished / "variants" / "base" / "answers") == before
 
 
-@pytest.mark.parametrize("marker", ["prune-super", "lora-super"])
-def test_a_killed_study_continues_to_the_same_results(finished: Path, plan: Path, tmp_path: Path, marker: str) -> None:
-    command = [sys.executable, "-m", "superexperts", "study", str(plan), "--out", str(tmp_path / "out")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+# ---- kills ----------------------------------------------------------------------------------------------------------
+
+
+def start(plan: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "superexperts", "study", str(plan), "--out", str(out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+
+
+def started(out: Path, cell: str, process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Waits until a cell has begun; its line of the log."""
+    while process.poll() is None:
+        for line in (out / LOG).read_text().splitlines() if (out / LOG).is_file() else ():
+            event: dict[str, Any] = json.loads(line)
+            if event["cell"] == cell and event["event"] == "start":
+                return event
+        time.sleep(0.02)
+    raise AssertionError(process.stderr.read() if process.stderr else "")
+
+
+def test_a_study_killed_twice_ends_in_the_same_results(finished: Path, plan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for cell in ("evaluate prune-super", "train lora-super"):
+        with start(plan, out) as process:
+            started(out, cell, process)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+        states = {row["cell"]: row["state"] for row in status(StatusConfig(folder=out))["cells"]}
+        assert states["evaluate base"] == "done"
+        assert states[cell] == "interrupted"
+        assert states["evaluate lora-attention"] == "waiting"
+    assert not (out / "results.json").exists()
+    study.run(StudyConfig(study=plan, out=out))
+    assert (out / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+
+
+@pytest.mark.parametrize("options", [["--workers", "2"], ["--ray", "--workers", "2"]], ids=["processes", "ray"])
+def test_a_worker_that_is_killed_takes_nothing_with_it(
+    finished: Path, plan: Path, tmp_path: Path, options: Sequence[str]
+) -> None:
+    if "--ray" in options:
+        pytest.importorskip("ray")
+    out = tmp_path / "out"
+    with start(plan, out, *options) as process:
+        killed = started(out, "evaluate prune-super", process)
+        os.kill(killed["pid"], signal.SIGKILL)
         assert process.stderr is not None
-        for line in process.stderr:
-            if marker in line:
-                process.send_signal(signal.SIGKILL)
-                break
-        process.stderr.read()
-    assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out" / "results.json").exists()
-    study.run(StudyConfig(study=plan, out=tmp_path / "out"))
-    assert (tmp_path / "out" / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    events = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    pids = {event["pid"] for event in events if event["event"] == "start"}
+    assert len(pids) >= 3  # two workers, and one in the place of the dead
+    assert sum(event["cell"] == "evaluate prune-super" and event["event"] == "start" for event in events) == 2
+    assert (out / "results.json").read_bytes() == (finished / "results.json").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("- a", "has no `name:`"),
-        ("name: [", "not valid YAML"),
-        ("{name: x, colour: red}", "'colour' is no field of a study"),
-        ("{name: x, data_dir: pocket, variants: [base, nope]}", "'nope' is unknown"),
-        ("{name: x, data_dir: pocket, variants: [prune-super]}", "put base first"),
-        ("{name: x, data_dir: pocket, training: {rank: 3}}", "'rank' is no option of train"),
-        ("{name: x}", "train_data: None is missing"),
-        ("{name: 5}", "STUDY name: 5 is not a text"),
-        ("{name: ../x}", "STUDY name: '../x' is not a text"),
-        ("{name: x, tasks: mmlu}", "STUDY tasks: 'mmlu' is not a list of names"),
-        ("{name: x, data_dir: pocket, tasks: [nope]}", "--tasks: 'nope' is unknown"),
-        ("{name: x, tokens: many}", "STUDY tokens: 'many' is not a whole number"),
-        ("{name: x, tokens: 1.5}", "STUDY tokens: 1.5 is not a whole number"),
-        ("{name: x, data_dir: pocket, depth: 2}", "--depth: 2.0 is out of range"),
-        ("{name: x, variants: [base, base]}", "names one twice"),
-        ("{name: x, data_dir: pocket, training: {r: -1}}", "--r: -1 is not positive"),
-        ("{name: x, data_dir: pocket, training: {r: [1]}}", "a value has the wrong type"),
-    ],
-)
-def test_a_wrong_study_file_is_named(text: str, said: str) -> None:
-    with pytest.raises(OptionError) as error:
-        study.Plan.load(text)
-    assert said in str(error.value)
+def test_two_studies_do_not_work_in_one_folder(finished: Path, plan: Path) -> None:
+    with locked(finished), pytest.raises(OutputError, match="another study is at work"):
+        study.run(StudyConfig(study=plan, out=finished))
+
+
+# ---- cells ----------------------------------------------------------------------------------------------------------
+
+
+class Told:
+    """A crew of two that notes what runs beside what, and fails where it is told to."""
+
+    size = 2
+
+    def __init__(self, failing: str) -> None:
+        self.failing, self.running, self.order = failing, list[Cell](), list[str]()
+
+    def start(self, cell: Cell) -> None:
+        self.running.append(cell)
+        assert len(self.running) <= self.size
+        self.order.append(cell.name)
+
+    def next(self) -> Outcome:
+        cell = self.running.pop()  # the latest first: the order of ends is not that of starts
+        return Outcome(cell=cell.name, seconds=0, error="bad" if cell.name == self.failing else None)
+
+
+def test_cells_run_when_what_they_need_is_done_and_not_after_a_failure(plan: Path) -> None:
+    todo = cells(parse(plan.read_text(encoding="utf-8")))
+    crew = Told("train lora-super")
+    outcomes = {outcome.cell: outcome.error for outcome in schedule(todo, crew)}
+    assert set(outcomes) == {cell.name for cell in todo}
+    bad = {name for name, error in outcomes.items() if error}
+    assert bad == {"train lora-super", "evaluate lora-super", "extract lora-super"}
+    assert outcomes["extract lora-super"] == "not run: what it needs failed"
+    place = {name: i for i, name in enumerate(crew.order)}
+    for cell in todo:
+        assert all(place[need] < place[cell.name] for need in cell.needs if cell.name in place)
+
+
+def test_a_failed_cell_is_told_and_the_others_are_kept(plan: Path, tmp_path: Path) -> None:
+    text = plan.read_text(encoding="utf-8").replace("learning_rate: 1.0e-3", "learning_rate: 1.0e-30")
+    text = text.split("variants:")[0] + "variants: [base, lora-super, prune-super]\n"
+    (tmp_path / "s.yaml").write_text(text)
+    out = tmp_path / "out"
+    with pytest.raises(
+        DataError, match="3 of 9 cells failed or were not run. train lora-super: --experts: the adapter"
+    ):
+        study.run(StudyConfig(study=tmp_path / "s.yaml", out=out))
+    assert (out / "variants" / "prune-super" / "scores.json").is_file()
+    assert not (out / "results.json").exists()
+    row = next(row for row in status(StatusConfig(folder=out))["cells"] if row["cell"] == "train lora-super")
+    assert (row["state"], "changes no logit" in row["error"]) == ("failed", True)
+
+
+def test_variants_as_checkpoints_answer_as_they_do_in_a_shared_model(
+    finished: Path, plan: Path, tmp_path: Path
+) -> None:
+    """What engines get that know nothing of silent experts."""
+    text = plan.read_text(encoding="utf-8") + "evaluation: {engine: vllm}\n"
+    served = parse(text)
+    assert {cell.run for cell in cells(served) if cell.stage == "checkpoint"} == {run.name for run in served.runs[1:]}
+    (tmp_path / "variants" / "lora-super").mkdir(parents=True)
+    (tmp_path / "experts").symlink_to(finished / "experts")
+    (tmp_path / "variants" / "lora-super" / "train").symlink_to(finished / "variants" / "lora-super" / "train")
+    worker = Worker(served, tmp_path)
+    for name in ("prune-super", "lora-super"):
+        worker.work(Cell(stage="checkpoint", run=name))
+        evaluate.run(
+            EvaluateConfig(
+                model=str(tmp_path / "variants" / name / "model"),
+                tasks=",".join(TASKS),
+                limit=12,
+                max_new_tokens=32,
+                data_dir=plan.parent / "data",
+                variant=name,
+                out=tmp_path / name,
+            )
+        )
+        for task in TASKS:
+            files = [folder / "answers" / f"{task}.jsonl" for folder in (finished / "variants" / name, tmp_path / name)]
+            ours, theirs = ([row["response"] for _, row in read_rows(file, "answers")] for file in files)
+            assert ours == theirs
+
+
+def test_a_dry_run_counts_and_writes_nothing(finished: Path, plan: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["study", str(plan), "--dry-run", "--out", str(tmp_path / "new"), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["plan"]
+    assert not (tmp_path / "new").exists()
+    todo = cells(parse(plan.read_text(encoding="utf-8")))
+    assert [row["cell"] for row in planned["cells"]] == [cell.name for cell in todo]
+    assert {row["state"] for row in planned["cells"]} == {"waiting"}
+    weights = sum(file.stat().st_size for file in pocket.checkpoint_dir().glob("*.safetensors"))
+    assert planned["gib"] > 2 * weights / 2**30 * 0.9  # bfloat16 on disk, float32 on a CPU
+    assert main(["study", str(plan), "--dry-run", "--out", str(finished)]) == 0
+    assert "measured" in capsys.readouterr().out
+
+
+def test_status_of_a_finished_study(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["status", str(finished)]) == 0
+    said = capsys.readouterr().out
+    total = len(cells(parse((finished / "study.yaml").read_text(encoding="utf-8"))))
+    assert f"{total} of {total} cells are done; no study is at work" in said
+    found = status(StatusConfig(folder=finished))
+    assert {row["answers"] for row in found["cells"] if row["cell"].startswith("evaluate")} == {24}
+    results = json.loads((finished / "results.json").read_text())
+    scores = {run["name"]: run["scores"] for row in results["variants"] for run in row["runs"]}
+    assert found["scores"] == scores
+    with pytest.raises(DataError, match="has no study.yaml"):
+        status(StatusConfig(folder=tmp_path))
+
+
+def test_ray_is_asked_for_by_its_own_word(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="STUDY"):
+        study.run(StudyConfig(study=tmp_path / "none.yaml", ray=""))
+    assert main(["study", "--ray", str(tmp_path / "none.yaml")]) == 2

@@ -109,7 +109,8 @@ def test_an_error_is_told(text: str, said: str) -> None:
 def test_runs_seeds_and_sets() -> None:
     plan = parse(
         "{name: x, data_dir: pocket, seed: 7, seeds: 2, experts: {mine: 'L1E2', odd: {rule: random, count: 3}}, "
-        "variants: [base, prune-super, prune-random, prune-odd, lora-super: {seeds: 3, r: 4}, lora-mine, lora-attention]}"
+        "variants: [base, prune-super, prune-random, prune-odd, lora-super: {seeds: 3, r: 4}, lora-mine, "
+        "lora-attention]}"
     )
     rows = [(run.name, run.seed, run.experts, run.random) for run in plan.runs]
     assert rows == [

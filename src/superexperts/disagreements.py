@@ -1,4 +1,4 @@
-"""The items that some variants have right and others wrong, with the raw answers, as data for the report's browser."""
+"""The items that some runs have right and others wrong, with the raw answers, as data for the report's browser."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 
 from .artifacts import Answer, Extraction
 from .errors import DataError
-from .results import Results, run_title, task_title
+from .results import Results, task_title
 
 __all__ = ["Disagreements", "disagreements", "script_safe", "visible"]
 
 MAX_PER_TASK = 60
-MAX_BYTES = 2 * 2**20  # the report stays under 5 MB with its pictures
-PROMPT_LENGTH, RESPONSE_LENGTH = 1200, 1000
+PROMPT_LENGTH = 1200
+RESPONSE_LENGTHS = (1000, 500, 250)
+"""Answers are cut to the first of these with which all items that may be shown fit."""
 
 Lines = Mapping[str, Mapping[str, Sequence[Any]]]
+Row = tuple[Extraction, Answer]
 
 CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufff9-\ufffb]"
@@ -36,58 +38,96 @@ class Disagreements:
     """Safe inside a `<script type="application/json">`."""
 
 
-def disagreements(results: Results, answers: Lines, extractions: Lines) -> Disagreements:
+def disagreements(results: Results, answers: Lines, extractions: Lines, max_bytes: int = 2 * 2**20) -> Disagreements:
     """Items whose correctness differs between runs, the first ones of each benchmark, cut and made visible.
 
-    `answers` and `extractions` are by run and benchmark; `DataError` where an item lacks either.
+    `answers` and `extractions` are by run and benchmark; `DataError` where an item lacks either. The items' JSON takes
+    `max_bytes` at most.
     """
-    items: list[dict[str, Any]] = []
+    items: list[str] = []
     tasks = []
     asked = found = 0
-    budget = MAX_BYTES // max(1, len(results.columns))
+    budget = max_bytes // max(1, len(results.columns))
     for task in results.columns:
-        correct = {run.name: {row.id: row for row in extractions[run.name][task]} for _, run in results.runs}
-        said = {run.name: {row.id: row for row in answers[run.name][task]} for _, run in results.runs}
-        shown = size = 0
-        for first in answers[results.base.runs[0].name][task]:
-            asked += 1
-            try:
-                rows = [(correct[run.name][first.id], said[run.name][first.id]) for _, run in results.runs]
-            except KeyError as error:
-                raise DataError(
-                    f"{task}: item {first.id!r} is not answered by every variant; evaluate again"
-                ) from error
-            if len({row.correct for row, _ in rows}) == 1:
-                continue
-            found += 1
-            item = _item(task, first, rows)
-            size += len(json.dumps(item, ensure_ascii=False).encode("utf-8", errors="replace"))
-            if shown < MAX_PER_TASK and size <= budget:
-                items.append(item)
-                shown += 1
-        tasks.append({"name": task, "title": task_title(task), "shown": shown})
+        first, differing = _differing(results, task, answers, extractions)
+        asked, found = asked + len(first), found + len(differing)
+        shown = _fitting(task, differing[:MAX_PER_TASK], budget)
+        items += shown
+        tasks.append({"name": task, "title": task_title(task), "found": len(differing), "shown": len(shown)})
     variants = [
-        {"title": visible(run_title(variant, run)), "base": variant.kind == "base"} for variant, run in results.runs
+        {
+            "title": visible(variant.title),
+            "base": variant.kind == "base",
+            "runs": [f"seed {run.seed}" for run in variant.runs],
+        }
+        for variant in results.variants
     ]
-    data = {"variants": variants, "tasks": tasks, "items": items}
-    return Disagreements(asked=asked, found=found, shown=len(items), json=script_safe(data))
+    head = script_safe({"variants": variants, "tasks": tasks})
+    data = f'{head[:-1]},"items":[{",".join(items)}]}}'
+    return Disagreements(asked=asked, found=found, shown=len(items), json=data)
 
 
-def _item(task: str, first: Answer, rows: Sequence[tuple[Extraction, Answer]]) -> dict[str, Any]:
+def _differing(
+    results: Results, task: str, answers: Lines, extractions: Lines
+) -> tuple[Sequence[Answer], list[list[list[Row]]]]:
+    """The base's answers, and of each item that differs what every run of every variant made of it."""
+    correct = {run.name: {row.id: row for row in extractions[run.name][task]} for _, run in results.runs}
+    said = {run.name: {row.id: row for row in answers[run.name][task]} for _, run in results.runs}
+    asked = answers[results.base.runs[0].name][task]
+    found = []
+    for first in asked:
+        try:
+            rows = [
+                [(correct[run.name][first.id], said[run.name][first.id]) for run in variant.runs]
+                for variant in results.variants
+            ]
+        except KeyError as error:
+            raise DataError(f"{task}: item {first.id!r} is not answered by every run; evaluate again") from error
+        if len({row.correct for runs in rows for row, _ in runs}) > 1:
+            found.append(rows)
+    return asked, found
+
+
+def _fitting(task: str, differing: Sequence[list[list[Row]]], budget: int) -> list[str]:
+    """As many items as the budget of bytes has room for, with answers as long as all would fit with."""
+    items: list[str] = []
+    for length in RESPONSE_LENGTHS:
+        items = [script_safe(_item(task, rows, length)) for rows in differing]
+        sizes = [len(item.encode("utf-8")) for item in items]
+        if sum(sizes) <= budget:
+            return items
+    kept = []
+    for item, size in zip(items, sizes, strict=True):
+        if size > budget:
+            break
+        budget -= size
+        kept.append(item)
+    return kept
+
+
+def _item(task: str, rows: Sequence[Sequence[Row]], length: int) -> dict[str, Any]:
+    """`texts` holds each different answer once; `answers` are by variant and run [text, right, extracted, how]."""
+    first = rows[0][0][1]
+    texts: dict[str, int] = {}
+    answers = [
+        [
+            [
+                texts.setdefault(visible(_cut(answer.response, length)), len(texts)),
+                int(row.correct),
+                None if row.extracted is None else visible(_cut(row.extracted, 80)),
+                visible(row.how),
+            ]
+            for row, answer in runs
+        ]
+        for runs in rows
+    ]
     return {
         "task": task,
         "id": visible(first.id),
         "prompt": visible(_cut(first.prompt, PROMPT_LENGTH)),
         "gold": visible(_cut(first.gold, 200)),
-        "answers": [
-            {
-                "correct": row.correct,
-                "extracted": None if row.extracted is None else visible(_cut(row.extracted, 80)),
-                "how": visible(row.how),
-                "response": visible(_cut(answer.response, RESPONSE_LENGTH)),
-            }
-            for row, answer in rows
-        ],
+        "texts": list(texts),
+        "answers": answers,
     }
 
 

@@ -21,9 +21,27 @@ from numpy.typing import NDArray
 from .errors import OutputError
 from .rundir import write_bytes
 
-__all__ = ["COLUMN", "DARK", "LIGHT", "PAGE", "Theme", "figure_in", "put_names", "put_title", "save", "shorten"]
+__all__ = [
+    "COLUMN",
+    "DARK",
+    "LETTERS",
+    "LIGHT",
+    "PAGE",
+    "Grid",
+    "Spots",
+    "Theme",
+    "figure_in",
+    "grid_of",
+    "points_of",
+    "put_names",
+    "put_title",
+    "save",
+    "shorten",
+]
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column and the full width of a two-column paper
+LETTERS = ".letters.svg"
+"""An SVG whose name ends so is for a page: text is letters instead of outlines, and pixels, if any, are fewer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +88,54 @@ DARK = Theme(
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Cells of a picture that have values of their own."""
+
+    box: tuple[float, float, float, float]
+    """Left, top, width and height in shares of the picture's width and height."""
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    """By row and column; None where there is nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spots:
+    """What of a picture can be pointed at and read."""
+
+    grids: tuple[Grid, ...] = ()
+    points: tuple[tuple[float, float, str], ...] = ()
+    """Left and top in shares of the picture's width and height, and what is to be said of that place."""
+
+
+def grid_of(axes: Axes, rows: Sequence[str], columns: Sequence[str], values_RC: NDArray[np.float64]) -> Grid:
+    """The whole of a drawn figure's axes as cells; `values_RC` are rounded to three digits, nan is nothing."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    box, whole = axes.get_window_extent(), figure.bbox
+    place = (box.x0 / whole.width, 1 - box.y1 / whole.height, box.width / whole.width, box.height / whole.height)
+    return Grid(
+        box=cast(Any, tuple(round(float(value), 4) for value in place)),
+        rows=tuple(rows),
+        columns=tuple(columns),
+        values=tuple(tuple(None if math.isnan(v) else float(f"{v:.3g}") for v in row) for row in values_RC.tolist()),
+    )
+
+
+def points_of(axes: Axes, points: Sequence[tuple[float, float, str]]) -> tuple[tuple[float, float, str], ...]:
+    """(x, y, text) in the data of a drawn figure's axes, as places of `Spots`."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    found = []
+    for x, y, text in points:
+        left, bottom = axes.transData.transform((x, y))
+        found.append(
+            (round(float(left / figure.bbox.width), 4), round(float(1 - bottom / figure.bbox.height), 4), text)
+        )
+    return tuple(found)
+
+
 @contextmanager
 def figure_in(width: float, height: float, theme: Theme) -> Iterator[Figure]:
     """A figure of that many inches in the theme's colours; the settings hold for the block only."""
@@ -103,14 +169,19 @@ def figure_in(width: float, height: float, theme: Theme) -> Iterator[Figure]:
         yield figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Renders in memory, then writes whole or not at all."""
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in ("png", "svg"):
-        raise OutputError(f"{path.name}: pictures are .png or .svg, not {path.suffix!r}; choose one of the two")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
-    write_bytes(path, buffer.getvalue())
+def save(figure: Figure, paths: Path | Sequence[Path]) -> None:
+    """Renders in memory, then writes whole or not at all; PNG or SVG by each path's suffix (see `LETTERS`)."""
+    for path in [paths] if isinstance(paths, Path) else paths:
+        kind = path.suffix.removeprefix(".").lower()
+        if kind not in ("png", "svg"):
+            raise OutputError(f"{path.name}: pictures are .png or .svg, not {path.suffix!r}; choose one of the two")
+        buffer = io.BytesIO()
+        small = path.name.endswith(LETTERS)
+        with mpl.rc_context({"svg.fonttype": "none" if small else "path"}):
+            dpi = 140 if small else 200  # of what is drawn as pixels within an SVG
+            figure.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
+        write_bytes(path, buffer.getvalue())
+        figure.set_layout_engine("none")  # another format need not be laid out again
 
 
 def put_title(axes: Axes, title: str, source: str, inches: float) -> None:

@@ -103,9 +103,9 @@ def with_test(
         square = float((difference_N**2).mean())
         sizes = [] if both else [stats.detectable(round(square * number), number, tests, POWER)]
         if both:
-            sizes.append(seeds.detectable(square, own, number, both, tests, POWER))
+            sizes.append(seeds.detectable(square, null, both, tests, POWER))
         if clusters is not None and clusters.many and by_subject is not None:
-            sizes.append(seeds.detectable(square, by_subject, number, both, tests, POWER))
+            sizes.append(seeds.detectable(square, _wider(by_subject, null), both, tests, POWER))
         return max(sizes)
 
     return {

@@ -17,12 +17,13 @@ from transformers import AutoConfig
 
 from .cells import Cell, Worker, cells
 from .config import StudyConfig
-from .corpora import local_data, read_rows
+from .corpora import local_data
 from .model import pick_device, structure_of
 from .moe import find_banks
 from .options import CheckpointConfig
 from .pocket import checkpoint_dir
 from .progress import cell_states
+from .sft_data import read_rows
 from .study_file import Plan
 from .tasks import load_benchmarks
 
@@ -140,7 +141,7 @@ def _guess(
         in_batch = options.get("batch_size", 16) * min(options.get("max_length", 1024), 2 * PROMPT_TOKENS)
         kept = (2 if again == 4 else 24) * size.hidden * size.layers * itemsize + size.vocabulary * 8
         return again * 2 * size.active * tokens / flops, (weights + in_batch * kept) / 2**30
-    return (2 * weights / 1e9 if cell.stage == "checkpoint" else 1.0), 0.0
+    return (2 * weights / 1e9 if cell.stage == "checkpoint" else 0.1), 0.0
 
 
 def _items(plan: Plan) -> dict[str, int]:
@@ -156,8 +157,8 @@ def _training_tokens(plan: Plan) -> int:
     """About how many tokens the training rows have."""
     if plan.train_data is None or not any(run.kind == "lora" for run in plan.runs):
         return 100_000
-    found = sum(len(str(value)) for _, row in read_rows(Path(plan.train_data), "train_data") for value in row.values())
-    return found // CHARACTERS_PER_TOKEN
+    rows = read_rows(Path(plan.train_data), "STUDY train_data")
+    return sum(len(row.question) + len(row.explain) + len(row.answer) for row in rows) // CHARACTERS_PER_TOKEN
 
 
 def _speeds(device: torch.device, itemsize: int) -> tuple[float, float]:

@@ -179,12 +179,13 @@ def _attach(model: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without three warnings of PEFT 0.21: that it asks transformers for an attribute that has a new name, which nobody
-    here can mend, that keys are missing from a file, which `load_adapter` makes an error, and that it ignores patterns
-    for single experts, which are our layer's to read."""
+    """Without four warnings of PEFT 0.21: that it asks transformers for an attribute that has a new name, which nobody
+    here can mend, that keys are missing from a file, which `load_adapter` makes an error, that it ignores patterns for
+    single experts, which are our layer's to read, and that a model's folder has another name than the model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*_pattern keys did not match.*\.\d", category=RuntimeWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
 

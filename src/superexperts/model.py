@@ -42,8 +42,9 @@ __all__ = [
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
 
-def checkpoint_folder(model: str, revision: str | None = None) -> Path:
-    """The folder that `model` names: `pocket`, a folder, or a Hub repository's snapshot (fetched if need be)."""
+def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = True) -> Path:
+    """The folder that `model` names: `pocket`, a folder, or a Hub repository's snapshot (fetched if need be and not
+    forbidden)."""
     if model == "pocket":
         return checkpoint_dir()
     path = Path(model)
@@ -54,7 +55,9 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
             raise ModelError(f"MODEL: {model!r} has no .safetensors file (pickles are not read); convert it first")
         return path
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=CHECKPOINT_FILES))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=CHECKPOINT_FILES, local_files_only=not fetch)
+        )
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(
             f"MODEL: {model!r} is neither a folder nor a model that the Hub gives ({type(error).__name__}); "

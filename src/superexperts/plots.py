@@ -7,7 +7,7 @@ Every function takes a `Theme`; the report shows the light or the dark one, as t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,27 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .artifacts import CorpusProfile, ExpertKey, Profile, key_name
-from .drawing import COLUMN, LIGHT, PAGE, Theme, figure_in, put_names, put_title, save, shorten
-from .results import Results, task_title
+from .artifacts import CorpusProfile, ExpertKey, Profile, key_name, key_order
+from .drawing import COLUMN, LIGHT, PAGE, Spots, Theme, figure_in, grid_of, points_of, put_names, put_title, save
 from .select import considered, layers_below, peak, threshold
 
-__all__ = ["plot_differences", "plot_heatmap", "plot_layers", "plot_training"]
+__all__ = ["plot_heatmap", "plot_layers"]
 
 
 def plot_heatmap(
     profile: Profile,
     corpus: str,
     chosen: Sequence[ExpertKey],
-    path: Path,
+    path: Path | Sequence[Path],
     depth: float = 0.75,
     width: float | None = None,
     theme: Theme = LIGHT,
-) -> None:
+) -> Spots:
     """Every expert's peak |down_proj output| (log scale): a row per decoder layer, under its true number.
 
-    `chosen` experts are ringed and named. PNG or SVG by the suffix of `path`; layers without experts are hatched, and
-    layers that the criterion leaves out for their `depth` are washed out. `width` is in inches; by default a column's
-    up to 24 experts, else a page's.
+    `chosen` experts are ringed and named. PNG or SVG by the suffix of `path`, or several; layers without experts are
+    hatched, and layers that the criterion leaves out for their `depth` are washed out. `width` is in inches; by default
+    a column's up to 24 experts, else a page's. Returns the cells.
     """
     section = profile.corpora[corpus]
     routed = sorted({row.expert for row in section.experts if row.expert != "shared"}, key=int)
@@ -107,22 +106,25 @@ def plot_heatmap(
             figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
         put_names(axes, points, [key_name(key) for key in chosen], theme)
         save(figure, path)
+        columns = [*(f"E{expert}" for expert in range(experts)), *(["shared"] * shared)]
+        return Spots(grids=(grid_of(axes, [f"L{layer}" for layer in range(layers)], columns, peak_LC),))
 
 
 def plot_layers(
     profile: Profile,
     corpus: str,
     chosen: Sequence[ExpertKey],
-    path: Path,
+    path: Path | Sequence[Path],
     depth: float = 0.75,
     percentile: float = 99.5,
     ratio: float = 10.0,
     width: float | None = None,
     theme: Theme = LIGHT,
-) -> None:
+) -> Spots:
     """Each layer's largest peak over the peaks of all its experts, and the criterion's two bounds (log scale).
 
     `chosen` experts are ringed and named, and so is the largest peak that was not chosen. PNG or SVG by the suffix.
+    Returns each layer's largest and the chosen ones as points.
     """
     section = profile.corpora[corpus]
     reached = [row for row in section.experts if peak(row, profile.statistic) > 0]
@@ -164,7 +166,7 @@ def plot_layers(
                 axes.axhline(value, color=theme.ink, lw=0.8, ls=(0, (4, 2)))
                 place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
                 style: Any = {"va": side, "fontsize": 6.5, "linespacing": 0.95, "color": theme.ink}
-                shift = (4, 3 if side == "top" else -3)
+                shift = (4, 0)  # so that the two never meet
                 axes.annotate(f"{name}\n{value:.3g}", (1, value), xytext=shift, **place, **style)
         peaks = {row.key: peak(row, profile.statistic) for row in reached}
         ringed = [key for key in chosen if key in peaks]
@@ -195,65 +197,13 @@ def plot_layers(
         names = [key_name(key) for key in (*ringed, *(row.key for row in quiet))]
         put_names(axes, points, names, theme, quiet=[key_name(row.key) for row in quiet], avoid=avoid)
         save(figure, path)
-
-
-def plot_differences(results: Results, path: Path, theme: Theme = LIGHT) -> None:
-    """Forest plot: each variant's accuracy minus base's in points with 95% intervals, over all items and by benchmark.
-
-    A filled mark differs from base after Holm's adjustment. All panels share one scale. PNG or SVG by the suffix.
-    """
-    variants = results.others
-    panels: list[str | None] = [None, *results.columns]
-    with figure_in(PAGE, 0.95 + 0.3 * max(1, len(variants)), theme) as figure:
-        grid = figure.add_gridspec(1, len(panels), width_ratios=[1.9, *[1.0] * (len(panels) - 1)])
-        first: Axes | None = None
-        for place, task in enumerate(panels):
-            axes = figure.add_subplot(grid[0, place], sharex=first, sharey=first)
-            first = first or axes
-            axes.axvline(0, color=theme.ink, lw=0.8)
-            axes.grid(axis="x", color=theme.faint, lw=0.5)
-            for row, variant in enumerate(variants):
-                found = results.to_base(variant.name, task)
-                if found is None:
-                    continue
-                colour = (theme.accent if found.difference < 0 else theme.gain) if found.sure else theme.muted
-                axes.plot((100 * found.low, 100 * found.high), (row, row), color=colour, lw=1.4)
-                axes.plot(
-                    100 * found.difference,
-                    row,
-                    "D" if task is None else "o",
-                    ms=4 if task is None else 3.6,
-                    color=colour,
-                    mfc=colour if found.sure else theme.paper,
-                    mew=1.2,
-                )
-            title = "all items" if task is None else task_title(task)
-            axes.set_title(title, fontsize=7.5, fontweight="bold" if task is None else "normal")
-            axes.spines[["left"]].set_visible(False)
-            axes.tick_params(axis="y", length=0, labelleft=place == 0)
-            axes.xaxis.set_major_locator(MaxNLocator(3 if place else 6, integer=True))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}")))
-        assert first is not None
-        first.set_yticks(range(len(variants)), [shorten(variant.title, 30) for variant in variants])
-        first.set_ylim(len(variants) - 0.5, -0.5)
-        figure.supxlabel("difference to base, percentage points", fontsize=7.5, color=theme.muted)
-        save(figure, path)
-
-
-def plot_training(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, theme: Theme = LIGHT) -> None:
-    """Training loss by optimiser step: per variant its (step, loss) pairs, directly labelled in the legend."""
-    with figure_in(PAGE, 2.5, theme) as figure:
-        axes = figure.add_subplot()
-        axes.grid(axis="y", color=theme.faint, lw=0.5)
-        styles = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-        for index, (title, curve) in enumerate(curves.items()):
-            steps, losses = [step for step, _ in curve], [loss for _, loss in curve]
-            colour = theme.lines[index % len(theme.lines)]
-            axes.plot(steps, losses, color=colour, lw=1.5, ls=styles[index % len(styles)], label=shorten(title, 40))
-        axes.set(xlabel="optimiser step", ylabel="training loss")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        figure.legend(loc="outside upper left", ncols=3)
-        save(figure, path)
+        largest = {row.layer: row for row in sorted(reached, key=lambda row: peaks[row.key])}
+        told = {row.key for row in largest.values()} | set(ringed)
+        said = [
+            (float(layer), peaks[layer, expert], f"{key_name((layer, expert))}: {peaks[layer, expert]:.3g}")
+            for layer, expert in sorted(told, key=key_order)
+        ]
+        return Spots(points=points_of(axes, said))
 
 
 def _hatched(theme: Theme, corner: tuple[float, float], width: float, height: float, label: str = "") -> Rectangle:

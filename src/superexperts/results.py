@@ -339,7 +339,7 @@ def print_table(results: Mapping[str, Any], console: Console) -> None:
         caption="accuracy in %; * differs from base (paired test, Holm, 5%; at the mean: over all items)",
         caption_justify="left",
     )
-    table.add_column("variant", no_wrap=True)
+    table.add_column("variant")
     for title in (*(task_title(task) for task in found.columns), "mean", "ppl"):
         table.add_column(title, justify="right", no_wrap=True)
     for cells in _cells(found):

@@ -252,10 +252,11 @@ def schedule(
     outcomes: list[Outcome] = []
     while True:
         failed = {outcome.cell for outcome in outcomes if outcome.error}
-        for cell in [cell for cell in waiting if failed & set(cell.needs)]:
-            waiting.remove(cell)
-            outcomes.append(Outcome(cell=cell.name, seconds=0, error="not run: what it needs failed"))
-            failed.add(cell.name)
+        for cell in list(waiting):  # in their order, in which each comes after what it needs
+            if failed & set(cell.needs):
+                waiting.remove(cell)
+                outcomes.append(Outcome(cell=cell.name, seconds=0, error="not run: what it needs failed"))
+                failed.add(cell.name)
         for cell in [cell for cell in waiting if done.issuperset(cell.needs)][: crew.size - running]:
             said(cell, len(cells) - len(waiting))
             waiting.remove(cell)

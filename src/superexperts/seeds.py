@@ -87,12 +87,13 @@ def critical(items: Items, seeds: Sequence[Seeds], level: float = 1 - CONFIDENCE
     return float(_quantile(values_Q, weights_Q, level))
 
 
-def detectable(square: float, items: Items, number: int, seeds: Sequence[Seeds], tests: int, power: float) -> float:
+def detectable(square: float, items: Items, seeds: Sequence[Seeds], tests: int, power: float) -> float:
     """The smallest difference that the test would have found with this `power`, were the variances those estimated.
 
-    `square` is the mean over the `number` items of the squared difference; at least the difference itself is taken, as
-    where items are won or lost as a whole. The level is 5% shared by `tests` tests (the first step of Holm's). What the
-    seeds' variances would have been estimated as is averaged over.
+    `square` is the mean over the items of the squared difference, and `items` the variance of its mean if there is no
+    difference; at least the difference itself is taken, as where items are won or lost as a whole. The level is 5%
+    shared by `tests` tests (the first step of Holm's). What the seeds' variances would have been estimated as is
+    averaged over.
     """
     level = (1 - CONFIDENCE) / tests
     shares = (np.arange(9) + 0.5) / 9
@@ -100,8 +101,8 @@ def detectable(square: float, items: Items, number: int, seeds: Sequence[Seeds],
     own = sum(part.weight * part.sd**2 for part in seeds)
     found = 0.0
     for _ in range(6):  # a larger difference makes the items' variance larger, which has settled by then
-        scale = (max(square, found) - found**2) / max(square, TINY) if found else 1.0
-        part = dataclasses.replace(items, variance=items.variance * scale)
+        larger = max(square, found) / max(square, TINY)
+        part = dataclasses.replace(items, variance=items.variance * larger)
         edges_D = np.array(
             [
                 _quantile(
@@ -113,7 +114,8 @@ def detectable(square: float, items: Items, number: int, seeds: Sequence[Seeds],
                 for drawn in itertools.product(*factors)
             ]
         )
-        spread = float(np.sqrt(max(part.variance + own, TINY)))
+        centred = part.variance * (1 - found**2 / max(square, found, TINY))
+        spread = float(np.sqrt(max(centred + own, TINY)))
         before, found = found, min(1.0, _powerful(edges_D, spread, power))
         if abs(found - before) < 1e-4:
             break

@@ -45,7 +45,8 @@ def run(config: StudyConfig) -> dict[str, Any]:
         return {"plan": estimate(plan, out, config), "out": str(out)}
     prepare_folder(out)
     with runner.locked(out):
-        write_text(out / STUDY, text)
+        if not (out / STUDY).is_file() or (out / STUDY).read_text(encoding="utf-8") != text:
+            write_text(out / STUDY, text)
         inputs = _inputs(plan)
         if completed(out, "study", inputs):
             note(f"study: {out} is up to date, nothing to do")

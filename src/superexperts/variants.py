@@ -11,12 +11,12 @@ Kind = Literal["base", "prune", "lora"]
 
 SETS = {
     "super": "super experts",
-    "random": "random experts of the same layers",
+    "random": "random experts",
     "anywhere": "random experts of any layer",
-    "routed": "the most routed experts",
-    "gate": "the experts of highest gate weight",
-    "reap": "the experts of highest REAP saliency",
-    "layers": "all experts of the same layers",
+    "routed": "most routed experts",
+    "gate": "experts of highest gate weight",
+    "reap": "experts of highest saliency",
+    "layers": "all experts of the layers",
 }
 """Sets of experts that every study knows, and how they are called."""
 DEFAULT_SETS: dict[str, dict[str, Any]] = {
