@@ -190,7 +190,15 @@ def build(folder: Path, titles: Mapping[str, str] = TITLES) -> Path:
 
 
 RUNS = [
-    Run(name=name + (f"-s{seed}" if seed else ""), variant=name, kind=kind, target=target, seed=seed, experts=experts)
+    Run(
+        name=name + (f"-s{seed}" if seed else ""),
+        variant=name,
+        kind=kind,
+        target=target,
+        seed=seed,
+        experts=experts,
+        drawn=target == "random",
+    )
     for name, kind, target, experts, seeds in (
         ("base", "base", None, None, 1),
         ("prune-super", "prune", "super", "super", 1),

@@ -6,7 +6,9 @@ is done, so to run a cell again costs only the look.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from .artifacts import ExpertSet
 from .config import EvaluateConfig, ExtractConfig, ProfileConfig, PruneConfig, SelectConfig
 from .config_adapters import ExportConfig
 from .config_train import TrainConfig
+from .errors import OptionError
 from .judge import Judge, open_judge
 from .pocket import write_data
 from .rundir import completed, new_folder, write_json, write_manifest
@@ -167,11 +170,14 @@ class Worker:
             device=self.device,
             **options,
         )
-        if config.load_in_4bit or config.offload:
+        less_memory = config.load_in_4bit or config.offload
+        if less_memory:
             self.shelf.clear()
-            train.train(config)
-        else:
-            train.train(config, load=lambda: self.shelf.take(config))
+        load = None if less_memory else functools.partial(self.shelf.take, config)
+        if train.checkpoints_of(config.out).is_dir():  # it was killed
+            with contextlib.suppress(OptionError):  # while other settings were trained
+                train.train(dataclasses.replace(config, resume=True), load=load)
+        train.train(config, load=load)
 
     def _checkpoint(self, run: Run) -> None:
         """The variant as a checkpoint, for engines that know nothing of silent experts or of adapters."""

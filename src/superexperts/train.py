@@ -42,10 +42,15 @@ from .rundir import (
 from .sft_data import Example, encode, read_rows
 from .shared import borrowed
 
-__all__ = ["run", "train"]
+__all__ = ["checkpoints_of", "run", "train"]
 
 PROBE_ROWS = 32
 """Rows, evenly spread over the data, on which the adapter's effect is measured."""
+
+
+def checkpoints_of(out: Path) -> Path:
+    """Where a training keeps what `--resume` goes on from; it is there only while it runs, or was killed."""
+    return out.with_name(f".{out.name}.checkpoints")
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def train(
     if completed(config.out, "train", inputs):
         note(f"train: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "training.json", "training")}
-    work = config.out.with_name(f".{config.out.name}.checkpoints")
+    work = checkpoints_of(config.out)
     with _written(config.out) as temporary, tempfile.TemporaryDirectory(prefix="superexperts-") as folder_of_weights:
         scratch = Path(folder_of_weights)
         tokenizer = tokenizer or load_tokenizer(config)
