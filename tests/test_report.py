@@ -297,7 +297,7 @@ def test_budgets_name_what_differs(soup: BeautifulSoup) -> None:
     assert any(line.startswith("seed 1 L1E2, L2E5 1 in L1, 1 in L2 ≠ 12,345 (×0.5)") for line in lines)
     assert any(line.startswith("LoRA on attention seed 0 – ≠ none 24,690") for line in lines)
     assert any(
-        line.startswith("prune random experts of the same layers seed 0 L1E0, L2E1 1 in L1, 1 in L2") for line in lines
+        line.startswith("prune random experts seed 0 L1E0, L2E1 1 in L1, 1 in L2") for line in lines
     )
 
 
@@ -305,7 +305,7 @@ def test_pictures_say_what_they_show(soup: BeautifulSoup) -> None:
     alts = {str(figure["id"]): str(figure.img["alt"]) for figure in soup.select("figure")}  # type: ignore[index]
     assert "layer 4 30% and 8%" in alts["picture-sinks"]
     assert "LoRA on super experts: 2 experts by 4% to 10%" in alts["picture-weights"]  # the mean of 2, 4 and 6%
-    assert "prune random experts of the same layers: 2 experts silenced" in alts["picture-weights"]
+    assert "prune random experts: 2 experts silenced" in alts["picture-weights"]
     assert "super experts, seed 2, from 2 to 0.5" in alts["picture-training"]
 
     def points(name: str) -> list[str]:
