@@ -467,6 +467,19 @@ def test_values_of_pictures_by_mouse_and_by_keyboard(seeds: Path, tab: Page) -> 
 
 
 @in_a_browser
+def test_words_at_a_picture_stay_on_a_phone(seeds: Path, tab: Page) -> None:
+    tab.open(seeds / "report.html", 390)
+    tab.run("document.querySelector('#picture-differences .plot').focus();")
+    for _ in range(12):
+        tab.press("ArrowRight")
+        box = tab.run("const box = document.activeElement.querySelector('.tip').getBoundingClientRect();"
+                      "return [box.left, box.right];")  # fmt: skip
+        assert 0 <= box[0] < box[1] <= 390
+    assert tab.run("document.activeElement.parentElement.scrollLeft") > 0
+    assert tab.run("document.documentElement.scrollWidth") == 390
+
+
+@in_a_browser
 def test_tab_goes_down_the_page_and_motion_can_be_off(seeds: Path, tab: Page) -> None:
     tab.open(seeds / "report.html")
     tab.press("Tab")
