@@ -101,6 +101,30 @@ def test_no_banner_for_a_real_model(tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "figures").glob("*.svg")) == ["controls.svg", "differences.svg"]
 
 
+@in_a_browser
+def test_hostile_names_stay_text_everywhere(tmp_path: Path, tab: Page) -> None:
+    """In the title, in attributes, in pictures, in JSON and in Markdown."""
+    attack = (
+        "\"'></title></script><script>document.title='taken'</script><img src=x onerror=alert(1)> `x` | [a](//b) @c"
+    )
+    value = json.loads(json.dumps(results_json()).replace("prune super experts", json.dumps(attack)[1:-1]))
+    write_json(tmp_path / "results.json", value | {"name": attack, "model": attack, "protocol": attack})
+    write_report(tmp_path)
+    tab.open(tmp_path / "report.html")
+    assert tab.run("document.title") == f"{attack}: super experts study"
+    assert tab.run("document.querySelectorAll('script:not([type])').length") == 1
+    assert tab.run("[...document.images].every((one) => one.src.startsWith('data:') && one.naturalWidth > 0)")
+    assert attack in tab.run("document.images[0].alt")
+    tab.run("document.querySelector('#picture-differences .plot').focus();")
+    tab.press("ArrowRight")
+    assert attack in tab.run("document.querySelector('#picture-differences [role=status]').textContent")
+    assert tab.problems == []
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "<" not in text
+    assert "[a](" not in text
+    assert "\\`x\\` \\| \\[a\\](//b) &#64;c" in text
+
+
 def test_nothing_is_loaded_and_only_one_script_may_run(html: str, page: BeautifulSoup) -> None:
     for tag in page.find_all(True):
         for name in ("src", "srcset", "href", "action", "data", "poster"):
