@@ -2,7 +2,7 @@
 
     python benchmarks/lora_formats.py --folder runs/formats
 
-Trains each of recipes/pocket-*.yaml on the pocket world's rows, exports it, and asks every format the six
+Trains each of recipes/train/pocket-*.yaml on the pocket world's rows, exports it, and asks every format the six
 benchmarks, each in a process of its own that loads it anew: `adapter` and `peft` by `evaluate --adapter`, `merged` as a
 checkpoint, `vllm` as `import` reads it back. Prints a table in Markdown: accuracy in %, and how many answers differ
 from those of the adapter itself. What is done already is not done again.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from superexperts.cli import main as main_of_package
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes" / "train"
 TITLES = {
     "super": "super experts",
     "random": "random experts of their layers",

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from superexperts.artifacts import Answer, CorpusProfile, ExpertSet, ExpertStats, Extraction, Profile, Score
-from superexperts.conclude import compare, conclude
+from superexperts.conclude import conclude
+from superexperts.effects import compare
 from superexperts.results import RESULTS_SCHEMA
 from superexperts.rundir import read_json, write_json, write_manifest, write_text
 from superexperts.stats import holm, score
@@ -105,6 +106,7 @@ def results_json(variants: Mapping[str, str] = TITLES) -> dict[str, Any]:
                 "title": title,
                 "kind": name.split("-")[0],
                 "target": None if name == "base" else name.split("-")[1],
+                "random": "lora" in name or "random" in name,
                 "runs": [run],
                 "mean": sum(one.accuracy for one in scores) / len(scores),
                 "perplexity": perplexity,
@@ -188,7 +190,15 @@ def build(folder: Path, titles: Mapping[str, str] = TITLES) -> Path:
 
 
 RUNS = [
-    Run(name=name + (f"-s{seed}" if seed else ""), variant=name, kind=kind, target=target, seed=seed, experts=experts)
+    Run(
+        name=name + (f"-s{seed}" if seed else ""),
+        variant=name,
+        kind=kind,
+        target=target,
+        seed=seed,
+        experts=experts,
+        drawn=target == "random",
+    )
     for name, kind, target, experts, seeds in (
         ("base", "base", None, None, 1),
         ("prune-super", "prune", "super", "super", 1),

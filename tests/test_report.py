@@ -27,7 +27,9 @@ from superexperts.report import run, write_report
 from superexperts.results import Results
 from superexperts.rundir import write_json
 from superexperts.stats import paired_interval, wilson
+from superexperts.variants import title_of
 
+RANDOM = title_of("prune", "random")
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
@@ -310,9 +312,7 @@ def test_budgets_name_what_differs(soup: BeautifulSoup) -> None:
     assert any(line.startswith(reference) for line in lines)
     assert any(line.startswith("seed 1 L1E2, L2E5 1 in L1, 1 in L2 ≠ 12,345 (×0.5)") for line in lines)
     assert any(line.startswith("LoRA on attention seed 0 – ≠ none 24,690") for line in lines)
-    assert any(
-        line.startswith("prune random experts of the same layers seed 0 L1E0, L2E1 1 in L1, 1 in L2") for line in lines
-    )
+    assert any(line.startswith(f"{RANDOM} seed 0 L1E0, L2E1 1 in L1, 1 in L2") for line in lines)
 
 
 def test_pictures_say_what_they_show(soup: BeautifulSoup) -> None:
@@ -326,7 +326,7 @@ def test_pictures_say_what_they_show(soup: BeautifulSoup) -> None:
     assert "L1E2 900" in alts["picture-heatmap-pocket"]
     assert "layer 4 30% and 8%" in alts["picture-sinks"]
     assert "LoRA on super experts: 2 experts by 4% to 10%" in alts["picture-weights"]  # the mean of 2, 4 and 6%
-    assert "prune random experts of the same layers: 2 experts silenced" in alts["picture-weights"]
+    assert f"{RANDOM}: 2 experts silenced" in alts["picture-weights"]
     assert "super experts, seed 2, from 2 to 0.5" in alts["picture-training"]
 
     def points(name: str) -> list[str]:

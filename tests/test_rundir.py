@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,134 @@ while True:
             time.sleep(wait)
             process.send_signal(signal.SIGKILL)
         assert rundir.read_json(target, "x") == list(range(100_000))
+
+
+@contextlib.contextmanager
+def child(code: str, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs `code`, with `hang` to say that it is there and to wait; alive while the block runs."""
+    head = "import os, shutil, sys\nfrom pathlib import Path\nfrom superexperts import rundir\n"
+    head += "def hang(*_, **__):\n    print('there', flush=True)\n    sys.stdin.readline()\n"
+    command = [sys.executable, "-c", head + code, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"there\n"
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGKILL)
+
+
+WRITE = """
+out, when = Path(sys.argv[1]), sys.argv[2]
+with rundir.new_folder(out, "prune") as folder:
+    (folder / "deep").mkdir()
+    (folder / "deep" / "whole").write_text("killed")
+    rundir.write_manifest(folder, "prune", {}, ["deep"], 0)
+    if when == "writing":
+        hang()
+    elif when == "between":  # the two renames
+        replace = Path.replace
+        Path.replace = lambda one, other: hang() if one.name.endswith(".new") else replace(one, other)
+    elif when == "after":
+        shutil.rmtree = hang
+"""
+
+
+def make(out: Path, text: str) -> None:
+    with rundir.new_folder(out, "prune") as folder:
+        (folder / "whole").write_text(text)
+        rundir.write_manifest(folder, "prune", {}, ["whole"], 0)
+
+
+def test_a_later_run_clears_what_a_killed_one_left_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    others = [".out.checkpoints", ".out.settings", ".outer.abcd1234.new", ".out.abcd1234.news", "out.abcd1234.new"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    make(out, "old")
+    with child(WRITE, out, "writing") as neighbour:
+        with child(WRITE, out, "writing"):
+            pass
+        assert len(list(tmp_path.glob(".out.*.new"))) == 2
+        assert (out / "whole").read_text() == "old"
+        make(out, "new")
+        # The living one's folder is still there, whole, and takes its place when it is done.
+        (left,) = tmp_path.glob(".out.*.new")
+        assert (left / "deep" / "whole").read_text() == "killed"
+        neighbour.communicate(b"\n", timeout=60)
+        assert neighbour.returncode == 0
+    assert (out / "deep" / "whole").read_text() == "killed"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", *others])
+
+
+@pytest.mark.parametrize("later", ["completed", "new_folder"])
+def test_a_kill_between_the_renames_loses_nothing(later: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make(out, "old")
+    with child(WRITE, out, "between"):
+        assert not out.exists()
+        # Nothing is taken from the living.
+        assert not rundir.completed(out, "prune", {})
+        assert not out.exists()
+    (moved,) = tmp_path.glob(".out.*.old")
+    assert (moved / "whole").read_text() == "old"
+    if later == "completed":
+        assert rundir.completed(out, "prune", {})
+    else:
+        with pytest.raises(KeyError), rundir.new_folder(out, "prune"):
+            raise KeyError
+    assert (out / "whole").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_folder_that_a_kill_left_goes_although_nothing_is_left_to_do(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make(out, "old")
+    with child(WRITE, out, "after"):
+        assert len(list(tmp_path.iterdir())) == 2
+    assert rundir.completed(out, "prune", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "deep" / "whole").read_text() == "killed"
+
+
+def test_a_failing_second_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    make(out, "old")
+    replace = Path.replace
+
+    def full(one: Path, other: Path) -> Path:
+        if one.suffix == ".new":
+            raise OSError("disk full")
+        return replace(one, other)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        make(out, "new")
+    assert (out / "whole").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_linked_folder_is_replaced_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    for text in ("old", "new"):
+        make(tmp_path / "out", text)
+        assert (tmp_path / "disk" / "real" / "whole").read_text() == text
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "manifest.json", "out", "real", "whole"]
+
+
+def test_a_later_write_clears_the_file_of_a_killed_one(tmp_path: Path) -> None:
+    code = "os.fsync = hang\nrundir.write_text(Path(sys.argv[1]), sys.argv[2])"
+    target = tmp_path / "a.json"
+    (tmp_path / ".b.json.abcd1234.tmp").write_text("another file's")
+    with child(code, target, "alive") as neighbour:
+        with child(code, target, "killed"):
+            pass
+        assert len(list(tmp_path.glob(".a.json.*.tmp"))) == 2
+        rundir.write_text(target, "new")
+        assert len(list(tmp_path.glob(".a.json.*.tmp"))) == 1
+        assert target.read_text() == "new"
+        neighbour.communicate(b"\n", timeout=60)
+    assert target.read_text() == "alive"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.abcd1234.tmp", "a.json"]

@@ -223,6 +223,25 @@ def test_command_selects_by_each_rule(tmp_path: Path, rule: Any, options: Any, w
     assert chosen.rule["profile"] == digest(made.to_json())
 
 
+@pytest.mark.parametrize(
+    ("rule", "like", "options", "want"),
+    [
+        ("gate", "L1E3,L1E2,L2E0", {}, [(1, 1), (1, 0), (2, 3)]),
+        ("reap", "L1E3,L2E0", {"lowest": True}, [(1, 3), (2, 0)]),
+        ("layers", "L2E3", {}, [(2, 0), (2, 1), (2, 2), (2, 3)]),
+    ],
+)
+def test_command_follows_the_layers_of_like(
+    tmp_path: Path, rule: Any, like: str, options: Any, want: list[ExpertKey]
+) -> None:
+    made = Profile(model="m", num_layers=3, corpora={"c": CorpusProfile(tokens=50, experts=tuple(table()))})
+    write_json(tmp_path / "profile.json", made.to_json())
+    run(SelectConfig(profile=tmp_path, rule=rule, like=like, out=tmp_path / "e.json", **options))
+    assert list(ExpertSet.parse(str(tmp_path / "e.json")).experts) == want
+    with pytest.raises(ExpertsError, match="--like: L7E0 is not in the profile"):
+        run(SelectConfig(profile=tmp_path, rule=rule, like="L7E0", out=tmp_path / "e.json", **options))
+
+
 def test_random_share_of_each_layer(tmp_path: Path) -> None:
     made = Profile(model="m", num_layers=3, corpora={"c": CorpusProfile(tokens=50, experts=tuple(table()))})
     write_json(tmp_path / "profile.json", made.to_json())
@@ -259,13 +278,16 @@ FOR_SUPER: dict[str, Any] = {"criterion": "reference", "percentile": 90.0, "rati
             for rule, needed, useless in (
                 ("super", {}, {"count": 2, "share": 0.5, "lowest": True, "like": "L1E0", "anywhere": True, "seed": 1}),
                 *(
-                    (rule, {"count": 2}, FOR_SUPER | {"like": "L1E0", "anywhere": True, "seed": 1})
+                    (rule, {"count": 2}, FOR_SUPER | {"anywhere": True, "seed": 1})
                     for rule in ("routed", "gate", "reap")
                 ),
                 ("random", {"count": 2}, FOR_SUPER | {"lowest": True}),
+                ("layers", {"like": "L1E0"}, FOR_SUPER | {"lowest": True, "count": 2, "share": 0.5, "seed": 1}),
             )
             for name, value in useless.items()
         ),
+        ({"rule": "layers"}, "--like: None is missing for --rule layers"),
+        ({"rule": "reap", "count": 2, "like": "L1E0"}, "--like: 'L1E0' excludes --count and --share"),
         ({"rule": "random", "count": 2, "anywhere": True}, "--anywhere: True is the default without --like"),
         ({"rule": "random", "share": 0.5, "like": "L1E0", "anywhere": True}, "--anywhere: True does nothing with --sh"),
     ],

@@ -123,6 +123,7 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=5))
 def test_holm_is_the_closure_of_bonferroni(p_values: list[float]) -> None:
     """A hypothesis's adjusted p is the worst Bonferroni p of all intersections that hold it."""

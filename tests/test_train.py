@@ -292,15 +292,17 @@ def test_a_model_that_is_handed_in_comes_back_as_it_was(config: Any, tmp_path: P
         )
 
     before, weights = copy.deepcopy(state()), {n: t.clone() for n, t in model.state_dict().items()}
-    one = train.train(config("qwen3_moe", out=tmp_path / "one"), model=model, tokenizer=tokenizer)
+    one = train.train(config("qwen3_moe", out=tmp_path / "one"), load=lambda: model, tokenizer=tokenizer)
     assert state() == before
-    train.train(config("qwen3_moe", out=tmp_path / "two", attention=True), model=model, tokenizer=tokenizer)
+    train.train(config("qwen3_moe", out=tmp_path / "two", attention=True), load=lambda: model, tokenizer=tokenizer)
     assert state() == before
-    again = train.train(config("qwen3_moe", out=tmp_path / "three"), model=model, tokenizer=tokenizer)
+    again = train.train(config("qwen3_moe", out=tmp_path / "three"), load=lambda: model, tokenizer=tokenizer)
     fresh = train.run(config("qwen3_moe", out=tmp_path / "four"))
     assert one["loss"] == again["loss"] == fresh["loss"]
     with pytest.raises(EffectError):
-        train.train(config("qwen3_moe", out=tmp_path / "five", learning_rate=1e-30), model=model, tokenizer=tokenizer)
+        train.train(
+            config("qwen3_moe", out=tmp_path / "five", learning_rate=1e-30), load=lambda: model, tokenizer=tokenizer
+        )
     assert state() == before
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 

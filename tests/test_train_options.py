@@ -329,9 +329,10 @@ def test_the_saved_recipe_trains_the_same_adapter_again(config: Any, tmp_path: P
         ("- r", "is no mapping of options"),
         ("rank: 16", "'rank' is no option of train"),
         ("trust_remote_code: true", "'trust_remote_code' is no option"),
-        ("r: many", "r: 'many' has the wrong type"),
-        ("r: true", "r: True has the wrong type"),
-        ("attention: 1", "attention: 1 has the wrong type"),
+        ("prompt: neither", "prompt: 'neither' is unknown; choose from plain, chat"),
+        ("r: many", "r: 'many' is not a whole number"),
+        ("r: true", "r: True is not a whole number"),
+        ("attention: 1", "attention: 1 is not true or false"),
         ("r: 0\nattention: true", "--r: 0 is not positive"),
     ],
 )
@@ -350,7 +351,7 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
 
 
 def test_shipped_recipes_can_be_read() -> None:
-    recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+    recipes = sorted((Path(__file__).parents[1] / "recipes" / "train").glob("*.yaml"))
     assert len(recipes) >= 4
     for recipe in recipes:
         settings = {"data": Path("x.json"), **read_recipe(recipe)}

@@ -40,9 +40,11 @@ def test_controls_are_compared_item_by_item() -> None:
 
 def test_headline() -> None:
     results = Results.from_json(results_json())
+    attention = TITLES["lora-attention"]
     assert headline(results) == [
         "Pruning super experts costs 43.3 points of accuracy; pruning random experts makes no detectable difference.",
-        "LoRA gains 21.7 points; what it adapts makes no detectable difference.",
+        f"LoRA gains 21.7 points; no difference between LoRA on super experts and {attention} is detected.",
+        f"Prune random experts, LoRA on super experts and {attention} have one seed: another one may differ.",
     ]
     assert headline(Results.from_json(results_json({"base": "baseline"}))) == []
 
@@ -51,7 +53,10 @@ def test_headline_when_lora_changes_nothing() -> None:
     value = results_json({"base": "baseline", "lora-super": "LoRA on super experts"})
     for row in value["comparisons"]:
         row |= {"difference": 0.0, "p": 1.0, "adjusted": 1.0}
-    assert headline(Results.from_json(value)) == ["No LoRA variant differs detectably from the base model."]
+    assert headline(Results.from_json(value)) == [
+        "No LoRA variant differs detectably from the base model.",
+        "LoRA on super experts has one seed: another one may differ.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -79,3 +84,53 @@ def test_the_smallest_difference_that_would_have_been_seen() -> None:
     one = found["prune-random"].row
     wanted = 100 * detectable(one.only_base + one.only_variant, one.n, len(found))
     assert float(found["prune-random"].detectable) == pytest.approx(wanted, abs=0.05)
+
+
+def with_rows(changes: dict[tuple[str, str], tuple[float, float]]) -> Results:
+    """The study made by hand, in which some comparisons over all items came out otherwise: (difference, adjusted p)."""
+    value = results_json()
+    for row in value["comparisons"]:
+        key = (row["variant"], row["reference"])
+        if key in changes and row["task"] is None:
+            row["difference"], row["adjusted"] = changes[key]
+    return Results.from_json(value)
+
+
+def test_headline_when_super_experts_are_the_better_ones() -> None:
+    said = headline(
+        with_rows(
+            {
+                ("prune-super", "base"): (0.02, 0.01),
+                ("prune-random", "base"): (-0.03, 0.01),
+                ("prune-super", "prune-random"): (0.05, 0.001),
+                ("lora-super", "lora-attention"): (0.04, 0.001),
+            }
+        )
+    )
+    assert said[0] == "Pruning super experts gains 2.0 points of accuracy; pruning random experts costs 3.0 points."
+    assert said[1].endswith('LoRA on super experts is 4.0 points above LoRA on <b>"attention"</b>.')
+
+
+def test_headline_does_not_let_two_tests_against_base_stand_for_one_against_the_control() -> None:
+    said = headline(with_rows({("prune-super", "base"): (-0.03, 0.04), ("prune-super", "prune-random"): (-0.03, 0.2)}))
+    assert said[0] == (
+        "Pruning super experts costs 3.0 points of accuracy; pruning random experts makes no detectable difference; "
+        "compared directly, no difference between pruning super experts and pruning random experts is detected."
+    )
+    both = with_rows({("prune-random", "base"): (-0.02, 0.01), ("prune-super", "prune-random"): (-0.4, 0.001)})
+    assert headline(both)[0].endswith("pruning super experts is 40.0 points below pruning random experts.")
+
+
+def test_sentences() -> None:
+    found = {one.name: one for one in against_base(Results.from_json(results_json()))}
+    assert found["prune-super"].sentence.startswith("43.3 points lower, ")
+    assert "seed" not in found["prune-super"].sentence  # nothing in it is random
+    assert found["prune-random"].sentence == (
+        "no difference detected; differences over 17.7 points would have been seen; one seed: another one may differ"
+    )
+    value = results_json()
+    for row in value["comparisons"]:
+        row |= {"adjusted": 1.0, "detectable": 1.0}
+    assert "none would have been seen" in against_base(Results.from_json(value))[0].sentence
+    tiny = against_base(with_rows({("prune-super", "base"): (-0.0004, 0.01)}))[0]
+    assert tiny.words == "costs 0.040 points"

@@ -30,7 +30,7 @@ def model_card(config: TrainConfig, result: Mapping[str, Any], data: Mapping[str
     experts = result["experts"]
     front = {
         "library_name": "peft",
-        **({} if Path(config.model).is_dir() else {"base_model": config.model}),
+        **({} if config.model == "pocket" or Path(config.model).is_dir() else {"base_model": config.model}),
         "tags": ["lora", "superexperts"],
     }
     own = [f"{option} {text}" for option, text in (("ranks", config.ranks), ("alphas", config.alphas)) if text]

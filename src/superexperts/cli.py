@@ -35,9 +35,15 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": config.EvaluateConfig,
     "extract": config.ExtractConfig,
     "study": config.StudyConfig,
+    "status": config.StatusConfig,
     "report": config.ReportConfig,
+    "push": config_adapters.PushConfig,
     "pocket": config.PocketConfig,
 }
+
+
+MODULES = {"import": "import_", "status": "progress"}
+"""Of the commands that have another name than their module; `import` is a word of Python's own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = _parse(sys.argv[1:] if arguments is None else arguments)
         command = next(name for name, kind in COMMANDS.items() if type(settings) is kind)
-        module = {"import": "import_"}.get(command, command.replace("-", "_"))  # `import` is a word of Python's own
+        module = MODULES.get(command, command.replace("-", "_"))
         result = importlib.import_module(f".{module}", __package__).run(settings)
         if not speaks:
             return 0
@@ -66,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str]) -> Any:
     """The settings of the command that the arguments name; what tyro says of wrong ones becomes one line."""
     said = io.StringIO()
+    arguments = _with_address(arguments)
     recipe = _recipe(arguments)
     try:
         with contextlib.redirect_stderr(said):
@@ -87,6 +94,16 @@ def _parse(arguments: Sequence[str]) -> Any:
             r"^.*?Error parsing \w+Config: |^[A-Z][a-z]+ [a-z]+ | (Argument helptext|For full helptext).*", "", text
         )
         raise OptionError(text + ("" if ";" in text else "; see --help")) from None
+
+
+def _with_address(arguments: Sequence[str]) -> list[str]:
+    """`study --ray` without an address gets the empty one; a study file that follows is no address."""
+    words = list(arguments)
+    if words[:1] == ["study"] and "--ray" in words:
+        after = words.index("--ray") + 1
+        if after == len(words) or words[after].startswith("-") or words[after].endswith((".yaml", ".yml")):
+            words.insert(after, "")
+    return words
 
 
 def _recipe(arguments: Sequence[str]) -> config_train.TrainConfig | None:

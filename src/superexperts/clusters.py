@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.regression.linear_model import OLS
 
+from .seeds import Floats, Items
 from .stats import CONFIDENCE
 
-__all__ = ["Clusters", "bootstrap", "clusters_of", "variance"]
+__all__ = ["Clusters", "bootstrap", "clusters_of", "items"]
 
 FEWEST = 5  # with fewer clusters their variance says next to nothing
+MANY = 20
 RESAMPLES = 2000
-
-Floats = NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,9 @@ class Clusters:
     """Clusters that are subjects."""
 
     @property
-    def df(self) -> int:
-        """Degrees of freedom of a variance between them."""
-        return self.subjects - 1
+    def many(self) -> bool:
+        """Whether there are enough for a test: with few, even Student's t does not make up for their variance's."""
+        return self.subjects >= MANY
 
 
 def clusters_of(subjects: Sequence[str | None]) -> Clusters | None:
@@ -52,11 +52,21 @@ def clusters_of(subjects: Sequence[str | None]) -> Clusters | None:
     return Clusters(codes_N=np.array(codes), subjects=len(named))
 
 
-def variance(values_N: Floats, clusters: Clusters) -> float:
-    """Variance of the mean of `values_N`, cluster-robust, with the usual correction for few clusters."""
-    groups = np.unique(clusters.codes_N, return_inverse=True)[1]
-    fitted = OLS(values_N, np.ones(len(values_N))).fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
-    return float(np.asarray(fitted.cov_params())[0, 0])
+def items(values_N: Floats, clusters: Clusters) -> Items:
+    """Variance of the mean of `values_N`, cluster-robust, with the usual correction for few clusters.
+
+    Its degrees of freedom are subjects - 1 where every item has a subject; items that stand for themselves add theirs,
+    by Satterthwaite.
+    """
+    groups_N = np.unique(clusters.codes_N, return_inverse=True)[1]
+    fitted = OLS(values_N, np.ones(len(values_N))).fit(cov_type="cluster", cov_kwds={"groups": groups_N}, use_t=True)
+    squares_G = np.bincount(groups_N, weights=values_N - values_N.mean()) ** 2
+    alone = len(squares_G) - clusters.subjects
+    df = float(clusters.subjects - 1)
+    if alone and squares_G.sum() > 0:
+        share = float(squares_G[: clusters.subjects].sum() / squares_G.sum())  # subjects have the first numbers
+        df = 1 / (share**2 / df + (1 - share) ** 2 / alone)
+    return Items(variance=float(np.asarray(fitted.cov_params())[0, 0]), df=df)
 
 
 def bootstrap(values_N: Floats, clusters: Clusters | None) -> tuple[float, float]:

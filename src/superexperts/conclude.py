@@ -9,27 +9,25 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from scipy.stats import norm
 
-from . import clusters as grouping
-from . import seeds, stats
+from . import stats
 from .artifacts import Answer, ExpertSet, Extraction, Score, key_name
 from .clusters import Clusters, clusters_of
 from .corpora import read_rows
+from .effects import compare, proportion
 from .errors import DataError
 from .results import RESULTS_SCHEMA
 from .rundir import read_json
-from .seeds import Floats, Seeds, seeds_of
+from .seeds import Floats
 from .variants import Run, title_of
 
-__all__ = ["compare", "conclude", "proportion"]
+__all__ = ["conclude"]
 
-DRAWN = ("random", "anywhere")
-"""Sets that are another one with another seed."""
-REFERENCES = ("attention", "custom")
+WHOLE = ("layers", "attention")
+"""Targets that are nobody's choice of experts: controls, which have none of their own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,7 @@ class _Variant:
     @property
     def random(self) -> bool:
         """Whether another seed would have given another model."""
-        return self.first.kind == "lora" or self.first.target in DRAWN
+        return self.first.random
 
     def all(self, task: str | None) -> Floats:
         """[R, N] of one benchmark, or of all of them."""
@@ -148,6 +146,7 @@ def _row(out: Path, variant: _Variant, subjects: Mapping[str, Sequence[str | Non
         "title": title_of(variant.first.kind, variant.first.target),
         "kind": variant.first.kind,
         "target": variant.first.target,
+        "random": variant.random,
         "runs": rows,
         "mean": sum(score["accuracy"] for score in scores) / len(scores),
         "perplexity": sum(perplexities) / len(perplexities) if perplexities else None,
@@ -192,30 +191,6 @@ def _score_row(
     }
 
 
-def proportion(
-    correct_RN: Floats, clusters: Clusters | None
-) -> tuple[float, tuple[float, float], tuple[float, float] | None]:
-    """(accuracy, its 95% interval, the same with clusters) of runs [R, N] of right (1) and wrong (0).
-
-    One run's interval is Wilson's. That of several is Wilson's too, for as many items as would give the width that
-    items and seeds together have, and at most for the items that there are.
-    """
-    runs, items = correct_RN.shape
-    mean_N = correct_RN.mean(0)
-    accuracy = float(mean_N.mean())
-    parts = [seeds_of(correct_RN)] if runs > 1 else []
-    worth = float(items)
-    if parts:
-        half = seeds.critical(float(mean_N.var(ddof=1)) / items if items > 1 else 0.25, parts)
-        if 0 < accuracy < 1:
-            worth = min(worth, accuracy * (1 - accuracy) * (float(norm.ppf(0.975)) / half) ** 2)
-    clustered = None
-    if clusters is not None:
-        half = seeds.critical(grouping.variance(mean_N, clusters), parts, clusters.df)
-        clustered = max(0.0, accuracy - half), min(1.0, accuracy + half)
-    return accuracy, stats.wilson(accuracy * worth, worth), clustered
-
-
 def _comparisons(variants: Sequence[_Variant], subjects: Mapping[str, Sequence[str | None]]) -> list[dict[str, Any]]:
     """Every comparison of three families, each corrected by Holm."""
     base, others = variants[0], variants[1:]
@@ -224,11 +199,22 @@ def _comparisons(variants: Sequence[_Variant], subjects: Mapping[str, Sequence[s
         "benchmark": [(other, base, task) for other in others for task in base.correct],
         "control": [(one, other, None) for one, other in _controls(others)],
     }
-    everything = [subject for found in subjects.values() for subject in found]
-    grouped = {None: clusters_of(everything)} | {task: clusters_of(found) for task, found in subjects.items()}
+    grouped: dict[str | None, Clusters | None] = {task: clusters_of(found) for task, found in subjects.items()}
+    grouped[None] = clusters_of(
+        [None if name is None else f"{task} {name}" for task in subjects for name in subjects[task]]
+    )
     rows = []
     for family, pairs in families.items():
-        found = [_compare(variant, reference, task, grouped[task], len(pairs)) for variant, reference, task in pairs]
+        found = [
+            compare(
+                variant.all(task),
+                reference.all(task),
+                grouped[task],
+                tests=len(pairs),
+                random=(variant.random, reference.random),
+            )
+            for variant, reference, task in pairs
+        ]
         adjusted = stats.holm([row["p"] for row in found])
         for (variant, reference, task), row, p in zip(pairs, found, adjusted, strict=True):
             named = {"family": family, "variant": variant.name, "reference": reference.name, "task": task}
@@ -237,90 +223,16 @@ def _comparisons(variants: Sequence[_Variant], subjects: Mapping[str, Sequence[s
 
 
 def _controls(others: Sequence[_Variant]) -> list[tuple[_Variant, _Variant]]:
-    """Each variant on chosen experts with each other one of its kind that is its control.
+    """Each variant on chosen experts with its controls of the same kind.
 
-    Super experts are compared with every other variant; any other chosen set with those drawn at random.
+    Super experts, or else the first chosen set, are compared with every other variant; further chosen sets with those
+    drawn at random.
     """
-    pairs = []
-    for one, other in itertools.product(others, others):
-        if one.first.kind != other.first.kind or one.name == other.name:
-            continue
-        chosen = one.first.target not in (*DRAWN, *REFERENCES)
-        if one.first.target == "super" or (chosen and other.first.target in DRAWN):
-            pairs.append((one, other))
+    pairs: list[tuple[_Variant, _Variant]] = []
+    for kind in ("prune", "lora"):
+        own = [one for one in others if one.first.kind == kind]
+        chosen = [one for one in own if not one.first.drawn and one.first.target not in WHOLE]
+        chosen.sort(key=lambda one: one.first.target != "super")
+        for one in chosen:
+            pairs += [(one, other) for other in own if other is not one and (one is chosen[0] or other.first.drawn)]
     return pairs
-
-
-def _compare(
-    variant: _Variant, reference: _Variant, task: str | None, clusters: Clusters | None, tests: int
-) -> dict[str, Any]:
-    return compare(
-        variant.all(task),
-        reference.all(task),
-        clusters,
-        tests=tests,
-        random=(variant.random, reference.random),
-    )
-
-
-def compare(
-    variant_RN: Floats,
-    reference_RN: Floats,
-    clusters: Clusters | None = None,
-    *,
-    tests: int = 1,
-    random: tuple[bool, bool] = (True, True),
-) -> dict[str, Any]:
-    """A row of `comparisons`, less its names and its adjusted p-value.
-
-    `tests` is the family's size. `random` says of each side whether another seed would give another model: the only
-    run of such a side is taken to vary as the other side's runs do, if there are several.
-    """
-    difference_N = variant_RN.mean(0) - reference_RN.mean(0)
-    items = len(difference_N)
-    difference = float(difference_N.mean())
-    parts = _parts(variant_RN, reference_RN, random)
-    spreads = [part.sd if part is not None else None for part in parts]
-    both = [part for part in parts if part is not None]
-    row: dict[str, Any] = {
-        "n": items,
-        "runs": [len(variant_RN), len(reference_RN)],
-        "only_base": None,
-        "only_variant": None,
-        "difference": difference,
-    }
-    if both:
-        own = float(difference_N.var(ddof=1)) / items if items > 1 else 1.0
-        half = seeds.critical(own, both)
-        low, high = max(-1.0, difference - half), min(1.0, difference + half)
-        p = seeds.p_value(difference, own, both)
-        smallest = seeds.detectable(float((difference_N**2).mean()), items, both, tests)
-    else:
-        paired = stats.mcnemar(cast(Any, reference_RN[0] > 0), cast(Any, variant_RN[0] > 0))
-        row |= {"only_base": paired.only_base, "only_variant": paired.only_variant}
-        low, high, p = paired.low, paired.high, paired.p
-        smallest = stats.detectable(paired.only_base + paired.only_variant, items, tests)
-    clustered = None
-    if clusters is not None:
-        half = seeds.critical(grouping.variance(difference_N, clusters), both, clusters.df)
-        clustered = max(-1.0, difference - half), min(1.0, difference + half)
-    return row | {
-        "low": low,
-        "high": high,
-        "clustered": clustered,
-        "bootstrap": grouping.bootstrap(difference_N, clusters),
-        "seed_sd": spreads,
-        "test": "seeds" if both else "mcnemar",
-        "p": p,
-        "detectable": smallest,
-    }
-
-
-def _parts(variant_RN: Floats, reference_RN: Floats, random: tuple[bool, bool]) -> list[Seeds | None]:
-    """The seeds' parts of the variant and of the reference; None for one run."""
-    found = [seeds_of(side_RN) if len(side_RN) > 1 else None for side_RN in (variant_RN, reference_RN)]
-    for place, other in ((0, 1), (1, 0)):
-        part = found[other]
-        if found[place] is None and random[place] and part is not None:
-            found[other] = dataclasses.replace(part, weight=part.weight + 1)
-    return found

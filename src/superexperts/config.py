@@ -123,8 +123,8 @@ SCORED = ("routed", "gate", "reap")
 RULES_OF = (
     dict.fromkeys(("criterion", "percentile", "ratio", "depth"), ("super",))
     | dict.fromkeys(("count", "share"), (*SCORED, "random"))
-    | {"lowest": SCORED}
-    | dict.fromkeys(("like", "anywhere", "seed"), ("random",))
+    | {"lowest": SCORED, "like": (*SCORED, "random", "layers")}
+    | dict.fromkeys(("anywhere", "seed"), ("random",))
 )
 """Options of `select` that only some rules read; another rule refuses them unless they are at their default."""
 
@@ -138,9 +138,9 @@ class SelectConfig:
 
     profile: Positional[Annotated[Path, tyro.conf.arg(metavar="PROFILE")]]
     """profile.json, or the folder that holds it."""
-    rule: Literal["super", "routed", "gate", "reap", "random"] = "super"
+    rule: Literal["super", "routed", "gate", "reap", "random", "layers"] = "super"
     """`super`: the paper's criterion; `routed`, `gate`, `reap`: the largest share of a layer's tokens, routing weights,
-    or REAP saliencies; `random`: a seeded control."""
+    or REAP saliencies; `random`: a seeded control; `layers`: all routed experts of the layers of --like."""
     criterion: Literal["paper", "reference"] = "paper"
     """super: `reference` is the paper's code to the letter (first token of each sequence, floor division)."""
     corpus: str | None = None
@@ -158,7 +158,8 @@ class SelectConfig:
     lowest: Switch = False
     """routed, gate, reap: the lowest scores instead, as one does to prune."""
     like: str | None = None
-    """random: an expert set (file or inline) that the draw never overlaps, and whose layers it follows."""
+    """All but super: an expert set (file or inline) to take as many experts as, layer by layer; a random draw never
+    overlaps it."""
     anywhere: Switch = False
     """random: draw from every MoE layer instead of the layers of --like."""
     seed: int = 0
@@ -178,12 +179,15 @@ class SelectConfig:
         )
         both = self.count is not None and self.share is not None
         _require(not both, "--share", self.share, "excludes --count; give one of the two")
-        given = self.count is not None or self.share is not None
-        if self.rule == "random":
-            given = given or self.like is not None
-            _require(given, "--count", self.count, "is missing for --rule random; give it, --share, or --like EXPERTS")
+        given = self.count is not None or self.share is not None or self.like is not None
+        if self.rule == "layers":
+            _require(given, "--like", self.like, "is missing for --rule layers; give an expert set")
         elif self.rule != "super":
-            _require(given, "--count", self.count, f"is missing for --rule {self.rule}; give it, or --share")
+            mend = f"is missing for --rule {self.rule}; give it, --share, or --like EXPERTS"
+            _require(given, "--count", self.count, mend)
+        if self.rule in SCORED:
+            several = (self.count, self.share, self.like).count(None) < 2
+            _require(not several, "--like", self.like, "excludes --count and --share; give one of the three")
         for field in dataclasses.fields(self):
             value, rules = getattr(self, field.name), RULES_OF.get(field.name, (self.rule,))
             _require(
@@ -320,20 +324,53 @@ class StudyConfig:
     """Everything from the checkpoint to the report; what is done already is not done again.
 
     Example: superexperts study --demo
+
+    Example: superexperts study study.yaml --init
+
+    Example: superexperts study recipes/deepseek-v2-lite.yaml --dry-run
     """
 
     study: Positional[Annotated[Path | None, tyro.conf.arg(metavar="STUDY.yaml")]] = None
     """Study file (YAML)."""
     demo: Switch = False
     """The built-in study of the pocket model."""
+    init: Switch = False
+    """Write a study file with comments to STUDY.yaml, and run nothing."""
+    dry_run: Switch = False
+    """Check the study file and show what would be run, how long it may take and in how much memory; run nothing."""
     out: Path | None = None
     """Folder of the study; default: runs/NAME."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; `auto` takes every GPU of this machine, with a process for each."""
+    workers: int | None = None
+    """Processes that run cells side by side; default: one for each GPU, or one."""
+    ray: str | None = None
+    """Run the cells on the Ray cluster at this ADDRESS whose machines share the folder; without an address on the one
+    at hand, or a new one on this machine."""
     json: Switch = False
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
         one = (self.study is None) == self.demo
         _require(one, "STUDY", str(self.study), "and --demo: give exactly one of the two")
+        _require(not (self.init and (self.demo or self.dry_run)), "--init", True, "goes with STUDY.yaml alone")
+        _require_device(self.device)
+        _require(
+            self.workers is None or self.workers > 0, "--workers", self.workers, "is not positive; give at least 1"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """How far a study is, and the table of what is there so far.
+
+    Example: superexperts status runs/demo
+    """
+
+    folder: Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
+    """Folder of the study."""
+    json: Switch = False
+    """Print the result as JSON."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

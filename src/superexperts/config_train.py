@@ -7,12 +7,12 @@ import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
 from .errors import DataError, OptionError
-from .options import SeededConfig, Switch
+from .options import SeededConfig, Switch, typed
 from .options import require as _require
 from .options import require_device as _require_device
 
@@ -29,7 +29,7 @@ class TrainConfig(SeededConfig):
 
     Example: superexperts train pocket --data train.json --experts runs/super.json --out runs/lora
 
-    Example: superexperts train --recipe recipes/pocket-super.yaml --data train.json --out runs/lora
+    Example: superexperts train --recipe recipes/train/pocket-super.yaml --data train.json --out runs/lora
     """
 
     recipe: Path | None = None
@@ -172,26 +172,14 @@ def read_recipe(file: Path) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise OptionError(f"--recipe: {file} is no mapping of options; write lines like `r: 16`")
     refused = ("recipe", "resume", "trust_remote_code")
-    free = {field.name: field for field in dataclasses.fields(TrainConfig) if field.name not in refused}
+    hints = get_type_hints(TrainConfig)
+    free = hints.keys() - set(refused)
     settings: dict[str, Any] = {}
     for name, setting in value.items():
         if name not in free:
             raise OptionError(f"--recipe: {file}: {name!r} is no option of train; see superexperts train --help")
-        settings[name] = _typed(setting, str(free[name].type), f"--recipe: {file}: {name}")
+        try:
+            settings[name] = typed(setting, hints[name])
+        except ValueError as error:
+            raise OptionError(f"--recipe: {file}: {name}: {error}") from error
     return settings
-
-
-def _typed(value: Any, kind: str, where: str) -> Any:
-    """A YAML value as the field wants it."""
-    if value is None and "None" in kind:
-        return None
-    if kind.startswith("Path") and isinstance(value, str):
-        return Path(value)
-    if kind == "float" and isinstance(value, str):  # YAML takes 1e-4 for text
-        with_dot = re.fullmatch(r"\d+(\.\d+)?[eE][-+]?\d+", value)
-        value = float(value) if with_dot else value
-    wanted: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "Switch": bool}
-    good = isinstance(value, wanted.get(kind, str)) and (kind == "Switch" or not isinstance(value, bool))
-    if not good:
-        raise OptionError(f"{where}: {value!r} has the wrong type; see superexperts train --help")
-    return value

@@ -6,7 +6,8 @@ SuperExpertsError           anything this package raises on purpose
 │   ├── ModelError          no such model, or a model without experts
 │   ├── ExpertsError        an expert that does not exist, an expert set that cannot be read
 │   ├── DataError           rows, corpora, benchmark files
-│   └── OutputError         a folder that cannot be written
+│   ├── OutputError         a folder that cannot be written
+│   └── HubError            the Hub refuses, or cannot be reached
 └── EffectError             the work was done and had no effect (an adapter that changes no logit); exit code 1
 """
 
@@ -16,6 +17,7 @@ __all__ = [
     "DataError",
     "EffectError",
     "ExpertsError",
+    "HubError",
     "ModelError",
     "OptionError",
     "OutputError",
@@ -54,6 +56,10 @@ class DataError(UserError):
 
 class OutputError(UserError):
     """A folder cannot be written, or holds something that would be lost."""
+
+
+class HubError(UserError):
+    """The Hub refuses what is pushed to it, or cannot be reached."""
 
 
 class EffectError(SuperExpertsError):

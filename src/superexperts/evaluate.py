@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from .rundir import (
     write_manifest,
     write_text,
 )
+from .shared import borrowed
 from .tasks import Benchmark, load_benchmarks, prompt
 
 __all__ = ["ask", "run"]
@@ -117,11 +118,23 @@ def _ask_one(
     return answers
 
 
-def run(config: EvaluateConfig) -> dict[str, Any]:
+def run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module] | None = None) -> dict[str, Any]:
     """The command: writes answers/<task>.jsonl, perplexity.json if asked for, and the manifest.
 
     The data are checked before the model is loaded. Nothing is done where the folder holds these very answers.
+    What `load` (default: `load_model`) gives comes back as it was, adapter taken off.
     """
+    with contextlib.ExitStack() as stack:
+
+        def borrow(config: EvaluateConfig) -> nn.Module:
+            model = (load or load_model)(config)
+            stack.enter_context(borrowed(model))
+            return model
+
+        return _run(config, borrow)
+
+
+def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) -> dict[str, Any]:
     started = time.monotonic()
     out = config.out
     benchmarks = load_benchmarks(config.task_names, config.data_dir)
@@ -141,7 +154,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     model, effect = None, None
     if config.engine == "hf":
         tokenizer = load_tokenizer(config)
-        model = load_model(config)
+        model = load(config)
         if config.adapter:
             adapted = load_adapter(model, _adapter(config.adapter))
             probe = _probe(benchmarks, tokenizer)

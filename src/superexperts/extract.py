@@ -154,11 +154,14 @@ def _read_answers(file: Path) -> Iterator[Answer]:
         raise DataError(f"DIR: {file} is empty; evaluate again")
 
 
-def run(config: ExtractConfig) -> dict[str, Any]:
-    """The command: extracts a folder's answers and returns the scores, or audits the extraction."""
+def run(config: ExtractConfig, judge: Judge | None = None) -> dict[str, Any]:
+    """The command: extracts a folder's answers and returns the scores, or audits the extraction.
+
+    `judge` is the one that the settings name, if it is open already.
+    """
     if config.audit is not None:
         return audit_file(config.audit, open_judge(config, None))  # a labelled file has no run folder to remember in
     assert config.folder is not None
-    judge = open_judge(config, config.folder / "judge.jsonl")
+    judge = judge or open_judge(config, config.folder / "judge.jsonl")
     extract_folder(config.folder, judge, config.judge_scope)
     return {"out": str(config.folder), **read_json(config.folder / "scores.json", "DIR")}

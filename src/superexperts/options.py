@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 from tyro.conf import Positional
@@ -20,6 +22,7 @@ __all__ = [
     "require_device",
     "require_sequences",
     "require_url",
+    "typed",
 ]
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -29,6 +32,38 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 def require(condition: bool, option: str, value: object, mend: str) -> None:
     if not condition:
         raise OptionError(f"{option}: {value!r} {mend}")
+
+
+def typed(value: Any, hint: Any) -> Any:
+    """A YAML value as an option of type `hint` has it; `ValueError` says what it is not.
+
+    YAML 1.1 takes 1e-4 for text, so a number may come as text.
+    """
+    if get_origin(hint) in (Union, UnionType):
+        if value is None:
+            return None
+        (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{value!r} is unknown; choose from {', '.join(map(str, get_args(hint)))}")
+        return value
+    if hint in (int, float) and not isinstance(value, bool):
+        number = _number(value)
+        if isinstance(number, int | float) and (hint is float or float(number).is_integer()):
+            return hint(number)
+    elif isinstance(value, str) and hint in (str, Path):
+        return hint(value)
+    elif hint is bool and isinstance(value, bool):
+        return value
+    wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
+    raise ValueError(f"{value!r} is not {wanted}; mend it")
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def require_sequences(tokens: int, seq_len: int) -> None:

@@ -97,7 +97,7 @@ class VariantScore:
     """Mean over the runs, in 0..1."""
     low: float
     high: float
-    """95% interval of the accuracy: Wilson's for one run; for several over items and seeds, see `stats.accuracy`."""
+    """95% interval of the accuracy: Wilson's for one run; over items and seeds for several (`effects.proportion`)."""
     clustered: tuple[float, float] | None
     """95% interval with items of one subject as one cluster; None where there are too few subjects."""
 
@@ -123,6 +123,8 @@ class VariantResult:
     kind: Kind
     target: str | None
     """The set of experts, or "attention"; None for base."""
+    random: bool
+    """Whether another seed would give another model: what was trained, or drawn."""
     runs: tuple[RunResult, ...]
     mean: float
     """Mean accuracy of the benchmarks, each counting once, in 0..1."""
@@ -177,6 +179,8 @@ class Comparison:
     """Standard deviation of the accuracy between runs, the items' share taken off, of the variant and of the reference;
     None for one run."""
     test: Literal["mcnemar", "seeds"]
+    subjects: int | None
+    """Subjects that the test took as the sample too, the larger p-value counting; None where there are under twenty."""
     p: float
     """Two-sided: the exact McNemar test, or the test with seeds as a random effect. Not adjusted."""
     adjusted: float

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +22,7 @@ from typing import Any
 from .errors import DataError, OutputError
 
 __all__ = [
+    "changed_outputs",
     "completed",
     "digest",
     "fingerprint",
@@ -34,17 +37,23 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+MANIFEST_SCHEMA = "superexperts/manifest/1"
 PACKAGES = ("superexperts", "torch", "transformers", "peft", "trl", "lm_eval", "datasets", "accelerate")
-TEMPORARY = ".tmp"
-"""Ends the name of a file that is being written; a killed run may leave one."""
+TEMPORARY, NEW, OLD = ".tmp", ".new", ".old"
+"""End the hidden names `.NAME.XXXXXXXX.tmp` of a file that is being written, `.new` of a folder that is, and `.old` of
+the folder that makes room for it. A killed run leaves them, and a later one clears them away."""
 WHOLE_FILE_HASH = 64 * 2**20  # larger files are hashed by size, time stamp and both ends: shards are gigabytes
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `data` under a temporary name, syncs it to disk and renames it to `path`: whole or not at all."""
+    """Writes `data` under a temporary name, syncs it to disk and renames it to `path`: whole or not at all.
+
+    What a killed process left of the same file is removed.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+        _settle(path)
+        handle, temporary = _temporary(path, TEMPORARY)
     except OSError as error:
         raise OutputError(f"--out: cannot write to {path.parent} ({error.strerror}); choose another folder") from error
     try:
@@ -52,10 +61,10 @@ def write_bytes(path: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+            temporary.chmod(0o644)
+            temporary.replace(path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
             raise OutputError(f"--out: cannot write {path} ({reason}); make room or choose another path") from error
@@ -132,14 +141,17 @@ def new_folder(folder: Path, command: str, option: str = "--out") -> Iterator[Pa
     """Yields a temporary sibling of `folder` that takes its place when the block ends well, and vanishes otherwise.
 
     A folder that is already there is replaced only if it is empty or if its manifest says that the same command made
-    it, so that nothing of the user's is lost.
+    it, so that nothing of the user's is lost. What killed runs left beside it is cleared away first.
     """
+    folder = folder.resolve() if folder.is_symlink() else folder
+    _settle(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _made_by(folder, command))):
         raise OutputError(f"{option}: {folder} exists and was not made by `{command}`; choose another folder")
     parent_is_ours = not folder.parent.exists()
     prepare_folder(folder.parent, option)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    handle, temporary = _temporary(folder, NEW)
     temporary.chmod(0o755)
+    outgoing = temporary.with_suffix(OLD)
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -149,18 +161,83 @@ def new_folder(folder: Path, command: str, option: str = "--out") -> Iterator[Pa
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         if folder.exists():
-            outgoing = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-            folder.replace(outgoing)
-            temporary.replace(folder)
-            shutil.rmtree(outgoing)
+            with _held(folder):
+                folder.replace(outgoing)
+                temporary.replace(folder)
+            shutil.rmtree(outgoing, ignore_errors=True)
         else:
             temporary.replace(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if outgoing.exists() and not folder.exists():
+            outgoing.replace(folder)
         if parent_is_ours:
             with contextlib.suppress(OSError):  # a command may have left there what it goes on from
                 folder.parent.rmdir()
         raise
+    finally:
+        os.close(handle)
+
+
+def _temporary(target: Path, ending: str) -> tuple[int, Path]:
+    """Makes a hidden file (.tmp) or folder beside `target`; its descriptor holds the lock that `_settle` respects."""
+    while True:
+        prefix = f".{target.name}."
+        if ending == TEMPORARY:
+            handle, name = tempfile.mkstemp(ending, prefix, target.parent)
+        else:
+            name = tempfile.mkdtemp(ending, prefix, target.parent)
+            try:
+                handle = os.open(name, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+        _lock(handle)
+        if os.path.lexists(name):
+            return handle, Path(name)
+        os.close(handle)  # another process took it, before it was locked, for what a dead one left
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Locks `folder`, under whatever name it goes on to have."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    # A file system without locks refuses `_settle` as well, so that nothing is taken from anybody.
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_SH)
+
+
+def _settle(target: Path) -> None:
+    """Clears away what killed processes left beside `target`, and puts an older `target` back that one of them had
+    moved away and not yet replaced. What a living process is at work on is locked, and stays."""
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(tmp|new|old)")
+    found: list[Path] = []
+    with contextlib.suppress(OSError):  # there is no such folder
+        found = [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
+    for path in found:
+        with contextlib.suppress(OSError):  # locked, gone meanwhile, or not to be changed by this user
+            _clear(path, target)
+
+
+def _clear(path: Path, target: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.suffix == OLD and not target.exists():
+            path.replace(target)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    finally:
+        os.close(handle)
 
 
 def _made_by(folder: Path, command: str) -> bool:
@@ -175,7 +252,7 @@ def write_manifest(
     write_json(
         folder / MANIFEST,
         {
-            "schema": "superexperts/manifest/1",
+            "schema": MANIFEST_SCHEMA,
             "command": command,
             "key": input_key(command, inputs),
             "inputs": dict(inputs),
@@ -202,15 +279,28 @@ def _sources() -> str:
 
 
 def completed(folder: Path, command: str, inputs: Mapping[str, Any]) -> bool:
-    """Whether `folder` holds this command's result for these very inputs, with every output unchanged."""
+    """Whether `folder` holds this command's result for these very inputs, with every output unchanged.
+
+    What killed runs left beside it is cleared away first: one may have been killed between moving an older result away
+    and putting its own in that place.
+    """
+    _settle(folder)
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         return False
     manifest = read_json(manifest_path, "manifest")
     if manifest.get("key") != input_key(command, inputs):
         return False
+    return not changed_outputs(folder)
+
+
+def changed_outputs(folder: Path) -> list[str]:
+    """The outputs named in `folder`'s manifest, relative to it, that are missing or not as they were written."""
+    manifest = read_json(folder / MANIFEST, "manifest")
+    if not isinstance(manifest, dict) or manifest.get("schema") != MANIFEST_SCHEMA:
+        raise DataError(f"manifest: {folder / MANIFEST} was not written by superexperts; give a folder that it wrote")
     outputs: dict[str, str] = manifest["outputs"]
-    return all((folder / name).exists() and fingerprint(folder / name) == sha for name, sha in outputs.items())
+    return [name for name, sha in outputs.items() if not (folder / name).exists() or fingerprint(folder / name) != sha]
 
 
 @functools.cache

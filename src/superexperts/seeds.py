@@ -7,11 +7,12 @@ of experts. With a balanced table of runs x items, right or wrong, the variance 
 
 where `items` is the variance over items of the item's mean over runs (it holds the rest of the two-way analysis of
 variance) and `seeds` that between runs once the rest's share is taken off; the seeds' estimate has R - 1 degrees of
-freedom, often two. The distribution is that of the Behrens-Fisher problem: a normal variable for the items plus one
-scaled Student's t for each side's seeds (R. A. Fisher, Annals of Eugenics 6 (1935) 391-398; that its size is not over
-the level: G. K. Robinson, Annals of Statistics 4 (1976) 963-971).
+freedom, often two. Student's t with Satterthwaite's degrees of freedom is far too sure then (docs/lab-log.md has the
+figures), so the distribution is that of the Behrens-Fisher problem: a normal variable for the items plus one scaled
+Student's t for each side's seeds (R. A. Fisher, Annals of Eugenics 6 (1935) 391-398; that its size is not over the
+level: G. K. Robinson, Annals of Statistics 4 (1976) 963-971). A variance below zero counts as zero.
 
-Suffixes of the arrays' names: R runs, N items, Q points of a quadrature.
+Suffixes of the arrays' names: R runs, N items, Q points of a quadrature, D draws.
 """
 
 from __future__ import annotations
@@ -28,11 +29,22 @@ from scipy.stats import chi, norm
 
 from .stats import CONFIDENCE
 
-__all__ = ["Seeds", "critical", "detectable", "p_value", "seeds_of"]
+__all__ = ["Floats", "Items", "Seeds", "critical", "detectable", "p_value", "seeds_of"]
 
 Floats = NDArray[np.float64]
 POINTS = 48
+FEW_POINTS = 20  # for a power, which needs two digits
+KNOWN = 1000  # a variance with more degrees of freedom is taken as known
 TINY = 1e-300
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Items:
+    """What the items add to the variance of a difference."""
+
+    variance: float
+    df: float = np.inf
+    """Degrees of freedom of that estimate; few where subjects are the sample."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,85 +75,96 @@ def seeds_of(correct_RN: Floats) -> Seeds:
     return Seeds(between=between, df=runs - 1, rest=rest / items, weight=1 / runs)
 
 
+def p_value(difference: float, items: Items, seeds: Sequence[Seeds]) -> float:
+    """Two-sided p-value of a difference."""
+    values_Q, weights_Q = _variances(items, seeds, [part.between for part in seeds])
+    return min(1.0, float(_tail(np.asarray(abs(difference)), values_Q, weights_Q)))
+
+
+def critical(items: Items, seeds: Sequence[Seeds], level: float = 1 - CONFIDENCE) -> float:
+    """The difference whose p-value is `level`: half the width of an interval."""
+    values_Q, weights_Q = _variances(items, seeds, [part.between for part in seeds])
+    return float(_quantile(values_Q, weights_Q, level))
+
+
+def detectable(square: float, items: Items, number: int, seeds: Sequence[Seeds], tests: int, power: float) -> float:
+    """The smallest difference that the test would have found with this `power`, were the variances those estimated.
+
+    `square` is the mean over the `number` items of the squared difference; at least the difference itself is taken, as
+    where items are won or lost as a whole. The level is 5% shared by `tests` tests (the first step of Holm's). What the
+    seeds' variances would have been estimated as is averaged over.
+    """
+    level = (1 - CONFIDENCE) / tests
+    shares = (np.arange(9) + 0.5) / 9
+    factors = [chi.ppf(shares, part.df) ** 2 / part.df for part in seeds]
+    own = sum(part.weight * part.sd**2 for part in seeds)
+    found = 0.0
+    for _ in range(6):  # a larger difference makes the items' variance larger, which has settled by then
+        scale = (max(square, found) - found**2) / max(square, TINY) if found else 1.0
+        part = dataclasses.replace(items, variance=items.variance * scale)
+        edges_D = np.array(
+            [
+                _quantile(
+                    *_variances(
+                        part, seeds, [seed.between * f for seed, f in zip(seeds, drawn, strict=True)], FEW_POINTS
+                    ),
+                    level,
+                )
+                for drawn in itertools.product(*factors)
+            ]
+        )
+        spread = float(np.sqrt(max(part.variance + own, TINY)))
+        before, found = found, min(1.0, _powerful(edges_D, spread, power))
+        if abs(found - before) < 1e-4:
+            break
+    return found
+
+
+def _powerful(edges_D: Floats, spread: float, power: float) -> float:
+    """The difference that is beyond one of the equally likely edges with this probability."""
+    highest = float(edges_D.max()) + 10 * spread
+    return float(brentq(lambda size: float(norm.sf((edges_D - size) / spread).mean()) - power, 0.0, highest))
+
+
 @functools.cache
-def _points(df: float) -> tuple[Floats, Floats]:
+def _points(df: float, most: int) -> tuple[Floats, Floats]:
     """Gauss-Legendre points of df / chi**2 with df degrees of freedom, and their weights, which sum to 1."""
-    if df > 1e6:
+    if df > KNOWN:
         return np.ones(1), np.ones(1)
-    end = float(chi.isf(1e-12, df))
-    start = float(chi.ppf(1e-12, df)) if df > 30 else 0.0
-    x_Q, weights_Q = np.polynomial.legendre.leggauss(POINTS)
-    x_Q = start + (end - start) * (x_Q + 1) / 2
-    weights_Q = weights_Q * chi.pdf(x_Q, df)
+    # With few degrees of freedom points are closest near 0, where the variance is large and small p-values are made.
+    points, power = (most, 3) if df < 4 else (min(most, 28), 3) if df < 20 else (16, 1)
+    start, end = float(chi.ppf(1e-12, df)), float(chi.isf(1e-12, df))
+    nodes_Q, weights_Q = np.polynomial.legendre.leggauss(points)
+    u_Q = (nodes_Q + 1) / 2
+    x_Q = start + (end - start) * u_Q**power
+    weights_Q = weights_Q * u_Q ** (power - 1) * chi.pdf(x_Q, df)
     return df / x_Q**2, weights_Q / weights_Q.sum()
 
 
-def _variances(items: float, items_df: float, seeds: Sequence[Seeds]) -> tuple[Floats, Floats]:
-    """Points of the difference's variance, given what was estimated, and their weights."""
-    factors = [_points(items_df), *(_points(part.df) for part in seeds)]
-    values = np.zeros(1)
-    weights = np.ones(1)
-    for scale, (factor_Q, weights_Q) in zip([None, *seeds], factors, strict=True):
-        if scale is None:
-            added_Q = items * factor_Q
-        else:
-            added_Q = scale.weight * np.maximum(scale.between * factor_Q - scale.rest, 0.0)
-        values = (values[:, None] + added_Q).ravel()
-        weights = (weights[:, None] * weights_Q).ravel()
-    return values, weights
+def _variances(
+    items: Items, seeds: Sequence[Seeds], between: Sequence[float], points: int = POINTS
+) -> tuple[Floats, Floats]:
+    """Points of the difference's variance [Q], given the estimates, and their weights [Q]."""
+    factor_Q, weights_Q = _points(items.df, points)
+    values_Q = items.variance * factor_Q
+    for part, estimate in zip(seeds, between, strict=True):
+        factor_Q, more_Q = _points(part.df, points)
+        added_Q = part.weight * np.maximum(estimate * factor_Q - part.rest, 0.0)
+        values_Q = (values_Q[:, None] + added_Q).ravel()
+        weights_Q = (weights_Q[:, None] * more_Q).ravel()
+    return np.maximum(values_Q, TINY), weights_Q
 
 
-def p_value(difference: float, items: float, seeds: Sequence[Seeds], items_df: float = np.inf) -> float:
-    """Two-sided p-value of a difference whose items' part of the variance is `items`; 1.0 where nothing differs."""
-    if difference == 0:
-        return 1.0
-    values, weights = _variances(items, items_df, seeds)
-    return _tail(abs(difference), values, weights)
+def _tail(distance: Floats, values_Q: Floats, weights_Q: Floats) -> Floats:
+    """P(|difference| > distance), were there none."""
+    return np.asarray(2 * np.dot(norm.sf(distance[..., None] / np.sqrt(values_Q)), weights_Q))
 
 
-def critical(items: float, seeds: Sequence[Seeds], items_df: float = np.inf, level: float = 1 - CONFIDENCE) -> float:
-    """The difference whose p-value is `level`: half the width of an interval."""
-    values, weights = _variances(items, items_df, seeds)
-    return _quantile(values, weights, level)
-
-
-def _tail(distance: float, values: Floats, weights: Floats) -> float:
-    return min(1.0, 2 * float(np.dot(weights, norm.sf(distance / np.sqrt(np.maximum(values, TINY))))))
-
-
-def _quantile(values: Floats, weights: Floats, level: float) -> float:
-    scale = float(np.sqrt(values.max()))
-    if scale == 0:
-        return 0.0
-    return float(brentq(lambda x: _tail(x, values, weights) - level, 0.0, 40 * scale, xtol=1e-10))
-
-
-def detectable(
-    square: float, items: int, seeds: Sequence[Seeds], tests: int = 1, power: float = 0.8, points: int = 8
-) -> float:
-    """The smallest difference that the test would have found with this `power`, were the variances those estimated.
-
-    `square` is the mean over the items of the squared difference; at least the difference itself is taken, as where
-    items are won or lost as a whole. The level is 5% shared by `tests` tests (the first step of Holm's).
-    """
-    level = (1 - CONFIDENCE) / tests
-
-    # What the seeds' estimates could have been: chi-square around the variances that were found.
-    draws = []
-    for part in seeds:
-        shares = (np.arange(points) + 0.5) / points
-        draws.append([part.between * float(x) ** 2 / part.df for x in chi.ppf(shares, part.df)])
-    true = sum(part.weight * max(part.between - part.rest, 0.0) for part in seeds)
-
-    def lacking(difference: float) -> float:
-        own = (max(square, difference) - difference**2) / items
-        found = 0.0
-        for drawn in itertools.product(*draws):
-            drawn_seeds = [
-                dataclasses.replace(part, between=between) for part, between in zip(seeds, drawn, strict=True)
-            ]
-            edge = critical(own, drawn_seeds, level=level)
-            found += float(norm.sf((edge - difference) / max(np.sqrt(own + true), TINY)))
-        return found / float(points ** len(seeds)) - power
-
-    return float(brentq(lacking, 1e-9, 1.0, xtol=1e-5)) if lacking(1.0) > 0 else 1.0
+def _quantile(values_Q: Floats, weights_Q: Floats, level: float) -> float:
+    scale = float(np.sqrt(np.dot(values_Q, weights_Q)))
+    highest = 2 * scale
+    while float(_tail(np.asarray(highest), values_Q, weights_Q)) > level:
+        highest *= 2
+    return float(
+        brentq(lambda x: float(_tail(np.asarray(x), values_Q, weights_Q)) - level, 0.0, highest, xtol=1e-12 * scale)
+    )

@@ -20,6 +20,7 @@ __all__ = [
     "Threshold",
     "considered",
     "highest",
+    "highest_like",
     "layer_shares",
     "layers_below",
     "peak",
@@ -138,6 +139,20 @@ def highest(
     return tuple(chosen)
 
 
+def highest_like(
+    scores: Mapping[ExpertKey, float], like: Collection[ExpertKey], *, lowest: bool = False
+) -> tuple[ExpertKey, ...]:
+    """The experts with the highest scores, in each layer as many as `like` has there: a set of the same budget."""
+    wanted = Counter(layer for layer, _ in like)
+    chosen: list[ExpertKey] = []
+    for layer, count in sorted(wanted.items()):
+        own = {key: score for key, score in scores.items() if key[0] == layer}
+        if count > len(own):
+            raise ExpertsError(f"--like: {count} experts of layer {layer}, which has {len(own)}; give another set")
+        chosen += highest(own, count=count, lowest=lowest)
+    return tuple(chosen)
+
+
 def random_experts(
     experts: Collection[ExpertKey],
     *,
@@ -184,9 +199,11 @@ def run(config: SelectConfig) -> dict[str, Any]:
         chosen = _super(profile, names, config)
     elif config.rule == "random":
         chosen = _random(profile, names, config)
+    elif config.rule == "layers":
+        chosen = _layers(profile, names, config)
     else:
         chosen = _highest(profile, names, config)
-    follows = config.rule == "random" and config.like is not None and config.share is None and not config.anywhere
+    follows = config.like is not None and config.share is None and not config.anywhere
     run_layers = layers_below(profile.depth, profile.num_layers)
     if config.rule != "super" and not follows and run_layers < profile.num_layers:
         note(
@@ -243,17 +260,44 @@ def _highest(profile: Profile, names: Sequence[str], config: SelectConfig) -> Ex
     """By the mean over the corpora of each expert's share of its layer."""
     shares = [layer_shares(profile.corpora[name].experts, config.rule) for name in names]
     scores = {key: sum(share[key] for share in shares) / len(shares) for key in shares[0]}
-    chosen = highest(scores, count=config.count, share=config.share, lowest=config.lowest)
-    rule = {"name": config.rule, "count": config.count, "share": config.share, "lowest": config.lowest}
+    like = _like(profile, names, config)
+    if like:
+        chosen = highest_like(scores, like, lowest=config.lowest)
+    else:
+        chosen = highest(scores, count=config.count, share=config.share, lowest=config.lowest)
+    rule = {
+        "name": config.rule,
+        "count": config.count,
+        "share": config.share,
+        "lowest": config.lowest,
+        "like": [list(key) for key in like],
+    }
     return ExpertSet(model=profile.model, rule=rule, experts=chosen, scores=tuple(scores[key] for key in chosen))
+
+
+def _layers(profile: Profile, names: Sequence[str], config: SelectConfig) -> ExpertSet:
+    like = _like(profile, names, config)
+    layers = {layer for layer, _ in like}
+    experts = [row.key for row in profile.corpora[names[0]].experts]
+    chosen = tuple(sorted((key for key in experts if key[0] in layers and key[1] != "shared"), key=key_order))
+    rule = {"name": "layers", "like": [list(key) for key in like]}
+    return ExpertSet(model=profile.model, rule=rule, experts=chosen, scores=(None,) * len(chosen))
+
+
+def _like(profile: Profile, names: Sequence[str], config: SelectConfig) -> tuple[ExpertKey, ...]:
+    if config.like is None:
+        return ()
+    like = ExpertSet.parse(config.like).experts
+    experts = {row.key for row in profile.corpora[names[0]].experts}
+    unknown: list[tuple[int, ExpertId]] = [key for key in like if key not in experts]
+    if unknown:
+        raise ExpertsError(f"--like: {key_name(unknown[0])} is not in the profile; select it from the same model")
+    return like
 
 
 def _random(profile: Profile, names: Sequence[str], config: SelectConfig) -> ExpertSet:
     experts = [row.key for row in profile.corpora[names[0]].experts]
-    like: tuple[ExpertKey, ...] = ExpertSet.parse(config.like).experts if config.like is not None else ()
-    unknown: list[tuple[int, ExpertId]] = [key for key in like if key not in set(experts)]
-    if unknown:
-        raise ExpertsError(f"--like: {key_name(unknown[0])} is not in the profile; select it from the same model")
+    like = _like(profile, names, config)
     if config.share is not None:
         draw = random.Random(config.seed)
         scores = {key: draw.random() for key in experts if key[1] != "shared" and key not in set(like)}

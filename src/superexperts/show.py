@@ -9,6 +9,7 @@ from rich.text import Text
 
 from .artifacts import key_name
 from .console import stdout
+from .show_study import show_plan, show_status
 
 __all__ = ["show"]
 
@@ -58,11 +59,19 @@ def show(command: str, result: dict[str, Any]) -> None:
             _show_judge(result["judge"])
     elif command == "extract":
         _show_audit(result)
+    elif command == "status":
+        show_status(result)
+    elif command == "study" and "written" in result:
+        stdout.print(f"wrote {result['written']}", soft_wrap=True, markup=False)
+    elif command == "study" and "plan" in result:
+        show_plan(result["plan"])
     elif command == "study":
         from .report import print_table  # here, so that the other commands do not wait for what draws
 
         print_table(result["results"], stdout)
         stdout.print(f"report: {result['report']}", soft_wrap=True)
+    elif command == "push":
+        _show_push(result)
     if "out" in result and command != "study":
         stdout.print(f"in {result['out']}", soft_wrap=True)
 
@@ -143,6 +152,24 @@ def _show_check(result: dict[str, Any]) -> None:
     for name, tokens in result["probe_experts"].items():
         stdout.print(f"{name}: {tokens:,} tokens")
     stdout.print(f"logits change by up to {result['max_logit_change']:.3g} (KL {result['kl']:.3g} nats)")
+
+
+def _show_push(result: dict[str, Any]) -> None:
+    def line(text: str) -> None:
+        stdout.print(text, soft_wrap=True, markup=False)
+
+    if result["dry_run"]:
+        for file in result["files"]:
+            line(f"{file['bytes']:>13,}  {file['path']}")
+    told = f"{len(result['files'])} files, {result['bytes']:,} bytes"
+    if result["dry_run"]:
+        line(f"{told} for the {result['repo_type']} repository {result['repo']}; nothing was sent (--dry-run)")
+        return
+    if result["others"]:
+        others = ", ".join(map(ascii, result["others"]))
+        line(f"left as they are, since this folder has none of that name: {others}")
+    line(f"{told} in {result['url']}" if result["changed"] else f"{result['url']} has all {told} already")
+    line(f"commit {result['commit']}")
 
 
 def _show_stability(result: dict[str, Any]) -> None:

@@ -8,9 +8,9 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -40,6 +40,7 @@ from .rundir import (
     write_text,
 )
 from .sft_data import Example, encode, read_rows
+from .shared import borrowed
 
 __all__ = ["run", "train"]
 
@@ -53,12 +54,15 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 
 def train(
-    config: TrainConfig, *, model: nn.Module | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    config: TrainConfig,
+    *,
+    load: Callable[[], nn.Module] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
     """Trains an adapter and writes `adapter/`, `recipe.yaml`, `training.json` and, last, the manifest into
     `config.out`.
 
-    A model that is handed in is the one that `config.model` names, and comes back as it was, adapter taken off.
+    What `load` gives is the model that `config.model` names; it comes back as it was, adapter taken off.
     Returns training.json's content and `out`. `EffectError`, with nothing written, where the adapter changes no logit.
     Of several processes that a launcher started, the first one writes.
     """
@@ -79,9 +83,9 @@ def train(
         scratch = Path(folder_of_weights)
         tokenizer = tokenizer or load_tokenizer(config)
         examples, held_out = _examples(config, tokenizer)
-        model = model or load_to_train(config, lambda empty: _attach(empty, chosen, config), scratch)
+        model = load() if load else load_to_train(config, lambda empty: _attach(empty, chosen, config), scratch)
         checkpoint = _prepare(work, input_key("train", inputs), config)
-        with _kept_when_killed(work), _borrowed(model):
+        with _kept_when_killed(work), borrowed(model):
             adapted = _attach(model, chosen, config)
             with counting(adapted, training=True) as exposure:
                 if checkpoint is not None:
@@ -281,32 +285,3 @@ def _save(
     # Left to itself PEFT asks the Hub whether the embeddings were resized.
     values = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     adapted.save_pretrained(str(folder), state_dict=values, save_embedding_layers=False)
-
-
-@contextlib.contextmanager
-def _borrowed(model: nn.Module) -> Iterator[None]:
-    """Gives the model back as it was: PEFT freezes it, and TRL writes to its configuration and replaces its forward.
-
-    The adapter is taken off, also when the block ends in an error. Weights are not copied: nothing
-    but the adapter is trained.
-    """
-    configs = {id(c): c for c in (cast(Any, model).config, cast(Any, model).config.get_text_config())}
-    configs[id(cast(Any, model).generation_config)] = cast(Any, model).generation_config
-    settings = [(config, dict(vars(config))) for config in configs.values()]
-    modules = [(module, module.training) for module in model.modules()]
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    attributes = dict(vars(model))
-    try:
-        yield
-    finally:
-        lora.detach(model)
-        vars(model).clear()
-        vars(model).update(attributes)
-        for config, before in settings:
-            vars(config).clear()
-            vars(config).update(before)
-        for module, training in modules:
-            module.training = training
-        for parameter, needed in parameters:
-            parameter.requires_grad_(needed)
-            parameter.grad = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["SETS", "Kind", "Run", "title_of"]
+__all__ = ["DEFAULT_SETS", "DEFAULT_VARIANTS", "SETS", "Kind", "Run", "title_of"]
 
 Kind = Literal["base", "prune", "lora"]
 
@@ -19,6 +19,17 @@ SETS = {
     "layers": "all experts of the same layers",
 }
 """Sets of experts that every study knows, and how they are called."""
+DEFAULT_SETS: dict[str, dict[str, Any]] = {
+    "super": {"rule": "super"},
+    "random": {"rule": "random", "like": "super"},
+    "anywhere": {"rule": "random", "like": "super", "anywhere": True},
+    "routed": {"rule": "routed", "like": "super"},
+    "gate": {"rule": "gate", "like": "super"},
+    "reap": {"rule": "reap", "like": "super"},
+    "layers": {"rule": "layers", "like": "super"},
+}
+"""Options of `select` for each; `like` names another set."""
+DEFAULT_VARIANTS = ("base", "prune-super", "prune-random", "lora-super", "lora-random", "lora-attention")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +47,13 @@ class Run:
     """Seed of everything random in it: the draw of random experts, the adapter's start, the order of the rows."""
     experts: str | None
     """Stem of its file below `experts/`; None for base and attention."""
+    drawn: bool
+    """Whether these experts are another set with another seed."""
+
+    @property
+    def random(self) -> bool:
+        """Whether another seed would give another model."""
+        return self.drawn or self.kind == "lora"
 
 
 def title_of(kind: Kind, target: str | None) -> str:

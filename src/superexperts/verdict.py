@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from .results import Comparison, Results, VariantResult, signed_points
+from .results import Comparison, Results, signed_points
 
 __all__ = ["Verdict", "against_base", "against_controls", "format_p", "headline", "verdict"]
-
-DRAWN = ("random", "anywhere")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +64,8 @@ class Verdict:
         if self.sure:
             side = "lower" if self.row.difference < 0 else "higher"
             said = f"{_points(self.row.difference)} points {side}, {self.interval}"
+        elif self.row.detectable >= 0.995:
+            said = "no difference detected; with so few items and seeds none would have been seen"
         else:
             said = f"no difference detected; differences over {self.detectable} points would have been seen"
         return f"{said}; {self.seeds}" if self.seeds else said
@@ -74,18 +74,13 @@ class Verdict:
 def verdict(results: Results, row: Comparison) -> Verdict:
     """A comparison of these results in words."""
     variant, reference = results.variant(row.variant), results.variant(row.reference)
-    single = [one for one in (variant, reference) if _varies(one) and len(one.runs) == 1]
+    single = [one for one in (variant, reference) if one.random and len(one.runs) == 1]
     return Verdict(
         row=row,
         title=variant.title,
         reference=reference.title,
         seeds="one seed: another one may differ" if single else "",
     )
-
-
-def _varies(variant: VariantResult) -> bool:
-    """Whether another seed would have given another model."""
-    return variant.kind == "lora" or variant.target in DRAWN
 
 
 def against_base(results: Results) -> list[Verdict]:
@@ -102,51 +97,82 @@ def against_controls(results: Results) -> list[Verdict]:
 
 
 def headline(results: Results) -> list[str]:
-    """One sentence on pruning and one on LoRA, where the study has such variants."""
+    """A sentence on pruning, one on LoRA, and one on what a single seed leaves open, each where there is something."""
     found = {one.name: one for one in against_base(results)}
+    direct = against_controls(results)
     sentences = []
     pruned = [found[variant.name] for variant in results.others if variant.kind == "prune"]
     if pruned:
-        sentences.append("; ".join(f"{_subject(one.title)} {one.words}" for one in pruned) + ".")
+        said = [f"{_subject(one.title)} {one.words}" for one in pruned]
+        names = {one.name for one in pruned}
+        sentences.append("; ".join([*said, *_unsaid(found, [one for one in direct if one.name in names])]))
     adapted = [found[variant.name] for variant in results.others if variant.kind == "lora"]
     if adapted:
         names = {one.name for one in adapted}
-        sentences.append(_on_adapters(adapted, [one for one in against_controls(results) if one.name in names]))
+        sentences.append(_on_adapters(adapted, [one for one in direct if one.name in names]))
     if sentences:
         sentences[0] = sentences[0].replace(" points", " points of accuracy", 1)
-    return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+    single = [variant.title for variant in results.others if variant.random and len(variant.runs) == 1]
+    if single:
+        sentences.append(f"{_listed(single)} {'has' if len(single) == 1 else 'have'} one seed: another one may differ")
+    return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
+
+
+def _unsaid(found: Mapping[str, Verdict], direct: Sequence[Verdict]) -> list[str]:
+    """What the comparisons with controls say beyond those with base, or against what these suggest."""
+    said = []
+    for one in direct:
+        own, other = found[one.name], found[one.row.reference]
+        if one.sure and own.effect == other.effect:
+            side = "below" if one.effect == "down" else "above"
+            said.append(
+                f"{_subject(one.title)} is {_points(one.row.difference)} points {side} {_subject(one.reference)}"
+            )
+        elif not one.sure and own.effect != other.effect:
+            names = f"{_subject(one.title)} and {_subject(one.reference)}"
+            said.append(f"compared directly, no difference between {names} is detected")
+    return said
 
 
 def _on_adapters(adapted: Sequence[Verdict], direct: Sequence[Verdict]) -> str:
-    effects = {comparison.effect for comparison in adapted}
+    effects = {one.effect for one in adapted}
     if effects == {"none"}:
         start = "no LoRA variant differs detectably from the base model"
     elif len(effects) == 1 and len(adapted) > 1:
-        points = sorted(abs(comparison.row.difference) for comparison in adapted)
-        low, high = (signed_points(value).lstrip("+") for value in (points[0], points[-1]))
+        points = sorted(abs(one.row.difference) for one in adapted)
+        low, high = _points(points[0]), _points(points[-1])
         size = low if low == high else f"{low} to {high}"
         start = f"LoRA {'gains' if effects == {'up'} else 'costs'} {size} points"
     else:
-        quiet = [comparison.title for comparison in adapted if not comparison.sure]
-        said = [f"{' and '.join(quiet)} make{'s' * (len(quiet) == 1)} no detectable difference"] if quiet else []
-        said += [f"{comparison.title} {comparison.words}" for comparison in adapted if comparison.sure]
+        quiet = [one.title for one in adapted if not one.sure]
+        said = [f"{_listed(quiet)} {'makes' if len(quiet) == 1 else 'make'} no detectable difference"] if quiet else []
+        said += [f"{one.title} {one.words}" for one in adapted if one.sure]
         start = "; ".join(said)
-    if not direct:
-        return f"{start}."
-    unequal = [comparison for comparison in direct if comparison.sure]
-    if not unequal:
-        return f"{start}; what it adapts makes no detectable difference."
-    ends = [
-        f"{_points(comparison.row.difference)} points "
-        f"{'behind' if comparison.row.difference < 0 else 'ahead of'} {comparison.reference}"
-        for comparison in unequal
-    ]
-    return f"{start}; {unequal[0].title} is {' and '.join(ends)}."
+    ends = []
+    for title in dict.fromkeys(one.title for one in direct):
+        own = [one for one in direct if one.title == title]
+        sure = [
+            f"{_points(one.row.difference)} points {'below' if one.effect == 'down' else 'above'} {one.reference}"
+            for one in own
+            if one.sure
+        ]
+        quiet = [one.reference for one in own if not one.sure]
+        if sure:
+            ends.append(f"{title} is {_listed(sure)}")
+        if quiet:
+            ends.append(f"no difference between {title} and {_listed(quiet, 'or')} is detected")
+    return "; ".join([start, *ends])
+
+
+def _listed(words: Sequence[str], last: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return f"{', '.join(words[:-1])} {last} {words[-1]}" if len(words) > 1 else words[0]
 
 
 def _points(difference: float) -> str:
-    """A difference's size in points, without its sign."""
-    return signed_points(abs(difference)).lstrip("+")
+    """A difference's size in points, without its sign; with as many digits as show that it is not nothing."""
+    size = abs(difference)
+    return signed_points(size, 1 if size == 0 or size >= 0.0005 else 3).lstrip("+")
 
 
 def _subject(title: str) -> str:
