@@ -491,15 +491,20 @@ def test_values_of_pictures_by_mouse_and_by_keyboard(seeds: Path, tab: Page) -> 
 
 
 @in_a_browser
-def test_words_at_a_picture_stay_on_a_phone(seeds: Path, tab: Page) -> None:
+def test_words_at_a_picture_stay_in_its_frame_on_a_phone(seeds: Path, tab: Page) -> None:
     tab.open(seeds / "report.html", 390)
-    tab.run("document.querySelector('#picture-differences .plot').focus();")
-    for _ in range(12):
-        tab.press("ArrowRight")
-        box = tab.run("const box = document.activeElement.querySelector('.tip').getBoundingClientRect();"
-                      "return [box.left, box.right];")  # fmt: skip
-        assert 0 <= box[0] < box[1] <= 390
-    assert tab.run("document.activeElement.parentElement.scrollLeft") > 0
+    inside = (
+        "const [box, frame] = [document.activeElement.querySelector('.tip'), document.activeElement.parentElement]"
+        ".map((one) => one.getBoundingClientRect());"
+        "return box.width > 0 && box.left >= frame.left && box.right <= frame.right"
+        " && box.top >= frame.top && box.bottom <= frame.bottom;"
+    )
+    for name in ("differences", "controls", "weights"):
+        tab.run(f"document.querySelector('#picture-{name} .plot').focus();")
+        for _ in range(9):
+            tab.press("ArrowRight")
+            assert tab.run(inside) is True, name
+    assert tab.run("document.querySelector('#picture-differences .scroll').scrollLeft") > 0
     assert tab.run("document.documentElement.scrollWidth") == 390
 
 

@@ -50,7 +50,7 @@ for (const plot of document.querySelectorAll(".plot")) {
     const last = frame.scrollLeft + frame.clientWidth - tip.offsetWidth - 4;
     tip.style.left = `${Math.max(frame.scrollLeft + 4, Math.min(beside, last))}px`;
     tip.style.top = top;
-    tip.classList.toggle("below", spot.box[1] < 0.3);
+    tip.classList.toggle("below", spot.box[1] * plot.clientHeight < tip.offsetHeight + 16);
   };
 
   const under = (event) => {
