@@ -17,7 +17,7 @@ from PIL import Image
 from study_folder import profile
 from superexperts import plots, plots_corpora
 from superexperts.artifacts import CorpusProfile
-from superexperts.drawing import DARK, LIGHT
+from superexperts.drawing import DARK, LIGHT, Theme
 from superexperts.errors import OutputError
 from superexperts.plots import plot_heatmap, plot_layers
 from superexperts.plots_corpora import plot_corpora
@@ -121,6 +121,21 @@ def test_seven_corpora_look_different_and_their_super_experts_are_filled(
     assert len({line.get_color() for line in filled}) == 7
     assert [text.get_text() for text in drawn[0].legends[0].texts] == list(corpora)
     assert [label.get_color() == LIGHT.accent for label in axes.get_yticklabels()] == [True, False]
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_colours_can_be_read_on_their_paper(theme: Theme) -> None:
+    def light(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    def contrast(colour: str) -> float:
+        dark, bright = sorted((light(colour), light(theme.paper)))
+        return (bright + 0.05) / (dark + 0.05)
+
+    assert all(contrast(colour) >= 4.5 for colour in (theme.ink, theme.muted, theme.accent, theme.gain))
+    assert all(contrast(colour) >= 3 for colour in theme.lines)
 
 
 DRAW: dict[str, Callable[[Path], object]] = {

@@ -43,10 +43,14 @@ for (const plot of document.querySelectorAll(".plot")) {
     Object.assign(mark.style, { left, top, width, height });
     mark.classList.toggle("round", !spot.box[2]);
     tip.textContent = spot.text;
-    Object.assign(tip.style, { left, top });
-    tip.classList.toggle("leftwards", spot.box[0] > 0.5);
-    tip.classList.toggle("below", spot.box[1] < 0.3);
     if (aloud) mark.scrollIntoView({ block: "nearest", inline: "nearest" });
+    const frame = plot.parentElement; // a narrow screen shows a part of the picture, and the words belong into it
+    const x = spot.box[0] * plot.clientWidth;
+    const beside = spot.box[0] > 0.5 ? x - tip.offsetWidth - 10 : x + 10;
+    const last = frame.scrollLeft + frame.clientWidth - tip.offsetWidth - 4;
+    tip.style.left = `${Math.max(frame.scrollLeft + 4, Math.min(beside, last))}px`;
+    tip.style.top = top;
+    tip.classList.toggle("below", spot.box[1] * plot.clientHeight < tip.offsetHeight + 16);
   };
 
   const under = (event) => {
