@@ -78,7 +78,7 @@ def _item(task: str, first: Answer, rows: Sequence[tuple[Extraction, Answer]]) -
         "task": task,
         "id": visible(first.id),
         "prompt": visible(_cut(first.prompt, PROMPT_LENGTH)),
-        "gold": visible(_cut(first.gold, 200)),
+        "gold": visible(_cut(first.gold or "", 200)),
         "answers": [
             {
                 "correct": row.correct,

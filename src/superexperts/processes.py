@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -12,10 +12,22 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from .recorder import Recorder
 
-__all__ = ["agreed", "device_of_process", "merged", "my_share", "processes_here", "several", "together"]
+__all__ = [
+    "agreed",
+    "device_of_process",
+    "gathered",
+    "merged",
+    "my_share",
+    "process_number",
+    "processes_here",
+    "several",
+    "together",
+]
+
+T = TypeVar("T")
 
 
-def my_share(batches: Sequence[int]) -> Sequence[int]:
+def my_share(batches: Sequence[T]) -> Sequence[T]:
     """Every n-th batch, n processes being at work."""
     if not several():
         return batches
@@ -31,6 +43,16 @@ def merged(recorder: Recorder) -> Recorder:
     for other in others:
         total.merge(other)
     return total
+
+
+def gathered(value: T) -> list[T]:
+    """What every process gives, in each of them, the first process' first."""
+    return cast(list[T], gather_object([value])) if several() else [value]
+
+
+def process_number() -> int:
+    """0 for the only process, or for the first of several."""
+    return cast(int, PartialState().process_index) if several() else 0
 
 
 def agreed(value: Any) -> Any:

@@ -132,7 +132,7 @@ def score(task: str, variant: str, extractions: Sequence[Extraction]) -> Score:
     items = len(extractions)
     if items == 0:
         raise DataError(f"{task}: {variant} has no answers; evaluate it again")
-    correct = sum(row.correct for row in extractions)
+    correct = sum(_graded(task, row) for row in extractions)
     low, high = wilson(correct, items)
     return Score(
         task=task,
@@ -182,7 +182,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _by_id(task: str, rows: Sequence[Extraction]) -> dict[str, bool]:
-    found = {row.id: row.correct for row in rows}
+    found = {row.id: _graded(task, row) for row in rows}
     if len(found) < len(rows):
         raise DataError(f"{task}: {len(rows) - len(found)} ids occur twice; evaluate again")
     return found
+
+
+def _graded(task: str, row: Extraction) -> bool:
+    if row.correct is None:
+        raise DataError(f"{task}: item {row.id!r} has no gold answer and no score; leave {task} out")
+    return row.correct
