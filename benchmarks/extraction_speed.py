@@ -98,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         evaluated(2, Path(temporary) / "warm")  # imports, and the files' way from disk
         whole, asking, generation = (
-            Timed(evaluate, "run"), Timed(evaluate, "_ask_one"), Timed(HFLM, "generate_until")
+            Timed(evaluate, "run"), Timed(evaluate, "ask_one"), Timed(HFLM, "generate_until")
         )  # fmt: skip
         answers = evaluated(options.limit, Path(temporary) / "timed")
     beyond, once = asking.seconds - generation.seconds, whole.seconds - asking.seconds
