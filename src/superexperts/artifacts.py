@@ -241,10 +241,12 @@ class Answer:
         return own.removeprefix("Question: ").removesuffix("\nAnswer:")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value; choices as a list of pairs, without what is at its default."""
-        optional = {field.name: field.default for field in dataclasses.fields(self) if field.name in _OPTIONAL}
-        value = dataclasses.asdict(self)
-        return {name: value[name] for name in value if name not in optional or value[name] != optional[name]}
+        """A JSON value, without optional fields at their default."""
+        value = dict(vars(self))  # nothing in it can be changed, so that nothing need be copied
+        for field in dataclasses.fields(self):
+            if field.name in _OPTIONAL and value[field.name] == field.default:
+                del value[field.name]
+        return value
 
     @classmethod
     def from_json(cls, value: Any) -> Answer:

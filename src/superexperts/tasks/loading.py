@@ -81,7 +81,11 @@ class Benchmark:
     def sha(self) -> str:
         """Digest of everything that is asked and of what counts as right."""
         shots = [part.num_fewshot for part in self.parts]
-        return digest([self.protocol, shots, self.examples, *map(dataclasses.astuple, self.items)])
+        return digest([self.protocol, shots, self.examples, *map(_values, self.items)])
+
+
+def _values(item: Item) -> list[Any]:
+    return list(vars(item).values())
 
 
 def load_benchmarks(
@@ -145,7 +149,7 @@ def _few_shot(name: str, benchmark: Benchmark, folder: Path | None, shots: int) 
         parts=parts,
         items=benchmark.items,
         protocol="loglikelihood",
-        examples=digest([dataclasses.astuple(item) for item in items]),
+        examples=digest(list(map(_values, items))),
     )
 
 
