@@ -102,7 +102,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        evaluated(2, Path(temporary) / "warm", Path("pocket"))  # imports, and the files' way from disk
+        evaluated(
+            2, Path(temporary) / "warm", Path("pocket"), options.batch_size
+        )  # imports, and the files' way from disk
         whole, asking, generation = (
             Timed(evaluate, "run"), Timed(evaluate, "ask_one"), Timed(HFLM, "generate_until")
         )  # fmt: skip

@@ -336,6 +336,10 @@ def test_examples_that_are_missing_or_wrong(tmp_path: Path, data: Path) -> None:
     (tmp_path / "mmlu_all_dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match="mmlu has no examples of subject 'world_flag'"):
         load_benchmarks(["mmlu"], tmp_path, protocol="loglikelihood")
+    rows = [{**row, "subject": None} for row in _rows(data / "mmlu_all_test.jsonl")]
+    (tmp_path / "mmlu_all_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="mmlu: mmlu-0 has no subject, whose examples it needs"):
+        load_benchmarks(["mmlu"], tmp_path, protocol="loglikelihood")
     (tmp_path / "boolq_train7.jsonl").write_text('{"question": "a", "passage": "b", "answer": null}\n')
     with pytest.raises(DataError, match=r"boolq_train7\.jsonl: boolq: row 1: field 'answer' is missing"):
         load_benchmarks(["boolq"], tmp_path, protocol="loglikelihood", num_fewshot=1)

@@ -19,7 +19,7 @@ from scipy.stats import binomtest, norm
 from .artifacts import Extraction, Score
 from .errors import DataError
 
-__all__ = ["Paired", "compare", "detectable", "holm", "mcnemar", "paired_interval", "score", "wilson"]
+__all__ = ["Paired", "compare", "detectable", "graded", "holm", "mcnemar", "paired_interval", "score", "wilson"]
 
 CONFIDENCE = 0.95
 
@@ -132,7 +132,7 @@ def score(task: str, variant: str, extractions: Sequence[Extraction]) -> Score:
     items = len(extractions)
     if items == 0:
         raise DataError(f"{task}: {variant} has no answers; evaluate it again")
-    correct = sum(_graded(task, row) for row in extractions)
+    correct = sum(graded(task, row) for row in extractions)
     low, high = wilson(correct, items)
     return Score(
         task=task,
@@ -182,13 +182,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _by_id(task: str, rows: Sequence[Extraction]) -> dict[str, bool]:
-    found = {row.id: _graded(task, row) for row in rows}
+    found = {row.id: graded(task, row) for row in rows}
     if len(found) < len(rows):
         raise DataError(f"{task}: {len(rows) - len(found)} ids occur twice; evaluate again")
     return found
 
 
-def _graded(task: str, row: Extraction) -> bool:
+def graded(task: str, row: Extraction) -> bool:
+    """Whether a benchmark's answer is right; `DataError` where there is no gold answer to say so."""
     if row.correct is None:
         raise DataError(f"{task}: item {row.id!r} has no gold answer and no score; leave {task} out")
     return row.correct

@@ -36,6 +36,9 @@ DEFAULT_SHOTS = {
 }
 """Examples before a question, as published few-shot numbers have them; the harness's own number where there is none."""
 
+BY_SUBJECT = ("mmlu", "vmlu")
+"""Benchmarks that show an item examples of its own subject."""
+
 FEWSHOT_SEED = 1234
 """The seed with which the harness draws examples unless told otherwise."""
 
@@ -65,7 +68,9 @@ def few_shot_tasks(
     where a row does not fit the harness's task.
     """
     asked = _harness_rows(name, items, rows)
-    if items[0].subject is None:
+    if name in BY_SUBJECT and (odd := next((item.id for item in items if item.subject is None), None)) is not None:
+        raise DataError(f"{name}: {odd} has no subject, whose examples it needs; add it, or give --protocol generative")
+    if name not in BY_SUBJECT:
         shown = asked.select([]) if examples is None else _harness_rows(name, _read(name, examples), examples)
         return [(_task(name, "", asked, shown, shots), tuple(range(len(items))), shots)]
     shown_items = [] if examples is None else _read(name, examples)

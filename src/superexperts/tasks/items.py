@@ -48,7 +48,7 @@ class Item:
     """The right choice's label, "yes" / "no", or a plain number; None where the publisher keeps it."""
     kind: Literal["choice", "number", "yesno"]
     subject: str | None = None
-    """What the question is about, in the benchmark's own words, where it has subjects: MMLU and VMLU."""
+    """What the benchmark files the item under: MMLU's subject, the number before the dash of VMLU's ids."""
 
 
 def prompt(item: Item) -> str:
@@ -108,8 +108,14 @@ def _mmlu(row: Row, name: str) -> Item:
     labels = "ABCDEFGHIJ"[: len(texts)]
     # By index, never by text: some rows have two equal choices.
     gold = labels[index] if 0 <= index < len(labels) else str(index)
-    pairs = list(zip(labels, texts, strict=True))
-    return _choice_item(name, _text(row, "question"), pairs, gold, _text(row, "subject"))
+    subject = row.get("subject")
+    return _choice_item(
+        name,
+        _text(row, "question"),
+        list(zip(labels, texts, strict=True)),
+        gold,
+        subject if isinstance(subject, str) and subject else None,
+    )
 
 
 def _gsm8k(row: Row, name: str) -> Item:
@@ -154,9 +160,10 @@ def _vmlu(row: Row, name: str) -> Item:
         if found is None:
             raise _FieldError(f"field 'choices' has {str(choice)[:40]!r}, which does not begin with a label like 'A. '")
         pairs.append((found[1], str(choice)[found.end() :].strip()))
-    name = str(row.get("id") or name)
+    own = str(row.get("id") or "")
+    subject = own.rpartition("-")[0] or None
     gold = None if row.get("answer") is None else _text(row, "answer")
-    return _choice_item(name, _text(row, "question"), pairs, gold, name.partition("-")[0])
+    return _choice_item(own or name, _text(row, "question"), pairs, gold, subject)
 
 
 READERS: dict[str, Callable[[Row, str], Item]] = {
