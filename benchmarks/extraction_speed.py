@@ -3,9 +3,9 @@
     python benchmarks/extraction_speed.py --labelled extraction_dev.jsonl
 
 The rules read the labelled generations (or, without a file, the pocket model's answers) again and again; the fastest of
-the rounds counts, for others may use the machine. `evaluate` asks the pocket model its six benchmarks, in a folder that
-is thrown away; what is spent inside `HFLM.generate_until` is generation, all else is not: prompts, order, journal and
-answers of each item; the model's loading, the data and the manifest once.
+the rounds counts, for others may use the machine. `evaluate` asks the pocket model its six benchmarks, or those of
+--data-dir, in a folder that is thrown away; what is spent inside `HFLM.generate_until` is generation, all else is not:
+prompts, order, journal and answers of each item; the model's loading, the data and the manifest once.
 """
 
 from __future__ import annotations
@@ -79,9 +79,13 @@ class Timed:
         setattr(owner, name, timed)
 
 
-def evaluated(limit: int, folder: Path) -> list[Answer]:
-    """The pocket model's answers."""
-    evaluate.run(EvaluateConfig(data_dir=Path("pocket"), limit=limit, out=folder, device="cpu"))
+def evaluated(limit: int, folder: Path, data_dir: Path, batch_size: int) -> list[Answer]:
+    """The pocket model's answers to a sample of each benchmark."""
+    evaluate.run(
+        EvaluateConfig(
+            data_dir=data_dir, limit=limit, shuffle=True, batch_size=batch_size, out=folder, device="cpu"
+        )
+    )  # fmt: skip
     return [
         Answer.from_json(json.loads(line))
         for task in TASKS
@@ -92,15 +96,19 @@ def evaluated(limit: int, folder: Path) -> list[Answer]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labelled", type=Path, help="JSONL of labelled generations, as for extract --audit")
+    parser.add_argument("--data-dir", type=Path, default=Path("pocket"), help="the benchmarks' files")
     parser.add_argument("--limit", type=int, default=200, help="items per benchmark")
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        evaluated(2, Path(temporary) / "warm")  # imports, and the files' way from disk
+        evaluated(
+            2, Path(temporary) / "warm", Path("pocket"), options.batch_size
+        )  # imports, and the files' way from disk
         whole, asking, generation = (
-            Timed(evaluate, "run"), Timed(evaluate, "_ask_one"), Timed(HFLM, "generate_until")
+            Timed(evaluate, "run"), Timed(evaluate, "ask_one"), Timed(HFLM, "generate_until")
         )  # fmt: skip
-        answers = evaluated(options.limit, Path(temporary) / "timed")
+        answers = evaluated(options.limit, Path(temporary) / "timed", options.data_dir, options.batch_size)
     beyond, once = asking.seconds - generation.seconds, whole.seconds - asking.seconds
     print(f"evaluate: {len(answers)} answers in {whole.seconds:.2f} s, {generation.seconds:.2f} s of it generation")
     print(

@@ -74,7 +74,6 @@ def test_one_bos_in_front_even_where_the_beginning_is_cut(model: nn.Module, toke
     assert cut_BL.shape == (2, room)
     assert cut_BL[0].tolist() == [tokenizer.bos_token_id, *whole[4:].tolist()]
     assert cut_BL[1, cut_mask_BL[1] == 1].tolist() == ids_BL[1, mask_BL[1] == 1].tolist()
-    assert asker.truncated == 1
 
 
 def test_stops_at_a_new_question(
@@ -179,7 +178,7 @@ def test_a_killed_run_asks_nothing_twice_and_answers_the_same(
     asked = 100
     evaluate.run(_config(tmp_path / "killed", data, **settings))
     assert asked == 106
-    assert "14 answers of an interrupted run are kept" in capsys.readouterr().err
+    assert "14 answers of an earlier run are kept" in capsys.readouterr().err
     whole, killed = (
         {file.name: file.read_bytes() for file in (tmp_path / name / "answers").iterdir()}
         for name in ("whole", "killed")
@@ -190,7 +189,7 @@ def test_a_killed_run_asks_nothing_twice_and_answers_the_same(
 
 def test_another_limit_keeps_no_answer_of_a_killed_run(tmp_path: Path, data: Path, capsys: Any) -> None:
     (tmp_path / "answers").mkdir()
-    Journal(tmp_path / "answers" / ".boolq.partial", "of another model").add({0: "yes"}, 0)
+    Journal(tmp_path / "answers" / ".boolq.partial", "of another model").add({"boolq-0": "yes"})
     evaluate.run(_config(tmp_path, data, tasks="boolq", limit=1, perplexity=None))
     answer = json.loads((tmp_path / "answers" / "boolq.jsonl").read_text())
     assert answer["response"] != "yes"

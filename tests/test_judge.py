@@ -123,7 +123,7 @@ def test_replies_are_remembered_by_content(tmp_path: Path) -> None:
     def judge(name: str = "j") -> Judge:
         def ask(messages: Any, keeper: Any) -> list[str]:
             asked.extend(messages)
-            keeper.add({0: "VERDICT: A \ud800"}, 0)
+            keeper.add({0: "VERDICT: A \ud800"})
             return ["VERDICT: A"] * len(messages)
 
         return Judge(name, name, ask, Replies(tmp_path / "judge.jsonl"))

@@ -217,8 +217,8 @@ class Answer:
     id: str
     prompt: str
     response: str
-    gold: str
-    """The right choice's label, "yes" / "no", or a plain number."""
+    gold: str | None
+    """The right choice's label, "yes" / "no", or a plain number; None where the publisher keeps it."""
     choices: tuple[tuple[str, str], ...]
     """(label, text) of each choice in order; empty for numbers and yes/no."""
     kind: Literal["choice", "number", "yesno"]
@@ -227,23 +227,49 @@ class Answer:
     seed: int
     subject: str | None = None
     """What the benchmark files the item under, such as anatomy; None where it does not."""
+    num_fewshot: int = 0
+    """Examples in front of the question."""
+    loglikelihoods: tuple[tuple[str, float, int], ...] | None = None
+    """(label, log-probability of the choice's tokens after the prompt in nats, its characters) of each choice, where
+    the choices were compared and nothing was generated; `response` is the label of the most probable one, the first of
+    equals."""
+
+    @property
+    def question(self) -> str:
+        """What was asked, without the examples in front of it and the words around it."""
+        own = self.prompt.rpartition("\n\nQuestion: ")[2] if self.num_fewshot else self.prompt
+        return own.removeprefix("Question: ").removesuffix("\nAnswer:")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value; choices as a list of pairs, and no subject where there is none."""
-        value = dataclasses.asdict(self)
-        return value if self.subject is not None else {name: value[name] for name in value if name != "subject"}
+        """A JSON value, without optional fields at their default."""
+        value = dict(vars(self))  # nothing in it can be changed, so that nothing need be copied
+        for field in dataclasses.fields(self):
+            if field.name in _OPTIONAL and value[field.name] == field.default:
+                del value[field.name]
+        return value
 
     @classmethod
     def from_json(cls, value: Any) -> Answer:
         """The inverse of `to_json`."""
         try:
             choices = tuple((str(label), str(text)) for label, text in value["choices"])
-            answer = cls(**{**_own_fields(cls, {"subject": None, **value}), "choices": choices})
+            optional = {name: value[name] for name in _OPTIONAL if name in value}
+            if optional.get("loglikelihoods") is not None:
+                listed = optional["loglikelihoods"]
+                optional["loglikelihoods"] = tuple((str(label), float(nats), int(size)) for label, nats, size in listed)
+            needed = {field.name: value[field.name] for field in dataclasses.fields(cls) if field.name not in _OPTIONAL}
+            answer = cls(**{**needed, **optional, "choices": choices})
             if not isinstance(answer.response, str) or answer.kind not in ("choice", "number", "yesno"):
                 raise TypeError(f"response {answer.response!r:.40}, kind {answer.kind!r:.40}")
+            if not isinstance(answer.gold, str | None):
+                raise TypeError(f"gold {answer.gold!r:.40}")
             return answer
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"answers: a field is missing or wrong ({error}); evaluate again") from error
+
+
+_OPTIONAL = ("subject", "num_fewshot", "loglikelihoods")
+"""Fields of an answer that only some protocols and benchmarks have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,8 +280,8 @@ class Extraction:
     extracted: str | None
     how: str
     """"rule:NAME", "judge" or "unparsed"."""
-    correct: bool
-    """Unparsed is never correct."""
+    correct: bool | None
+    """Unparsed is never correct; None where there is no gold answer to compare with."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value."""

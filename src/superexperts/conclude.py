@@ -101,7 +101,7 @@ def _answers(out: Path, run: Run, tasks: Sequence[str]) -> dict[str, dict[str, b
         if not file.is_file():
             raise DataError(f"STUDY: {file} is missing; run the study again")
         rows = [Extraction.from_json(row) for _, row in read_rows(file, "extractions")]
-        found[task] = {row.id: row.correct for row in rows}
+        found[task] = {row.id: stats.graded(task, row) for row in rows}
         if len(found[task]) < len(rows):
             raise DataError(f"{task}: {len(rows) - len(found[task])} ids of {run.name} occur twice; evaluate again")
     return found

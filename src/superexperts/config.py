@@ -222,10 +222,20 @@ class EvaluateConfig(ServerConfig, SeededConfig):
     """Experts (file or inline) that answer 0 in this run, as if their down_proj were pruned."""
     tasks: str = ",".join(TASKS)
     """Benchmarks, separated by commas; beside these: arc_challenge, openbookqa."""
+    protocol: Literal["generative", "loglikelihood"] = "generative"
+    """`generative`: zero-shot, free text, read by `extract`; `loglikelihood`: the harness's own few-shot tasks, the
+    most probable choice (GSM8K generates)."""
+    num_fewshot: int | None = None
+    """loglikelihood: examples before each question; default: 5 for mmlu, gsm8k and vmlu, 25 for arc_challenge, else 0.
+    """
+    split: Literal["default", "test"] = "default"
+    """`test`: VMLU's test rows, whose answers are not published; `extract` writes the file to submit."""
     out: Path = Path("runs/evaluate")
     """Folder for answers/."""
     limit: int | None = None
-    """Items per benchmark, the first ones; default: all."""
+    """Items per benchmark, the first ones; default: all. A larger one asks only what is new."""
+    shuffle: Switch = False
+    """limit: a sample drawn with --seed instead of the first items."""
     batch_size: int = 64
     """Prompts per generation batch."""
     max_new_tokens: int = 512
@@ -250,6 +260,20 @@ class EvaluateConfig(ServerConfig, SeededConfig):
         _require(not unknown, "--tasks", ",".join(unknown), f"is unknown; choose from {known}")
         _require(bool(self.task_names), "--tasks", self.tasks, f"names none; choose from {known}")
         _require(self.limit is None or self.limit > 0, "--limit", self.limit, "is not positive; give at least 1")
+        shuffled = self.shuffle and self.limit is None
+        _require(not shuffled, "--shuffle", True, "does nothing when all items are asked; give --limit")
+        if self.protocol == "generative":
+            mend = "does nothing for --protocol generative, which shows no examples; leave it out"
+            _require(self.num_fewshot is None, "--num-fewshot", self.num_fewshot, mend)
+        else:
+            fits = self.num_fewshot is None or self.num_fewshot >= 0
+            _require(fits, "--num-fewshot", self.num_fewshot, "is negative; give 0 or more")
+            mend = "needs --engine hf, vllm or sglang: a server gives no log-probabilities of what it is asked"
+            _require(self.engine != "api", "--protocol", self.protocol, mend)
+        if self.split == "test":
+            unknown = [task for task in self.task_names if task != "vmlu"]
+            mend = f"is for vmlu only; {', '.join(unknown)} is asked with --split default, in a run of its own"
+            _require(not unknown, "--split", self.split, mend)
         _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
         _require_sequences(self.tokens, self.seq_len)

@@ -113,7 +113,7 @@ def _item(task: str, rows: Sequence[Sequence[Row]], length: int) -> dict[str, An
         [
             [
                 texts.setdefault(visible(_cut(answer.response, length)), len(texts)),
-                int(row.correct),
+                int(bool(row.correct)),
                 None if row.extracted is None else visible(_cut(row.extracted, 80)),
                 visible(row.how),
             ]
@@ -125,7 +125,7 @@ def _item(task: str, rows: Sequence[Sequence[Row]], length: int) -> dict[str, An
         "task": task,
         "id": visible(first.id),
         "prompt": visible(_cut(first.prompt, PROMPT_LENGTH)),
-        "gold": visible(_cut(first.gold, 200)),
+        "gold": visible(_cut(first.gold or "", 200)),
         "texts": list(texts),
         "answers": answers,
     }

@@ -12,8 +12,9 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import aiohttp
@@ -29,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import EvaluateConfig
 from .console import note, stderr
-from .errors import OptionError
+from .errors import ModelError, OptionError
 from .journal import Keeper
 from .model import checkpoint_folder
 
@@ -65,7 +66,7 @@ class Asker:
             progress, bar = self._bar
             progress.advance(bar, answers)
 
-    def _kept(self) -> dict[int, str]:
+    def _kept(self) -> dict[int, Any]:
         """The answers of an interrupted run, counted."""
         given = {} if self._journal is None else dict(self._journal.answers)
         self._advance(len(given))
@@ -73,23 +74,48 @@ class Asker:
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As the harness does it, but batch by batch, so that each can be kept."""
+
+        def ask(batch: list[list[Any]]) -> list[Any]:
+            return list(cast(Any, super(Asker, self)).generate_until([one for [one] in batch], disable_tqdm=True))
+
+        return self._batch_by_batch([[request] for request in requests], ask)
+
+    def choice_loglikelihoods(self, items: Sequence[list[Any]]) -> list[list[float]]:
+        """The log-probability of each choice of each item, in nats; an item is the harness's requests for its choices.
+
+        `ModelError` where one is not a number.
+        """
+
+        def ask(batch: list[list[Any]]) -> list[Any]:
+            found = iter(cast(Any, self).loglikelihood([one for item in batch for one in item], disable_tqdm=True))
+            values = [[float(next(found)[0]) for _ in item] for item in batch]
+            if any(math.isnan(value) for item in values for value in item):
+                raise ModelError("MODEL: a logit is not a number; try --dtype float32")
+            return values
+
+        return self._batch_by_batch(items, ask)
+
+    def _batch_by_batch(self, items: Sequence[list[Any]], ask: Callable[[list[list[Any]]], list[Any]]) -> list[Any]:
         given = self._kept()
-        order = self._order(requests)
+        left = [i for i in self._order(items) if i not in given]
         size = int(cast(Any, self).batch_size)
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            if all(i in given for i in batch):
-                continue
-            truncated = self.truncated
-            responses = cast(Any, super()).generate_until([requests[i] for i in batch], disable_tqdm=True)
-            given |= dict(zip(batch, responses, strict=True))
+        for start in range(0, len(left), size):
+            batch = left[start : start + size]
+            new = dict(zip(batch, ask([items[i] for i in batch]), strict=True))
+            given |= new
             self._advance(len(batch))
             if self._journal is not None:
-                self._journal.add({i: given[i] for i in batch}, self.truncated - truncated)
-        return [given[i] for i in range(len(requests))]
+                self._journal.add(new)
+        return [given[i] for i in range(len(items))]
 
-    def _order(self, requests: Sequence[Any]) -> list[int]:
-        return list(range(len(requests)))
+    def _order(self, items: Sequence[list[Any]]) -> list[int]:
+        return list(range(len(items)))
+
+
+def _characters(arguments: tuple[str, Any]) -> int:
+    """Length of a request's context, and of the choice after it if there is one."""
+    context, more = arguments
+    return len(context) + (len(more) if isinstance(more, str) else 0)
 
 
 class HfAsker(Asker, HFLM):  # type: ignore[misc]  # the harness is untyped
@@ -99,17 +125,28 @@ class HfAsker(Asker, HFLM):  # type: ignore[misc]  # the harness is untyped
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_new_tokens: int
     ) -> None:
         with quiet():
-            super().__init__(pretrained=cast(Any, model), tokenizer=cast(Any, tokenizer), batch_size=batch_size)
+            super().__init__(
+                pretrained=cast(Any, model),
+                tokenizer=cast(Any, tokenizer),
+                batch_size=batch_size,
+                softmax_dtype="float32",  # in bfloat16 choices would tie
+            )
         if max_new_tokens >= self.max_length:
             raise OptionError(
                 f"--max-new-tokens: {max_new_tokens} leaves no room for a prompt in the model's context of "
                 f"{self.max_length} tokens; give less"
             )
 
-    def _order(self, requests: Sequence[Any]) -> list[int]:
-        """Longest prompts first."""
-        lengths = [len(ids) for ids in self.tokenizer([request.args[0] for request in requests]).input_ids]
-        return sorted(range(len(requests)), key=lambda i: (-lengths[i], i))
+    def _order(self, items: Sequence[list[Any]]) -> list[int]:
+        """Longest first; counts those that are too long."""
+        asked = [max((one.args for one in item), key=_characters) for item in items]
+        scored = [isinstance(more, str) for _, more in asked]
+        texts = [text + more if score else text for (text, more), score in zip(asked, scored, strict=True)]
+        longest = [len(ids) for ids in self.tokenizer(texts).input_ids]
+        for (_, more), score, length in zip(asked, scored, longest, strict=True):
+            # Of a scored text the last token is not read, only predicted.
+            self.truncated += length > (self.max_length + 1 if score else self.max_length - more["max_gen_toks"])
+        return sorted(range(len(items)), key=lambda i: (-longest[i], i))
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **more: Any) -> Tensor:
         with torch.inference_mode():
@@ -131,8 +168,16 @@ class HfAsker(Asker, HFLM):  # type: ignore[misc]  # the harness is untyped
         ids_BL, mask_BL = ids_BL[:, -left_truncate_len:], mask_BL[:, -left_truncate_len:]
         keep_B = cut_B & (first_B == (-1 if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id))
         ids_BL[keep_B, 0] = first_B[keep_B]
-        self.truncated += int(cut_B.sum())
         return ids_BL, mask_BL
+
+    def _loglikelihood_tokens(self, requests: list[Any], **more: Any) -> list[tuple[float, bool]]:
+        """As the harness does it, but for BOS: what is too long loses its beginning and keeps the sinks' BOS."""
+        bos, cut = self.tokenizer.bos_token_id, []
+        for texts, context, continuation in requests:
+            over = len(context) + len(continuation) - self.max_length - 1
+            keep = over > 0 and context[0] == bos and over + 1 < len(context)
+            cut.append((texts, [bos, *context[over + 1 :]] if keep else context, continuation))
+        return cast(list[tuple[float, bool]], super()._loglikelihood_tokens(cut, **more))
 
 
 # ---- a server -------------------------------------------------------------------------------------------------------
@@ -169,7 +214,7 @@ class _Served(Asker):
         answers: list[str] = await cast(Any, super()).amodel_call(session, sem, messages, cache_keys=None, **more)
         self._given[cache_keys[0]] = answers[0]
         if self._journal is not None:
-            self._journal.add({cache_keys[0]: answers[0]}, 0, sync=len(self._given) % SYNC_EVERY == 0)
+            self._journal.add({cache_keys[0]: answers[0]}, sync=len(self._given) % SYNC_EVERY == 0)
         self._advance(1)
         return answers
 

@@ -11,27 +11,27 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from . import moe
-from .artifacts import Answer
+from .asking import ask, ask_one, chosen_items, finished_answers
 from .check_adapter import gate
 from .config import EvaluateConfig, identity
-from .console import note
+from .console import note, speaks
 from .corpora import corpus_sequences, digest_ids
-from .engines import HfAsker, open_engine, quiet, request_url
+from .engines import HfAsker, open_engine, request_url
 from .errors import OptionError
-from .journal import Journal
+from .journal import Journal, open_journals, remove_journals
 from .lora import adapter_folder, load_adapter
 from .model import checkpoint_folder, chosen_experts, load_model, load_tokenizer
 from .perplexity import perplexity_of, sequence_losses
+from .processes import agreed, gathered, my_share
 from .rundir import (
     MANIFEST,
     completed,
@@ -50,72 +50,9 @@ __all__ = ["ask", "run"]
 
 PROBES, PROBE_TOKENS = 16, 256
 """Prompts on which an adapter's effect is measured before the evaluation, and the tokens kept of each."""
+NOT_OF_AN_ANSWER = ("tasks", "limit", "shuffle", "perplexity", "tokens", "seq_len")
+"""Options that say what else is asked, and nothing about the answer to one item."""
 PERPLEXITY_SCHEMA = "superexperts/perplexity/1"
-
-
-def ask(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    tasks: Sequence[str],
-    data_dir: Path | None = None,
-    limit: int | None = None,
-    variant: str = "base",
-    seed: int = 0,
-    batch_size: int = 64,
-    max_new_tokens: int = 512,
-) -> dict[str, list[Answer]]:
-    """Greedy answers to the first `limit` items of each benchmark, in the items' order.
-
-    `model` is a transformers causal language model, wrapped by PEFT or not; `data_dir` as for `load_benchmarks`.
-    """
-    benchmarks = load_benchmarks(tasks, data_dir)
-    asker = HfAsker(model, tokenizer, batch_size, max_new_tokens)
-    return {
-        name: _ask_one(asker, name, benchmark, limit=limit, variant=variant, seed=seed, max_new_tokens=max_new_tokens)
-        for name, benchmark in benchmarks.items()
-    }
-
-
-def _ask_one(
-    asker: Any,
-    name: str,
-    benchmark: Benchmark,
-    *,
-    limit: int | None,
-    variant: str,
-    seed: int,
-    max_new_tokens: int,
-    journal: Journal | None = None,
-) -> list[Answer]:
-    set_seed(seed)
-    task = benchmark.task
-    task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
-    total = min(limit or len(benchmark.items), len(benchmark.items))
-    with quiet(), asker.asking(f"{variant}: {name}", total, journal):
-        results = lm_eval.evaluate(
-            lm=asker, task_dict={"tasks": {name: task}}, limit=limit, log_samples=True, bootstrap_iters=0
-        )
-    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-    answers = []
-    for sample in samples:
-        item = benchmark.items[sample["doc_id"]]
-        assert sample["arguments"][0][0] == prompt(item), "the harness asked something else"
-        answers.append(
-            Answer(
-                id=item.id,
-                prompt=prompt(item),
-                response=sample["resps"][0][0],
-                gold=item.gold,
-                choices=item.choices,
-                kind=item.kind,
-                task=name,
-                variant=variant,
-                seed=seed,
-                subject=item.subject,
-            )
-        )
-    return answers
 
 
 def run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module] | None = None) -> dict[str, Any]:
@@ -137,7 +74,13 @@ def run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module] | No
 def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) -> dict[str, Any]:
     started = time.monotonic()
     out = config.out
-    benchmarks = load_benchmarks(config.task_names, config.data_dir)
+    benchmarks = load_benchmarks(
+        config.task_names,
+        config.data_dir,
+        protocol=config.protocol,
+        num_fewshot=config.num_fewshot,
+        split=config.split,
+    )
     silent = chosen_experts(config.silence, config.model, "--silence").experts if config.silence else ()
     sequences_BL = _sequences(config)
     inputs = identity(
@@ -148,9 +91,9 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
         data={name: benchmark.sha for name, benchmark in benchmarks.items()},
         perplexity=None if sequences_BL is None else digest_ids(sequences_BL),
     )
-    if completed(out, "evaluate", inputs):
+    if agreed(completed(out, "evaluate", inputs)):
         note(f"evaluate: {out} is up to date, nothing to do")
-        return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"])
+        return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"]) if speaks else {}
     model, effect = None, None
     if config.engine == "hf":
         tokenizer = load_tokenizer(config)
@@ -163,25 +106,17 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
         if silent:
             moe.check_experts(moe.find_banks(model), silent, "--silence")
     asker = open_engine(config) if model is None else _hf_asker(config, model)
-    prepare_folder(out)
-    for old in [out / MANIFEST, out / "perplexity.json", *(out / "answers").glob("*.jsonl")]:
-        old.unlink(missing_ok=True)  # answers of two runs must never stand side by side
-    journals = {
-        name: Journal(out / "answers" / f".{name}.partial", input_key("evaluate", inputs)) for name in benchmarks
-    }
-    for stale in set((out / "answers").glob(".*.partial")) - {journal.path for journal in journals.values()}:
-        stale.unlink()
-    asker.truncated = sum(journal.truncated for journal in journals.values())
-    if kept := sum(len(journal.answers) for journal in journals.values()):
-        note(f"evaluate: {kept} answers of an interrupted run are kept")
+    keys = {name: _answers_key(inputs, name) for name in benchmarks}
+    journals = _begin(out, keys)
     outputs = []
     with moe.silenced(model, silent) if model is not None and silent else contextlib.nullcontext():
         for name, benchmark in benchmarks.items():
-            answers = _ask_one(
+            shuffled_by = f"{config.seed}:{name}" if config.shuffle else None
+            answers = ask_one(
                 asker,
                 name,
                 benchmark,
-                limit=config.limit,
+                chosen_items(len(benchmark.items), config.limit, shuffled_by),
                 variant=config.variant,
                 seed=config.seed,
                 max_new_tokens=config.max_new_tokens,
@@ -189,29 +124,65 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
             )
             outputs.append(f"answers/{name}.jsonl")
             lines = [json.dumps(answer.to_json(), ensure_ascii=False) + "\n" for answer in answers]
-            write_text(out / outputs[-1], "".join(lines))
+            if speaks:
+                write_text(out / outputs[-1], "".join(lines))
         if sequences_BL is not None:
             assert model is not None
-            losses_B = sequence_losses(model, sequences_BL, description=f"{config.variant}: perplexity")
-            measured = perplexity_of(losses_B)
-            value = {
-                "schema": PERPLEXITY_SCHEMA,
-                "corpus": config.perplexity,
-                "tokens": sequences_BL.numel(),
-                "seq_len": sequences_BL.shape[1],
-                "perplexity": measured.value,
-                "interval": measured.interval,
-            }
-            write_json(out / "perplexity.json", value)
+            _measure_perplexity(config, model, sequences_BL)
             outputs.append("perplexity.json")
-    if asker.truncated:
-        note(f"evaluate: {asker.truncated} prompts are too long for the model and lost their beginning")
-    write_manifest(
-        out, "evaluate", inputs, outputs, time.monotonic() - started, truncated=asker.truncated, effect=effect
-    )
-    for journal in journals.values():
-        journal.path.unlink()
-    return _summary(config, asker.truncated)
+    truncated = sum(gathered(asker.truncated))
+    if not speaks:
+        return {}
+    if truncated:
+        note(f"evaluate: {truncated} prompts are too long for the model and lost their beginning")
+    seconds = time.monotonic() - started
+    write_manifest(out, "evaluate", inputs, outputs, seconds, truncated=truncated, effect=effect, asked=keys)
+    remove_journals(out / "answers")
+    return _summary(config, truncated)
+
+
+def _answers_key(inputs: Mapping[str, Any], name: str) -> str:
+    """What must be equal for an answer to one of a benchmark's items to stand, whatever else is asked."""
+    options = {option: value for option, value in inputs["options"].items() if option not in NOT_OF_AN_ANSWER}
+    more = {what: value for what, value in inputs.items() if what not in ("options", "data", "perplexity")}
+    return input_key("answers", {"options": options, "data": inputs["data"][name], **more})
+
+
+def _begin(out: Path, keys: Mapping[str, str]) -> dict[str, Journal]:
+    """This process' journals, with all answers that need not be asked again; an earlier run's files are gone then."""
+    finished = {}
+    if speaks:
+        prepare_folder(out)
+        finished = finished_answers(out, keys)
+    journals = open_journals(out / "answers", keys, finished)
+    if speaks:
+        if kept := sum(len(journal.answers) for journal in journals.values()):
+            note(f"evaluate: {kept} answers of an earlier run are kept")
+        for old in [out / MANIFEST, out / "perplexity.json", *(out / "answers").glob("*.jsonl")]:
+            old.unlink(missing_ok=True)  # answers of two runs must never stand side by side
+    return journals
+
+
+def _measure_perplexity(config: EvaluateConfig, model: nn.Module, sequences_BL: Tensor) -> None:
+    """Writes perplexity.json; each process takes its share of the sequences."""
+    mine = my_share(range(len(sequences_BL)))
+    losses: dict[int, float] = {}
+    if mine:
+        found = sequence_losses(model, sequences_BL[list(mine)], description=f"{config.variant}: perplexity")
+        losses = dict(zip(mine, found.tolist(), strict=True))
+    for part in gathered(losses):
+        losses |= part
+    measured = perplexity_of(torch.tensor([losses[i] for i in range(len(sequences_BL))], dtype=torch.float64))
+    value = {
+        "schema": PERPLEXITY_SCHEMA,
+        "corpus": config.perplexity,
+        "tokens": sequences_BL.numel(),
+        "seq_len": sequences_BL.shape[1],
+        "perplexity": measured.value,
+        "interval": measured.interval,
+    }
+    if speaks:
+        write_json(config.out / "perplexity.json", value)
 
 
 def _adapter(folder: Path) -> Path:

@@ -2,31 +2,37 @@
 
 A journal is a file of JSON lines. The first holds the key of what is asked; each other one holds a whole batch. A batch
 is the smallest thing kept: the same batches make the same padding, so an interrupted run gives the same answers bit by
-bit as one that was not.
+bit as one that was not. Several processes have a journal each; what any of them has kept counts for all.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from .console import speaks
 from .errors import OutputError
+from .processes import agreed, process_number
 
-__all__ = ["Journal", "Keeper"]
+__all__ = ["Given", "Journal", "Keeper", "numbered", "open_journals", "remove_journals"]
+
+Given = str | list[float]
+"""What a model gave for an item: its response, or the log-probability of each choice."""
 
 
 class Keeper(Protocol):
     """What takes a model's answers as they come."""
 
     @property
-    def answers(self) -> Mapping[int, str]:
-        """Number of the request -> response, of what need not be asked."""
+    def answers(self) -> Mapping[int, Given]:
+        """Number of the request -> what was given, of what need not be asked."""
 
-    def add(self, answers: Mapping[int, str], truncated: int, *, sync: bool = True) -> None:
-        """Keeps some answers, and how many of their prompts lost their beginning."""
+    def add(self, answers: Mapping[int, Given], *, sync: bool = True) -> None:
+        """Keeps some answers."""
 
 
 class Journal:
@@ -34,10 +40,8 @@ class Journal:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
-        self.answers: dict[int, str] = {}
-        """Number of the request -> response."""
-        self.truncated = 0
-        """Prompts of those batches that lost their beginning."""
+        self.answers: dict[str, Given] = {}
+        """Id of the item -> what was given."""
         whole = self._read(key) if path.is_file() else 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,19 +63,14 @@ class Journal:
             if not line.endswith(b"\n") or (number == 0 and value != {"key": key}):
                 break
             if number:
-                self._take(value)
+                self.answers |= value["answers"]
             whole += len(line)
         return whole
 
-    def _take(self, batch: Mapping[str, Any]) -> None:
-        self.answers |= {int(request): response for request, response in batch["answers"].items()}
-        self.truncated += batch["truncated"]
-
-    def add(self, answers: Mapping[int, str], truncated: int, *, sync: bool = True) -> None:
+    def add(self, answers: Mapping[str, Given], *, sync: bool = True) -> None:
         """Appends a batch and syncs it to disk; without `sync` it outlives the process, but not a power cut."""
-        batch = {"answers": {str(request): response for request, response in answers.items()}, "truncated": truncated}
-        self._append(batch, sync=sync)
-        self._take(batch)
+        self._append({"answers": dict(answers)}, sync=sync)
+        self.answers |= answers
 
     def _append(self, value: Any, *, sync: bool = True) -> None:
         with self.path.open("ab") as stream:
@@ -79,3 +78,61 @@ class Journal:
             stream.flush()
             if sync:
                 os.fsync(stream.fileno())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbered:
+    journal: Journal
+    ids: Sequence[str]
+
+    @property
+    def answers(self) -> dict[int, Given]:
+        given = self.journal.answers
+        return {number: given[name] for number, name in enumerate(self.ids) if name in given}
+
+    def add(self, answers: Mapping[int, Given], *, sync: bool = True) -> None:
+        self.journal.add({self.ids[number]: value for number, value in answers.items()}, sync=sync)
+
+
+def numbered(journal: Journal, ids: Sequence[str]) -> Keeper:
+    """The journal as a model sees it, which numbers its requests; `ids` are those of the items asked, in order."""
+    return _Numbered(journal, ids)
+
+
+def _file(folder: Path, name: str, number: int) -> Path:
+    return folder / (f".{name}.{number}.partial" if number else f".{name}.partial")
+
+
+def open_journals(
+    folder: Path, keys: Mapping[str, str], finished: Mapping[str, Mapping[str, Given]]
+) -> dict[str, Journal]:
+    """This process' journals of the benchmarks that `keys` has, with all that any process has kept under the same key.
+
+    `finished` are answers of a run that came to its end, which are kept as well: they count where no journal is there.
+    Other benchmarks' journals are removed.
+    """
+    journals: dict[str, Journal] = {}
+    if speaks:
+        mine = {name: _file(folder, name, 0) for name in keys}
+        for name, key in keys.items():
+            journals[name] = Journal(mine[name], key)
+            others = [Journal(path, key).answers for path in sorted(folder.glob(f".{name}.*.partial"))]
+            kept = {item: value for given in others for item, value in given.items()}
+            if not kept and not journals[name].answers:
+                kept = dict(finished.get(name, {}))
+            if new := {item: value for item, value in kept.items() if item not in journals[name].answers}:
+                journals[name].add(new)
+        for stale in set(folder.glob(".*.partial")) - set(mine.values()):
+            stale.unlink()
+    kept_by_all = agreed({name: journal.answers for name, journal in journals.items()})
+    if not speaks:
+        journals = {name: Journal(_file(folder, name, process_number()), key) for name, key in keys.items()}
+        for name, journal in journals.items():
+            journal.answers |= kept_by_all[name]
+    return journals
+
+
+def remove_journals(folder: Path) -> None:
+    """What they kept stands in the answers' files now."""
+    for path in folder.glob(".*.partial"):
+        path.unlink()

@@ -19,7 +19,7 @@ from .config import ExtractConfig
 from .errors import ModelError, OutputError
 from .extraction import find_numbers, normalise, plain
 from .extraction.statements import Choices, Kind
-from .journal import Keeper
+from .journal import Given, Keeper
 from .rundir import digest, fingerprint
 
 __all__ = ["DEFAULT_JUDGE", "Case", "Judge", "Replies", "Verdict", "message", "open_judge", "verdict"]
@@ -191,11 +191,11 @@ class _Keeping:
 
     replies: Replies
     keys: Sequence[str]
-    answers: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    answers: Mapping[int, Given] = dataclasses.field(default_factory=dict)
 
-    def add(self, answers: Mapping[int, str], truncated: int, *, sync: bool = True) -> None:
+    def add(self, answers: Mapping[int, Given], *, sync: bool = True) -> None:
         for number, reply in answers.items():
-            self.replies.put(self.keys[number], reply)
+            self.replies.put(self.keys[number], str(reply))
 
 
 Ask = Callable[[Sequence[str], Keeper], Iterable[str]]

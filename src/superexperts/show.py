@@ -54,7 +54,7 @@ def show(command: str, result: dict[str, Any]) -> None:
             told = f" (95%: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
             stdout.print(f"perplexity: {result['perplexity']:.3f}{told}")
     elif command == "extract" and "scores" in result:
-        _show_scores(result["scores"])
+        _show_scores(result)
         if "judge" in result:
             _show_judge(result["judge"])
     elif command == "extract":
@@ -223,11 +223,11 @@ def _show_judge(result: dict[str, Any]) -> None:
         stdout.print(Text(f"judge {share}; {', '.join(told)}"), soft_wrap=True)
 
 
-def _show_scores(scores: list[dict[str, Any]]) -> None:
+def _show_scores(result: dict[str, Any]) -> None:
     table = Table()
     for column in ("benchmark", "variant", "items", "accuracy", "95% interval", "unparsed"):
         table.add_column(column, justify="left" if column in ("benchmark", "variant") else "right")
-    for row in scores:
+    for row in result["scores"]:
         table.add_row(
             Text(row["task"]),
             Text(row["variant"]),
@@ -236,4 +236,25 @@ def _show_scores(scores: list[dict[str, Any]]) -> None:
             f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
             f"{row['unparsed']} ({100 * row['unparsed'] / row['items']:.1f}%)",
         )
-    stdout.print(table)
+    if result["scores"]:
+        stdout.print(table)
+    for row in result.get("normalized", []):
+        stdout.print(f"{row['task']}, by log-probability per character (acc_norm): {100 * row['accuracy']:.2f}")
+    for row in result.get("subjects", []):
+        groups = "".join(
+            f"; {group} {100 * found['accuracy']:.2f} ({100 * found['macro']:.2f})"
+            for group, found in row["groups"].items()
+        )
+        stdout.print(
+            f"{row['task']}, {len(row['subjects'])} subjects, mean over items (over subjects): "
+            f"{100 * row['accuracy']:.2f} ({100 * row['macro']:.2f}){groups}",
+            soft_wrap=True,
+            markup=False,
+        )
+    for row in result.get("ungraded", []):
+        stdout.print(
+            f"{row['task']}: {row['items']} answers without gold answers, no accuracy; {row['unparsed']} unparsed; "
+            f"to submit: extractions/{row['submission']}",
+            soft_wrap=True,
+            markup=False,
+        )

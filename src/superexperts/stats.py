@@ -20,7 +20,7 @@ from statsmodels.stats.proportion import proportion_confint
 from .artifacts import Extraction, Score
 from .errors import DataError
 
-__all__ = ["CONFIDENCE", "Paired", "detectable", "holm", "mcnemar", "paired_interval", "score", "wilson"]
+__all__ = ["CONFIDENCE", "Paired", "detectable", "graded", "holm", "mcnemar", "paired_interval", "score", "wilson"]
 
 CONFIDENCE = 0.95
 
@@ -125,7 +125,7 @@ def score(task: str, variant: str, extractions: Sequence[Extraction]) -> Score:
     items = len(extractions)
     if items == 0:
         raise DataError(f"{task}: {variant} has no answers; evaluate it again")
-    correct = sum(row.correct for row in extractions)
+    correct = sum(graded(task, row) for row in extractions)
     low, high = wilson(correct, items)
     return Score(
         task=task,
@@ -142,3 +142,10 @@ def score(task: str, variant: str, extractions: Sequence[Extraction]) -> Score:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values, in the order given: reject those under 0.05 and the family errs in at most 5% of studies."""
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
+
+
+def graded(task: str, row: Extraction) -> bool:
+    """Whether a benchmark's answer is right; `DataError` where there is no gold answer to say so."""
+    if row.correct is None:
+        raise DataError(f"{task}: item {row.id!r} has no gold answer and no score; leave {task} out")
+    return row.correct

@@ -24,7 +24,7 @@ from .model import checkpoint_folder
 from .report import write_csv, write_report
 from .rundir import completed, fingerprint, prepare_folder, read_json, write_json, write_manifest, write_text
 from .study_file import Plan, parse
-from .tasks import load_benchmarks
+from .tasks import Benchmark, load_benchmarks
 
 __all__ = ["STUDY", "read_study", "run"]
 
@@ -128,12 +128,17 @@ def _facts(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _benchmarks(plan: Plan, data_dir: Path | None) -> dict[str, Benchmark]:
+    asked = {name: plan.evaluation[name] for name in ("protocol", "num_fewshot") if name in plan.evaluation}
+    return load_benchmarks(plan.tasks, data_dir, **asked)
+
+
 def _data_identity(plan: Plan) -> dict[str, str]:
     """Digests of what is asked and of corpora that are files; what comes from the Hub has its revision instead."""
     data_dir = local_data(Path(plan.data_dir) if plan.data_dir else None)
     # The pocket world is made by the package's own sources, which every stage's key holds.
     local = data_dir is not None and str(data_dir) != "pocket"
-    benchmarks = load_benchmarks(plan.tasks, data_dir) if local else {}
+    benchmarks = _benchmarks(plan, data_dir) if local else {}
     digests = {name: benchmark.sha for name, benchmark in benchmarks.items()}
     for name in plan.corpus:
         corpus = named_corpus(name)

@@ -29,7 +29,7 @@ SECTIONS: dict[str, tuple[type, set[str]]] = {
     ),
     "evaluation": (
         EvaluateConfig,
-        {"model", "revision", "adapter", "silence", "tasks", "variant", "data_dir", "base_url", "seed"},
+        {"model", "revision", "adapter", "silence", "tasks", "variant", "data_dir", "base_url", "seed", "split"},
     ),
     "extraction": (ExtractConfig, {"folder", "audit"}),
 }

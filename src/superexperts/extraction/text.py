@@ -52,14 +52,15 @@ class Cued:
         places = [] if self._marks is None else [mark.start() for mark in self._marks.finditer(lower)]
         words = self._ascii if lower.isascii() else self._words
         for word in (*words, *self._where_are) if self._where_are and "are" in lower else words:
-            at = lower.find(word) if word in lower else -1
-            while at >= 0:
-                places.append(at)
-                at = lower.find(word, at + 1)
+            if word in lower:  # of most there is none
+                at = lower.find(word)
+                while at >= 0:
+                    places.append(at)
+                    at = lower.find(word, at + 1)
         places.sort()
-        found, end = [], 0
+        found, end, match_at = [], 0, self._at_cue.match
         for at in places:
-            if at >= end and (match := self._at_cue.match(lower, at)):
+            if at >= end and (match := match_at(lower, at)):
                 found.append(match)
                 end = match.end()
         return found
@@ -153,10 +154,9 @@ def _repeats(text: str, question: str) -> bool:
 
 def _turns(text: str, start: int) -> list[tuple[int, int]]:
     """(start, end) of the marks of templates and of the lines that begin a turn, in order."""
-    found = []
-    if "[" in text or "<|" in text or "s>" in text or "S>" in text or "ſ>" in text:
+    found, lower = [], text.lower()
+    if "<|" in text or "s>" in lower or "ſ>" in lower or ("t]" in lower and "[" in text):
         found = [mark.span() for mark in _TEMPLATE.finditer(text, start)]
-    lower = text.lower()
     if ":" in text or "：" in text or "answer " in lower or "trả lời " in lower or "ſ" in lower:
         first = _TURN.match(text) if start == 0 else None
         lines = [] if first is None else [first.span()]
@@ -255,7 +255,8 @@ _NUMBER = Cued(
         *("us$", "zero", "one", "two", "three", "four", "fort", "five", "fif", "six", "seven", "eight", "nine", "ten"),
         *("eleven", "twelve", "thirt", "twent", "hundred", "thousand", "million", "billion"),
     ),
-    marks=r"[-−–\\$€£₫.\d]",
+    # A sign, a currency, a decimal point, or a whole run of digits: nothing begins in the middle of one.
+    marks=r"[−–\\$€£₫]|-(?=[\d.$€£₫\\u])|\.\d|\d+",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import random
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from .pools import pools
 from .questions import KINDS, Question, body
 from .world import heldout
 
-__all__ = ["FILES", "benchmark_rows", "train_rows", "write_benchmarks", "write_data"]
+__all__ = ["FILES", "benchmark_rows", "example_rows", "train_rows", "write_benchmarks", "write_data"]
 
 Row = dict[str, Any]
 
@@ -26,6 +27,18 @@ FILES = {
     "vmlu": "vmlu_valid.jsonl",
 }
 """kind -> file name, as the slices of the real benchmarks are called"""
+
+EXAMPLE_FILES = {
+    "mmlu": "mmlu_all_dev.jsonl",
+    "gsm8k": "gsm8k_main_train.jsonl",
+    "arc_easy": "arc_easy_train.jsonl",
+    "boolq": "boolq_train.jsonl",
+    "medqa": "medqa_gbaker_train.jsonl",
+    "vmlu": "vmlu_dev.jsonl",
+}
+"""kind -> name of the file with few-shot examples"""
+EXAMPLES = 5
+"""of each subject"""
 
 
 def _mmlu_row(question: Question, number: int) -> Row:
@@ -90,6 +103,17 @@ def benchmark_rows(kind: str) -> list[Row]:
     return [_ROW[kind](question, number) for number, question in enumerate(pools()[kind][0])]
 
 
+def example_rows(kind: str) -> list[Row]:
+    """The first fine-tuning questions of every subject of a kind, in the columns of the real benchmark."""
+    seen: collections.Counter[str] = collections.Counter()
+    rows = []
+    for number, question in enumerate(pools()[kind][1]):
+        seen[question.subject] += 1
+        if seen[question.subject] <= EXAMPLES:
+            rows.append(_ROW[kind](question, number))
+    return rows
+
+
 def train_rows() -> list[Row]:
     """1,800 rows `{"question", "explain", "answer"}` of all six kinds, mixed."""
     rows = [
@@ -106,13 +130,14 @@ def _lines(rows: list[Row]) -> str:
 
 
 def write_benchmarks(folder: Path) -> None:
-    """Write the six benchmarks into a folder (names in `FILES`).
+    """Write the six benchmarks (names in `FILES`) and their few-shot examples (`EXAMPLE_FILES`) into a folder.
 
     The names are those of the slices of the real benchmarks, so that one code path reads either.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for kind, name in FILES.items():
         write_text(folder / name, _lines(benchmark_rows(kind)))
+        write_text(folder / EXAMPLE_FILES[kind], _lines(example_rows(kind)))
 
 
 def write_data(folder: Path) -> None:

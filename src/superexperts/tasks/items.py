@@ -16,7 +16,7 @@ One prompt for every variant of a model: `Question: {body}\\nAnswer:`. Real rows
     medqa     {"question": "A junior ...", "answer": "Tell the ...", "options": {"A": "Disclose ...", ...},
                "meta_info": "step1", "answer_idx": "B"}; options can be a list of {"key": "A", "value": "Disclose ..."}
     vmlu      {"id": "28-0007", "question": "Hoạt động nào ...", "choices": ["A. Bán ngoại tệ ...", ...], "answer":
-               "C"}; three to five choices that begin with their label
+               "C"}; three to five choices that begin with their label; test rows have no `answer`
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Item:
     """What stands between `Question: ` and `\\nAnswer:`."""
     choices: tuple[tuple[str, str], ...]
     """(label, text) of each choice in order; empty for numbers and yes/no."""
-    gold: str
-    """The right choice's label, "yes" / "no", or a plain number."""
+    gold: str | None
+    """The right choice's label, "yes" / "no", or a plain number; None where the publisher keeps it."""
     kind: Literal["choice", "number", "yesno"]
     subject: str | None = None
     """What the benchmark files the item under: MMLU's subject, the number before the dash of VMLU's ids."""
@@ -89,18 +89,17 @@ def _text(row: Row, name: str) -> str:
 
 
 def _choice_item(
-    name: str, question: str, choices: list[tuple[str, str]], gold: str, subject: str | None = None
+    name: str, question: str, choices: list[tuple[str, str]], gold: str | None, subject: str | None = None
 ) -> Item:
     """A question with its labelled choices, in the rows' own labels."""
     labels = [label for label, _ in choices]
     if len(set(labels)) < len(labels) or len(labels) < 2:
         raise _FieldError(f"choices are labelled {labels}: two or more different labels are needed")
-    if gold not in labels:
+    if gold is not None and gold not in labels:
         raise _FieldError(f"the answer is {gold!r}, which is none of the labels {labels}")
     lines = [f"{label}. {text}" for label, text in choices]
-    return Item(
-        id=name, body="\n".join([question, *lines]), choices=tuple(choices), gold=gold, kind="choice", subject=subject
-    )
+    body = "\n".join([question, *lines])
+    return Item(id=name, body=body, choices=tuple(choices), gold=gold, kind="choice", subject=subject)
 
 
 def _mmlu(row: Row, name: str) -> Item:
@@ -161,11 +160,10 @@ def _vmlu(row: Row, name: str) -> Item:
         if found is None:
             raise _FieldError(f"field 'choices' has {str(choice)[:40]!r}, which does not begin with a label like 'A. '")
         pairs.append((found[1], str(choice)[found.end() :].strip()))
-    if row.get("answer") is None:
-        raise _FieldError("field 'answer' is missing (VMLU's test rows have none: use its valid.jsonl)")
     own = str(row.get("id") or "")
     subject = own.rpartition("-")[0] or None
-    return _choice_item(own or name, _text(row, "question"), pairs, _text(row, "answer"), subject)
+    gold = None if row.get("answer") is None else _text(row, "answer")
+    return _choice_item(own or name, _text(row, "question"), pairs, gold, subject)
 
 
 READERS: dict[str, Callable[[Row, str], Item]] = {
@@ -188,7 +186,7 @@ def _text_of(task: str) -> Callable[[Row], str]:
 
 
 def _gold_of(task: str) -> Callable[[Row], str]:
-    return lambda row: read_item(task, row, 0).gold
+    return lambda row: read_item(task, row, 0).gold or ""
 
 
 mmlu_text, mmlu_gold = _text_of("mmlu"), _gold_of("mmlu")
