@@ -35,7 +35,7 @@ TIMED = """
 import sys, time
 from pathlib import Path
 from superexperts import study
-from superexperts.config import StudyConfig
+from superexperts.config_study import StudyConfig
 started = time.monotonic()
 study.run(StudyConfig(study=Path(sys.argv[1]), out=Path(sys.argv[2])))
 print(time.monotonic() - started)

@@ -20,7 +20,7 @@ from study_folder import CORRECT, HOSTILE, RUNS, TITLES, build, build_runs, prof
 from superexperts import report_pictures
 from superexperts.artifacts import Answer, Extraction
 from superexperts.changes import Changes
-from superexperts.config import ReportConfig
+from superexperts.config_study import ReportConfig
 from superexperts.disagreements import disagreements, script_safe, visible
 from superexperts.errors import DataError, ModelError, OutputError
 from superexperts.report import run, write_report

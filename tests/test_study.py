@@ -19,7 +19,8 @@ from superexperts import evaluate, pocket, study
 from superexperts.artifacts import Extraction
 from superexperts.cells import Cell, Worker, cells
 from superexperts.cli import main
-from superexperts.config import EvaluateConfig, StatusConfig, StudyConfig
+from superexperts.config import EvaluateConfig
+from superexperts.config_study import StatusConfig, StudyConfig
 from superexperts.corpora import read_rows
 from superexperts.errors import DataError, OptionError, OutputError
 from superexperts.progress import run as status

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from superexperts.config import StudyConfig
+from superexperts.config_study import StudyConfig
 from superexperts.errors import OptionError, OutputError
 from superexperts.study import run
 from superexperts.study_file import expert_files, parse

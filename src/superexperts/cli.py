@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from . import config, config_adapters, config_surgery, config_train
+from . import config, config_adapters, config_study, config_surgery, config_train
 from .console import speaks
 from .errors import OptionError, SuperExpertsError
 
@@ -34,9 +34,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "check-adapter": config_adapters.CheckAdapterConfig,
     "evaluate": config.EvaluateConfig,
     "extract": config.ExtractConfig,
-    "study": config.StudyConfig,
-    "status": config.StatusConfig,
-    "report": config.ReportConfig,
+    "study": config_study.StudyConfig,
+    "status": config_study.StatusConfig,
+    "report": config_study.ReportConfig,
     "push": config_adapters.PushConfig,
     "pocket": config.PocketConfig,
 }

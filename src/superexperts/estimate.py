@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig
 
 from .cells import Cell, Worker, cells
-from .config import StudyConfig
+from .config_study import StudyConfig
 from .corpora import local_data
 from .model import pick_device, structure_of
 from .moe import find_banks

@@ -11,7 +11,7 @@ from typing import Any
 
 from .artifacts import Score
 from .cells import Cell, cells
-from .config import StatusConfig
+from .config_study import StatusConfig
 from .errors import DataError
 from .rundir import read_json
 from .study_file import Plan, parse

@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from . import __version__
 from .artifacts import Answer, ExpertSet, Extraction, key_name
-from .config import ReportConfig
+from .config_study import ReportConfig
 from .corpora import read_rows
 from .disagreements import disagreements, script_safe, visible
 from .errors import DataError

@@ -15,7 +15,7 @@ from typing import Any
 from . import runner
 from .cells import cells
 from .conclude import conclude
-from .config import StudyConfig
+from .config_study import StudyConfig
 from .console import note, stderr
 from .corpora import local_data, local_file, named_corpus
 from .errors import DataError, OptionError, OutputError
