@@ -26,10 +26,8 @@ __all__ = [
     "PocketConfig",
     "ProfileConfig",
     "PruneConfig",
-    "ReportConfig",
     "SelectConfig",
     "ServerConfig",
-    "StudyConfig",
     "identity",
 ]
 
