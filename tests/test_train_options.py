@@ -290,7 +290,9 @@ def test_checkpointed_activations_train_the_same_and_ask_nothing_of_lower_layers
         layer.post_attention_layernorm.register_forward_hook(count)
     options: dict[str, Any] = {"experts": "L1E0,L1E2", "epochs": 1, "batch_size": 4}
     train.train(
-        config(out=tmp_path / "less", gradient_checkpointing=True, **options), model=model, tokenizer=byte_tokenizer()
+        config(out=tmp_path / "less", gradient_checkpointing=True, **options),
+        load=lambda: model,
+        tokenizer=byte_tokenizer(),
     )
     assert calls == {0: 2, 1: 4, 2: 4}  # two steps; layer 0, below the adapter, is never computed again
     assert needed == {0: False, 1: False, 2: True}
