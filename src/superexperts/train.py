@@ -159,6 +159,7 @@ def _prepare(work: Path, key: str, config: TrainConfig) -> Path | None:
         checkpoint = last_checkpoint(work) if there else None
         if checkpoint is None:
             note(f"train: --resume: {config.out} has no checkpoint, training starts at the first step")
+    together()  # all have looked before the first one clears away
     if speaks and checkpoint is None:
         shutil.rmtree(work, ignore_errors=True)
         write_json(work / "key.json", key)
