@@ -49,7 +49,9 @@ PROBE_ROWS = 32
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """The command."""
+    """The command; `OptionError` for projections where no experts are named, which a study may give to all its runs."""
+    if config.experts is None and config.projections != TrainConfig.projections:
+        raise OptionError(f"--projections: {config.projections!r} is of experts; give --experts, or leave it out")
     return train(config)
 
 
