@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -375,6 +376,28 @@ def test_tensorboard_files_lie_in_the_folder(config: Any, tmp_path: Path) -> Non
     pytest.importorskip("tensorboard")
     train.run(config(report_to="tensorboard"))
     assert list((tmp_path / "out" / "logs").rglob("events.*"))
+
+
+def test_what_a_tracker_prints_is_not_among_the_results(config: Any, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(fit._Keeper, "on_train_begin", lambda *_, **__: print("at example.org"))
+    train.run(config(epochs=1))
+    said = capsys.readouterr()
+    assert "at example.org" in said.err
+    assert said.out == ""
+
+
+def test_other_processes_checkpoints_are_refused_and_kept(config: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(fit._Keeper, "on_train_end", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config(checkpoint_steps=2))
+    monkeypatch.undo()
+    checkpoint = fit.last_checkpoint(tmp_path / ".out.checkpoints")
+    assert checkpoint is not None
+    kept = json.loads((checkpoint / fit.COMPLETE).read_text())
+    (checkpoint / fit.COMPLETE).write_text(json.dumps({**kept, "processes": 4}))
+    with pytest.raises(DataError, match=r"--resume: .* was written by 4 processes, now there are 1; start as many"):
+        train.run(config(checkpoint_steps=2, resume=True))
+    assert (checkpoint / fit.COMPLETE).is_file()
 
 
 def test_a_tracker_that_is_not_installed_is_named(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,7 +90,8 @@ def train(
         checkpoint = _prepare(work, input_key("train", inputs), config)
         with _kept_when_killed(work), borrowed(model):
             adapted = _attach(model, chosen, config)
-            with counting(adapted, training=True) as exposure:
+            # Trackers print where results belong.
+            with counting(adapted, training=True) as exposure, contextlib.redirect_stdout(sys.stderr):
                 if checkpoint is not None:
                     note(f"train: going on from step {checkpoint.name.partition('-')[2]}")
                 fitted = fit(adapted, tokenizer, examples, held_out, config, exposure, work, checkpoint)
