@@ -25,7 +25,7 @@ from .config_train import TrainConfig
 from .console import note, speaks, stderr
 from .errors import DataError, OptionError
 from .exposure import Exposure
-from .processes import of_several, together
+from .processes import process_number, together
 from .rundir import read_json, write_json
 from .sft_data import Example
 
@@ -193,7 +193,7 @@ def last_checkpoint(work: Path) -> Path | None:
     whole = [step for step, path in found.items() if (path / COMPLETE).is_file()]
     if not whole:
         return None
-    checkpoint, processes = found[max(whole)], of_several().num_processes
+    checkpoint, processes = found[max(whole)], int(os.environ.get("WORLD_SIZE", "1"))
     kept = read_json(checkpoint / COMPLETE, "--resume")
     if kept["processes"] != processes:
         raise DataError(
@@ -245,7 +245,7 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
     def restore(self, folder: Path) -> None:
         """Takes up what `on_save` wrote."""
         kept = read_json(folder / COMPLETE, "--resume")
-        self._exposure.restore(read_json(folder / f"exposure_{of_several().process_index}.json", "--resume"))
+        self._exposure.restore(read_json(folder / f"exposure_{process_number()}.json", "--resume"))
         self._worse, self._best = kept["worse"], kept["best"] and (kept["best"][0], kept["best"][1])
         self._tensors = load_file(folder / "best.safetensors") if self._best else {}
 
