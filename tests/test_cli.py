@@ -95,6 +95,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["train", "--data", "x.json"], "--experts: None is missing"),
         (["train", "--data", "x.json", "--target", "("], "--target: '(' is no regular expression"),
         (["train", "--data", "x.json", "--attention", "--projections", "gate,q"], "--projections: 'gate,q' is unknown"),
+        (
+            ["train", "--data", "x.json", "--attention", "--projections", "up"],
+            "--projections: 'up' is of experts; give --exp",
+        ),
         (["train", "--data", "x.json", "--attention", "--ranks", "L1E1=x"], "--ranks: 'L1E1=x' is not like L2E54=32"),
         (["train", "--data", "x.json", "--attention", "--patience", "2"], "--patience: 2 needs rows to evaluate"),
         (["train", "--data", "x.json", "--attention", "--eval-share", "1"], "--eval-share: 1.0 is out of range"),

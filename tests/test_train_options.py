@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -290,7 +291,9 @@ def test_checkpointed_activations_train_the_same_and_ask_nothing_of_lower_layers
         layer.post_attention_layernorm.register_forward_hook(count)
     options: dict[str, Any] = {"experts": "L1E0,L1E2", "epochs": 1, "batch_size": 4}
     train.train(
-        config(out=tmp_path / "less", gradient_checkpointing=True, **options), model=model, tokenizer=byte_tokenizer()
+        config(out=tmp_path / "less", gradient_checkpointing=True, **options),
+        load=lambda: model,
+        tokenizer=byte_tokenizer(),
     )
     assert calls == {0: 2, 1: 4, 2: 4}  # two steps; layer 0, below the adapter, is never computed again
     assert needed == {0: False, 1: False, 2: True}
@@ -373,6 +376,28 @@ def test_tensorboard_files_lie_in_the_folder(config: Any, tmp_path: Path) -> Non
     pytest.importorskip("tensorboard")
     train.run(config(report_to="tensorboard"))
     assert list((tmp_path / "out" / "logs").rglob("events.*"))
+
+
+def test_what_a_tracker_prints_is_not_among_the_results(config: Any, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(fit._Keeper, "on_train_begin", lambda *_, **__: print("at example.org"))
+    train.run(config(epochs=1))
+    said = capsys.readouterr()
+    assert "at example.org" in said.err
+    assert said.out == ""
+
+
+def test_other_processes_checkpoints_are_refused_and_kept(config: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(fit._Keeper, "on_train_end", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config(checkpoint_steps=2))
+    monkeypatch.undo()
+    checkpoint = fit.last_checkpoint(tmp_path / ".out.checkpoints")
+    assert checkpoint is not None
+    kept = json.loads((checkpoint / fit.COMPLETE).read_text())
+    (checkpoint / fit.COMPLETE).write_text(json.dumps({**kept, "processes": 4}))
+    with pytest.raises(DataError, match=r"--resume: .* was written by 4 processes, now there are 1; start as many"):
+        train.run(config(checkpoint_steps=2, resume=True))
+    assert (checkpoint / fit.COMPLETE).is_file()
 
 
 def test_a_tracker_that_is_not_installed_is_named(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,6 +25,7 @@ from .config_train import TrainConfig
 from .console import note, speaks, stderr
 from .errors import DataError, OptionError
 from .exposure import Exposure
+from .processes import process_number, together
 from .rundir import read_json, write_json
 from .sft_data import Example
 
@@ -188,10 +188,19 @@ def _checkpoint_activations(model: nn.Module) -> None:
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The latest whole checkpoint."""
+    """The latest whole checkpoint; `DataError` where another number of processes wrote it."""
     found = {int(match[1]): path for path in work.glob("checkpoint-*") if (match := re.search(r"-(\d+)$", path.name))}
     whole = [step for step, path in found.items() if (path / COMPLETE).is_file()]
-    return found[max(whole)] if whole else None
+    if not whole:
+        return None
+    checkpoint, processes = found[max(whole)], int(os.environ.get("WORLD_SIZE", "1"))
+    kept = read_json(checkpoint / COMPLETE, "--resume")
+    if kept["processes"] != processes:
+        raise DataError(
+            f"--resume: {checkpoint} was written by {kept['processes']} processes, now there are {processes}; "
+            "start as many, or leave --resume out"
+        )
+    return checkpoint
 
 
 class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
@@ -223,7 +232,7 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_json(folder / f"exposure_{args.process_index}.json", self._exposure.state())
-        PartialState().wait_for_everyone()
+        together()
         if not state.is_world_process_zero:
             return
         if self._tensors:
@@ -234,14 +243,9 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
         write_json(folder / COMPLETE, {"worse": self._worse, "best": self._best, "processes": args.world_size})
 
     def restore(self, folder: Path) -> None:
-        """Takes up what `on_save` wrote; `DataError` where another number of processes wrote it."""
-        kept, state = read_json(folder / COMPLETE, "--resume"), PartialState()
-        if kept["processes"] != state.num_processes:
-            raise DataError(
-                f"--resume: {folder} was written by {kept['processes']} processes, now there are "
-                f"{state.num_processes}; start as many, or leave --resume out"
-            )
-        self._exposure.restore(read_json(folder / f"exposure_{state.process_index}.json", "--resume"))
+        """Takes up what `on_save` wrote."""
+        kept = read_json(folder / COMPLETE, "--resume")
+        self._exposure.restore(read_json(folder / f"exposure_{process_number()}.json", "--resume"))
         self._worse, self._best = kept["worse"], kept["best"] and (kept["best"][0], kept["best"][1])
         self._tensors = load_file(folder / "best.safetensors") if self._best else {}
 

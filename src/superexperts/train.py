@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +55,9 @@ def checkpoints_of(out: Path) -> Path:
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """The command."""
+    """The command; `OptionError` for projections where no experts are named, which a study may give to all its runs."""
+    if config.experts is None and config.projections != TrainConfig.projections:
+        raise OptionError(f"--projections: {config.projections!r} is of experts; give --experts, or leave it out")
     return train(config)
 
 
@@ -92,7 +95,8 @@ def train(
         checkpoint = _prepare(work, input_key("train", inputs), config)
         with _kept_when_killed(work), borrowed(model):
             adapted = _attach(model, chosen, config)
-            with counting(adapted, training=True) as exposure:
+            # Trackers print where results belong.
+            with counting(adapted, training=True) as exposure, contextlib.redirect_stdout(sys.stderr):
                 if checkpoint is not None:
                     note(f"train: going on from step {checkpoint.name.partition('-')[2]}")
                 fitted = fit(adapted, tokenizer, examples, held_out, config, exposure, work, checkpoint)
@@ -164,6 +168,7 @@ def _prepare(work: Path, key: str, config: TrainConfig) -> Path | None:
         checkpoint = last_checkpoint(work) if there else None
         if checkpoint is None:
             note(f"train: --resume: {config.out} has no checkpoint, training starts at the first step")
+    together()  # all have looked before the first one clears away
     if speaks and checkpoint is None:
         shutil.rmtree(work, ignore_errors=True)
         write_json(work / "key.json", key)
