@@ -149,13 +149,6 @@ def test_changed_benchmark_files_make_a_finished_study_old(plan: Path, finished:
     assert after["boolq"] == before["boolq"]
 
 
-def test_missing_files_are_named_before_any_work(tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text("{name: x, data_dir: pocket, train_data: nowhere.json}")
-    with pytest.raises(DataError, match="STUDY train_data: 'nowhere.json' is missing"):
-        study.run(StudyConfig(study=tmp_path / "s.yaml", out=tmp_path / "out"))
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "s.yaml"]
-
-
 def test_a_lost_cell_is_made_again_and_the_others_are_kept(finished: Path, plan: Path) -> None:
     expected = (finished / "results.json").read_bytes()
     before = stamps(finished / "variants" / "base" / "answers")
@@ -220,6 +213,20 @@ def test_a_worker_that_is_killed_takes_nothing_with_it(
     assert len(pids) >= 3  # two workers, and one in the place of the dead
     assert sum(event["cell"] == "evaluate prune-super" and event["event"] == "start" for event in events) == 2
     assert (out / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+
+
+def test_workers_end_with_the_study_that_is_killed(finished: Path, plan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with start(plan, out, "--workers", "2") as process:
+        worker = started(out, "evaluate base", process)["pid"]
+        assert worker != process.pid
+        os.kill(worker, signal.SIGSTOP)  # so that it is in its cell when the study dies
+        process.kill()
+        process.wait()
+        os.kill(worker, signal.SIGCONT)
+        process.communicate()  # the workers hold its pipe until they end
+    events = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    assert not any(event["pid"] == worker for event in events if event["event"] == "end")
 
 
 def test_two_studies_do_not_work_in_one_folder(finished: Path, plan: Path) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from .cells import Cell, Worker, cells
 from .config_study import StudyConfig
@@ -21,9 +20,9 @@ from .corpora import local_data
 from .model import pick_device, structure_of
 from .moe import find_banks
 from .options import CheckpointConfig
-from .pocket import checkpoint_dir
 from .progress import cell_states
 from .sft_data import read_rows
+from .study_check import settings_of_plan
 from .study_file import Plan
 from .tasks import load_benchmarks
 
@@ -72,8 +71,7 @@ class Size:
 
 def size_of(plan: Plan) -> Size:
     """The size of the study's model; of a Hub model only config.json is fetched."""
-    where = str(checkpoint_dir()) if plan.model == "pocket" else plan.model
-    return Size(AutoConfig.from_pretrained(where, revision=plan.revision))
+    return Size(settings_of_plan(plan))
 
 
 def estimate(plan: Plan, out: Path, config: StudyConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -163,6 +164,7 @@ def _serve(pipe: Any, number: int, plan: Plan, out: Path, device: str) -> None:
     if torch.cuda.device_count() > 1:  # counted without a context, so that the one chosen is the only one seen
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[number] if len(visible) > number else str(number)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     worker = Worker(plan, out, device)
     while True:
         try:
@@ -170,6 +172,14 @@ def _serve(pipe: Any, number: int, plan: Plan, out: Path, device: str) -> None:
         except EOFError:
             return
         pipe.send(attempt(worker, cell))
+
+
+def _die_with_parent() -> None:
+    """Ends this process with the one that started it, so that no two are ever at work on the same cell."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 class _Ray:

@@ -23,6 +23,7 @@ from .estimate import estimate
 from .model import checkpoint_folder
 from .report import write_csv, write_report
 from .rundir import completed, fingerprint, prepare_folder, read_json, write_json, write_manifest, write_text
+from .study_check import check, given_experts, row_files
 from .study_file import Plan, parse
 from .tasks import Benchmark, load_benchmarks
 
@@ -40,14 +41,14 @@ def run(config: StudyConfig) -> dict[str, Any]:
     started = time.monotonic()
     text, plan = read_study(config.study)
     out = config.out or Path("runs") / plan.name
-    _check_paths(plan)
+    check(plan, device=config.device, here=config.ray is None)
     if config.dry_run:
         return {"plan": estimate(plan, out, config), "out": str(out)}
+    inputs = _inputs(plan)  # fetches the model, before there is a folder
     prepare_folder(out)
     with runner.locked(out):
         if not (out / STUDY).is_file() or (out / STUDY).read_text(encoding="utf-8") != text:
             write_text(out / STUDY, text)
-        inputs = _inputs(plan)
         if completed(out, "study", inputs):
             note(f"study: {out} is up to date, nothing to do")
         else:
@@ -82,12 +83,6 @@ def _write_template(path: Path) -> Path:
     return path
 
 
-def _check_paths(plan: Plan) -> None:
-    for option, path in (("data_dir", plan.data_dir), ("train_data", plan.train_data)):
-        if path is not None and path != "pocket" and not Path(path).exists():
-            raise DataError(f"STUDY {option}: {path!r} is missing; check the path")
-
-
 def _work(plan: Plan, out: Path, config: StudyConfig) -> None:
     """Runs every cell; one error that names all that failed, and nothing is concluded from the rest."""
     todo = cells(plan)
@@ -111,7 +106,8 @@ def _inputs(plan: Plan) -> dict[str, Any]:
     return {
         "plan": {name: str(value) for name, value in dataclasses.asdict(plan).items()},
         "model": fingerprint(checkpoint_folder(plan.model, plan.revision)),
-        "train_data": fingerprint(Path(plan.train_data)) if plan.train_data else None,
+        "rows": {option: fingerprint(file) for option, file in row_files(plan)},
+        "experts": {name: experts.to_json() for name, experts in given_experts(plan).items()},
         "data": _data_identity(plan),
     }
 
@@ -140,7 +136,7 @@ def _data_identity(plan: Plan) -> dict[str, str]:
     local = data_dir is not None and str(data_dir) != "pocket"
     benchmarks = _benchmarks(plan, data_dir) if local else {}
     digests = {name: benchmark.sha for name, benchmark in benchmarks.items()}
-    for name in plan.corpus:
+    for name in dict.fromkeys([*plan.corpus, plan.perplexity or plan.corpus[0]]):
         corpus = named_corpus(name)
         if corpus is not None and corpus.stem is not None:
             if data_dir is not None:
