@@ -229,6 +229,20 @@ def test_workers_end_with_the_study_that_is_killed(finished: Path, plan: Path, t
     assert not any(event["pid"] == worker for event in events if event["event"] == "end")
 
 
+def test_an_interrupted_study_ends_its_workers_in_peace(finished: Path, plan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with start(plan, out, "--workers", "2") as process:
+        worker = started(out, "evaluate base", process)["pid"]
+        for each in (worker, process.pid):  # as a terminal does it, to every process
+            os.kill(each, signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.rstrip().endswith("interrupted; what was finished is kept")
+    assert "Traceback" not in said
+    events = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    assert not any(event["cell"] == "evaluate base" and event["event"] == "end" for event in events)
+
+
 def test_two_studies_do_not_work_in_one_folder(finished: Path, plan: Path) -> None:
     with locked(finished), pytest.raises(OutputError, match="another study is at work"):
         study.run(StudyConfig(study=plan, out=finished))

@@ -16,7 +16,9 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -154,6 +156,8 @@ class _Processes:
                 return outcome
 
     def close(self) -> None:
+        for number in self._cells:  # the study was interrupted
+            self._members[number][0].terminate()
         for process, pipe in self._members:
             pipe.close()
             process.join()
@@ -164,6 +168,8 @@ def _serve(pipe: Any, number: int, plan: Plan, out: Path, device: str) -> None:
     if torch.cuda.device_count() > 1:  # counted without a context, so that the one chosen is the only one seen
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[number] if len(visible) > number else str(number)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the study then ends its workers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that temporary files go
     threading.Thread(target=_die_with_parent, daemon=True).start()
     worker = Worker(plan, out, device)
     while True:
