@@ -231,7 +231,7 @@ def test_evaluate_asks_nothing_with_an_adapter_that_does_nothing(tmp_path: Path,
         device="cpu",
     )
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "_ask_one", None)
+        patch.setattr(evaluate, "ask_one", None)
         with pytest.raises(DataError, match=r"--adapter: .*fresh changes no logit of [\d,]+ probe tokens"):
             evaluate.run(config)
     assert not (tmp_path / "out").exists()

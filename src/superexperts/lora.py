@@ -179,9 +179,8 @@ def _attach(model: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without four warnings of PEFT 0.21: that it asks transformers for an attribute that has a new name, which nobody
-    here can mend, that keys are missing from a file, which `load_adapter` makes an error, that it ignores patterns for
-    single experts, which are our layer's to read, and that a model's folder has another name than the model."""
+    """Without four warnings of PEFT 0.21: of an attribute of transformers that has a new name; of missing keys, which
+    `load_adapter` makes an error; of patterns for single experts, which our layer reads; of a model's other name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*_pattern keys did not match.*\.\d", category=RuntimeWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
