@@ -13,7 +13,7 @@ import yaml
 
 from superexperts import pocket, study
 from superexperts.artifacts import ExpertSet
-from superexperts.config import StudyConfig
+from superexperts.config_study import StudyConfig
 from superexperts.errors import DataError, UserError
 from superexperts.study_file import parse
 
