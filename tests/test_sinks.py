@@ -100,3 +100,14 @@ def test_command_writes_the_report_and_the_picture(tmp_path: Path, capsys: pytes
     picture = (tmp_path / "p" / "sinks.svg").read_text()  # matplotlib writes a text as a comment beside its outlines
     assert f"<!-- {100 * decay:.0f}% -->" in picture
     assert "<!-- D_sink -->" in picture
+
+
+def test_without_super_experts_the_profile_is_kept_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(profile, "_super", lambda *_: ())
+    result = profile.run(ProfileConfig(corpus=("pocket",), tokens=256, seq_len=128, sinks=True, out=tmp_path))
+    assert "pocket shows no super expert to silence, so the sinks are not measured" in capsys.readouterr().err
+    assert result["sinks"] is None
+    assert (tmp_path / "profile.json").is_file()
+    assert not (tmp_path / "sinks.json").exists()

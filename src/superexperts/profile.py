@@ -26,7 +26,7 @@ from .config import ProfileConfig, identity
 from .console import note, progress, speaks
 from .corpora import digest_ids, documents, local_data, pack, takes_column
 from .decoder import num_layers, stopped_after, text_config
-from .errors import ExpertsError, OptionError
+from .errors import OptionError
 from .model import (
     checkpoint_folder,
     dtype_to_run,
@@ -271,7 +271,8 @@ def _sinks(profile: Profile, config: ProfileConfig, model: nn.Module, sequences:
     name = next(iter(profile.corpora))
     experts = [row.key for row in _super(profile, profile.corpora[name])]
     if not experts:
-        raise ExpertsError(f"--sinks: {name} shows no super expert to silence; leave --sinks out")
+        note(f"profile: --sinks: {name} shows no super expert to silence, so the sinks are not measured")
+        return []
     report = compare_sinks(model, sequences[name][:SINK_SEQUENCES], experts, name=config.model, corpus=name)
     write_json(config.out / "sinks.json", report.to_json())
     for suffix in ("png", "svg"):
@@ -322,6 +323,7 @@ def summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedTokeni
                 for row in top
             ],
         }
+    sinks = config.out / "sinks.json"
     return {
         "out": str(config.out),
         "model": profile.model,
@@ -330,5 +332,5 @@ def summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedTokeni
         "statistic": profile.statistic,
         "corpora": corpora,
         "stability": stability(profile) if len(corpora) > 1 else None,
-        "sinks": read_json(config.out / "sinks.json", "sinks") if config.sinks else None,
+        "sinks": read_json(sinks, "sinks") if config.sinks and sinks.is_file() else None,
     }
