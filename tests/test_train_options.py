@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -387,7 +386,10 @@ def test_what_a_tracker_prints_is_not_among_the_results(config: Any, monkeypatch
 
 
 def test_other_processes_checkpoints_are_refused_and_kept(config: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(fit._Keeper, "on_train_end", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit._Keeper, "on_train_end", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train.run(config(checkpoint_steps=2))
     monkeypatch.undo()
