@@ -15,7 +15,7 @@ from superexperts.effects import compare
 from superexperts.errors import DataError
 from superexperts.results import Results
 from superexperts.rundir import write_json, write_text
-from superexperts.stats import holm, mcnemar, score
+from superexperts.stats import detectable, holm, mcnemar, score
 from superexperts.variants import Run
 from superexperts.verdict import against_base
 
@@ -205,3 +205,16 @@ def test_errors_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     write_text(lines, "".join([*whole, whole[0]]))
     with pytest.raises(DataError, match="1 ids of prune-super occur twice"):
         conclude(tmp_path, RUNS, **FACTS)
+
+
+def test_runs_that_hardly_differ_from_base_would_have_shown_a_small_difference() -> None:
+    """Two made-up items keep the variance from 0; they must not stand for the items that a real difference needs."""
+    base_RN = np.zeros((1, 600))
+    base_RN[:, :350] = 1
+    variant_RN = np.repeat(base_RN, 5, axis=0)
+    variant_RN[0, 0] = 0
+    variant_RN[3, 599] = 1
+    row = compare(variant_RN, base_RN, None, tests=5, random=(True, False))
+    single = detectable(2, 600, 5)
+    assert row["difference"] == 0
+    assert single / 2 < row["detectable"] < 2 * single

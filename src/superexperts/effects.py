@@ -100,10 +100,13 @@ def with_test(
             p = max(p, seeds.p_value(difference, _wider(by_subject, null), both))
 
     def smallest() -> float:
-        square = float((difference_N**2).mean())
-        sizes = [] if both else [stats.detectable(round(square * number), number, tests, POWER)]
+        differing = float((difference_N**2).sum())
+        # No less than what the variance stands for, whose two made-up items would else be blown up with the rest.
+        square = max(differing / number, null.variance * number)
         if both:
-            sizes.append(seeds.detectable(square, null, both, tests, POWER))
+            sizes = [seeds.detectable(square, null, both, tests, POWER)]
+        else:
+            sizes = [stats.detectable(round(differing), number, tests, POWER)]
         if clusters is not None and clusters.many and by_subject is not None:
             sizes.append(seeds.detectable(square, _wider(by_subject, null), both, tests, POWER))
         return max(sizes)
