@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from servers import transformers_server
 from superexperts import pocket
-from superexperts.config import PocketConfig
+from superexperts.config import EvaluateConfig, PocketConfig
+from superexperts.model import load_model, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,6 +26,18 @@ def shared_data() -> Path:
     if not (folder / "mmlu_all_test.jsonl.gz").is_file():
         pytest.skip(f"no benchmark rows in {folder}; set SUPEREXPERTS_DATA")
     return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """The pocket model, each test file's own: a test may leave it with an adapter."""
+    return load_model(EvaluateConfig(device="cpu", dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The pocket model's."""
+    return load_tokenizer(EvaluateConfig())
 
 
 @pytest.fixture(scope="session")

@@ -22,20 +22,10 @@ from superexperts.evaluate import ask
 from superexperts.extract import extract_folder
 from superexperts.journal import Journal
 from superexperts.lora import attach_attention
-from superexperts.model import load_model, load_tokenizer
+from superexperts.model import load_model
 from superexperts.perplexity import perplexity
 
 NEW_TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return load_model(EvaluateConfig(device="cpu", dtype="float32"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return load_tokenizer(EvaluateConfig())
 
 
 @pytest.fixture(autouse=True)

@@ -23,20 +23,9 @@ from superexperts.config import TASKS, EvaluateConfig
 from superexperts.engines import HfAsker, instances
 from superexperts.errors import DataError, ModelError, OptionError
 from superexperts.extract import NORMALIZED, extract, extract_folder, normalized
-from superexperts.model import load_model, load_tokenizer
 from superexperts.tasks import load_benchmarks, with_examples
 from superexperts.tasks.fewshot import HARNESS
 from superexperts.tasks.loading import EXAMPLE_STEMS
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return load_model(EvaluateConfig(device="cpu", dtype="float32"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return load_tokenizer(EvaluateConfig())
 
 
 @pytest.fixture(scope="module")

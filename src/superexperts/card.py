@@ -10,7 +10,7 @@ import yaml
 
 from .config_train import TrainConfig
 
-__all__ = ["model_card", "target_name"]
+__all__ = ["front_matter", "model_card", "target_name"]
 
 
 def target_name(config: TrainConfig, experts: Sequence[str] | None) -> str:
@@ -23,6 +23,11 @@ def target_name(config: TrainConfig, experts: Sequence[str] | None) -> str:
     if config.target is not None:
         parts.append(f"linear maps `{config.target}`")
     return " and ".join(parts)
+
+
+def front_matter(facts: Mapping[str, Any]) -> list[str]:
+    """The lines at the head of a card that the Hub reads."""
+    return ["---", yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True).strip(), "---", ""]
 
 
 def model_card(config: TrainConfig, result: Mapping[str, Any], data: Mapping[str, str]) -> str:
@@ -54,10 +59,7 @@ def model_card(config: TrainConfig, result: Mapping[str, Any], data: Mapping[str
         ("KL of the next token", f"{result['kl']:.3g} nats"),
     ]
     lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
-        "---",
-        "",
+        *front_matter(front),
         f"# LoRA on {target_name(config, experts)} of {config.model}",
         "",
         *(f"- {setting}" for setting in settings),

@@ -45,11 +45,6 @@ class Cell:
         """Such as `train lora-super-s1`."""
         return self.stage if self.run is None else f"{self.stage} {self.run}"
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether it runs a model."""
-        return self.stage not in ("data", "select")
-
 
 def cells(plan: Plan) -> tuple[Cell, ...]:
     """All cells, each after those that it needs; what can be asked without training comes first."""
@@ -80,7 +75,7 @@ def judged_here(plan: Plan) -> bool:
 
 def elsewhere(plan: Plan) -> bool:
     """Whether the answers come from an engine that needs every variant as a checkpoint of its own."""
-    return bool(plan.evaluation.get("engine", "hf") != "hf")
+    return plan.engine != "hf"
 
 
 class Worker:
@@ -158,7 +153,6 @@ class Worker:
     def _train(self, run: Run) -> None:
         plan = self.plan
         assert self.train_data is not None
-        options = {**plan.training, **plan.variant(run.variant).training}
         config = TrainConfig(
             model=plan.model,
             revision=plan.revision,
@@ -168,7 +162,7 @@ class Worker:
             out=self._folder(run) / "train",
             seed=run.seed,
             device=self.device,
-            **options,
+            **plan.training_of(run),
         )
         less_memory = config.load_in_4bit or config.offload
         if less_memory:

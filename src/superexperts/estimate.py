@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .cells import Cell, Worker, cells
+from .cells import Cell, cells
 from .config_study import StudyConfig
 from .corpora import local_data
 from .model import pick_device, structure_of
@@ -76,20 +76,20 @@ def size_of(plan: Plan) -> Size:
 
 def estimate(plan: Plan, out: Path, config: StudyConfig) -> dict[str, Any]:
     """Per cell: whether it is done, seconds, GiB, and what the time is taken from; their sum and the largest memory."""
-    device = pick_device("cpu" if config.device == "auto" and not torch.cuda.is_available() else config.device)
+    device = pick_device(config.device)
     itemsize = 4 if device.type == "cpu" else 2
     size = size_of(plan)
     flops, bytes_per_second = _speeds(device, itemsize)
     items, rows = _items(plan), _training_tokens(plan)
-    states = cell_states(out, cells(plan))
+    todo = cells(plan)
+    states = cell_states(out, todo)
     known: dict[str, float] = {}
-    for cell, state in zip(cells(plan), states, strict=True):
+    for cell, state in zip(todo, states, strict=True):
         if state["state"] == "done":
             known[cell.stage] = max(known.get(cell.stage, 0.0), state["seconds"])
-    worker = Worker(plan, out, config.device)
     table = []
-    for cell, state in zip(cells(plan), states, strict=True):
-        seconds, gib = _guess(cell, worker, size, itemsize, flops * USED, bytes_per_second, items, rows)
+    for cell, state in zip(todo, states, strict=True):
+        seconds, gib = _guess(cell, plan, size, itemsize, flops * USED, bytes_per_second, items, rows)
         if cell.stage in known:
             seconds = known[cell.stage]
         left = 0.0 if state["state"] == "done" else seconds
@@ -109,7 +109,7 @@ def estimate(plan: Plan, out: Path, config: StudyConfig) -> dict[str, Any]:
 
 def _guess(
     cell: Cell,
-    worker: Worker,
+    plan: Plan,
     size: Size,
     itemsize: int,
     flops: float,
@@ -118,7 +118,7 @@ def _guess(
     rows: int,
 ) -> tuple[float, float]:
     """(seconds, GiB) of a cell."""
-    plan, weights = worker.plan, size.parameters * itemsize
+    weights = size.parameters * itemsize
     if cell.stage == "profile":
         tokens = plan.tokens * len(plan.corpus)
         batch = plan.profile.get("batch_size", 8) * plan.seq_len * size.hidden * 8 * itemsize
@@ -132,8 +132,7 @@ def _guess(
         cache = batch * (PROMPT_TOKENS + plan.max_new_tokens) * size.cache * itemsize
         return prompts + batches * plan.max_new_tokens * step, (weights + cache) / 2**30
     if cell.stage == "train":
-        assert cell.run is not None
-        options = {**plan.training, **plan.variant(worker.runs[cell.run].variant).training}
+        options = plan.training_of(next(run for run in plan.runs if run.name == cell.run))
         again = 4 if options.get("gradient_checkpointing") else 3
         tokens = round(rows * options.get("epochs", 2))
         in_batch = options.get("batch_size", 16) * min(options.get("max_length", 1024), 2 * PROMPT_TOKENS)

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from .artifacts import ExpertSet, key_name
+from .card import front_matter
 from .errors import DataError
 from .push_files import Bundle
 from .results import markdown_table
@@ -54,10 +55,7 @@ def study_card(bundle: Bundle, facts: Mapping[str, Any]) -> str:
     manifests = {file.path: json.loads(bundle.text(file.path)) for file in bundle.files if _is_manifest(file.path)}
     name, model = (_text(bundle.results.get(field)) for field in ("name", "model"))
     lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
-        "---",
-        "",
+        *front_matter(front),
         f"# {name}: a study of {model}",
         "",
         "`report.html` has the verdict, intervals, pictures and answers: download it, it opens from disk.",

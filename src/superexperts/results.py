@@ -33,7 +33,6 @@ __all__ = [
     "VariantScore",
     "markdown_table",
     "print_table",
-    "run_title",
     "signed_points",
     "task_title",
     "write_csv",
@@ -291,11 +290,6 @@ class Results:
 def _interval(value: Any) -> Any:
     """A pair as JSON has it, or None."""
     return None if value is None else (value[0], value[1])
-
-
-def run_title(variant: VariantResult, run: RunResult) -> str:
-    """A variant's title, with the seed where it has several runs."""
-    return variant.title if len(variant.runs) == 1 else f"{variant.title}, seed {run.seed}"
 
 
 def task_title(task: str) -> str:

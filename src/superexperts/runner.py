@@ -47,6 +47,8 @@ class Outcome:
     seconds: float
     error: str | None = None
     """What the command says is wrong; None where it is done."""
+    skipped: bool = False
+    """Whether it was not run, since something that it needs failed."""
 
 
 def attempt(worker: Worker, cell: Cell) -> Outcome:
@@ -271,7 +273,7 @@ def schedule(
         for cell in list(waiting):  # in their order, in which each comes after what it needs
             if failed & set(cell.needs):
                 waiting.remove(cell)
-                outcomes.append(Outcome(cell=cell.name, seconds=0, error="not run: what it needs failed"))
+                outcomes.append(Outcome(cell=cell.name, seconds=0, error="not run: what it needs failed", skipped=True))
                 failed.add(cell.name)
         for cell in [cell for cell in waiting if done.issuperset(cell.needs)][: crew.size - running]:
             said(cell, len(cells) - len(waiting))

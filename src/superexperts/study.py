@@ -95,9 +95,7 @@ def _work(plan: Plan, out: Path, config: StudyConfig) -> None:
         outcomes = runner.schedule(todo, crew, said)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
-        told = "; ".join(
-            f"{outcome.cell}: {outcome.error}" for outcome in failed if "not run" not in str(outcome.error)
-        )
+        told = "; ".join(f"{outcome.cell}: {outcome.error}" for outcome in failed if not outcome.skipped)
         raise DataError(f"STUDY: {len(failed)} of {len(todo)} cells failed or were not run. {told}")
 
 

@@ -140,7 +140,7 @@ def _experts(plan: Plan) -> None:
 
 
 def _engine(plan: Plan) -> None:
-    engine = plan.evaluation.get("engine", "hf")
+    engine = plan.engine
     if engine != "hf" and importlib.util.find_spec(engine) is None:
         raise OptionError(
             f"STUDY evaluation.engine: {engine!r} needs the package {engine}, which is not installed; pip install "

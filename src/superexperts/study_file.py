@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
 
 import yaml
 
@@ -109,11 +109,19 @@ class Plan:
         """The variant of that name."""
         return next(variant for variant in self.variants if variant.name == name)
 
+    def training_of(self, run: Run) -> dict[str, Any]:
+        """Options of `train` for a run: the study's, and its variant's own over them."""
+        return {**self.training, **self.variant(run.variant).training}
+
     @property
     def perplexity(self) -> str | None:
         """Corpus of the perplexity, which only a model in this process can tell."""
-        here = self.evaluation.get("engine", "hf") == "hf"
-        return self.evaluation.get("perplexity", self.corpus[0]) if here else None
+        return self.evaluation.get("perplexity", self.corpus[0]) if self.engine == "hf" else None
+
+    @property
+    def engine(self) -> str:
+        """What answers."""
+        return str(self.evaluation.get("engine", "hf"))
 
 
 def parse(text: str, name: str = "STUDY") -> Plan:
@@ -318,7 +326,7 @@ class _Reader:
         training = self._options((*path, name), own, *SECTIONS["training"])
         runs = number if isinstance(number, int) and number > 0 else seeds
         return VariantPlan(
-            name=name, kind=_kind(kind), target=target or None, seeds=runs if random else 1, training=training
+            name=name, kind=cast(Kind, kind), target=target or None, seeds=runs if random else 1, training=training
         )
 
     # ---- what the commands say ----
@@ -381,10 +389,6 @@ PLAIN: dict[str, Any] = {
 for _name in ("corpus", "tasks", "variants"):
     del PLAIN[_name]
 PLAIN["seeds"] = int
-
-
-def _kind(text: str) -> Kind:
-    return "base" if text == "base" else "prune" if text == "prune" else "lora"
 
 
 def expert_files(plan: Plan) -> dict[str, tuple[str, int]]:
