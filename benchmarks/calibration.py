@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 from scipy.stats import norm
 
 from superexperts import seeds
@@ -71,6 +72,7 @@ DESIGNS = (
            variant_subject=0.01, seed=0.00086),
 )  # fmt: skip
 LEVEL = 0.55  # expected accuracy of all models
+LARGEST = 0.42  # effect
 PAIRS = {
     "base": [(variant, 0) for variant in range(1, 6)],
     "control": [(1, 2), (3, 4), (3, 5)],  # the fixed pruning and the first adapter against the others of their kind
@@ -153,15 +155,17 @@ def null_studies(design: Design, studies: int, seed: int) -> Counts:
     return counts
 
 
-def predicted(design: Design, seed: int, studies: int = 100) -> float | None:
+def predicted(design: Design, seed: int, studies: int = 500) -> float | None:
     """The difference of which `detectable` says 80%, given the variances that studies with it have on average.
 
-    A single study says it from its own estimates, which with two or three seeds are far from the average. None over
-    40 points, which accuracies have no room for.
+    A single study says it from its own estimates, which with two or three seeds are far from the average. Variances
+    depend on the effect, so the one is looked for that its own studies call just detectable. None over 42 points, which
+    accuracies have no room for.
     """
-    rng = np.random.default_rng(seed)
-    effect = 0.05
-    for _ in range(10):  # variances depend on the effect
+
+    def beyond(effect: float) -> float:
+        """What is detectable in studies with this effect, over the effect."""
+        rng = np.random.default_rng(seed)
         found: list[tuple[float, ...]] = []
         for _ in range(studies):
             models, clusters = study(rng, design, effect)
@@ -180,10 +184,11 @@ def predicted(design: Design, seed: int, studies: int = 100) -> float | None:
         if design.subjects:
             wider = Items(variance=max(by_subject, variance), df=design.subjects - 1)
             sizes.append(seeds.detectable(square, wider, parts, 5, 0.8))
-        before, effect = effect, min((effect + max(sizes)) / 2, 0.42)
-        if abs(effect - before) < 0.0005:
-            break
-    return effect if effect < 0.4 else None
+        return max(sizes) - effect
+
+    if beyond(LARGEST) > 0:
+        return None
+    return float(brentq(beyond, 0.005, LARGEST, xtol=0.0005))
 
 
 def power(design: Design, effect: float, studies: int, seed: int) -> int:
@@ -212,7 +217,7 @@ def main() -> None:
             print(f"  holds the truth: {name:24} {share(held, counts.asked[name])}")
         effect = predicted(design, options.seed + 1)
         if effect is None:
-            print("  power of 80% for more than 40 points", flush=True)
+            print("  power of 80% for more than 42 points", flush=True)
             continue
         found = power(design, effect, options.studies, options.seed + 2)
         print(f"  power for {100 * effect:4.1f} points             {share(found, options.studies)}", flush=True)

@@ -249,3 +249,9 @@ def test_detectable_is_seen_with_80_percent_power(calibration: Any) -> None:
     low, high = wilson(calibration.power(design, effect, 150, 1), 150)
     assert low < 0.9
     assert high > 0.7
+
+
+def test_detectable_of_very_few_items_is_at_most_everything() -> None:
+    """Ten items and seeds that agree: no difference would be seen for sure, which once stopped the conclusion."""
+    agreeing = Seeds(between=0.0, df=2, rest=0.0, weight=1 / 3)
+    assert seeds.detectable(5 / 36, Items(variance=1 / 72), [agreeing], 30, 0.8) == 1.0

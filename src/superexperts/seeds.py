@@ -34,6 +34,7 @@ __all__ = ["Floats", "Items", "Seeds", "critical", "detectable", "p_value", "see
 Floats = NDArray[np.float64]
 POINTS = 48
 FEW_POINTS = 20  # for a power, which needs two digits
+DRAWS = (1, 31, 9)  # of a seeds' variance, for no, one and two sides with seeds
 KNOWN = 1000  # a variance with more degrees of freedom is taken as known
 TINY = 1e-300
 
@@ -96,7 +97,7 @@ def detectable(square: float, items: Items, seeds: Sequence[Seeds], tests: int, 
     averaged over.
     """
     level = (1 - CONFIDENCE) / tests
-    shares = (np.arange(9) + 0.5) / 9
+    shares = (np.arange(DRAWS[len(seeds)]) + 0.5) / DRAWS[len(seeds)]
     factors = [chi.ppf(shares, part.df) ** 2 / part.df for part in seeds]
     own = sum(part.weight * part.sd**2 for part in seeds)
     found = 0.0
@@ -117,7 +118,7 @@ def detectable(square: float, items: Items, seeds: Sequence[Seeds], tests: int, 
         centred = part.variance * (1 - found**2 / max(square, found, TINY))
         spread = float(np.sqrt(max(centred + own, TINY)))
         before, found = found, min(1.0, _powerful(edges_D, spread, power))
-        if abs(found - before) < 1e-4:
+        if found == 1 or abs(found - before) < 1e-4:
             break
     return found
 
