@@ -182,7 +182,7 @@ def save(figure: Figure, paths: Path | Sequence[Path]) -> None:
             dpi = 140 if small else 200  # of what is drawn as pixels within an SVG
             figure.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
         write_bytes(path, buffer.getvalue())
-        figure.set_layout_engine("none")  # another format need not be laid out again
+        figure.set_layout_engine(None)  # another format need not be laid out again; "none" would still draw twice
 
 
 def put_title(axes: Axes, title: str, source: str, inches: float) -> None:
