@@ -327,7 +327,9 @@ def test_pictures_say_what_they_show(soup: BeautifulSoup) -> None:
     assert "layer 4 30% and 8%" in alts["picture-sinks"]
     assert "LoRA on super experts: 2 experts by 4% to 10%" in alts["picture-weights"]  # the mean of 2, 4 and 6%
     assert f"{RANDOM}: 2 experts silenced" in alts["picture-weights"]
-    assert "super experts, seed 2, from 2 to 0.5" in alts["picture-training"]
+    assert (
+        "super experts, seed 2, 2 over the first and 0.5 over the last tenth of the steps" in alts["picture-training"]
+    )
 
     def points(name: str) -> list[str]:
         spots = json.loads(soup.select_one(f"#picture-{name} .spots").get_text())  # type: ignore[union-attr]
