@@ -376,9 +376,8 @@ class _Reader:
         for i, variant in enumerate(read["variants"]):
             if variant.training:
                 options = {**read["training"], **variant.training}
-                places: dict[str, Path_] = dict.fromkeys(read["training"], ("training",))
-                places |= dict.fromkeys(variant.training, ("variants", i, variant.name))
-                self._together(TrainConfig, rows, options, places)
+                own: dict[str, Path_] = dict.fromkeys(variant.training, ("variants", i, variant.name))
+                self._together(TrainConfig, rows, options, dict.fromkeys(options, ("training",)) | own)
         if read["evaluation"].get("engine") == "api":
             self._error(
                 ("evaluation", "engine"), "engine: a server has one model, a study has many; use hf, vllm or sglang"
