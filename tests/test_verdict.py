@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from study_folder import CORRECT, TITLES, results_json
+from superexperts.report_tables import verdict_rows
 from superexperts.results import Results
 from superexperts.stats import detectable, holm, mcnemar
 from superexperts.variants import title_of
@@ -171,3 +172,18 @@ def test_a_set_of_the_users_is_called_a_set() -> None:
     assert title_of("lora", "busy") == "LoRA on set 'busy'"
     assert title_of("lora", "attention") == "LoRA on attention"
     assert title_of("prune", "routed") == "prune most routed experts"
+
+
+def test_what_a_control_was_not_given_alike_stands_beside_the_comparison() -> None:
+    value = results_json()
+    pruned, adapted = (row["test"] for row in verdict_rows(Results.from_json(value), "control"))
+    assert "against" not in pruned + adapted
+    runs = {row["name"]: row["runs"][0] for row in value["variants"]}
+    runs["prune-random"]["experts"] = ["L1E0", "L3E1"]
+    runs["lora-attention"]["trainable_parameters"] = 99_000
+    pruned, adapted = (row["test"] for row in verdict_rows(Results.from_json(value), "control"))
+    assert pruned.endswith(", experts of other layers")
+    assert adapted.endswith(", 12,345 against 99,000 trainable parameters")
+    runs["prune-random"]["experts"] = ["L1E0"]
+    assert verdict_rows(Results.from_json(value), "control")[0]["test"].endswith(", 2 against 1 expert")
+    assert "expert" not in verdict_rows(Results.from_json(value), "base")[0]["test"]
