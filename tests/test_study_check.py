@@ -84,8 +84,8 @@ max_new_tokens: 2048
         ),
         ("data_dir: .", "data_dir: . has no gsm8k_main_test.jsonl"),
         (
-            "{data_dir: pocket, tokens: 90000000}",
-            "corpus: pocket has [0-9]* tokens, .* under tokens 90000000; give tokens",
+            "{data_dir: pocket, corpus: MEDIUM}",
+            "line 1: corpus: .*medium.txt has [0-9]* tokens, .* under tokens 16384; give tokens [0-9]*",
         ),
         (
             "{data_dir: pocket, corpus: SHORT}",
@@ -101,7 +101,8 @@ max_new_tokens: 2048
 )
 def test_missing_data_are_told_before_any_work(fields: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short.")
-    fields = fields.replace("SHORT", str(tmp_path / "short.txt"))
+    (tmp_path / "medium.txt").write_text("The lamp is red. " * 800)
+    fields = fields.replace("SHORT", str(tmp_path / "short.txt")).replace("MEDIUM", str(tmp_path / "medium.txt"))
     (tmp_path / "s.yaml").write_text(
         json.dumps({"name": "x", "variants": ["base"], "tasks": ["gsm8k"]} | yaml.safe_load(fields))
     )

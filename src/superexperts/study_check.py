@@ -150,8 +150,8 @@ def _data(plan: Plan) -> Iterator[Look]:
 
 
 def _corpus(plan: Plan, name: str, column: str, field: str, quick: bool) -> None:
-    """Reads as much of a corpus on this machine as is asked for; the first text where the tokenizer is not here, or
-    where `quick` needs a few tokens only."""
+    """Reads as much of a corpus on this machine as is asked for; the first text where the tokenizer is not here, where
+    `quick` needs a few tokens only, and of `pocket`, which is made and not read, and that takes its time."""
     hub = named_corpus(name)
     named = hub is not None and hub.stem is not None
     if named and plan.data_dir == "pocket":
@@ -161,7 +161,7 @@ def _corpus(plan: Plan, name: str, column: str, field: str, quick: bool) -> None
         return
     try:
         texts = documents(name, column, data_dir)
-        folder = None if quick else _folder_here(plan)
+        folder = None if quick or name == "pocket" else _folder_here(plan)
         if folder is not None:
             tokenizer = load_tokenizer(CheckpointConfig(model=str(folder)))
             pack(texts, tokenizer, corpus=name, tokens=plan.tokens, seq_len=plan.seq_len)
