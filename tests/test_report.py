@@ -224,6 +224,34 @@ def test_long_and_many_answers_stay_small() -> None:
     assert all(text.endswith("<END") and " characters …]" in text for text in data["items"][0]["texts"])
 
 
+def test_twenty_thousand_long_answers_stay_under_the_limit(tmp_path: Path) -> None:
+    """And the page says what it leaves out, and where that is."""
+    names = ("base", "prune-super")
+    made = build(tmp_path, {name: TITLES[name] for name in names})
+    for name in names:
+        kept = made / "variants" / name
+        said = {"prompt": "Q" * 100, "gold": "B", "choices": [], "kind": "choice", "task": "mmlu", "variant": name}
+        how = {"extracted": "B", "how": "rule:label", "correct": name == "base"}
+        with (kept / "answers" / "mmlu.jsonl").open("w") as answers:
+            for i in range(20_000):
+                row = said | {"id": str(i), "seed": 0, "response": f"{name} {i} {'<' * 4_000} THE END"}
+                answers.write(json.dumps(row) + "\n")
+        rows = "".join(json.dumps(how | {"id": str(i)}) + "\n" for i in range(20_000))
+        (kept / "extractions" / "mmlu.jsonl").write_text(rows)
+    path = write_report(made)
+    assert path.stat().st_size < 5_000_000
+    soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+    section = soup.select_one("#answers")
+    assert section is not None
+    text = text_of(section)
+    assert "20,006 of 20,020 items are right for some runs and wrong for others; 66 of them are in this file" in text
+    assert "All answers are in the study's folder, in variants/RUN/answers" in text
+    data = json.loads(soup.select_one("#data").get_text())  # type: ignore[union-attr]
+    assert [(task["found"], task["shown"]) for task in data["tasks"]] == [(20_000, 60), (6, 6)]
+    assert data["items"][0]["texts"][0].startswith("base 0 <")
+    assert data["items"][0]["texts"][0].endswith("THE END")
+
+
 def test_errors_name_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no results\.json"):
         run(ReportConfig(folder=tmp_path))
@@ -327,7 +355,9 @@ def test_pictures_say_what_they_show(soup: BeautifulSoup) -> None:
     assert "layer 4 30% and 8%" in alts["picture-sinks"]
     assert "LoRA on super experts: 2 experts by 4% to 10%" in alts["picture-weights"]  # the mean of 2, 4 and 6%
     assert f"{RANDOM}: 2 experts silenced" in alts["picture-weights"]
-    assert "super experts, seed 2, from 2 to 0.5" in alts["picture-training"]
+    assert (
+        "super experts, seed 2, 2 over the first and 0.5 over the last tenth of the steps" in alts["picture-training"]
+    )
 
     def points(name: str) -> list[str]:
         spots = json.loads(soup.select_one(f"#picture-{name} .spots").get_text())  # type: ignore[union-attr]

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from superexperts import evaluate, pocket, study
+from superexperts import compare, pocket, study
 from superexperts.artifacts import Extraction
-from superexperts.cells import Cell, Worker, cells
+from superexperts.cells import Cell, cells
 from superexperts.cli import main
-from superexperts.config import EvaluateConfig
 from superexperts.config_study import StatusConfig, StudyConfig
+from superexperts.config_surgery import CompareConfig
 from superexperts.corpora import read_rows
 from superexperts.errors import DataError, OptionError, OutputError
 from superexperts.progress import run as status
@@ -297,34 +304,47 @@ def test_a_failed_cell_is_told_and_the_others_are_kept(plan: Path, tmp_path: Pat
     assert (row["state"], "changes no logit" in row["error"]) == ("failed", True)
 
 
-def test_variants_as_checkpoints_answer_as_they_do_in_a_shared_model(
-    finished: Path, plan: Path, tmp_path: Path
+def test_a_study_on_an_engine_gives_it_every_variant_as_a_checkpoint(
+    finished: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What engines get that know nothing of silent experts."""
-    text = plan.read_text(encoding="utf-8") + "evaluation: {engine: vllm}\n"
-    served = parse(text)
-    assert {cell.run for cell in cells(served) if cell.stage == "checkpoint"} == {run.name for run in served.runs[1:]}
-    (tmp_path / "variants" / "lora-super").mkdir(parents=True)
-    (tmp_path / "experts").symlink_to(finished / "experts")
-    (tmp_path / "variants" / "lora-super" / "train").symlink_to(finished / "variants" / "lora-super" / "train")
-    worker = Worker(served, tmp_path)
-    for name in ("prune-super", "lora-super"):
-        worker.work(Cell(stage="checkpoint", run=name))
-        evaluate.run(
-            EvaluateConfig(
-                model=str(tmp_path / "variants" / name / "model"),
-                tasks=",".join(TASKS),
-                limit=12,
-                max_new_tokens=32,
-                data_dir=plan.parent / "data",
-                variant=name,
-                out=tmp_path / name,
-            )
-        )
+    """A stand-in for the harness's vLLM, which knows of no silent experts or adapters and loads the folder that it
+    is given. A study that starts it on another folder, or writes a wrong one, has other answers than in one model."""
+    started: list[Path] = []
+
+    class Engine(HFLM):  # type: ignore[misc]  # the harness is untyped
+        def __init__(self, *, pretrained: str, dtype: str, seed: int, max_gen_toks: int, **more: Any) -> None:
+            started.append(Path(pretrained))
+            assert (dtype, seed, max_gen_toks) == ("auto", 0, 32)
+            model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(pretrained)
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=more["batch_size"])
+
+    module = types.ModuleType("vllm_causallms")
+    module.VLLM = Engine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", module)
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "vllm" or there(name))
+    # What needs no engine is there already.
+    names = ["base", "prune-super", "lora-super"]
+    for folder in ("profile", "experts", "variants/lora-super/train"):
+        shutil.copytree(finished / folder, tmp_path / "out" / folder)
+    text = re.sub("variants: .*", f"variants: [{', '.join(names)}]", plan.read_text(encoding="utf-8"))
+    (tmp_path / "served.yaml").write_text(text + "evaluation: {engine: vllm}\n")
+    study.run(StudyConfig(study=tmp_path / "served.yaml", out=tmp_path / "out"))
+
+    models = {name: tmp_path / "out" / "variants" / name / "model" for name in names[1:]}
+    assert started == [pocket.checkpoint_dir(), *models.values()]
+    for name in names:
         for task in TASKS:
-            files = [folder / "answers" / f"{task}.jsonl" for folder in (finished / "variants" / name, tmp_path / name)]
+            files = [
+                folder / "variants" / name / "answers" / f"{task}.jsonl" for folder in (finished, tmp_path / "out")
+            ]
             ours, theirs = ([row["response"] for _, row in read_rows(file, "answers")] for file in files)
-            assert ours == theirs
+            assert ours == theirs, (name, task)
+    for folder in models.values():
+        settings = CompareConfig(a="pocket", b=str(folder), expect_only=str(finished / "experts" / "super.json"))
+        assert compare.run(settings)["exit_code"] == 0
+        assert compare.run(CompareConfig(a="pocket", b=str(folder), expect_identical=True))["exit_code"] == 1
 
 
 def test_a_dry_run_counts_and_writes_nothing(finished: Path, plan: Path, tmp_path: Path, capsys: Any) -> None:

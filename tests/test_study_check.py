@@ -18,9 +18,15 @@ from superexperts.errors import DataError, UserError
 from superexperts.study_file import parse
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting for a Hub that is not there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def test_missing_files_are_named_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("{name: x, data_dir: pocket, train_data: nowhere.json}")
-    with pytest.raises(DataError, match="STUDY train_data: 'nowhere.json' is missing"):
+    with pytest.raises(DataError, match=r"s.yaml: line 1: train_data: 'nowhere.json' is missing"):
         study.run(StudyConfig(study=tmp_path / "s.yaml", out=tmp_path / "out"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "s.yaml"]
 
@@ -37,25 +43,32 @@ corpus: [nonsense, {tmp_path / "blank.txt"}, c4]
 tasks: [mmlu, vmlu]
 train_data: {tmp_path / "rows.json"}
 training: {{eval_data: nowhere.json}}
-experts: {{mine: L2E999}}
-variants: [base, prune-mine, lora-super]
+experts: {{mine: L2E999, many: {{rule: routed, count: 9999}}}}
+variants: [base, prune-mine, lora-super: {{load_in_4bit: true}}]
 evaluation: {{engine: vllm}}
+extraction: {{judge: no/judge}}
+max_new_tokens: 2048
 """)
     expected = [
-        "STUDY train_data: .* row 1 has no 'answer'",
-        "STUDY training.eval_data: 'nowhere.json' is missing",
-        "--tasks: vmlu is not on the Hub",
-        "STUDY corpus: 'nonsense' is neither a file nor one of",
-        "STUDY corpus: .*blank.txt is empty",
-        "STUDY experts.mine: L2E999 is not in the model",
-        "--device: 'cuda:99' is not on this machine",
-        "STUDY evaluation.engine: 'vllm' needs the package vllm",
+        "line 5: train_data: .* row 1 has no 'answer'",
+        "line 6: training.eval_data: 'nowhere.json' is missing",
+        "line 4: tasks: vmlu is not on the Hub",
+        "line 3: corpus: 'nonsense' is neither a file nor one of",
+        "line 3: corpus: .*blank.txt is empty",
+        "line 11: max_new_tokens: 2048 is over the model's context; give at most 2047",
+        "line 7: experts.mine: L2E999 is not in the model",
+        "line 7: experts.many.count: 9999 of 288 routed experts",
+        "device: 'cuda:99' is not on this machine",
+        "line 9: evaluation.engine: 'vllm' needs the package vllm",
+        "line 8: load_in_4bit: bitsandbytes is not installed",
+        "line 10: extraction.judge: 'no/judge' is neither a folder nor",
     ]
     for dry_run in (False, True):
         with pytest.raises(DataError) as error:
             study.run(StudyConfig(study=file, out=tmp_path / "out", device="cuda:99", dry_run=dry_run))
         first, *told = str(error.value).splitlines()
-        assert first == f"STUDY: {len(expected)} errors; nothing was run"
+        assert first == f"{file}: {len(expected)} errors; nothing was run"
+        assert len(told) == len(expected), told
         assert all(re.match(f"  {said}", line) for said, line in zip(expected, told, strict=True)), told
         assert not (tmp_path / "out").exists()
 
@@ -63,17 +76,33 @@ evaluation: {{engine: vllm}}
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ("data_dir: nowhere", "STUDY data_dir: 'nowhere' is missing"),
-        ("model: nowhere/none", "MODEL: 'nowhere/none' is neither a folder nor"),
+        ("data_dir: nowhere", "line 1: data_dir: 'nowhere' is missing"),
+        ("model: nowhere/none", "line 1: model: 'nowhere/none' is neither a folder nor"),
         (
             "{data_dir: pocket, evaluation: {perplexity: nonsense}}",
-            "STUDY perplexity: 'nonsense' is neither a file nor",
+            "line 1: perplexity: 'nonsense' is neither a file nor",
         ),
-        ("data_dir: .", "--data-dir: . has no gsm8k_main_test.jsonl"),
-        ("{data_dir: pocket, corpus: c4}", "STUDY corpus: data_dir pocket has no 'c4'"),
+        ("data_dir: .", "data_dir: . has no gsm8k_main_test.jsonl"),
+        (
+            "{data_dir: pocket, corpus: MEDIUM}",
+            "line 1: corpus: .*medium.txt has [0-9]* tokens, .* under tokens 16384; give tokens [0-9]*",
+        ),
+        (
+            "{data_dir: pocket, corpus: SHORT}",
+            "line 1: corpus: .*short.txt has .* tokens, under one sequence; give seq_len",
+        ),
+        ("{data_dir: pocket, seq_len: 4096}", "line 1: seq_len: 4096 is over the model's context; give at most 2048"),
+        (
+            '{data_dir: pocket, extraction: {judge: x, judge_base_url: "http://127.0.0.1:1/v1"}}',
+            "line 1: extraction.judge_base_url: .* cannot be reached .ConnectionRefusedError.; start the server",
+        ),
+        ("{data_dir: pocket, corpus: c4}", "line 1: corpus: data_dir pocket has no 'c4'"),
     ],
 )
 def test_missing_data_are_told_before_any_work(fields: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "medium.txt").write_text("The lamp is red. " * 800)
+    fields = fields.replace("SHORT", str(tmp_path / "short.txt")).replace("MEDIUM", str(tmp_path / "medium.txt"))
     (tmp_path / "s.yaml").write_text(
         json.dumps({"name": "x", "variants": ["base"], "tasks": ["gsm8k"]} | yaml.safe_load(fields))
     )

@@ -44,19 +44,19 @@ name: y
     assert first == f"s.yaml: {len(told)} errors; nothing was run"
     expected = [
         (2, "tokens: 'many' is not a whole number"),
-        (3, "--depth: 2.0 is out of range"),
+        (3, "depth: 2.0 is out of range"),
         (4, "'colour' is no field of a study; choose from corpus, data_dir, depth"),
-        (5, "--tasks: 'nope' is unknown"),
-        (9, "--count: -3 is not positive"),
+        (5, "tasks: 'nope' is unknown"),
+        (9, "count: -3 is not positive"),
         (10, "'rul' is no option of experts.bad"),
         (11, "worse: 'L1' is neither a file nor like"),
         (14, "seeds: nothing in prune-super is random; leave it out"),
-        (15, "--r: -1 is not positive"),
+        (15, "r: -1 is not positive"),
         (16, "variants: 'nope' is unknown; choose from base, lora-attention"),
         (18, "training.r: [1] is not a whole number"),
         (19, "'seed' is set by the study itself, not in training"),
         (20, "'device' is set by the study itself, not in evaluation"),
-        (20, "--batch-size: 0 is not positive"),
+        (20, "batch_size: 0 is not positive"),
         (20, "engine: a server has one model, a study has many"),
         (21, "'name' stands here twice; keep one"),
     ]
@@ -79,7 +79,7 @@ name: y
         ("{name: x, data_dir: pocket, tasks: []}", "tasks: [] is no list of names"),
         ("{name: x, data_dir: pocket, tasks: [mmlu, mmlu]}", "names one twice"),
         ("{name: x, data_dir: pocket, tokens: 1.5}", "tokens: 1.5 is not a whole number"),
-        ("{name: x, data_dir: pocket, tokens: 100, seq_len: 200}", "--tokens: 100 is under one sequence of 200"),
+        ("{name: x, data_dir: pocket, tokens: 100, seq_len: 200}", "tokens: 100 is under one sequence of 200"),
         ("{name: x, data_dir: pocket, training: 3}", "training: 3 is no mapping of options"),
         ("{name: x, data_dir: pocket, training: {prompt: loud}}", "prompt: 'loud' is unknown; choose from plain, chat"),
         ("{name: x, data_dir: pocket, variants: [prune-super]}", "the first one is not base"),
@@ -89,14 +89,19 @@ name: y
         ("{name: x, data_dir: pocket, variants: [base, prune-attention]}", "'prune-attention' is unknown"),
         ("{name: x, data_dir: pocket, experts: {A-b: L1E1}}", "'A-b' is no name for a set"),
         ("{name: x, data_dir: pocket, experts: {a: {rule: gate, like: random}}}", "'random' follows another set"),
+        ("{name: x, data_dir: pocket, experts: {super: L1E1}}", "every study has a set 'super', of rule super"),
+        (
+            "{name: x, data_dir: pocket, experts: {random: {rule: gate}}}",
+            "every study has a set 'random', of rule rand",
+        ),
         (
             "{name: x, data_dir: pocket, profile: {sinks: true, stream: true}}",
-            "--sinks: True needs the model in memory",
+            "sinks: True needs the model in memory",
         ),
-        ("{name: x, data_dir: pocket, extraction: {judge_scope: all}}", "--judge-scope: 'all' needs a judge"),
+        ("{name: x, data_dir: pocket, extraction: {judge_scope: all}}", "judge_scope: 'all' needs a judge"),
         (
             "{name: x, data_dir: pocket, evaluation: {engine: vllm, perplexity: c4}}",
-            "--perplexity: 'c4' needs --engine",
+            "perplexity: 'c4' needs engine",
         ),
     ],
 )
@@ -164,3 +169,19 @@ def test_shipped_studies_are_right(file: Path) -> None:
     if plan.model != "pocket":
         assert plan.revision is not None
         assert len(plan.revision) == 40
+
+
+def test_an_error_that_two_commands_find_is_told_once() -> None:
+    with pytest.raises(OptionError) as error:
+        parse(
+            "{name: x, data_dir: pocket,\n seq_len: 0,\n training: {r: -1},\n variants: [base, lora-super: {alpha: 3}]}"
+        )
+    told = str(error.value).splitlines()[1:]
+    assert told == [
+        "  line 2: seq_len: 0 is too short; give at least 2",
+        "  line 3: r: -1 is not positive; give more than 0",
+    ]
+
+
+def test_a_known_set_may_have_options_of_its_rule() -> None:
+    assert parse("{name: x, data_dir: pocket, experts: {super: {ratio: 5}}}").experts["super"]["ratio"] == 5

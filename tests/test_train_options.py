@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -78,13 +79,15 @@ def test_a_killed_run_goes_on_to_the_same_adapter(
     step: int, moment: str, from_step: int | None,
 ) -> None:  # fmt: skip
     (tmp_path / "rows.json").write_text(json.dumps(EIGHT), encoding="utf-8")
-    killed = tmp_path / "killed"
+    killed, scratch = tmp_path / "killed", tmp_path / "scratch"
+    scratch.mkdir()
     command = arguments(checkpoints["deepseek_v2"], tmp_path / "rows.json", killed)
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(step), moment, *command],
-        capture_output=True, text=True, check=False,
+        env={**os.environ, "TMPDIR": str(scratch)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not list(scratch.iterdir())  # what nobody would clear away
     assert not killed.exists()
     assert (tmp_path / ".killed.checkpoints").is_dir()
     capsys.readouterr()
@@ -96,7 +99,7 @@ def test_a_killed_run_goes_on_to_the_same_adapter(
     assert one == two
     assert len(one["loss"]) == 9
     assert len(one["eval_loss"]) == 5
-    assert not list(tmp_path.glob(".*.checkpoints"))
+    assert not list(tmp_path.glob(".killed.*"))
 
 
 def test_checkpoints_of_other_settings_are_refused_and_left_alone(config: Any, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from study_folder import CORRECT, TITLES, results_json
+from superexperts.report_tables import verdict_rows
 from superexperts.results import Results
 from superexperts.stats import detectable, holm, mcnemar
+from superexperts.variants import title_of
 from superexperts.verdict import against_base, against_controls, format_p, headline
 
 
@@ -93,6 +95,7 @@ def with_rows(changes: dict[tuple[str, str], tuple[float, float]]) -> Results:
         key = (row["variant"], row["reference"])
         if key in changes and row["task"] is None:
             row["difference"], row["adjusted"] = changes[key]
+            row["detectable"] = 0.1
     return Results.from_json(value)
 
 
@@ -131,6 +134,56 @@ def test_sentences() -> None:
     value = results_json()
     for row in value["comparisons"]:
         row |= {"adjusted": 1.0, "detectable": 1.0}
-    assert "none would have been seen" in against_base(Results.from_json(value))[0].sentence
+    assert "with 60 items it would have seen no difference at all" in against_base(Results.from_json(value))[0].sentence
     tiny = against_base(with_rows({("prune-super", "base"): (-0.0004, 0.01)}))[0]
     assert tiny.words == "costs 0.040 points"
+
+
+def blinded(**changes: object) -> Results:
+    """The study made by hand, in which nothing over all items was detected."""
+    value = results_json()
+    for row in value["comparisons"]:
+        if row["task"] is None:
+            row |= {"difference": 0.004, "adjusted": 1.0, "detectable": 0.354} | changes
+    return Results.from_json(value)
+
+
+def test_a_study_that_could_have_seen_nothing_says_that_it_cannot_tell() -> None:
+    few = blinded(test="seeds", runs=[2, 1])
+    attention = TITLES["lora-attention"]
+    assert against_base(few)[0].sentence == (
+        "this study cannot tell: with 2 runs against 1 it would have seen only a difference over 35.4 points; "
+        "give more seeds"
+    )
+    assert headline(few)[:2] == [
+        "What pruning super experts and pruning random experts do, this study cannot tell: it has too few seeds.",
+        f"What LoRA on super experts and {attention} do, this study cannot tell: it has too few seeds; whether LoRA on "
+        f"super experts differs from {attention}, this study cannot tell.",
+    ]
+    assert "give more items" in against_controls(blinded())[0].sentence
+    assert "detect" not in " ".join(headline(blinded()))
+    seen = blinded(detectable=0.2)
+    assert headline(seen)[0] == "Pruning super experts or random experts makes no detectable difference."
+    assert against_base(seen)[0].sentence.startswith("no difference detected; differences over 20.0 points would")
+
+
+def test_a_set_of_the_users_is_called_a_set() -> None:
+    assert title_of("prune", "mine") == "prune set 'mine'"
+    assert title_of("lora", "busy") == "LoRA on set 'busy'"
+    assert title_of("lora", "attention") == "LoRA on attention"
+    assert title_of("prune", "routed") == "prune most routed experts"
+
+
+def test_what_a_control_was_not_given_alike_stands_beside_the_comparison() -> None:
+    value = results_json()
+    pruned, adapted = (row["test"] for row in verdict_rows(Results.from_json(value), "control"))
+    assert "against" not in pruned + adapted
+    runs = {row["name"]: row["runs"][0] for row in value["variants"]}
+    runs["prune-random"]["experts"] = ["L1E0", "L3E1"]
+    runs["lora-attention"]["trainable_parameters"] = 99_000
+    pruned, adapted = (row["test"] for row in verdict_rows(Results.from_json(value), "control"))
+    assert pruned.endswith(", experts of other layers")
+    assert adapted.endswith(", 12,345 against 99,000 trainable parameters")
+    runs["prune-random"]["experts"] = ["L1E0"]
+    assert verdict_rows(Results.from_json(value), "control")[0]["test"].endswith(", 2 against 1 expert")
+    assert "expert" not in verdict_rows(Results.from_json(value), "base")[0]["test"]

@@ -318,7 +318,9 @@ def _training(folder: Path, results: Results) -> Picture | None:
     if not curves:
         return None
     ends = "; ".join(
-        f"{curve.variant}, {curve.run}, from {curve.train[0][1]:.3g} to {curve.train[-1][1]:.3g}" for curve in curves
+        f"{curve.variant}, {curve.run}, {first:.3g} over the first and {last:.3g} over the last tenth of the steps"
+        for curve in curves
+        for first, last in [_tenths([loss for _, loss in curve.train])]
     )
     return Picture(
         name="training",
@@ -329,3 +331,9 @@ def _training(folder: Path, results: Results) -> Picture | None:
         "strong. Held-out rows, where there are some, are dashed.",
         draw=lambda paths, theme: plot_training(curves, paths, theme=theme),
     )
+
+
+def _tenths(losses: Sequence[float]) -> tuple[float, float]:
+    """Means over the first and the last tenth; a single step's loss is mostly its batch's."""
+    count = max(1, round(len(losses) / 10))
+    return statistics.fmean(losses[:count]), statistics.fmean(losses[-count:])

@@ -52,7 +52,7 @@ def verdict_rows(results: Results, family: str) -> list[dict[str, str]]:
             "effect": one.effect,
             "difference": signed_points(one.row.difference),
             "sentence": one.sentence,
-            "test": _how(one),
+            "test": _how(one) + (_unmatched(results, one) if family == "control" else ""),
             "perplexity": perplexity_change(results, one.name) if family == "base" else "",
         }
         for one in verdicts
@@ -63,6 +63,20 @@ def _how(verdict: Verdict) -> str:
     runs = verdict.row.runs
     said = format_p(verdict.p) if verdict.sure else f"95% interval {verdict.interval}, {format_p(verdict.p)}"
     return said if runs == (1, 1) else f"{said}, {runs[0]} against {_count(runs[1], 'run')}"
+
+
+def _unmatched(results: Results, verdict: Verdict) -> str:
+    """What a control was given that the variant was not, by their first runs; empty where the budgets are the same."""
+    one, other = (results.variant(name).runs[0] for name in (verdict.row.variant, verdict.row.reference))
+    said = ""
+    if one.experts is not None and other.experts is not None:
+        if len(one.experts) != len(other.experts):
+            said += f", {len(one.experts):,} against {_count(len(other.experts), 'expert')}"
+        elif _layers(one) != _layers(other):
+            said += ", experts of other layers"
+    if one.trainable_parameters != other.trainable_parameters:
+        said += f", {one.trainable_parameters or 0:,} against {other.trainable_parameters or 0:,} trainable parameters"
+    return said
 
 
 def perplexity_change(results: Results, name: str) -> str:

@@ -41,7 +41,7 @@ def run(config: StudyConfig) -> dict[str, Any]:
     started = time.monotonic()
     text, plan = read_study(config.study)
     out = config.out or Path("runs") / plan.name
-    check(plan, device=config.device, here=config.ray is None)
+    check(plan, text, str(config.study or "STUDY"), device=config.device, here=config.ray is None)
     if config.dry_run:
         return {"plan": estimate(plan, out, config), "out": str(out)}
     inputs = _inputs(plan)  # fetches the model, before there is a folder

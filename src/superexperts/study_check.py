@@ -1,63 +1,84 @@
-"""What a study file names, looked for before anything runs: files, rows, corpora, experts, device and engine.
+"""What a study file names, looked for before anything runs: files, rows, corpora, experts, device, engine and judge.
 
-`study_file` checks what can be told from the file alone; this looks at the machine. Nothing is fetched for it but a Hub
-model's config.json, and that only where the file names experts.
+`study_file` checks what can be told from the file alone; this looks at the machine. Nothing is fetched for it but
+config.json of models on the Hub.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from transformers import AutoConfig
 
 from .artifacts import ExpertSet
-from .corpora import documents, local_data, named_corpus
+from .corpora import documents, local_data, named_corpus, pack
 from .errors import DataError, ModelError, OptionError, UserError
-from .model import pick_device, structure_of
+from .model import checkpoint_folder, load_tokenizer, pick_device, structure_of
 from .moe import check_experts, find_banks
 from .options import CheckpointConfig
 from .pocket import checkpoint_dir
 from .sft_data import read_rows
-from .study_file import Plan
+from .study_file import Plan, as_fields, line_of
 from .tasks import load_benchmarks
 
 __all__ = ["check", "given_experts", "row_files", "settings_of_plan"]
 
-Look = Callable[[], Any]
+Place = tuple[str, ...]
+Look = tuple[Place, Callable[[], Any]]
+"""What may be wrong, and the field that it would be wrong in."""
 
 
-def check(plan: Plan, *, device: str = "auto", here: bool = True) -> None:
-    """`DataError` that tells everything that is missing or wrong, a line each.
+def check(plan: Plan, text: str = "", name: str = "STUDY", *, device: str = "auto", here: bool = True) -> None:
+    """`DataError` that tells everything that is missing or wrong, a line each, with the line of the file's `text`.
 
-    `here` says whether the cells run on this machine, so that it must have the device and the engine.
+    `name` is the file's. `here` says whether the cells run on this machine, so that it must have the device, the engine
+    and what else they need.
     """
     told = []
-    for look in _looks(plan, device, here):
+    for place, look in _looks(plan, device, here):
         try:
             look()
         except UserError as error:
-            told.append(str(error))
+            line = line_of(text, place)
+            told.append((f"line {line}: " if line else "") + as_fields(str(error).removeprefix("STUDY ")))
     told = list(dict.fromkeys(told))
     if len(told) == 1:
-        raise DataError(told[0])
+        raise DataError(f"{name}: {told[0]}")
     if told:
-        raise DataError(f"STUDY: {len(told)} errors; nothing was run\n" + "\n".join(f"  {line}" for line in told))
+        raise DataError(f"{name}: {len(told)} errors; nothing was run\n" + "\n".join(f"  {line}" for line in told))
 
 
 def _looks(plan: Plan, device: str, here: bool) -> Iterator[Look]:
-    yield from (partial(_rows, option, file) for option, file in row_files(plan))
+    for option, file in row_files(plan):
+        yield tuple(option.split(".")), partial(_rows, option, file)
     if plan.data_dir is not None and plan.data_dir != "pocket" and not Path(plan.data_dir).is_dir():
-        yield partial(_folder, plan.data_dir)
+        yield ("data_dir",), partial(_folder, plan.data_dir)
     else:
         yield from _data(plan)
-    yield partial(_experts, plan)
+    try:
+        settings = settings_of_plan(plan)
+    except ModelError as error:
+        yield ("model",), partial(_raise, error)
+    else:
+        context = getattr(settings.get_text_config(), "max_position_embeddings", None)
+        if context is not None:  # a state-space model has no limit
+            yield ("seq_len",), partial(_fits, "seq_len", plan.seq_len, context)
+            yield ("max_new_tokens",), partial(_fits, "max_new_tokens", plan.max_new_tokens, context - 1)
+        yield from _experts(plan, settings)
     if here:
-        yield partial(pick_device, device)
-        yield partial(_engine, plan)
+        yield ("device",), partial(pick_device, device)
+        yield ("evaluation", "engine"), partial(_engine, plan)
+        for run in plan.runs:
+            if run.kind == "lora" and plan.training_of(run).get("load_in_4bit"):
+                own = "load_in_4bit" in plan.variant(run.variant).training
+                yield ("variants", run.variant) if own else ("training", "load_in_4bit"), _four_bits
+        yield from _judge(plan)
 
 
 def row_files(plan: Plan) -> list[tuple[str, Path]]:
@@ -81,14 +102,22 @@ def given_experts(plan: Plan) -> dict[str, ExpertSet]:
 
 def settings_of_plan(plan: Plan) -> Any:
     """The configuration of the study's model; of a Hub model only config.json is fetched."""
-    where = str(checkpoint_dir()) if plan.model == "pocket" else plan.model
+    return _settings(plan.model, plan.revision, "model")
+
+
+def _settings(model: str, revision: str | None, field: str) -> Any:
+    where = str(checkpoint_dir()) if model == "pocket" else model
     try:
-        return AutoConfig.from_pretrained(where, revision=plan.revision)
+        return AutoConfig.from_pretrained(where, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"STUDY model: {plan.model!r} is neither a folder nor a model that the Hub gives ({type(error).__name__}); "
+            f"STUDY {field}: {model!r} is neither a folder nor a model that the Hub gives ({type(error).__name__}); "
             "check the name and the network, or use `pocket`"
         ) from error
+
+
+def _raise(error: UserError) -> None:
+    raise error
 
 
 def _rows(option: str, file: Path) -> None:
@@ -106,15 +135,23 @@ def _data(plan: Plan) -> Iterator[Look]:
     if plan.data_dir != "pocket":
         # From the Hub nothing is read here; it has all of them but VMLU.
         local = local_data(data_dir) is not None
-        yield from (partial(load_benchmarks, [task], data_dir) for task in plan.tasks if local or task == "vmlu")
+        for task in plan.tasks:
+            if local or task == "vmlu":
+                yield ("tasks",), partial(load_benchmarks, [task], data_dir)
+    quick = bool(plan.profile.get("quick"))
     for name in plan.corpus:
-        yield partial(_corpus, plan, name, plan.profile.get("column") or "text", "corpus")
-    if plan.perplexity is not None and (plan.perplexity not in plan.corpus or "column" in plan.profile):
-        yield partial(_corpus, plan, plan.perplexity, "text", "perplexity")
+        yield ("corpus",), partial(_corpus, plan, name, plan.profile.get("column") or "text", "corpus", quick)
+    if plan.perplexity is not None and (plan.perplexity not in plan.corpus or "column" in plan.profile or quick):
+        field = "perplexity" if "perplexity" in plan.evaluation else "corpus"
+        yield (
+            ("evaluation", field) if field == "perplexity" else (field,),
+            partial(_corpus, plan, plan.perplexity, "text", field, False),
+        )
 
 
-def _corpus(plan: Plan, name: str, column: str, field: str) -> None:
-    """Reads the first text of a corpus on this machine."""
+def _corpus(plan: Plan, name: str, column: str, field: str, quick: bool) -> None:
+    """Reads as much of a corpus on this machine as is asked for; the first text where the tokenizer is not here, where
+    `quick` needs a few tokens only, and of `pocket`, which is made and not read, and that takes its time."""
     hub = named_corpus(name)
     named = hub is not None and hub.stem is not None
     if named and plan.data_dir == "pocket":
@@ -123,20 +160,45 @@ def _corpus(plan: Plan, name: str, column: str, field: str) -> None:
     if hub is not None and (data_dir is None if named else not Path(name).is_file()):
         return
     try:
-        empty = next(documents(name, column, data_dir), None) is None
+        texts = documents(name, column, data_dir)
+        folder = None if quick or name == "pocket" else _folder_here(plan)
+        if folder is not None:
+            tokenizer = load_tokenizer(CheckpointConfig(model=str(folder)))
+            pack(texts, tokenizer, corpus=name, tokens=plan.tokens, seq_len=plan.seq_len)
+        elif next(texts, None) is None:
+            raise DataError(f"{name} is empty, it has no text; give another")
     except DataError as error:
         raise DataError(f"STUDY {field}: {str(error).removeprefix('--corpus: ')}") from error
-    if empty:
-        raise DataError(f"STUDY {field}: {name} is empty, it has no text; give another")
 
 
-def _experts(plan: Plan) -> None:
+def _folder_here(plan: Plan) -> Path | None:
+    """The model's folder, if it is on this machine."""
+    try:
+        return checkpoint_folder(plan.model, plan.revision, fetch=False)
+    except ModelError:
+        return None
+
+
+def _fits(field: str, length: int, most: int) -> None:
+    if length > most:
+        raise OptionError(f"STUDY {field}: {length} is over the model's context; give at most {most}")
+
+
+def _experts(plan: Plan, settings: Any) -> Iterator[Look]:
     given = given_experts(plan)
-    if not given:
+    counts = {name: options["count"] for name, options in plan.experts.items() if options.get("count") is not None}
+    if not given and not counts:
         return
-    banks = find_banks(structure_of(settings_of_plan(plan), CheckpointConfig()))
+    banks = find_banks(structure_of(settings, CheckpointConfig()))
     for name, experts in given.items():
-        check_experts(banks, experts.experts, f"STUDY experts.{name}")
+        yield ("experts", name), partial(check_experts, banks, experts.experts, f"STUDY experts.{name}")
+    for name, count in counts.items():
+        yield ("experts", name, "count"), partial(_enough, name, count, sum(bank.num_experts for bank in banks))
+
+
+def _enough(name: str, count: int, most: int) -> None:
+    if count > most:
+        raise OptionError(f"STUDY experts.{name}.count: {count} of {most:,} routed experts; ask for fewer")
 
 
 def _engine(plan: Plan) -> None:
@@ -146,3 +208,31 @@ def _engine(plan: Plan) -> None:
             f"STUDY evaluation.engine: {engine!r} needs the package {engine}, which is not installed; pip install "
             f"{engine}, or use hf"
         )
+
+
+def _four_bits() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise OptionError("STUDY load_in_4bit: bitsandbytes is not installed; run pip install superexperts[4bit]")
+
+
+def _judge(plan: Plan) -> Iterator[Look]:
+    judge, url = plan.extraction.get("judge", "off"), plan.extraction.get("judge_base_url")
+    if judge == "off":
+        return
+    if url is not None:
+        yield ("extraction", "judge_base_url"), partial(_answers, url)
+    else:
+        yield ("extraction", "judge"), partial(_settings, judge, None, "extraction.judge")
+
+
+def _answers(url: str) -> None:
+    """Whether something listens there; what it is is seen with the first answer."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"STUDY extraction.judge_base_url: {url!r} cannot be reached ({type(error).__name__}); start the server or "
+            "check the URL"
+        ) from error

@@ -17,7 +17,7 @@ from .errors import DataError, ExpertsError, OptionError
 from .options import typed
 from .variants import DEFAULT_SETS, DEFAULT_VARIANTS, Kind, Run
 
-__all__ = ["Plan", "VariantPlan", "expert_files", "parse"]
+__all__ = ["Plan", "VariantPlan", "as_fields", "expert_files", "line_of", "parse"]
 
 PER_RUN = {"out", "json", "device", "trust_remote_code"}
 """Options that belong to where a study is run, not to what it is."""
@@ -129,6 +129,25 @@ def parse(text: str, name: str = "STUDY") -> Plan:
     return _Reader(text, name).plan()
 
 
+def line_of(text: str, place: Path_) -> int | None:
+    """The line of a field in a study file that `parse` takes; None where its first name does not stand there.
+
+    Of a variant the second name is its own, not its number.
+    """
+    lines = _Reader(text, "").lines
+    if place[:1] == ("variants",):
+        found = next((path for path in lines if path[0:1] == place[:1] and path[2:3] == place[1:2]), place[:1])
+        place = (*found[:3], *place[2:])
+    while place and place not in lines:
+        place = place[:-1]
+    return lines[place] if place else None
+
+
+def as_fields(text: str) -> str:
+    """What a command says of its options, of the fields that a study file has for them: `--max-length` and so on."""
+    return re.sub(r"--([a-z][a-z0-9-]*)", lambda option: option[1].replace("-", "_"), text)
+
+
 class _Reader:
     def __init__(self, text: str, name: str) -> None:
         self.name = name
@@ -171,7 +190,9 @@ class _Reader:
     def _error(self, path: Path_, text: str, line: int | None = None) -> None:
         while path not in self.lines:
             path = path[:-1]
-        self.errors.append((line or self.lines[path], text))
+        found = (line or self.lines[path], as_fields(text))
+        if found not in self.errors:  # two commands share an option
+            self.errors.append(found)
 
     def _stop(self) -> NoReturn:
         lines = [f"line {line}: {text}" for line, text in sorted(self.errors)]
@@ -263,6 +284,9 @@ class _Reader:
                 sets[name] = {"experts": options}
             else:
                 sets[name] = self._options(path, options, SelectConfig, {"profile", "seed", "depth"})
+            rule = DEFAULT_SETS.get(name, {}).get("rule")
+            if rule is not None and ("experts" in sets[name] or sets[name].get("rule", "super") != rule):
+                self._error(path, f"experts: every study has a set {name!r}, of rule {rule}; give yours another name")
         for name, options in sets.items():
             self._select(("experts", name), options, sets)
         return sets
@@ -352,8 +376,8 @@ class _Reader:
         for i, variant in enumerate(read["variants"]):
             if variant.training:
                 options = {**read["training"], **variant.training}
-                places = dict.fromkeys(options, ("variants", i, variant.name))
-                self._together(TrainConfig, rows, options, places)
+                own: dict[str, Path_] = dict.fromkeys(variant.training, ("variants", i, variant.name))
+                self._together(TrainConfig, rows, options, dict.fromkeys(options, ("training",)) | own)
         if read["evaluation"].get("engine") == "api":
             self._error(
                 ("evaluation", "engine"), "engine: a server has one model, a study has many; use hf, vllm or sglang"

@@ -87,8 +87,9 @@ def train(
         note(f"train: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "training.json", "training")}
     work = checkpoints_of(config.out)
-    with _written(config.out) as temporary, tempfile.TemporaryDirectory(prefix="superexperts-") as folder_of_weights:
-        scratch = Path(folder_of_weights)
+    # Within the temporary folder, so that what a killed training left goes with it.
+    with _written(config.out) as temporary, tempfile.TemporaryDirectory(prefix="weights-", dir=temporary) as weights:
+        scratch = Path(weights)
         tokenizer = tokenizer or load_tokenizer(config)
         examples, held_out = _examples(config, tokenizer)
         model = load() if load else load_to_train(config, lambda empty: _attach(empty, chosen, config), scratch)

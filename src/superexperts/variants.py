@@ -60,5 +60,5 @@ def title_of(kind: Kind, target: str | None) -> str:
     """How the table calls a variant, such as `prune super experts`."""
     if kind == "base" or target is None:
         return "baseline"
-    what = SETS.get(target, target)
+    what = "attention" if target == "attention" else SETS.get(target, f"set '{target}'")
     return f"prune {what}" if kind == "prune" else f"LoRA on {what}"

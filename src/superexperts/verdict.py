@@ -9,6 +9,9 @@ from .results import Comparison, Results, signed_points
 
 __all__ = ["Verdict", "against_base", "against_controls", "format_p", "headline", "verdict"]
 
+BLIND = 0.2
+"""A test that detects nothing and would have seen only differences over this says nothing at all."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -42,8 +45,18 @@ class Verdict:
         return "none" if not self.sure else "down" if self.row.difference < 0 else "up"
 
     @property
+    def blind(self) -> bool:
+        """Whether nothing was detected, and no difference that one expects would have been."""
+        return not self.sure and self.row.detectable > BLIND
+
+    @property
+    def lacks(self) -> str:
+        """What there are too few of where the test is blind: seeds or items."""
+        return "seeds" if self.row.test == "seeds" else "items"
+
+    @property
     def words(self) -> str:
-        """The conclusion as a predicate of the variant, such as `costs 12.3 points`."""
+        """The conclusion as a predicate of the variant, such as `costs 12.3 points`; for a test that is not blind."""
         if self.sure:
             return f"{'costs' if self.row.difference < 0 else 'gains'} {_points(self.row.difference)} points"
         return "makes no detectable difference"
@@ -64,8 +77,12 @@ class Verdict:
         if self.sure:
             side = "lower" if self.row.difference < 0 else "higher"
             said = f"{_points(self.row.difference)} points {side}, {self.interval}"
-        elif self.row.detectable >= 0.995:
-            said = "no difference detected; with so few items and seeds none would have been seen"
+        elif self.blind:
+            runs = f"{max(self.row.runs)} runs against {min(self.row.runs)}"
+            given = runs if self.lacks == "seeds" else f"{self.row.n:,} items"
+            none = self.row.detectable >= 0.995
+            seen = "no difference at all" if none else f"only a difference over {self.detectable} points"
+            said = f"this study cannot tell: with {given} it would have seen {seen}; give more {self.lacks}"
         else:
             said = f"no difference detected; differences over {self.detectable} points would have been seen"
         return f"{said}; {self.seeds}" if self.seeds else said
@@ -103,7 +120,10 @@ def headline(results: Results) -> list[str]:
     sentences = []
     pruned = [found[variant.name] for variant in results.others if variant.kind == "prune"]
     if pruned:
-        said = [f"{_subject(one.title)} {one.words}" for one in pruned]
+        quiet = [one.title.removeprefix("prune ") for one in pruned if not one.sure and not one.blind]
+        said = [f"{_subject(one.title)} {one.words}" for one in pruned if one.sure]
+        said += [f"pruning {_listed(quiet, 'or')} makes no detectable difference"] if quiet else []
+        said += _untold(pruned)
         names = {one.name for one in pruned}
         sentences.append("; ".join([*said, *_unsaid(found, [one for one in direct if one.name in names])]))
     adapted = [found[variant.name] for variant in results.others if variant.kind == "lora"]
@@ -130,22 +150,39 @@ def _unsaid(found: Mapping[str, Verdict], direct: Sequence[Verdict]) -> list[str
             )
         elif not one.sure and own.effect != other.effect:
             names = f"{_subject(one.title)} and {_subject(one.reference)}"
-            said.append(f"compared directly, no difference between {names} is detected")
+            nothing = (
+                f"this study cannot tell whether {names} differ"
+                if one.blind
+                else f"no difference between {names} is detected"
+            )
+            said.append(f"compared directly, {nothing}")
+    return said
+
+
+def _untold(verdicts: Sequence[Verdict]) -> list[str]:
+    """A clause for the variants of which the tests against base say nothing, by what there are too few of."""
+    said = []
+    for few in ("seeds", "items"):
+        titles = [_subject(one.title) for one in verdicts if one.blind and one.lacks == few]
+        if titles:
+            does = "does" if len(titles) == 1 else "do"
+            said.append(f"what {_listed(titles)} {does}, this study cannot tell: it has too few {few}")
     return said
 
 
 def _on_adapters(adapted: Sequence[Verdict], direct: Sequence[Verdict]) -> str:
     effects = {one.effect for one in adapted}
-    if effects == {"none"}:
+    if effects == {"none"} and not any(one.blind for one in adapted):
         start = "no LoRA variant differs detectably from the base model"
-    elif len(effects) == 1 and len(adapted) > 1:
+    elif len(effects) == 1 and len(adapted) > 1 and "none" not in effects:
         points = sorted(abs(one.row.difference) for one in adapted)
         low, high = _points(points[0]), _points(points[-1])
         size = low if low == high else f"{low} to {high}"
         start = f"LoRA {'gains' if effects == {'up'} else 'costs'} {size} points"
     else:
-        quiet = [one.title for one in adapted if not one.sure]
+        quiet = [one.title for one in adapted if not one.sure and not one.blind]
         said = [f"{_listed(quiet)} {'makes' if len(quiet) == 1 else 'make'} no detectable difference"] if quiet else []
+        said += _untold(adapted)
         said += [f"{one.title} {one.words}" for one in adapted if one.sure]
         start = "; ".join(said)
     ends = []
@@ -156,11 +193,14 @@ def _on_adapters(adapted: Sequence[Verdict], direct: Sequence[Verdict]) -> str:
             for one in own
             if one.sure
         ]
-        quiet = [one.reference for one in own if not one.sure]
+        quiet = [one.reference for one in own if not one.sure and not one.blind]
+        blind = [one.reference for one in own if one.blind]
         if sure:
             ends.append(f"{title} is {_listed(sure)}")
         if quiet:
             ends.append(f"no difference between {title} and {_listed(quiet, 'or')} is detected")
+        if blind:
+            ends.append(f"whether {title} differs from {_listed(blind, 'or')}, this study cannot tell")
     return "; ".join([start, *ends])
 
 

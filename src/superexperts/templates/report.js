@@ -127,7 +127,9 @@ for (const plot of document.querySelectorAll(".plot")) {
     parent.append(element);
   };
   option(task, "", "all");
-  for (const { name, title, shown: n } of tasks) option(task, name, `${title} (${n})`);
+  for (const { name, title, shown: n, found: all } of tasks) {
+    option(task, name, `${title} (${n}${n < all ? ` of ${all}` : ""})`);
+  }
   const base = variants.findIndex((one) => one.base);
   option(variant, "", "any");
   variants.forEach((one, index) => {
