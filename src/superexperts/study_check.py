@@ -19,12 +19,13 @@ from transformers import AutoConfig
 from .artifacts import ExpertSet
 from .corpora import documents, local_data, named_corpus, pack
 from .errors import DataError, ModelError, OptionError, UserError
+from .lined_yaml import as_fields
 from .model import checkpoint_folder, load_tokenizer, pick_device, structure_of
 from .moe import check_experts, find_banks
 from .options import CheckpointConfig
 from .pocket import checkpoint_dir
 from .sft_data import read_rows
-from .study_file import Plan, as_fields, line_of
+from .study_file import Plan, line_of
 from .tasks import load_benchmarks
 
 __all__ = ["check", "given_experts", "row_files", "settings_of_plan"]

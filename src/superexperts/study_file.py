@@ -6,18 +6,17 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, cast, get_type_hints
-
-import yaml
+from typing import Any, cast, get_type_hints
 
 from .artifacts import ExpertSet
 from .config import TASKS, EvaluateConfig, ExtractConfig, ProfileConfig, SelectConfig
 from .config_train import TrainConfig
 from .errors import DataError, ExpertsError, OptionError
+from .lined_yaml import LinedYaml, Place
 from .options import typed
 from .variants import DEFAULT_SETS, DEFAULT_VARIANTS, Kind, Run
 
-__all__ = ["Plan", "VariantPlan", "as_fields", "expert_files", "line_of", "parse"]
+__all__ = ["Plan", "VariantPlan", "expert_files", "line_of", "parse"]
 
 PER_RUN = {"out", "json", "device", "trust_remote_code"}
 """Options that belong to where a study is run, not to what it is."""
@@ -36,8 +35,6 @@ SECTIONS: dict[str, tuple[type, set[str]]] = {
 """Fields that hold options of a command, and those of its options that a study sets itself."""
 FLAT = {"profile": ("tokens", "seq_len", "depth"), "evaluation": ("tokens", "seq_len", "limit", "max_new_tokens")}
 """Options that stand in the file by themselves: one always looks for them, or two commands share them."""
-
-Path_ = tuple[str | int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +126,7 @@ def parse(text: str, name: str = "STUDY") -> Plan:
     return _Reader(text, name).plan()
 
 
-def line_of(text: str, place: Path_) -> int | None:
+def line_of(text: str, place: Place) -> int | None:
     """The line of a field in a study file that `parse` takes; None where its first name does not stand there.
 
     Of a variant the second name is its own, not its number.
@@ -143,80 +140,24 @@ def line_of(text: str, place: Path_) -> int | None:
     return lines[place] if place else None
 
 
-def as_fields(text: str) -> str:
-    """What a command says of its options, of the fields that a study file has for them: `--max-length` and so on."""
-    return re.sub(r"--([a-z][a-z0-9-]*)", lambda option: option[1].replace("-", "_"), text)
-
-
-class _Reader:
-    def __init__(self, text: str, name: str) -> None:
-        self.name = name
-        self.errors: list[tuple[int, str]] = []
-        self.lines: dict[Path_, int] = {(): 1}
-        try:
-            loader = yaml.SafeLoader(text)
-            node = loader.get_single_node()
-            self.value: Any = None if node is None else self._value(loader, node, ())
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            self._error((), f"not valid YAML ({' '.join(str(error).split())}); repair the file", mark and mark.line + 1)
-            self._stop()
-        except RecursionError:
-            self._error((), "an alias holds itself; write the values out")
-            self._stop()
-
-    # ---- YAML with lines ----
-
-    def _value(self, loader: yaml.SafeLoader, node: yaml.Node, path: Path_) -> Any:
-        self.lines.setdefault(path, node.start_mark.line + 1)
-        if isinstance(node, yaml.SequenceNode):
-            return [self._value(loader, item, (*path, i)) for i, item in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode):
-            return loader.construct_object(node, deep=True)
-        loader.flatten_mapping(node)
-        found: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            here = (*path, key if isinstance(key, str) else str(key))
-            if not isinstance(key, str):
-                self._error(here, f"{key!r} is no name; put it in quotes", key_node.start_mark.line + 1)
-            elif key in found:
-                self._error(here, f"{key!r} stands here twice; keep one", key_node.start_mark.line + 1)
-            else:
-                self.lines[here] = key_node.start_mark.line + 1
-                found[key] = self._value(loader, value_node, here)
-        return found
-
-    def _error(self, path: Path_, text: str, line: int | None = None) -> None:
-        while path not in self.lines:
-            path = path[:-1]
-        found = (line or self.lines[path], as_fields(text))
-        if found not in self.errors:  # two commands share an option
-            self.errors.append(found)
-
-    def _stop(self) -> NoReturn:
-        lines = [f"line {line}: {text}" for line, text in sorted(self.errors)]
-        if len(lines) == 1:
-            raise OptionError(f"{self.name}: {lines[0]}")
-        raise OptionError(f"{self.name}: {len(lines)} errors; nothing was run\n" + "\n".join(f"  {x}" for x in lines))
-
+class _Reader(LinedYaml):
     # ---- fields ----
 
     def plan(self) -> Plan:
         fields = {field.name for field in dataclasses.fields(Plan)} | {"seeds"}
         if not isinstance(self.value, dict) or "name" not in self.value:
-            self._error((), "the file has no `name:`; a study is a mapping with at least a name")
-            self._stop()
+            self.error((), "the file has no `name:`; a study is a mapping with at least a name")
+            self.stop()
         for key in self.value.keys() - fields:
-            self._error((key,), f"{key!r} is no field of a study; choose from {', '.join(sorted(fields))}")
+            self.error((key,), f"{key!r} is no field of a study; choose from {', '.join(sorted(fields))}")
         given = {key: value for key, value in self.value.items() if key in fields}
         plain = {name: self._plain(name, value) for name, value in given.items() if name in PLAIN}
         read = {name: value for name, value in plain.items() if value is not _WRONG}
         if "name" in read and not re.fullmatch(r"[\w.-]*\w[\w.-]*", read["name"]):
-            self._error(("name",), f"name: {read['name']!r} becomes a folder; use letters, digits, dots and dashes")
+            self.error(("name",), f"name: {read['name']!r} becomes a folder; use letters, digits, dots and dashes")
         seeds = read.pop("seeds", 1)
         if seeds < 1:
-            self._error(("seeds",), f"seeds: {seeds} is not positive; give at least 1")
+            self.error(("seeds",), f"seeds: {seeds} is not positive; give at least 1")
         for name in ("corpus", "tasks"):
             if name in given:
                 read[name] = self._names(name, given[name])
@@ -226,32 +167,32 @@ class _Reader:
         read["variants"] = self._variants(given.get("variants", list(DEFAULT_VARIANTS)), read["experts"], max(1, seeds))
         self._commands(read)
         if self.errors:
-            self._stop()
+            self.stop()
         return Plan(**read)
 
     def _plain(self, name: str, value: Any) -> Any:
         try:
             return typed(value, PLAIN[name])
         except ValueError as error:
-            self._error((name,), f"{name}: {error}")
+            self.error((name,), f"{name}: {error}")
             return _WRONG
 
     def _names(self, name: str, value: Any) -> tuple[str, ...]:
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not names or not all(isinstance(item, str) for item in names):
-            self._error((name,), f"{name}: {value!r} is no list of names; write [a, b]")
+            self.error((name,), f"{name}: {value!r} is no list of names; write [a, b]")
             return ()
         if len(set(names)) < len(names):
-            self._error((name,), f"{name}: {names} names one twice; name each once")
+            self.error((name,), f"{name}: {names} names one twice; name each once")
         return tuple(names)
 
-    def _options(self, path: Path_, value: Any, command: type, own: Collection[str]) -> dict[str, Any]:
+    def _options(self, path: Place, value: Any, command: type, own: Collection[str]) -> dict[str, Any]:
         """Options of a command in their types; a study's own and unknown ones are errors."""
         if value is None:
             return {}
         where = ".".join(map(str, path))
         if not isinstance(value, dict):
-            self._error(path, f"{where}: {value!r} is no mapping of options; write {{option: value}}")
+            self.error(path, f"{where}: {value!r} is no mapping of options; write {{option: value}}")
             return {}
         hints = get_type_hints(command)
         free = hints.keys() - set(own) - PER_RUN - set(FLAT.get(str(path[0]), ()))
@@ -259,12 +200,12 @@ class _Reader:
         for key, setting in value.items():
             if key not in free:
                 aside = f"set by the study itself, not in {where}" if key in hints else f"no option of {where}"
-                self._error((*path, key), f"{key!r} is {aside}; choose from {', '.join(sorted(free))}")
+                self.error((*path, key), f"{key!r} is {aside}; choose from {', '.join(sorted(free))}")
                 continue
             try:
                 found[key] = typed(setting, hints[key])
             except ValueError as error:
-                self._error((*path, key), f"{where}.{key}: {error}")
+                self.error((*path, key), f"{where}.{key}: {error}")
         return found
 
     # ---- experts and variants ----
@@ -273,12 +214,12 @@ class _Reader:
         """Every set that the file may name: those that every study knows, and its own."""
         sets = {name: dict(options) for name, options in DEFAULT_SETS.items()}
         if value is not None and not isinstance(value, dict):
-            self._error(("experts",), f"experts: {value!r} is no mapping; write {{name: {{rule: gate, count: 4}}}}")
+            self.error(("experts",), f"experts: {value!r} is no mapping; write {{name: {{rule: gate, count: 4}}}}")
             return sets
         for name, options in (value or {}).items():
-            path: Path_ = ("experts", name)
+            path: Place = ("experts", name)
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "attention":
-                self._error(path, f"experts: {name!r} is no name for a set; use small letters, digits and _")
+                self.error(path, f"experts: {name!r} is no name for a set; use small letters, digits and _")
             elif isinstance(options, str):
                 self._check_set(path, options)
                 sets[name] = {"experts": options}
@@ -286,66 +227,66 @@ class _Reader:
                 sets[name] = self._options(path, options, SelectConfig, {"profile", "seed", "depth"})
             rule = DEFAULT_SETS.get(name, {}).get("rule")
             if rule is not None and ("experts" in sets[name] or sets[name].get("rule", "super") != rule):
-                self._error(path, f"experts: every study has a set {name!r}, of rule {rule}; give yours another name")
+                self.error(path, f"experts: every study has a set {name!r}, of rule {rule}; give yours another name")
         for name, options in sets.items():
             self._select(("experts", name), options, sets)
         return sets
 
-    def _select(self, path: Path_, options: Mapping[str, Any], sets: Mapping[str, Mapping[str, Any]]) -> None:
+    def _select(self, path: Place, options: Mapping[str, Any], sets: Mapping[str, Mapping[str, Any]]) -> None:
         if "experts" in options:
             return
         like = options.get("like")
         if like is not None and like in sets and ("like" in sets[like] or sets[like].get("rule") == "random"):
-            self._error((*path, "like"), f"like: {like!r} follows another set or is drawn; name the set itself")
+            self.error((*path, "like"), f"like: {like!r} follows another set or is drawn; name the set itself")
         elif like is not None and like not in sets:
             self._check_set((*path, "like"), like)
         self._together(SelectConfig, {"profile": Path("profile")}, options, dict.fromkeys(options, path))
 
-    def _check_set(self, path: Path_, text: str) -> None:
+    def _check_set(self, path: Place, text: str) -> None:
         try:
             ExpertSet.parse(text)
         except (ExpertsError, DataError) as error:
-            self._error(path, str(error).replace("--experts: ", f"{path[-1]}: ", 1))
+            self.error(path, str(error).replace("--experts: ", f"{path[-1]}: ", 1))
 
     def _variants(self, value: Any, sets: Mapping[str, Any], seeds: int) -> tuple[VariantPlan, ...]:
         if not isinstance(value, list) or not value:
-            self._error(("variants",), f"variants: {value!r} is no list; write [base, prune-super]")
+            self.error(("variants",), f"variants: {value!r} is no list; write [base, prune-super]")
             return ()
         plans: list[VariantPlan] = []
         for i, item in enumerate(value):
             plan = self._variant(("variants", i), item, sets, seeds)
             if plan is not None and plan.name in [other.name for other in plans]:
-                self._error(("variants", i), f"variants: {plan.name!r} stands here twice; keep one")
+                self.error(("variants", i), f"variants: {plan.name!r} stands here twice; keep one")
             elif plan is not None:
                 plans.append(plan)
         if not plans or plans[0].name != "base":
-            self._error(("variants",), "variants: the first one is not base; put base first")
+            self.error(("variants",), "variants: the first one is not base; put base first")
         return tuple(plans)
 
-    def _variant(self, path: Path_, item: Any, sets: Mapping[str, Any], seeds: int) -> VariantPlan | None:
+    def _variant(self, path: Place, item: Any, sets: Mapping[str, Any], seeds: int) -> VariantPlan | None:
         """One line: a name, or {name: options of train, and seeds}."""
         name: Any = item
         options: Any = {}
         if isinstance(item, dict) and len(item) == 1:
             ((name, options),) = item.items()
         if not isinstance(name, str) or not isinstance(options, dict):
-            self._error(path, f"variants: {item!r} is neither a name nor {{name: {{seeds: 3}}}}; write one of the two")
+            self.error(path, f"variants: {item!r} is neither a name nor {{name: {{seeds: 3}}}}; write one of the two")
             return None
         kind, _, target = name.partition("-")
         good = name == "base" or (kind in ("prune", "lora") and target in sets) or name == "lora-attention"
         if not good:
             known = f"base, lora-attention, prune-SET and lora-SET, SET being one of {', '.join(sets)}"
-            self._error(path, f"variants: {name!r} is unknown; choose from {known}")
+            self.error(path, f"variants: {name!r} is unknown; choose from {known}")
             return None
         own = dict(options)
         number = own.pop("seeds", None)
         random = kind == "lora" or (target in sets and sets[target].get("rule") == "random")
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-            self._error((*path, name, "seeds"), f"seeds: {number!r} is no count of runs; give 1 or more")
+            self.error((*path, name, "seeds"), f"seeds: {number!r} is no count of runs; give 1 or more")
         elif number is not None and number > 1 and not random:
-            self._error((*path, name, "seeds"), f"seeds: nothing in {name} is random; leave it out")
+            self.error((*path, name, "seeds"), f"seeds: nothing in {name} is random; leave it out")
         if own and kind != "lora":
-            self._error(path, f"variants: {name} trains nothing; leave {next(iter(own))} out")
+            self.error(path, f"variants: {name} trains nothing; leave {next(iter(own))} out")
             own = {}
         training = self._options((*path, name), own, *SECTIONS["training"])
         runs = number if isinstance(number, int) and number > 0 else seeds
@@ -357,7 +298,7 @@ class _Reader:
 
     def _commands(self, read: Mapping[str, Any]) -> None:
         """The checks that the commands make of their options, all of them."""
-        where: dict[str, Path_] = dict.fromkeys(PLAIN, ())
+        where: dict[str, Place] = dict.fromkeys(PLAIN, ())
         flat = {name: read[name] for name in ("tokens", "seq_len", "depth", "limit", "max_new_tokens") if name in read}
         for name, command, fixed in (
             ("profile", ProfileConfig, {}),
@@ -376,18 +317,18 @@ class _Reader:
         for i, variant in enumerate(read["variants"]):
             if variant.training:
                 options = {**read["training"], **variant.training}
-                own: dict[str, Path_] = dict.fromkeys(variant.training, ("variants", i, variant.name))
+                own: dict[str, Place] = dict.fromkeys(variant.training, ("variants", i, variant.name))
                 self._together(TrainConfig, rows, options, dict.fromkeys(options, ("training",)) | own)
         if read["evaluation"].get("engine") == "api":
-            self._error(
+            self.error(
                 ("evaluation", "engine"), "engine: a server has one model, a study has many; use hf, vllm or sglang"
             )
         trains = any(variant.kind == "lora" for variant in read["variants"])
         if trains and read.get("train_data") is None and read.get("data_dir") != "pocket":
-            self._error(("train_data",), "train_data: missing for the lora variants; name a file of rows")
+            self.error(("train_data",), "train_data: missing for the lora variants; name a file of rows")
 
     def _together(
-        self, command: type, fixed: Mapping[str, Any], options: Mapping[str, Any], places: Mapping[str, Path_]
+        self, command: type, fixed: Mapping[str, Any], options: Mapping[str, Any], places: Mapping[str, Place]
     ) -> None:
         """Tells every error that a command finds in its options: each one it names is left out, and the rest tried."""
         left = dict(options)
@@ -400,9 +341,9 @@ class _Reader:
                 key = named[1].replace("-", "_") if named else ""
                 if key not in left:
                     if len(left) == len(options):  # else it misses what was left out
-                        self._error((*places.get(key, ()), key), str(error))
+                        self.error((*places.get(key, ()), key), str(error))
                     return
-                self._error((*places.get(key, ()), key), str(error))
+                self.error((*places.get(key, ()), key), str(error))
                 del left[key]
 
 
