@@ -309,7 +309,10 @@ def test_another_config_is_not_as_expected(tmp_path: Path, capsys: pytest.Captur
 def test_two_checkpoints_are_compared_and_restored_without_what_trains(tmp_path: Path) -> None:
     """The start of a small command is its imports: PEFT takes a second, transformers three and half of the memory."""
     save("qwen3_moe", tmp_path / "a")
-    script = "import sys; from superexperts.cli import main; assert not main(sys.argv[2:]); sys.exit(sys.argv[1] in sys.modules)"
+    script = (
+        "import sys; from superexperts.cli import main; assert not main(sys.argv[2:]); "
+        "sys.exit(sys.argv[1] in sys.modules)"
+    )
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     for unwanted, *command in (
         ("peft", "prune", a, "--experts=L1E1", f"--out={b}"),

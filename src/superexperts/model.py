@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -108,7 +107,7 @@ def load_as_stored(
             output_loading_info=True,
             **more,
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # as in `_readable`
         raise ModelError(
             f"MODEL: {config.model!r} cannot be loaded ({_first_line(error)}); check the checkpoint"
         ) from error
