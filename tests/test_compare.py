@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +283,44 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert names == {"compare.json", "compare.png", "compare.svg", "manifest.json"}
     said = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert [row["expert"] for row in said["experts"]] == ["L1E1", "L2shared"]
+
+
+def test_another_config_is_not_as_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save("qwen3_moe", tmp_path / "a")
+    prune.run(PruneConfig(model=str(tmp_path / "a"), experts="L1E1", out=tmp_path / "b"))
+    said = json.loads((tmp_path / "b" / "config.json").read_text())
+    said["torch_dtype"] = said.pop("dtype")  # as transformers 4 called it
+    said["transformers_version"] = "4"
+    (tmp_path / "b" / "config.json").write_text(json.dumps(said))
+    assert found(tmp_path / "a", tmp_path / "b", expect_only="L1E1")["exit_code"] == 0
+    (tmp_path / "b" / "config.json").write_text(json.dumps({**said, "num_experts_per_tok": 2}))
+    result = found(tmp_path / "a", tmp_path / "b", expect_only="L1E1")
+    assert (result["exit_code"], result["failed"]) == (1, "config.json differs in 'num_experts_per_tok'")
+    assert found(tmp_path / "a", tmp_path / "b")["exit_code"] == 0
+    capsys.readouterr()
+    prune.run(PruneConfig(model=str(tmp_path / "a"), experts="L0E1,L1E1,L2E1", out=tmp_path / "less", mode="remove"))
+    less = found(tmp_path / "a", tmp_path / "less", expect_only="L0E1,L1E1,L2E1")
+    assert less["exit_code"] == 1
+    told = capsys.readouterr().err
+    assert "A has 8 experts a layer and B 7" in told
+    assert told.count("\n") == 1
+
+
+def test_two_checkpoints_are_compared_and_restored_without_what_trains(tmp_path: Path) -> None:
+    """The start of a small command is its imports: PEFT takes a second, transformers three and half of the memory."""
+    save("qwen3_moe", tmp_path / "a")
+    script = (
+        "import sys; from superexperts.cli import main; assert not main(sys.argv[2:]); "
+        "sys.exit(sys.argv[1] in sys.modules)"
+    )
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    for unwanted, *command in (
+        ("peft", "prune", a, "--experts=L1E1", f"--out={b}"),
+        ("peft", "compare", a, b),
+        ("transformers", "restore", b, f"--out={tmp_path / 'c'}"),
+    ):
+        done = subprocess.run([sys.executable, "-c", script, unwanted, *command], capture_output=True, check=False)
+        assert done.returncode == 0, (command, done.stderr)
 
 
 def test_wrong_input_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from families import FAMILIES, MORE_FAMILIES, tiny_model, tiny_tokens
 from superexperts import compare, moe, prune, restore, surgery
@@ -277,6 +278,43 @@ def test_a_checkpoint_in_fp8_is_zeroed_and_nothing_else(tmp_path: Path) -> None:
     packed = {key.replace("down_proj.weight", "down_proj.qweight"): tensor for key, tensor in weights.items()}
     save_file(packed, tmp_path / "base" / SINGLE, {"format": "pt"})
     with pytest.raises(ModelError, match="is quantized"):
+        pruned(tmp_path / "base", tmp_path / "x")
+
+
+def test_mxfp4_is_zeroed_and_nothing_else(tmp_path: Path) -> None:
+    """gpt_oss as it is published: blocks of 4-bit numbers and scales; read back by transformers' own conversion."""
+    model: Any = tiny_model("gpt_oss", torch.bfloat16, intermediate_size=32)
+    model.save_pretrained(tmp_path / "base")
+    weights, generator = tensors(tmp_path / "base"), torch.Generator().manual_seed(0)
+    for key in [key for key in weights if key.endswith("_proj") and ".experts." in key]:
+        count, inputs, outputs = weights.pop(key).shape
+        shape = (count, outputs, inputs // 32)
+        weights[f"{key}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        weights[f"{key}_scales"] = torch.randint(120, 130, shape, dtype=torch.uint8, generator=generator)
+    save_file(weights, tmp_path / "base" / SINGLE, {"format": "pt"})
+    said = json.loads((tmp_path / "base" / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(said))
+    out = pruned(tmp_path / "base", tmp_path / "out")
+    prefix = "model.layers.1.mlp.experts.down_proj"
+    for key in (f"{prefix}_blocks", f"{prefix}_bias"):
+        assert weights[key][3].any()
+        weights[key][3] = 0
+    assert_equal(tensors(out), weights)
+    widened = convert_moe_packed_tensors(weights[f"{prefix}_blocks"], weights[f"{prefix}_scales"])
+    assert [bool(expert.any()) for expert in widened] == [True, True, True, False]
+    result = compare.run(CompareConfig(a=str(tmp_path / "base"), b=str(out), expect_only="L1E3"))
+    assert (result["exit_code"], result["parts"]["changed"], result["experts"][0]["expert"]) == (0, 2, "L1E3")
+    assert compare.run(CompareConfig(a=str(tmp_path / "base"), b=str(out), expect_only="L1E2"))["exit_code"] == 1
+    restore.run(RestoreConfig(folder=out, out=tmp_path / "restored"))
+    assert (tmp_path / "restored" / SINGLE).read_bytes() == (tmp_path / "base" / SINGLE).read_bytes()
+    with pytest.raises(ModelError, match="not quantized; use --mode zero"):
+        prune.run(
+            PruneConfig(model=str(tmp_path / "base"), experts="L0E1,L1E1,L2E1", out=tmp_path / "x", mode="remove")
+        )
+    del weights[f"{prefix}_blocks"]
+    save_file(weights, tmp_path / "base" / SINGLE, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"cannot be edited \(it has no {prefix}\); use its bfloat16"):
         pruned(tmp_path / "base", tmp_path / "x")
 
 

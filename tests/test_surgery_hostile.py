@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,17 +19,22 @@ from superexperts import prune
 from superexperts.checkpoint import INDEX
 from superexperts.cli import main
 from superexperts.config import PruneConfig
+from superexperts.factors import Factor, Place, own_layout, save_layout
 from superexperts.surgery import RECORD
 from test_surgery import contents
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint of several shards, `base`, and one pruned from it, `out`."""
+    """A tiny checkpoint of several shards, `base`, one pruned from it, `out`, and an adapter of it."""
     folder = tmp_path_factory.mktemp("hostile")
     model: Any = tiny_model("olmoe", num_hidden_layers=1, num_experts=3, num_experts_per_tok=2)
     model.save_pretrained(folder / "base", max_shard_size="20KB")
     prune.run(PruneConfig(model=str(folder / "base"), experts="L0E1", out=folder / "out"))
+    place = Place(path="model.layers.0.mlp.experts", expert=1, projection="down_proj")
+    factor = Factor(a_RI=torch.ones(2, 24), b_OR=torch.ones(32, 2), scaling=2.0)
+    (folder / "adapter").mkdir()
+    save_layout(folder / "adapter", *own_layout(model, {place: factor}), base=str(folder / "base"), revision=None)
     return folder
 
 
@@ -45,6 +51,7 @@ def commands(tmp_path: Path, checkpoints: Path) -> Iterator[Callable[[Path], lis
             ["compare", bad, good, f"--out={out}"],
             ["compare", good, bad, "--expect-only=L0E1", f"--out={out}"],
             ["restore", str(checkpoints / "out"), "--base", bad, f"--out={out}"],
+            ["export", str(checkpoints / "adapter"), "--format=merged", "--model", bad, f"--out={out}"],
         ]
 
     before = contents(checkpoints)
@@ -68,6 +75,19 @@ def refused(command: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
     assert not (folder / "written").exists()
     assert not list(folder.glob(".written*"))
     return lines[0]
+
+
+def ended(command: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs a command that does its work, or ends with one line, exit code 2 and nothing written."""
+    shutil.rmtree(folder / "written", ignore_errors=True)
+    code = main(command)
+    said = capsys.readouterr()
+    assert code in (0, 1, 2)
+    assert "Traceback" not in said.err
+    if code == 2:
+        assert len([line for line in said.err.splitlines() if line.startswith("superexperts: ")]) == 1
+        assert not (folder / "written").exists()
+    assert not list(folder.glob(".written*"))
 
 
 def header_of(shard: Path) -> tuple[dict[str, Any], bytes]:
@@ -94,6 +114,12 @@ def reindex(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     index = json.loads((folder / INDEX).read_text())
     change(index["weight_map"])
     (folder / INDEX).write_text(json.dumps(index))
+
+
+def settle(folder: Path, **fields: Any) -> None:
+    """Changes settings of the model."""
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**said, **fields}))
 
 
 def a_shard(folder: Path) -> Path:
@@ -150,6 +176,59 @@ def test_a_checkpoint_that_lies_is_one_line(
         assert any(part in line for part in said.split("|")), line
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda f: settle(f, hidden_size="a"),
+        lambda f: settle(f, hidden_size=-1),
+        lambda f: settle(f, hidden_size=0),
+        lambda f: settle(f, num_experts=None),
+        lambda f: settle(f, num_hidden_layers=10**9),
+        lambda f: settle(f, model_type=[1]),
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+    ],
+)
+def test_settings_of_no_model_are_one_line(
+    lie: Any, commands: Any, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = copy_of(checkpoints / "base", tmp_path / "bad")
+    lie(bad)
+    for command in commands(bad):
+        if command[0] == "compare" and "--expect-only=L0E1" not in command:
+            continue  # tensors are compared all the same
+        said = "'config.json' of" if command[0] == "restore" else "check its config.json"
+        assert said in refused(command, tmp_path, capsys)
+
+
+STRANGE = [None, True, 0, -1, 3.5, 2**40, float("nan"), "3", "nothing", [], [1], {}, {"rope_type": "none"}]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_config_or_adapter_crashes_a_command(
+    data: st.DataObject, commands: Any, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings of another kind or size than a model can have, and adapters with bytes changed."""
+    bad, adapter = tmp_path / "bad", tmp_path / "bad-adapter"
+    for source, target in ((checkpoints / "base", bad), (checkpoints / "adapter", adapter)):
+        shutil.rmtree(target, ignore_errors=True)
+        copy_of(source, target)
+    if data.draw(st.booleans()):
+        said = json.loads((bad / "config.json").read_text())
+        said[data.draw(st.sampled_from([*said, "quantization_config"]))] = data.draw(st.sampled_from(STRANGE))
+        (bad / "config.json").write_text(json.dumps(said))
+        command = data.draw(st.sampled_from(commands(bad)))
+    else:
+        file = data.draw(st.sampled_from(sorted(adapter.glob("adapter_*"))))
+        text = bytearray(file.read_bytes())
+        text[data.draw(st.integers(0, min(len(text), 300) - 1))] = data.draw(st.integers(0, 255))
+        file.write_bytes(text)
+        out = f"--out={tmp_path / 'written'}"
+        exported = ["export", str(adapter), "--format=merged", "--model", str(bad), out]
+        command = data.draw(st.sampled_from([exported, ["compare", str(bad), str(adapter), out]]))
+    ended(command, tmp_path, capsys)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_header_index_or_record_crashes_a_command(
@@ -174,12 +253,4 @@ def test_no_header_index_or_record_crashes_a_command(
     file.write_bytes(text)
     every = [*commands(bad), ["restore", str(bad), f"--out={tmp_path / 'written'}"]]
     command = data.draw(st.sampled_from(every))
-    shutil.rmtree(tmp_path / "written", ignore_errors=True)
-    code = main(command)
-    said = capsys.readouterr()
-    assert code in (0, 1, 2)
-    assert "Traceback" not in said.err
-    if code == 2:
-        assert len([line for line in said.err.splitlines() if line.startswith("superexperts: ")]) == 1
-        assert not (tmp_path / "written").exists()
-    assert not list(tmp_path.glob(".written*"))
+    ended(command, tmp_path, capsys)

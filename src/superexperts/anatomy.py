@@ -11,7 +11,7 @@ from .artifacts import ExpertId
 from .checkpoint import Checkpoint, Entry
 from .decoder import in_layer
 from .differences import Unit
-from .homes import Homes
+from .homes import BLOCKS, SCALES, Homes
 
 __all__ = ["Anatomy", "pair_units"]
 
@@ -38,7 +38,8 @@ class Anatomy:
         """Of the keys that hold one expert's weights alone."""
         for bank in self.banks:
             for parameter, _ in bank.module.named_parameters(recurse=False):
-                self._add(bank, parameter)
+                for name in (parameter, f"{parameter}{BLOCKS}", f"{parameter}{SCALES}"):
+                    self._add(bank, name)
         for key, name in self.names.items():
             if any(name.startswith(f"{path}.") for path in self._shared):
                 self.expert_of[key] = "shared"
@@ -52,6 +53,11 @@ class Anatomy:
             for entry in pieces:
                 if self.checkpoint[entry.key] == entry:  # not a row of a fused tensor
                     self.expert_of[entry.key] = expert
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer, the most that one has."""
+        return max(bank.num_experts for bank in self.banks)
 
     def layer_of(self, key: str) -> int | None:
         """The decoder layer that a key belongs to."""

@@ -17,6 +17,7 @@ from .console import note
 from .corpora import documents, local_data, pack
 from .engines import api, as_chat, instances, quiet, request_url
 from .errors import DataError
+from .folders import adapter_folder
 from .model import load_model, load_tokenizer
 
 __all__ = ["gate", "run"]
@@ -29,7 +30,7 @@ def run(config: CheckAdapterConfig) -> dict[str, Any]:
     """The command; writes nothing. `DataError` for an adapter that does not fit or changes no logit."""
     if config.base_url is not None:
         return _served(config, config.base_url)
-    folder = lora.adapter_folder(config.adapter)
+    folder = adapter_folder(config.adapter)
     _, tensors = lora.read_adapter(folder, "ADAPTER")
     tokenizer = load_tokenizer(config)
     data_dir = local_data(config.data_dir)

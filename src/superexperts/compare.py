@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import lora, moe
+from . import moe
 from .anatomy import Anatomy, pair_units
 from .artifacts import ExpertKey, ExpertSet, key_name, key_order
 from .checkpoint import Checkpoint
@@ -17,8 +17,8 @@ from .console import note, progress
 from .decoder import num_layers
 from .differences import Difference, Status, Sums, compare_units, count, tensor_sums, total
 from .errors import ExpertsError, ModelError
-from .merge import merged_patches
-from .model import checkpoint_folder, load_structure
+from .folders import CONFIG_FILE, adapter_folder, checkpoint_folder
+from .model import load_structure
 from .options import CheckpointConfig
 from .rundir import fingerprint, new_folder, read_json, write_json, write_manifest
 
@@ -28,6 +28,12 @@ SCHEMA = "superexperts/compare/1"
 STATUSES = ("identical", "changed", "reshaped", "missing in A", "missing in B")
 ADDED_LATER = ("transformers_version", "_name_or_path")
 """Fields of config.json that say who wrote it, not what the model is."""
+RENAMED = {"torch_dtype": "dtype"}
+"""Fields that transformers 5 calls otherwise."""
+RENUMBERED = (
+    "A has {0} experts a layer and B {1}: experts are compared by the numbers that they have now, so many differ that "
+    "were only renumbered; `restore` proves what a removal left as it was"
+)
 
 
 def run(config: CompareConfig) -> dict[str, Any]:
@@ -36,8 +42,8 @@ def run(config: CompareConfig) -> dict[str, Any]:
     expected = _expected(config.expect_only)
     one = CheckpointConfig(model=config.a, revision=config.revision, trust_remote_code=config.trust_remote_code)
     other = CheckpointConfig(model=config.b, revision=config.revision_b, trust_remote_code=config.trust_remote_code)
-    adapter = lora.adapter_folder(Path(config.b))
-    is_adapter = (adapter / lora.CONFIG_FILE).is_file()
+    adapter = adapter_folder(Path(config.b))
+    is_adapter = (adapter / CONFIG_FILE).is_file()
     folder_a = checkpoint_folder(one.model, one.revision)
     folder_b = adapter if is_adapter else checkpoint_folder(other.model, other.revision)
     with Checkpoint(folder_a) as a:
@@ -50,6 +56,9 @@ def run(config: CompareConfig) -> dict[str, Any]:
         else:
             with Checkpoint(folder_b) as b:
                 theirs = None if anatomy is None else _anatomy(other, b, needed=expected is not None)
+                numbers = [] if anatomy is None or theirs is None else [anatomy.num_experts, theirs.num_experts]
+                if len(set(numbers)) > 1:
+                    note(f"compare: {RENUMBERED.format(*numbers)}")
                 both = (a, b) if anatomy is None or theirs is None else (anatomy, theirs)
                 units = pair_units(*both)
                 differences = []
@@ -57,12 +66,13 @@ def run(config: CompareConfig) -> dict[str, Any]:
                     for difference in compare_units(a, b, units):
                         differences.append(difference)
                         bar()
+    settings = [] if is_adapter else _config_differences(folder_a, folder_b)
     result = {
         "a": config.a,
         "b": config.b,
         **_summary(differences),
-        "config": [] if is_adapter else _config_differences(folder_a, folder_b),
-        **_judged(config, expected, differences),
+        "config": settings,
+        **_judged(config, expected, differences, settings),
     }
     if config.out is not None:
         _write(config, result, anatomy, started, [folder_a, folder_b])
@@ -92,6 +102,8 @@ def _anatomy(config: CheckpointConfig, checkpoint: Checkpoint, *, needed: bool) 
 
 def _with_adapter(anatomy: Anatomy, adapter: Path) -> list[Difference]:
     """The checkpoint against itself with the adapter merged, as `export --format merged` would write it."""
+    from .merge import merged_patches  # here, so that two checkpoints do not wait for PEFT
+
     base = anatomy.checkpoint
     merged = merged_patches(anatomy.model, anatomy.homes, base, adapter, "B")
     patches = {(patch.entry.file, patch.entry.offset, patch.entry.nbytes): patch for patch in merged}
@@ -139,14 +151,22 @@ def _summary(differences: Sequence[Difference]) -> dict[str, Any]:
 
 def _config_differences(a: Path, b: Path) -> list[str]:
     """The fields of config.json that differ."""
-    sides = [read_json(folder / "config.json", "MODEL") for folder in (a, b)]
-    one, other = (side if isinstance(side, dict) else {} for side in sides)
+    one, other = _settings(a), _settings(b)
     names = (one.keys() | other.keys()) - {*ADDED_LATER}
     return sorted(name for name in names if one.get(name) != other.get(name))
 
 
+def _settings(folder: Path) -> dict[str, Any]:
+    settings: Any = read_json(folder / "config.json", "MODEL")
+    fields: dict[str, Any] = settings if isinstance(settings, dict) else {}
+    return {RENAMED.get(name) or name: value for name, value in fields.items()}
+
+
 def _judged(
-    config: CompareConfig, expected: Collection[ExpertKey] | None, differences: Sequence[Difference]
+    config: CompareConfig,
+    expected: Collection[ExpertKey] | None,
+    differences: Sequence[Difference],
+    settings: Sequence[str],
 ) -> dict[str, Any]:
     """Whether what was expected holds."""
     if expected is None and not config.expect_identical:
@@ -158,8 +178,10 @@ def _judged(
     if wrong:
         what = f"beyond {', '.join(map(key_name, allowed))}" if allowed else "between A and B"
         failed = f"{len(wrong)} differences {what}; the first: {wrong[0].unit.key!a} is {wrong[0].status}"
+    elif settings:
+        failed = f"config.json differs in {', '.join(map(ascii, settings))}"
     return {
-        "exit_code": 1 if wrong else 0,
+        "exit_code": 0 if failed is None else 1,
         "failed": failed,
         "expected_but_identical": [key_name(key) for key in allowed if key not in changed],
     }

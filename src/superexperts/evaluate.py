@@ -27,8 +27,9 @@ from .console import note, speaks
 from .corpora import corpus_sequences, digest_ids
 from .engines import HfAsker, open_engine, request_url
 from .errors import OptionError
+from .folders import adapter_folder
 from .journal import Journal, open_journals, remove_journals
-from .lora import adapter_folder, load_adapter
+from .lora import load_adapter
 from .model import checkpoint_folder, chosen_experts, load_model, load_tokenizer
 from .perplexity import perplexity_of, sequence_losses
 from .processes import agreed, gathered, my_share

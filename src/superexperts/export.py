@@ -16,6 +16,7 @@ from .config_adapters import ExportConfig
 from .console import note
 from .errors import DataError, ModelError, OptionError, OutputError
 from .factors import expert_names, injected_keys, read_factors, save_layout
+from .folders import adapter_folder
 from .homes import Homes
 from .layouts import write_fused, write_per_expert
 from .merge import merged_patches
@@ -33,7 +34,7 @@ ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def run(config: ExportConfig) -> dict[str, Any]:
     """The command: checks the adapter against its model, writes it, and checks what was written."""
     started = time.monotonic()
-    folder = lora.adapter_folder(config.adapter)
+    folder = adapter_folder(config.adapter)
     fields = lora.read_fields(folder, "ADAPTER")
     checkpoint = _base(config, fields)
     base = checkpoint_folder(checkpoint.model, checkpoint.revision)
@@ -43,7 +44,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if completed(config.out, "export", inputs):
         note(f"export: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "manifest.json", "manifest")["result"]}
-    with new_folder(config.out, "export") as temporary:
+    with new_folder(config.out, "export", synced=config.format != "merged") as temporary:
         if config.format == "merged":
             result = _merged(folder, checkpoint, config.copy, temporary)
         else:

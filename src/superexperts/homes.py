@@ -9,6 +9,7 @@ import collections
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -26,7 +27,12 @@ from .checkpoint import Entry
 from .errors import ModelError
 from .float8 import is_quantized
 
-__all__ = ["Homes", "Parts"]
+__all__ = ["BLOCKS", "SCALES", "Homes", "Parts"]
+
+BLOCKS, SCALES = "_blocks", "_scales"
+"""MXFP4, in which gpt_oss is published, keeps a bank's parameter as two of these names: 4-bit numbers, two in a byte,
+and a power of two for each 32 of them. Both have the experts as their first dimension, and the number 0 is 0 under any
+scale (transformers, integrations/mxfp4.py)."""
 
 Parts = tuple[Entry, ...]
 """What an expert's matrix is made of in the checkpoint: one piece, or several below each other."""
@@ -57,14 +63,20 @@ class Homes:
         converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
         state, prefix = model.state_dict(), cast(Any, model).base_model_prefix
         homeless: set[str] = set()
+        packed: list[tuple[str, str]] = []
         for key in sorted(self.checkpoint, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:
                 name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
             if name in state:
                 self.of[name].append((pattern, key))
+            elif self.quantized and self._is_packed(name, self.checkpoint[key]):
+                packed.append((name, key))
             else:
                 homeless.add(name)
+        for name, key in packed:
+            self.of[name].append((None, key))
+            self._shapes[name] = torch.Size(self.checkpoint[key].shape)
         info = _info(unexpected=homeless)
         cast(Any, model)._adjust_missing_and_unexpected_keys(info)
         if info.unexpected_keys and not self.quantized:
@@ -74,17 +86,26 @@ class Homes:
             )
         return tuple(sorted(homeless))
 
+    def _is_packed(self, name: str, entry: Entry) -> bool:
+        for ending in (BLOCKS, SCALES):
+            shape = tuple(self._shapes.get(name.removesuffix(ending), ())) if name.endswith(ending) else ()
+            if len(shape) == 3 and len(entry.shape) > 1 and entry.shape[0] == shape[0] and entry.dtype == torch.uint8:
+                return True
+        return False
+
     def check_complete(self, model: nn.Module) -> None:
         """`ModelError` for a checkpoint that lacks one of the model's parameters, which would be drawn at random."""
         several = any(len(entry.target_patterns) > 1 for entry in self.mapping if isinstance(entry, WeightConverter))
         if several:
             return  # `of` has the first name of several only
         tied = cast(Any, model).all_tied_weights_keys
-        info = _info(missing={name for name in model.state_dict() if name not in self.of and name not in tied})
+        known = {*self.of, *tied, *(name.removesuffix(BLOCKS) for name in self.of)}
+        info = _info(missing={name for name in model.state_dict() if name not in known})
         cast(Any, model)._adjust_missing_and_unexpected_keys(info)
         if info.missing_keys and self.quantized:
             raise ModelError(
-                "MODEL: is quantized, and its tensors are no longer matrices of the model's; use its bfloat16 form"
+                f"MODEL: is quantized in a layout that cannot be edited (it has no {min(info.missing_keys)}); use its "
+                "bfloat16 form"
             )
         if info.missing_keys:
             raise ModelError(f"MODEL: the checkpoint has no {min(info.missing_keys)}; repair it")
@@ -103,9 +124,11 @@ class Homes:
         whole = self.whole(f"{bank.path}.{name}")
         if whole is not None:
             return [(whole.row(expert),) for expert in range(whole.shape[0])]
-        shape = cast(Tensor, getattr(bank.module, name)).shape
         columns = self.stacked(f"{bank.path}.{name}")
-        if columns is None or any(len(column) != shape[0] for column in columns):
+        if columns is None:
+            return None
+        shape = cast(Tensor, getattr(bank.module, name)).shape
+        if any(len(column) != shape[0] for column in columns):
             return None
         parts = list(zip(*columns, strict=True))
         rows = {sum(entry.shape[0] for entry in pieces) for pieces in parts}

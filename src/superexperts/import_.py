@@ -15,6 +15,7 @@ from .config_adapters import ImportConfig
 from .console import note
 from .errors import DataError, OptionError
 from .factors import PREFIX, Factors, expert_names, own_layout, save_layout
+from .folders import adapter_folder
 from .layouts import Layout, read_fused, read_per_expert, shapes, targeted
 from .model import checkpoint_folder, load_structure
 from .rundir import completed, fingerprint, new_folder, read_json, write_manifest, write_text
@@ -35,7 +36,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
     checkpoint = CheckpointConfig(
         model=config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
-    folder = lora.adapter_folder(config.adapter)
+    folder = adapter_folder(config.adapter)
     fields = lora.read_fields(folder, "ADAPTER")
     base = checkpoint_folder(checkpoint.model, checkpoint.revision)
     inputs = identity(config, model=fingerprint(base), adapter=fingerprint(folder))

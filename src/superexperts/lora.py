@@ -31,13 +31,13 @@ from .artifacts import ExpertKey, key_name, key_order
 from .bank import DOWN, GATE, UP
 from .errors import DataError, EffectError, ModelError, OptionError
 from .exposure import counting
+from .folders import CONFIG_FILE
 from .lora_layer import RENAMED_BY_PEFT, ExpertLoraConfig, linears
 from .rundir import read_json
 
 __all__ = [
     "Effect",
     "adapter_effect",
-    "adapter_folder",
     "attach",
     "attach_attention",
     "attach_experts",
@@ -52,7 +52,6 @@ __all__ = [
     "trainable_parameters",
 ]
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
@@ -255,13 +254,6 @@ def check_keys(
         if names:
             some = ", ".join(names[:2])
             raise DataError(f"{option}: {len(names)} weights of {folder} {what} ({some}, ...); save the adapter again")
-
-
-def adapter_folder(folder: Path) -> Path:
-    """The folder itself, or its `adapter/` where it is one that `train` wrote."""
-    return (
-        folder if (folder / CONFIG_FILE).is_file() else folder / "adapter" if (folder / "adapter").is_dir() else folder
-    )
 
 
 def read_adapter(folder: Path, option: str) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import psutil
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import meta_device_safe_creation_ops
@@ -20,7 +19,7 @@ from .checkpoint import Checkpoint
 from .config import CheckpointConfig, ModelConfig
 from .console import note, stderr
 from .errors import ModelError, OptionError
-from .pocket import checkpoint_dir
+from .folders import checkpoint_folder
 from .processes import device_of_process, processes_here
 
 __all__ = [
@@ -38,31 +37,8 @@ __all__ = [
     "structure_of",
 ]
 
-# What a checkpoint is made of; .bin and .pt are pickles and are not fetched.
-CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-
-
-def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = True) -> Path:
-    """The folder that `model` names: `pocket`, a folder, or a Hub repository's snapshot (fetched if need be and not
-    forbidden)."""
-    if model == "pocket":
-        return checkpoint_dir()
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"MODEL: {model!r} has no config.json; give a checkpoint folder")
-        if not any(path.glob("*.safetensors")):
-            raise ModelError(f"MODEL: {model!r} has no .safetensors file (pickles are not read); convert it first")
-        return path
-    try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=CHECKPOINT_FILES, local_files_only=not fetch)
-        )
-    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"MODEL: {model!r} is neither a folder nor a model that the Hub gives ({type(error).__name__}); "
-            "check the name and the network, or use `pocket`"
-        ) from error
+MAX_LAYERS = 1000
+"""More than any model has; a structure is built layer by layer, and a hostile number would take hours."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -131,7 +107,7 @@ def load_as_stored(
             output_loading_info=True,
             **more,
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # as in `_readable`
         raise ModelError(
             f"MODEL: {config.model!r} cannot be loaded ({_first_line(error)}); check the checkpoint"
         ) from error
@@ -168,10 +144,21 @@ def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
 
 
 def settings_of(config: CheckpointConfig, folder: Path) -> Any:
-    """What config.json says."""
+    """What config.json says; `ModelError` where that is nothing transformers can read."""
+    with _readable(config):
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        layers = settings.get_text_config().to_dict().get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise ModelError(f"MODEL: {config.model!r} is said to have {layers} layers; check its config.json")
+    return settings
+
+
+@contextlib.contextmanager
+def _readable(config: CheckpointConfig) -> Iterator[None]:
+    """Turns whatever transformers says of a config.json, in which anything may stand, into one line."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        yield
+    except Exception as error:  # a family's code divides by, indexes with and calls what it is told
         raise ModelError(
             f"MODEL: {config.model!r} cannot be built ({_first_line(error)}); check its config.json"
         ) from error
@@ -184,7 +171,7 @@ def load_structure(config: CheckpointConfig) -> nn.Module:
 
 def structure_of(settings: Any, config: CheckpointConfig) -> nn.Module:
     """As `load_structure`, of settings that may differ from the checkpoint's own."""
-    with torch.device("meta"):
+    with _readable(config), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     return cast(nn.Module, model.eval())
 

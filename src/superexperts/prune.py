@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, Entry
 from .config import PruneConfig, identity
 from .console import note
 from .errors import ModelError, OutputError
-from .homes import Homes
+from .homes import BLOCKS, Homes
 from .model import (
     checkpoint_folder,
     chosen_experts,
@@ -59,7 +59,7 @@ def run(config: PruneConfig) -> dict[str, Any]:
     if completed(config.out, "prune", inputs):
         note(f"prune: {config.out} is up to date, nothing to do")
         return result
-    with Checkpoint(folder) as base, new_folder(config.out, "prune") as temporary:
+    with Checkpoint(folder) as base, new_folder(config.out, "prune", synced=False) as temporary:
         if config.mode == "remove":
             changes = _removed(config, base, chosen.experts, temporary)
         else:
@@ -118,7 +118,7 @@ def _patched(
 
 def _constant(entry: Entry, value: Tensor | None) -> Tensor:
     """What replaces an entry: zeros, or a value rounded to its dtype."""
-    return torch.zeros(entry.shape, dtype=entry.dtype) if value is None else value.to(entry.dtype)
+    return torch.zeros((), dtype=entry.dtype).expand(entry.shape) if value is None else value.to(entry.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def downs(model: nn.Module, homes: Homes, experts: Sequence[ExpertKey]) -> list[
             weight, bias = homes.whole(f"{path}.weight"), homes.whole(f"{path}.bias") if has_bias else None
         else:
             has_bias = cast(Any, bank.module).has_bias
-            weights = homes.expert_parts(bank, DOWN)
+            weights = homes.expert_parts(bank, DOWN) or homes.expert_parts(bank, f"{DOWN}{BLOCKS}")
             biases = homes.expert_parts(bank, f"{DOWN}_bias") if has_bias else None
             (weight,) = (None,) if weights is None else weights[expert]
             (bias,) = (None,) if biases is None else biases[expert]

@@ -15,10 +15,9 @@ from .config_surgery import RestoreConfig
 from .console import note
 from .differences import THREADS, part, same_bytes
 from .errors import DataError, OutputError
-from .model import checkpoint_folder
+from .folders import checkpoint_folder
 from .options import CheckpointConfig
 from .record import Record, base_files
-from .remove import plan_removal
 from .rundir import completed, fingerprint, new_folder, write_bytes, write_manifest
 from .surgery import RECORD, Change, as_bytes, carry_along, digest_of, patch_shards
 
@@ -54,7 +53,7 @@ def run(config: RestoreConfig) -> dict[str, Any]:
         return result
     with Checkpoint(folder) as original, Checkpoint(config.folder) as edited:
         _check_base(record, original, edited, base)
-        with new_folder(config.out, "restore") as temporary:
+        with new_folder(config.out, "restore", synced=False) as temporary:
             patch_shards(original, [], temporary, copy=config.copy or base.model == "pocket")
             carry_along(folder, temporary)
             if (folder / RECORD).is_file():  # the base was itself made by editing
@@ -113,6 +112,8 @@ def _kept(record: Record, original: Checkpoint, edited: Checkpoint) -> Iterator[
 
 def _moved(record: Record, original: Checkpoint, edited: Checkpoint, config: CheckpointConfig) -> Iterator[Pair]:
     """The same where experts were removed: the pieces that stayed, and where they went."""
+    from .remove import plan_removal  # here, so that what was only zeroed does not wait for transformers
+
     experts = ExpertSet.parse(",".join(record.experts)).experts
     removal = plan_removal(config, original, experts)
     for tensor in (tensor for tensors in removal.shards.values() for tensor in tensors):

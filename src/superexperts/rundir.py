@@ -87,7 +87,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{what}: cannot read {path} ({error.strerror}); check the path") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{what}: {path} is not valid JSON ({error}); write it again") from error
 
 
@@ -111,13 +111,11 @@ def fingerprint(path: Path) -> str:
         if file.name == MANIFEST or any(part.startswith(".") for part in Path(name).parts):
             continue
         stat = file.stat()
-        sha = hashlib.sha256()
         with file.open("rb") as stream:
             if stat.st_size <= WHOLE_FILE_HASH:
-                sha.update(stream.read())
-                parts.append([name, sha.hexdigest()])
+                parts.append([name, hashlib.file_digest(stream, "sha256").hexdigest()])
             else:
-                sha.update(stream.read(2**20))
+                sha = hashlib.sha256(stream.read(2**20))
                 stream.seek(-(2**20), os.SEEK_END)
                 sha.update(stream.read())
                 parts.append([name, stat.st_size, stat.st_mtime_ns, sha.hexdigest()])
@@ -137,11 +135,13 @@ def prepare_folder(folder: Path, option: str = "--out") -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, command: str, option: str = "--out") -> Iterator[Path]:
+def new_folder(folder: Path, command: str, option: str = "--out", *, synced: bool = True) -> Iterator[Path]:
     """Yields a temporary sibling of `folder` that takes its place when the block ends well, and vanishes otherwise.
 
     A folder that is already there is replaced only if it is empty or if its manifest says that the same command made
-    it, so that nothing of the user's is lost. What killed runs left beside it is cleared away first.
+    it, so that nothing of the user's is lost. What killed runs left beside it is cleared away first. Unless `synced`,
+    nobody waits until the disk has files that were not written by `write_bytes`: a kill leaves nothing half, a loss of
+    power soon afterwards may.
     """
     folder = folder.resolve() if folder.is_symlink() else folder
     _settle(folder)
@@ -158,8 +158,9 @@ def new_folder(folder: Path, command: str, option: str = "--out") -> Iterator[Pa
             # A linked file is another folder's as well, and not to be touched.
             if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
                 file.chmod(0o644)  # some libraries write what only the owner can read
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
+                if synced:
+                    with file.open("rb") as stream:
+                        os.fsync(stream.fileno())
         if folder.exists():
             with _held(folder):
                 folder.replace(outgoing)

@@ -44,6 +44,8 @@ FICLONE = 0x40049409
 AT_ONCE = 2
 """Shards that are written at the same time: one waits for the disk while another is copied."""
 BLOCK = 2**23
+PIECE = 2**20
+"""Bytes of a tensor that are hashed and written at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class Patch:
 
     entry: Entry
     data: Callable[[], Tensor]
-    """-> the new tensor, in the entry's shape and dtype; asked for when it is written."""
+    """-> the new tensor, in the entry's shape and dtype; asked for when it is written. One number expanded will do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,9 +99,7 @@ def patch_shards(base: Checkpoint, patches: Sequence[Patch], out: Path, *, copy:
     def patched(file: str) -> list[Change]:
         with _new_file(out / file) as target:
             _clone(base, file, target)
-            changes = [_patch(base, patch, target) for patch in by_file[file]]
-            os.fsync(target)
-        return changes
+            return [_patch(base, patch, target) for patch in by_file[file]]
 
     with _disk_errors(out), ThreadPoolExecutor(AT_ONCE) as workers:
         jobs = [workers.submit(patched, file) for file in by_file]
@@ -125,16 +125,18 @@ def _waited(jobs: Sequence[Future[T]]) -> Iterator[T]:
 def _patch(base: Checkpoint, patch: Patch, target: int) -> Change:
     entry, tensor = patch.entry, patch.data()
     assert (tensor.shape, tensor.dtype) == (entry.shape, entry.dtype)
-    data = as_bytes(tensor)
-    before = digest_of(base, entry)
-    _write(target, data, entry.offset)
+    before, after, position = digest_of(base, entry), hashlib.sha256(), entry.offset
+    for piece in torch.split(tensor, max(1, len(tensor) * PIECE // max(1, entry.nbytes))):
+        data = as_bytes(piece)
+        after.update(data)
+        position = _write(target, data, position)
     return Change(
         key=entry.key,
         file=entry.file,
         offset=entry.offset,
         bytes=entry.nbytes,
         sha256_before=before,
-        sha256_after=hashlib.sha256(data).hexdigest(),
+        sha256_after=after.hexdigest(),
     )
 
 
@@ -157,7 +159,6 @@ def rewrite_shards(base: Checkpoint, shards: Mapping[str, Sequence[NewTensor]], 
                     position += piece.nbytes
                 else:
                     position = _write(target, as_bytes(piece), position)
-            os.fsync(target)
 
     with _disk_errors(out), ThreadPoolExecutor(AT_ONCE) as workers:
         jobs = [workers.submit(rewritten, file) for file, tensors in shards.items() if tensors]
@@ -341,8 +342,8 @@ def as_bytes(tensor: Tensor) -> memoryview:
 def digest_of(checkpoint: Checkpoint, entry: Entry) -> str:
     """SHA-256 of an entry's bytes, which are never all in memory."""
     sha, end = hashlib.sha256(), entry.offset + entry.nbytes
-    for start in range(entry.offset, end, 2**20):
-        nbytes = min(2**20, end - start)
+    for start in range(entry.offset, end, PIECE):
+        nbytes = min(PIECE, end - start)
         piece = dataclasses.replace(entry, dtype=torch.uint8, shape=(nbytes,), offset=start, nbytes=nbytes)
         sha.update(as_bytes(checkpoint.read(piece)))
     return sha.hexdigest()
