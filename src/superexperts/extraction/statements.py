@@ -125,12 +125,12 @@ _STATES = (
 """What a statement begins with."""
 _STATE_SEVERAL = ("approaches", "factors", "reasons", "statements", "options", "choices")
 _STATEMENT = Cued(_STATEMENT_SOURCE, _STATES, where_are=_STATE_SEVERAL)
-_SHORT_STATEMENT = re.compile(r"^\s{0,8}(?:Ans|Đ/A|ĐA|TL)\s?[:：.]\s", re.MULTILINE | re.IGNORECASE)
+# Of a text with a new line in front: a pattern that begins with one is fast. A can be a label, but of no number.
+_SHORT_STATEMENT = re.compile(r"\n\s{0,8}(?:Ans|Đ/A|ĐA|TL)\s?[:：.](?=\s)", re.IGNORECASE)
+_SHORTEST_STATEMENT = re.compile(r"\n\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：](?=\s)")
 _HEADING = re.compile(
-    r"^[#*\s]{1,8}(?:final\s|correct\s)?(?:answer|response|đáp\sán|trả\slời)[*:：]{0,4}\s*\n",
-    re.MULTILINE | re.IGNORECASE,
+    r"\n[#*\s]{1,8}(?:final\s|correct\s)?(?:answer|response|đáp\sán|trả\slời)[*:：]{0,4}\s*\n", re.IGNORECASE
 )
-_SHORTEST_STATEMENT = re.compile(r"^\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：]\s", re.MULTILINE)  # A can be a label elsewhere
 
 NOT = re.compile(r"(?:not|no\ longer|isn't|cannot|can't|unlikely|không\ phải|không)\b", re.IGNORECASE | re.VERBOSE)
 INSTEAD = re.compile(r"(?:\bbut(?: rather)?|\bit is|\bit's|\binstead|\brather|mà là)\s[:\s]{0,3}", re.IGNORECASE)
@@ -151,10 +151,11 @@ def statements(reading: Reading) -> Iterator[str]:
     """What follows each "the answer is", the last one first."""
     last = [found.end() for found in _STATEMENT.matches(reading.text)][-LAST_STATEMENTS:]
     if not last:
+        lines = f"\n{reading.text}"
         short = _SHORTEST_STATEMENT if reading.kind == "number" else _SHORT_STATEMENT
-        last = [found.end() for found in short.finditer(reading.text)][-1:]
-        if not last and ("#" in reading.text or "*" in reading.text):
-            last = [found.end() for found in _HEADING.finditer(reading.text)][-1:]
+        last = [found.end() - 1 for found in short.finditer(lines)][-1:]
+        if not last and ("#" in lines or "*" in lines):
+            last = [found.end() - 1 for found in _HEADING.finditer(lines)][-1:]
     for end in reversed(last):
         yield reading.text[end : end + TAIL]
 
