@@ -370,7 +370,8 @@ def test_the_question_and_the_gold_are_not_read_as_an_answer() -> None:
     [
         "the answer is ", "answer ", "(", "<answer>", r"\boxed{", "#", "#### x ", "\0", "\x1b[31m", "\x1b]", "\n", " ",
         "1", "1,", "1,111", "1.", "one-", "1=", "A. x\n", "q?\n", "Question ", "đáp án của ", "probably ", "so ", ". ",
-        "is the most ", "e\u0301\u0316\u0301", "\ud800", "1 and 2 = ",
+        "is the most ", "e\u0301\u0316\u0301", "\ud800", "1 and 2 = ", "<s>", "<|x|>", "negative ",
+        "1 1/2 ", "3x10^4 ", "½", "# Answer\n", ", so ", "Ans: ", "</think>", "1.234.",
     ],
 )  # fmt: skip
 def test_a_megabyte_of_anything(kind: Kind, unit: str) -> None:
