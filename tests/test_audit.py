@@ -41,8 +41,20 @@ def test_counts_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (found["all"]["items"], found["all"]["accuracy"]) == (5, 0.4)
     assert {rule: section["items"] for rule, section in found["rules"].items()} == {"hashes": 3, "unparsed": 2}
     assert [r["outcome"] for r in found["not_right"]] == ["wrong", "missed", "invented"]
+    assert found["confusion"] == {}
     assert main(["extract", "--audit", str(file)]) == 0
-    assert "40.00" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "40.00" in shown
+    assert "unparsed" in shown  # whole names in 80 columns
+    assert "…" not in shown
+
+
+def test_confusion_by_hand(tmp_path: Path) -> None:
+    said = [("Yes", "yes"), ("Yes.", "YES"), ("Yes", "no"), ("who knows", "no"), ("No", None), ("who knows", None)]
+    rows = [row(text, label, task_type="yesno") for text, label in said]
+    (tmp_path / "f").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    wanted = {"no": {"nothing": 1, "yes": 1}, "nothing": {"no": 1, "nothing": 1}, "yes": {"yes": 2}}
+    assert audit_file(tmp_path / "f")["confusion"] == {"yesno": wanted}
 
 
 def test_real_labelled_generations(shared_data: Path) -> None:

@@ -184,9 +184,18 @@ def audit_file(path: Path, judge: Judge | None = None) -> dict[str, Any]:
         "all": _summary(readings),
         "kinds": {kind: _summary([r for r in readings if r.kind == kind]) for kind in kinds},
         "rules": {rule: _summary([r for r in readings if r.rule == rule]) for rule in rules},
+        "confusion": {kind: _confusion([r for r in readings if r.kind == kind]) for kind in kinds if kind != "number"},
         "not_right": [dataclasses.asdict(r) for r in readings if r.outcome not in ("right", "empty")],
         "judge": None if judge is None else audit_judge(rows, readings, judge),
     }
+
+
+def _confusion(readings: Sequence[Reading]) -> dict[str, dict[str, int]]:
+    """Label -> what was read -> how often; "nothing" where there is none."""
+    table: dict[str, Counter[str]] = {}
+    for one in readings:
+        table.setdefault((one.label or "nothing").casefold(), Counter())[(one.extracted or "nothing").casefold()] += 1
+    return {label: dict(sorted(counts.items())) for label, counts in sorted(table.items())}
 
 
 def _summary(readings: Sequence[Reading]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import EvaluateConfig
 from .console import note, stderr
+from .corpora import bos_prefix
 from .errors import ModelError, OptionError
 from .journal import Keeper
 from .model import checkpoint_folder
@@ -45,6 +46,8 @@ class Asker:
 
     truncated = 0
     """Prompts whose beginning was cut because the model's context has no room for them."""
+    scored_room = 0
+    """Tokens of a prompt and a choice after it that are scored, beyond those that the context has."""
     _bar: tuple[Progress, TaskID] | None = None
     _journal: Keeper | None = None
 
@@ -109,7 +112,35 @@ class Asker:
         return [given[i] for i in range(len(items))]
 
     def _order(self, items: Sequence[list[Any]]) -> list[int]:
-        return list(range(len(items)))
+        """Longest first; counts those that are too long."""
+        model = cast(Any, self)
+        asked = [max((one.args for one in item), key=_characters) for item in items]
+        scored = [isinstance(more, str) for _, more in asked]
+        texts = [text + more if score else text for (text, more), score in zip(asked, scored, strict=True)]
+        longest = [len(ids) for ids in model.tokenizer(texts).input_ids]
+        for (_, more), score, length in zip(asked, scored, longest, strict=True):
+            room = self.scored_room if score else -more["max_gen_toks"]
+            self.truncated += length > model.max_length + room
+        return sorted(range(len(items)), key=lambda i: (-longest[i], i))
+
+    def _loglikelihood_tokens(self, requests: list[Any], **more: Any) -> list[tuple[float, bool]]:
+        """As the harness does it, but for BOS: what is too long loses its beginning and keeps the sinks' BOS."""
+        model, cut = cast(Any, self), []
+        bos = model.tokenizer.bos_token_id
+        for texts, context, continuation in requests:
+            over = len(context) + len(continuation) - model.max_length - self.scored_room
+            keep = over > 0 and context[0] == bos and over + 1 < len(context)
+            cut.append((texts, [bos, *context[over + 1 :]] if keep else context, continuation))
+        return cast(list[tuple[float, bool]], cast(Any, super())._loglikelihood_tokens(cut, **more))
+
+    def check_room(self, max_new_tokens: int) -> None:
+        """`OptionError` where no prompt would fit beside so many new tokens."""
+        context = cast(Any, self).max_length
+        if max_new_tokens >= context:
+            raise OptionError(
+                f"--max-new-tokens: {max_new_tokens} leaves no room for a prompt in the model's context of "
+                f"{context} tokens; give less"
+            )
 
 
 def _characters(arguments: tuple[str, Any]) -> int:
@@ -121,6 +152,8 @@ def _characters(arguments: tuple[str, Any]) -> int:
 class HfAsker(Asker, HFLM):  # type: ignore[misc]  # the harness is untyped
     """A transformers model in this process. A prompt that is cut keeps its BOS."""
 
+    scored_room = 1  # the last token is not read, only predicted
+
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_new_tokens: int
     ) -> None:
@@ -131,22 +164,7 @@ class HfAsker(Asker, HFLM):  # type: ignore[misc]  # the harness is untyped
                 batch_size=batch_size,
                 softmax_dtype="float32",  # in bfloat16 choices would tie
             )
-        if max_new_tokens >= self.max_length:
-            raise OptionError(
-                f"--max-new-tokens: {max_new_tokens} leaves no room for a prompt in the model's context of "
-                f"{self.max_length} tokens; give less"
-            )
-
-    def _order(self, items: Sequence[list[Any]]) -> list[int]:
-        """Longest first; counts those that are too long."""
-        asked = [max((one.args for one in item), key=_characters) for item in items]
-        scored = [isinstance(more, str) for _, more in asked]
-        texts = [text + more if score else text for (text, more), score in zip(asked, scored, strict=True)]
-        longest = [len(ids) for ids in self.tokenizer(texts).input_ids]
-        for (_, more), score, length in zip(asked, scored, longest, strict=True):
-            # Of a scored text the last token is not read, only predicted.
-            self.truncated += length > (self.max_length + 1 if score else self.max_length - more["max_gen_toks"])
-        return sorted(range(len(items)), key=lambda i: (-longest[i], i))
+        self.check_room(max_new_tokens)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **more: Any) -> Tensor:
         with torch.inference_mode():
@@ -170,14 +188,18 @@ class HfAsker(Asker, HFLM):  # type: ignore[misc]  # the harness is untyped
         ids_BL[keep_B, 0] = first_B[keep_B]
         return ids_BL, mask_BL
 
-    def _loglikelihood_tokens(self, requests: list[Any], **more: Any) -> list[tuple[float, bool]]:
-        """As the harness does it, but for BOS: what is too long loses its beginning and keeps the sinks' BOS."""
-        bos, cut = self.tokenizer.bos_token_id, []
-        for texts, context, continuation in requests:
-            over = len(context) + len(continuation) - self.max_length - 1
-            keep = over > 0 and context[0] == bos and over + 1 < len(context)
-            cut.append((texts, [bos, *context[over + 1 :]] if keep else context, continuation))
-        return cast(list[tuple[float, bool]], super()._loglikelihood_tokens(cut, **more))
+
+class EngineAsker(Asker):
+    """vLLM or SGLang in this process, to be put in front of the harness's class. A prompt that is cut keeps its BOS."""
+
+    scored_room = -1  # both make one token more, which is thrown away
+
+    def _model_generate(self, requests: list[list[int]], **more: Any) -> Any:
+        """Answers to token ids, of which the harness has cut the beginning where they are too long."""
+        model = cast(Any, self)
+        bos = bos_prefix(model.tokenizer)
+        kept = [ids if ids[:1] == bos else [*bos, *ids[1:]] for ids in requests] if bos else requests
+        return cast(Any, super())._model_generate(requests=kept, **more)
 
 
 # ---- a server -------------------------------------------------------------------------------------------------------
@@ -350,16 +372,20 @@ def open_engine(config: EvaluateConfig) -> Any:
         "batch_size": config.batch_size,
         "max_gen_toks": config.max_new_tokens,
     }
+    asker: Any
     with quiet():
         if config.engine == "vllm":
             from lm_eval.models.vllm_causallms import VLLM
 
-            return type("VllmAsker", (Asker, VLLM), {})(seed=config.seed, **settings)
-        from lm_eval.models.sglang_causallms import SGLangLM
+            asker = type("VllmAsker", (EngineAsker, VLLM), {})(seed=config.seed, **settings)
+        else:
+            from lm_eval.models.sglang_causallms import SGLangLM
 
-        return type("SglangAsker", (Asker, SGLangLM), {})(
-            add_bos_token=True, random_seed=config.seed, tokenizer_path=settings["pretrained"], **settings
-        )
+            asker = type("SglangAsker", (EngineAsker, SGLangLM), {})(
+                add_bos_token=True, random_seed=config.seed, tokenizer_path=settings["pretrained"], **settings
+            )
+    asker.check_room(config.max_new_tokens)
+    return asker
 
 
 # ---- quiet ----------------------------------------------------------------------------------------------------------

@@ -92,8 +92,8 @@ def message(case: Case) -> str:
     )
 
 
-# C1 controls, marks that turn the direction of writing, and lone surrogates, which no encoding has.
-_INVISIBLE = re.compile(r"[\x80-\x9f\u061c\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What `plain` leaves: the C1 end of a line, and lone surrogates, which no encoding has.
+_INVISIBLE = re.compile(r"[\x85\ud800-\udfff]")
 # Every tag, and with it the fence and a template's <|im_end|> or </s>; then [INST].
 _BRACKETS = str.maketrans("<>", "‹›")
 _INSTRUCTION = re.compile(r"\[(/?[A-Z_]{2,30})\]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -192,14 +193,14 @@ def _show_stability(result: dict[str, Any]) -> None:
 
 
 def _show_audit(result: dict[str, Any]) -> None:
-    table = Table(caption="right, and rightly empty, over all")
+    table = Table(caption="accuracy: right, and rightly empty, over all", box=SIMPLE, padding=0)
     for column in ("", "items", "right", "empty", "wrong", "missed", "invented", "accuracy", "95% interval"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)  # a row fits into 80 columns
     sections = [("all", result["all"]), *result["kinds"].items(), *(result["rules"].items())]
     if result["judge"] is not None:
         judge = result["judge"]
         sections += [("judge", judge["all"]), *((f"judge {kind}", row) for kind, row in judge["kinds"].items())]
-        sections.append(("rules, then judge", judge["together"]))
+        sections.append(("rules + judge", judge["together"]))
     for name, row in sections:
         counts = [str(row[column]) for column in ("items", "right", "empty", "wrong", "missed", "invented")]
         interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"

@@ -30,14 +30,24 @@ def choice_in(reading: Reading, tail: str) -> str | None:
     assert lead is not None
     rest = part[lead.end() :]
     if REFUSAL.match(rest):
-        return _option_in(reading, normalise(part), whole=True) or NONE
+        return _refusing_option(reading, normalise(rest)) or NONE
     if NOT.match(rest):
         other = INSTEAD.search(rest)
         return None if other is None else choice_in(reading, rest[other.end() :])
     label = label_at(reading, part, lead.end())
-    return _option_in(reading, normalise(part)) if label is None else label
+    if label is not None:
+        return label
+    value = _option_in(reading, normalise(part))
+    aside = _ASIDE.search(part) if value == NONE else None
+    return value if aside is None else _option_in(reading, normalise(part[: aside.start()]))
 
 
+# What follows explains the answer, or weighs others against it.
+_ASIDE = re.compile(
+    r"[,;(]\s?(?:not|and\snot|but|which|al?though|though|even\sthough|while|whereas|because|since|as|vì|chứ)\b"
+    r"|\s(?:rather\sthan|instead\sof|as\sopposed\sto|because|chứ\skhông)\b",
+    re.IGNORECASE,
+)
 _LABEL = re.compile(r"([A-Z]|\d{1,2})(?![\w'’%])(?!\.\d)")
 _SMALL_LABEL = re.compile(r"([a-h])(?:\s?[)\]}]|[.:](?:\s|$)|$)")
 _GOES_ON = re.compile(r"\s+(?:because|since|as|is|was|vì|là|with|for|đúng)\b")
@@ -84,14 +94,26 @@ def label_at(reading: Reading, part: str, at: int) -> str | None:
     return NONE if marked and label <= "H" else None
 
 
-def _option_in(reading: Reading, words: str, *, whole: bool = False) -> str | None:
+_NONE_OF = re.compile(r" none of (?:above|these|those|them|other|listed|given|options|choices|answers|statements) ")
+
+
+def _refusing_option(reading: Reading, words: str) -> str | None:
+    """The one option that normalised `words` are, or begin with: "all of the above", "none of these", "both"."""
+    same = [
+        label
+        for label, text in reading.options
+        if words.startswith(text) or (text.strip() in words and len(text) * 2 > len(words))
+    ]
+    if not same and _NONE_OF.match(words):
+        same = [label for label, text in reading.options if _NONE_OF.match(text)]
+    return same[0] if len(same) == 1 else None
+
+
+def _option_in(reading: Reading, words: str) -> str | None:
     """The one option whose text stands in normalised `words`, or whose beginning they are; `NONE` if several are.
 
-    An option inside a longer one that stands there too does not count. `whole`: the option must be all that is said.
+    An option inside a longer one that stands there too does not count.
     """
-    if whole:
-        same = [label for label, text in reading.options if text.strip() in words and len(text) * 2 > len(words)]
-        return same[0] if len(same) == 1 else None
     found = [(label, text) for label, text in reading.options if text in words]
     found = [(label, text) for label, text in found if not any(text != other and text in other for _, other in found)]
     if len(found) == 1 or (found and len({text for _, text in found}) == 1):
@@ -150,6 +172,9 @@ _LINE_LABEL = re.compile(r"[\s*\-•(\[]{0,8}(?:option\s)?([A-H])\s?[.):\]]", re
 _NEXT_LINE_LABEL = re.compile(rf"\n{_LINE_LABEL.pattern}", re.IGNORECASE)
 
 
+_INLINE_LABEL = re.compile(r"(?:^|[\s(])([A-H])[.)]\s")
+
+
 def _lists_options(reading: Reading) -> bool:
     """Whether the answer goes through the options one by one, each in a line of its own."""
     if reading.text.count("\n") < 2:
@@ -168,7 +193,11 @@ def first_label(reading: Reading) -> str | None:
     lead = LEAD.match(part)
     assert lead is not None
     if REFUSAL.match(part, lead.end()):
-        return _option_in(reading, normalise(part), whole=True) or NONE
+        return _refusing_option(reading, normalise(part[lead.end() :])) or NONE
+    if NOT.match(part, lead.end()):
+        return choice_in(reading, part)
+    if len(set(_INLINE_LABEL.findall(part))) > 2:
+        return None
     short = re.match(r"A\s?[:：]\s?[*(\[]{0,3}(?=[A-H](?:[.)\]*]|\s*$))", part)  # "A: B", A for answer
     return label_at(reading, part, short.end() if short else lead.end())
 
@@ -186,17 +215,30 @@ def first_option(reading: Reading) -> str | None:
     return value if len(words) <= 2 * length + 12 else None
 
 
+_SO = re.compile(r"[,;]\s(?:so|therefore|thus|hence|nên|vậy)\b")
+_WEIGHED = re.compile(
+    r",\s(?:not|and\snot|rather\sthan|chứ\skhông)\b|\s(?:rather\sthan|instead\sof|as\sopposed\sto|chứ\skhông)\b"
+)
+
+
 def conclusion(reading: Reading) -> str | None:
     """The last sentence that names an option, if it names one and says no ill of it."""
     listed = _lists_options(reading)
     for place, sentence in enumerate(reversed(reading.conclusion[-2:])):
         if (listed and _LINE_LABEL.match(sentence)) or (cut_off(reading) and (place == 0 or not CUE.match(sentence))):
             continue
+        sentence = _SO.split(sentence)[-1]  # it can't be B or C, so it must be A
+        aside = _WEIGHED.search(sentence)
+        sentence = sentence[: aside.start()] if aside else sentence
         if sentence.endswith(("?", ":")) or NOT.search(sentence) or re.search(r"\b(?:incorrect|wrong|if)\b", sentence):
             continue
         labels = set(re.findall(rf"[(\[]({reading.labels})[)\]]|\b(?:option|choice)\s({reading.labels})\b", sentence))
         names: set[str] = {a or b for a, b in labels}
-        last = re.search(rf"\b(?:is|be|là)\s?:?\s[*\"]{{0,3}}({reading.labels})[*\"]{{0,3}}[.)]?$", sentence)
+        last = re.search(
+            rf"\b(?:(?i:is|be|là|leav(?:es|ing)|hence|thus|therefore|so|vậy))[:,]?\s[*\"]{{0,3}}({reading.labels})[*\"]{{0,3}}"
+            r"(?:\sas\sthe\s\w+(?:\s\w+)?)?[.)]?$",
+            sentence,
+        )
         if last and not names:
             return str(last[1])
         if len(names) == 1:
@@ -213,4 +255,9 @@ def only_option(reading: Reading) -> str | None:
     """A short answer in which the text of one option stands and that of no other."""
     if len(reading.text) > 400 or _lists_options(reading):
         return None
-    return _option_in(reading, normalise(reading.text)) or None
+    words = normalise(reading.text)
+    value = _option_in(reading, words)
+    if value is None and 4 < len(words) <= 40:  # a part of it, as a surname
+        part_of = [label for label, text in reading.options if words in text]
+        value = part_of[0] if len(part_of) == 1 else None
+    return value or None

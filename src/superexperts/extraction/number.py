@@ -9,6 +9,8 @@ from .text import find_numbers, normalise
 
 _OF = re.compile(r"[^\d,;&]{0,60}\b(?:out of|of|per|in|every|for|from|after|over|each|than|at|on|within|by|during)\b")
 _ARITHMETIC = re.compile(r"\d\s?[*×x·/÷+−-]\s?\$?\(?\d")
+_UNDONE = re.compile(r"\s?(?:[*×x·÷+−-]|\\times)\s?[$(]{0,2}")
+"""Between two numbers that are still to be put together."""
 _TOTAL = re.compile(r"\b(?:total|altogether|in\ all|final|sum|tổng)\b", re.IGNORECASE | re.VERBOSE)
 _COPULA = re.compile(rf"{_TOTAL.pattern}|\b(?:is|are|was|were|be|equals?|là|còn)\b", re.IGNORECASE | re.VERBOSE)
 
@@ -18,6 +20,10 @@ def _result(sentence: str) -> str | None:
     joined by "and"."""
     sides = [list(find_numbers(side)) for side in sentence[-CONCLUSION:].split("=")]
     results = [side[0][2] for side in sides[1:] if side]
+    if len(sides[-1]) > 1:
+        last = sentence.rpartition("=")[2]
+        if _UNDONE.fullmatch(last, sides[-1][0][1], sides[-1][1][0]):
+            return None
     if len(results) > 1 and re.search(r"\band\b|&|;", sentence.rsplit("=", 2)[1]):
         builds_on = len(sides[-2]) > 1 and sides[-2][1][2] == results[-2]
         if not builds_on and results[-1] != results[-2]:
@@ -45,7 +51,8 @@ def number_in(reading: Reading, sentence: str) -> str | None:
     if _ARITHMETIC.search(bare):
         return None
     _, end, value = numbers[0]
-    if _OF.match(bare, end, numbers[1][0]):  # 21 books out of 30
+    share = "/" in value or bare[end : end + 1] == "%"  # 1/4 of 48 is 12
+    if not share and _OF.match(bare, end, numbers[1][0]):  # 21 books out of 30
         return value
     joined = re.search(r"\band\b|&|,", bare[numbers[-2][1] : numbers[-1][0]])
     for cue in reversed(list((_COPULA if joined is None else _TOTAL).finditer(bare))):

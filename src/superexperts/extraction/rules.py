@@ -130,8 +130,16 @@ _BY_KIND: Final = {kind: tuple(rule for rule in RULES if kind in rule.kinds) for
 def read(kind: Kind, response: str, question: str, choices: Choices) -> tuple[str | None, str]:
     """(value, rule's name) of a response; value None where no rule reads a commitment, with the name of the rule that
     said so, or "" where none had an opinion."""
-    reading = Reading(kind, own_turn(plain(response), question, choices), question, choices)
-    for rule in _BY_KIND[kind]:
+    text = own_turn(plain(response), question, choices)
+    if "</think>" in text:  # what stands behind the thoughts is the answer, if anything there is one
+        answer = _read(Reading(kind, text.partition("</think>")[2], question, choices))
+        if answer[1]:
+            return answer
+    return _read(Reading(kind, text, question, choices))
+
+
+def _read(reading: Reading) -> tuple[str | None, str]:
+    for rule in _BY_KIND[reading.kind]:
         value = rule.read(reading)
         if value is not None:
             return value or None, rule.name

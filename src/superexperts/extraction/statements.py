@@ -88,8 +88,8 @@ def _alternatives(labels: tuple[str, ...]) -> str:
 
 _HEDGE = (
     r"(?:most\ likely|very\ likely|more\ likely|likely|probably|clearly|definitely|simply|therefore|thus|actually|"
-    r"still|indeed|perhaps|it's|it\ is|i\ think|i\ believe|i\ guess|closest\ to|approximately|about|around|either|"
-    r"option|choice|answer|letter|number|phương\ án|đáp\ án|lựa\ chọn|câu|ý)"
+    r"still|indeed|perhaps|it's|it\ is|i\ would\ say|i'd\ say|i\ think|i\ believe|i\ guess|closest\ to|approximately|"
+    r"about|around|either|option|choice|answer|letter|number|phương\ án|đáp\ án|lựa\ chọn|câu|ý)"
 )
 _OPENING = r"[\s*\"'“”‘’`$:=>~≈(\[{\\]"
 LEAD = re.compile(
@@ -98,10 +98,10 @@ LEAD = re.compile(
 
 _STATEMENT_SOURCE = r"""
     \b(?:
-      (?:answer|solution|result)s?\b[*_\]]{0,4}
+      (?:answer|solution|result)s?\b[*_\]"']{0,4}
         (?:\s?\([^()\n]{1,40}\))?                                              # the answer (Yes or No) is
         (?:\s(?:to|for|of|from|here|among|choice|option|would\ then)\b[^.\n:?]{0,120}?)?
-        \s?(?:[*_]{0,3}[:：=][*_]{0,3}
+        \s?(?:[*_]{0,3}[:：=][*_]{0,3} | \s?[-–—](?=\s)
             | \s(?:is|are|was|(?:would|should|must|will|could|may|might|can|has\ to)(?:\s\w{2,10}ly)?\ be)\b[:：]?)
     | (?:correct|right|best|false|true|incorrect|final|accurate|appropriate)\s
         (?:option|choice|statement|one|letter|number)s?\s?(?:\s(?:is|are|would\ be)\b[:：]?|[:：])
@@ -125,7 +125,12 @@ _STATES = (
 """What a statement begins with."""
 _STATE_SEVERAL = ("approaches", "factors", "reasons", "statements", "options", "choices")
 _STATEMENT = Cued(_STATEMENT_SOURCE, _STATES, where_are=_STATE_SEVERAL)
-_SHORT_STATEMENT = re.compile(r"^\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：]\s", re.MULTILINE)
+# Of a text with a new line in front: a pattern that begins with one is fast. A can be a label, but of no number.
+_SHORT_STATEMENT = re.compile(r"\n\s{0,8}(?:Ans|Đ/A|ĐA|TL)\s?[:：.](?=\s)", re.IGNORECASE)
+_SHORTEST_STATEMENT = re.compile(r"\n\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：](?=\s)")
+_HEADING = re.compile(
+    r"\n[#*\s]{1,8}(?:final\s|correct\s)?(?:answer|response|đáp\sán|trả\slời)[*:：]{0,4}\s*\n", re.IGNORECASE
+)
 
 NOT = re.compile(r"(?:not|no\ longer|isn't|cannot|can't|unlikely|không\ phải|không)\b", re.IGNORECASE | re.VERBOSE)
 INSTEAD = re.compile(r"(?:\bbut(?: rather)?|\bit is|\bit's|\binstead|\brather|mà là)\s[:\s]{0,3}", re.IGNORECASE)
@@ -145,8 +150,12 @@ REFUSAL = re.compile(
 def statements(reading: Reading) -> Iterator[str]:
     """What follows each "the answer is", the last one first."""
     last = [found.end() for found in _STATEMENT.matches(reading.text)][-LAST_STATEMENTS:]
-    if not last and reading.kind == "number":
-        last = [found.end() for found in _SHORT_STATEMENT.finditer(reading.text)][-1:]
+    if not last:
+        lines = f"\n{reading.text}"
+        short = _SHORTEST_STATEMENT if reading.kind == "number" else _SHORT_STATEMENT
+        last = [found.end() - 1 for found in short.finditer(lines)][-1:]
+        if not last and ("#" in lines or "*" in lines):
+            last = [found.end() - 1 for found in _HEADING.finditer(lines)][-1:]
     for end in reversed(last):
         yield reading.text[end : end + TAIL]
 

@@ -68,15 +68,21 @@ class Cued:
 
 # ---- the answer's own text ------------------------------------------------------------------------------------------
 
-# Escape sequences of terminals (CSI and OSC), control characters but for tab and newline, and invisible format marks.
+# Escape sequences of terminals (CSI and OSC), control characters but for tab and the ends of lines, invisible format
+# marks, and those that turn the direction of writing.
 _NOISE = re.compile(
-    r"\x1b\[[0-9;?]{0,20}[@-~]|\x1b\][^\x07\x1b]{0,200}\x07?|[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u2060\ufeff]"
+    r"(?:\x1b\[|\x9b)[0-9;?]{0,20}[@-~]|\x1b\][^\x07\x1b]{0,200}\x07?"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
 )
+_VULGAR = re.compile("[½⅓⅔¼¾⅕-⅞]")
 
-_BLANKS = re.compile(r"\s{20,}")
+_BLANKS = re.compile(r"\s\s{19,}")  # that it begins with a set of characters makes it fast, as the next one
 LONGEST = 200_000  # characters; a reasoning model's 32,768 tokens are about 130,000
 
-_TEMPLATE = re.compile(r"<\|[\w\s]{1,30}\|>|\[/?INST\]|</?s>", re.IGNORECASE)  # of chat models
+# Of chat models; DeepSeek writes the bars and the blanks of its own in other characters.
+_TEMPLATE = re.compile(
+    r"[<\[](?:(?<=<)(?:[|｜][\w\s▁]{1,30}[|｜]>|/?s>|(?:start|end)_of_turn>)|(?<=\[)/?INST\])", re.IGNORECASE
+)
 _TURN = re.compile(  # at the beginning of a line
     r"""
     [\s>*\#\-\[]{0,12}(?:
@@ -90,11 +96,22 @@ _TURN = re.compile(  # at the beginning of a line
     re.IGNORECASE | re.VERBOSE,
 )
 _NEXT_TURN = re.compile(rf"\n{_TURN.pattern}", _TURN.flags)
-_ROLE = re.compile(r"\s*(?:assistant|model|bot)\s?[:：\n]\s*", re.IGNORECASE)
+# What a template puts in front of a response, where it was not taken off: tokens that neither end a turn nor begin
+# another's, and the role.
+_OPENING = re.compile(
+    r"""
+    (?:\s*(?:<[|｜](?!(?:im_)?end(?:_?of|▁|\b)|eo|user|human|system)[\w\s▁]{1,30}[|｜]>|\[/INST\]|<s>|<start_of_turn>))*
+    \s*(?:(?:assistant|model|bot)\s?(?:[:：\n]|<\|(?:end_header_id|im_sep)\|>)\s*)?
+    (?!\s*(?:user|human|system)\s?(?:[:：\n]|<\|))
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 # A line that asks, with an answer to it below; and another question's choices.
 _ASKED = re.compile(r"\n[^\n]{1,600}\?[ \t]{0,8}\n\s{0,8}(?:answer|a|trả lời|đáp án)\s?[:：]", re.IGNORECASE)
 _LISTED = re.compile(r"\n\s{0,8}\(?A[.)]\s{1,4}(\S[^\n]{0,300})\n\s{0,8}\(?B[.)]\s")
 _LATER_ROLE = re.compile(r"\n\s{0,8}assistant\s?[:：]", re.IGNORECASE)
+_OPENS = frozenset("<[aAmMbB")
+"""What an opening begins with."""
 
 
 def plain(text: str) -> str:
@@ -108,6 +125,8 @@ def plain(text: str) -> str:
         # Word by word: composing takes time with the square of a run of marks.
         text = "".join(unicodedata.normalize("NFC", part) for part in re.findall(r"\s+|\S{1,200}", text))
     text = text.replace("\r", "\n")
+    if not text.isascii() and _VULGAR.search(text):
+        text = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("\u2044", "/"), text)
     if text.replace("\n", "").isprintable():  # then it has no noise, and no blanks but spaces and newlines
         if not ("    " in text or "\n\n\n" in text or "\n " in text):  # twenty of these hold one of those
             return text
@@ -121,8 +140,8 @@ def own_turn(text: str, question: str = "", choices: Sequence[tuple[str, str]] =
 
     A response that first says its own question again is still about it.
     """
-    role = _ROLE.match(text)
-    start = role.end() if role else 0
+    opening = _OPENING.match(text) if text[:30].lstrip()[:1] in _OPENS else None
+    start = opening.end() if opening and opening[0].strip() else 0
     end = len(text)
     passed = start
     for begin, after in _turns(text, start):
@@ -140,10 +159,18 @@ def own_turn(text: str, question: str = "", choices: Sequence[tuple[str, str]] =
             end = later.start()
     if choices:
         listed = _LISTED.search(text, start, end)
-        if listed and normalise(listed[1]).strip() not in normalise(" ".join(f"{a} {b}" for a, b in choices)):
+        if listed and not _own_list(normalise(listed[1]), choices):
             before = max(text.rfind("\n\n", start, listed.start()), start)
             end = before if before > start else listed.start()
     return text[start:end]
+
+
+def _own_list(first: str, choices: Sequence[tuple[str, str]]) -> bool:
+    """Whether a list whose first line says `first`, normalised, goes through these choices: it may say more of each."""
+    words = normalise(choices[0][1])
+    return first.strip() in normalise(" ".join(f"{a} {b}" for a, b in choices)) or (
+        len(words) > 3 and first.startswith(words)
+    )
 
 
 def _repeats(text: str, question: str) -> bool:
@@ -155,7 +182,8 @@ def _repeats(text: str, question: str) -> bool:
 def _turns(text: str, start: int) -> list[tuple[int, int]]:
     """(start, end) of the marks of templates and of the lines that begin a turn, in order."""
     found, lower = [], text.lower()
-    if "<|" in text or "s>" in lower or "ſ>" in lower or ("t]" in lower and "[" in text):
+    tokens = "<" in text and ("<|" in text or "<s>" in lower or "</s>" in lower or "_turn>" in lower or "｜>" in text)
+    if tokens or ("t]" in lower and "[" in text):
         found = [mark.span() for mark in _TEMPLATE.finditer(text, start)]
     if ":" in text or "：" in text or "answer " in lower or "trả lời " in lower or "ſ" in lower:
         first = _TURN.match(text) if start == 0 else None
@@ -239,45 +267,85 @@ _WORDS = {word: value for value, word in enumerate(_UNITS)} | {word: 20 + 10 * i
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 _WORD = "|".join([*_WORDS, *_SCALES])
 
-_DIGITS = r"\d{1,3}(?:,\d{3}){1,9}(?!\d)(?:\.\d{1,30})?|\d{1,30}(?!\d)(?:\.\d{1,30})?|\.\d{1,30}"
+# With commas, LaTeX's too; with two points or more, which can only part thousands; without either.
+_DIGITS = (
+    r"\d{1,3}(?=[,.{\\])(?:(?:(?:,|\{,\}|\\,|,\\!)\d{3}){1,9}(?!\d)(?:\.\d{1,30})?|(?:\.\d{3}){2,9}(?![\d.]\d))"
+    r"|\d{1,30}(?!\d)(?:\.\d{1,30})?|\.\d{1,30}"
+)
 _NUMBER = Cued(
     rf"""
-    (?P<sign>(?<![\w)])[-−–])?(?:\\?[$€£₫]\s?|us\$)?(?P<sign2>(?<=[$€£₫])[-−])?
+    (?P<sign>(?<![\w)])[-−–]|\bnegative\s(?=[\d$€£₫\\]))?(?:\\?[$€£₫]\s?|us\$)?(?P<sign2>(?<=[$€£₫])[-−])?
     (?:
       \\[dt]?frac\{{(?P<top>\d{{1,30}})\}}\{{(?P<bottom>\d{{1,30}})\}}
       | (?<![\w.^])(?P<digits>{_DIGITS})
-        (?:\s?/\s?(?P<over>\d{{1,30}})(?![\d/]))?
+        (?:(?=\s?[\d/\\x×*e])(?:  # most numbers end here
+          \s(?P<part>\d{{1,3}})/(?P<parts>\d{{1,3}})(?![\d/])                            # 2 1/2
+          | \s?\\[dt]?frac\{{(?P<part2>\d{{1,3}})\}}\{{(?P<parts2>\d{{1,3}})\}}
+          | \s?/\s?(?P<over>\d{{1,30}})(?![\d/])
+          | \s?(?:[x×*]|\\times|\\cdot)\s?10\s?\^\s?\{{?(?P<power>[-−]?\d{{1,2}})\}}?(?!\d)  # 3 x 10^4
+          | e(?P<power2>[-+]?\d{{1,2}})(?!\w)
+        ))?
         (?:\s(?P<scale>hundred|thousand|million|billion)\b)?
     )
-    | (?<![\w-])(?P<words>(?:{_WORD})(?:(?:\s|-|\sand\s)(?:{_WORD})){{0,12}})(?![\w-])
+    | (?<![\w-])(?P<sign3>negative\s)?(?P<words>(?:{_WORD})(?:(?:\s|-|\sand\s)(?:{_WORD})){{0,12}})(?![\w-])
     """,
     words=(
-        *("us$", "zero", "one", "two", "three", "four", "fort", "five", "fif", "six", "seven", "eight", "nine", "ten"),
+        *(
+            "us$",
+            "negative",
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "fort",
+            "five",
+            "fif",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+        ),
         *("eleven", "twelve", "thirt", "twent", "hundred", "thousand", "million", "billion"),
     ),
-    # A sign, a currency, a decimal point, or a whole run of digits: nothing begins in the middle of one.
-    marks=r"[−–\\$€£₫]|-(?=[\d.$€£₫\\u])|\.\d|\d+",
+    # A sign, a currency, a decimal point, or a whole run of digits: nothing begins in the middle of one. That the
+    # pattern begins with a set of characters makes it fast.
+    marks=r"[−–\\$€£₫\-.\d](?:(?<=\d)\d*|(?<=\.)(?=\d)|(?<=-)(?=[\d.$€£₫\\u])|(?<=[−–\\$€£₫]))",
 )
 
 
 def find_numbers(text: str) -> Iterator[Quantity]:
     """Every number of a text in order: digits with commas, signs, decimals, fractions, and English number words."""
     for found in _NUMBER.matches(text):
+        if found.lastgroup == "digits" and found[0].isdigit():  # most are, and the rest takes longer
+            yield found.start(), found.end(), found[0].lstrip("0") or "0"
+            continue
         if found["words"]:
             value = str(_from_words(found["words"].lower()))
         elif found["top"]:
             value = f"{found['top']}/{found['bottom']}"
         else:
-            value = found["digits"].replace(",", "")
+            value = _UNMARKED.sub("", found["digits"])
+            value = value.replace(".", "") if value.count(".") > 1 else value
+            part, parts = found["part"] or found["part2"], found["parts"] or found["parts2"]
+            power = found["power"] or found["power2"]
+            if part and int(parts):
+                value = str(Fraction(value) + Fraction(int(part), int(parts)))
+            elif power:
+                value = _plain_decimal(Fraction(value) * Fraction(10) ** int(power.replace("−", "-")))
             if found["over"]:
                 value += f"/{found['over']}"
             if found["scale"]:
                 value = _plain_decimal(Fraction(value) * _SCALES[found["scale"].lower()])
         if "/" in value and int(value.rpartition("/")[2]) == 0:
             continue
-        if found["sign"] or found["sign2"]:
+        if found["sign"] or found["sign2"] or found["sign3"]:
             value = f"-{value}"
         yield found.start(), found.end(), _canonical(value)
+
+
+_UNMARKED = re.compile(r"[,{}\\!]")
 
 
 def _from_words(words: str) -> int:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 
-from .statements import CONCLUSION, CUE, LEAD, NONE, REFUSAL, Reading, first_part, statements
+from .statements import CONCLUSION, CUE, INSTEAD, LEAD, NONE, NOT, REFUSAL, Reading, first_part, statements
 
+# "Có thể" is maybe, "không biết" is no answer.
+_WORDS = r"yes|true|có(?!\s(?:thể|lẽ))|đúng|no|false|không(?!\s(?:rõ|biết|chắc|đủ|thể\s(?:xác|biết|kết|trả)))|sai"
 _YES_NO = re.compile(
-    r"(yes|true|correct|có|đúng|no|false|incorrect|không|sai)\b(?!\s(?:one|doubt|longer|evidence|phải là không))",
-    re.IGNORECASE,
+    rf"({_WORDS}|correct|incorrect|yeah|yep|nope|nah)\b(?!\s(?:one|doubt|longer|evidence|phải là không))", re.IGNORECASE
 )
+_ACCORDING = re.compile(r"(?:according to|based on|as per|theo)\b[^,.]{1,80},\s", re.IGNORECASE)
+_SAID = re.compile(rf"[\"'“*]{{0,3}}({_WORDS})\b(?=[\"'”*]{{0,3}}[,.;:!]|\s?$)", re.IGNORECASE)
 _IT_IS = re.compile(
     r"\b(?:the\ (?:statement|claim)|it|this|that|điều\ này|nhận\ định\ này)\s(?:is|was|là)\s"
     r"(true|false|(?:not\ |in)?correct|not\ true|đúng|sai)\b",
     re.IGNORECASE | re.VERBOSE,
 )
-_YES = frozenset(("yes", "true", "correct", "có", "đúng"))
+_YES = frozenset(("yes", "yeah", "yep", "true", "correct", "có", "đúng"))
 
 
 def _yes_no(word: str) -> str:
@@ -28,6 +31,10 @@ def yes_no_in(reading: Reading, tail: str) -> str | None:
     assert lead is not None
     if re.match(r"(?:not|n't) (?:true|correct|the case|right)\b", part[lead.end() :], re.IGNORECASE):
         return "no"
+    if NOT.match(part, lead.end()) and (other := INSTEAD.search(part, lead.end())):
+        rather = yes_no_in(reading, part[other.end() :])
+        if rather is not None:
+            return rather
     found = _YES_NO.match(part, lead.end())
     if found:
         other = re.match(
@@ -60,9 +67,8 @@ def conclusion(reading: Reading) -> str | None:
             found = _YES_NO.match(sentence, cue.end())
             if found:
                 return _yes_no(found[1])
-        found = re.compile(
-            r"[\"'“*]{0,3}(yes|no|true|false|có|không|đúng|sai)\b(?=[\"'”*]{0,3}[,.;:!]|\s?$)", re.IGNORECASE
-        ).match(sentence)
+        source = _ACCORDING.match(sentence)
+        found = _SAID.match(sentence, source.end() if source else 0)
         if found:
             return _yes_no(found[1])
     return None

@@ -1,0 +1,93 @@
+"""`evaluate` beside lm-evaluation-harness's own evaluation of the same requests, from the files to the answers.
+
+    python benchmarks/evaluation_ratio.py --limit 200
+
+Both load the pocket model, read the six benchmarks' files and answer the same prompts greedily, in turn in one process.
+`evaluate` also checks every row, hashes what it reads, syncs each batch to disk and writes answers and manifest; the
+harness builds its requests, generates, and lists its samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import superexperts.tasks
+from superexperts import evaluate
+from superexperts.asking import quiet
+from superexperts.config import TASKS, EvaluateConfig, PocketConfig
+from superexperts.pocket import run as write_pocket
+from superexperts.pocket import write_data
+from superexperts.tasks import FILE_STEMS, loading
+
+
+def by_evaluate(model: Path, data: Path, limit: int, batch_size: int, tokens: int, out: Path) -> float:
+    """Seconds of the command without Python's start."""
+    loading._local_cached.cache_clear()
+    begin = time.perf_counter()
+    evaluate.run(
+        EvaluateConfig(
+            model=str(model), data_dir=data, limit=limit, batch_size=batch_size, max_new_tokens=tokens, out=out,
+            device="cpu", dtype="float32",
+        )
+    )  # fmt: skip
+    return time.perf_counter() - begin
+
+
+def by_harness(model: Path, data: Path, limit: int, batch_size: int, tokens: int) -> float:
+    """Seconds of what `lm-eval run` does with the same task files and rows."""
+    begin = time.perf_counter()
+    manager = TaskManager(include_path=Path(superexperts.tasks.__file__).parent, include_defaults=False)
+    splits = {"boolq": "validation", "vmlu": "valid"}
+    entries = [
+        {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {
+                "data_files": {splits.get(name, "test"): str(data / f"{FILE_STEMS[name]}.jsonl")},
+                "cache_dir": str(model.parent / f"cache-{begin}"),
+            },
+            "generation_kwargs": {"until": ["\nQuestion:"], "do_sample": False, "max_gen_toks": tokens},
+        }
+        for name in TASKS
+    ]
+    with quiet():
+        tasks = manager.load({"group": "six", "task": entries})["tasks"]
+        asker = HFLM(pretrained=str(model), batch_size=batch_size, dtype="float32", device="cpu")
+        found = lm_eval.evaluate(asker, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+    assert sum(map(len, found["samples"].values())) == limit * len(TASKS)
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=200, help="items per benchmark")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_pocket(PocketConfig(out=folder / "model"))
+        (folder / "data").mkdir()
+        write_data(folder / "data")
+        how = (folder / "model", folder / "data", options.limit, options.batch_size, options.max_new_tokens)
+        ratios = []
+        for number in range(options.rounds + 1):  # the first imports, and brings the files from disk
+            theirs, ours = by_harness(*how), by_evaluate(*how, folder / f"out-{number}")
+            if number:
+                ratios.append(ours / theirs)
+                print(f"evaluate {ours:.2f} s, the harness {theirs:.2f} s: {ratios[-1]:.3f}", flush=True)
+    print(f"median ratio {statistics.median(ratios):.3f}")
+
+
+if __name__ == "__main__":
+    main()
