@@ -12,7 +12,7 @@ import torch
 
 from superexperts import corpora
 from superexperts.config import CheckpointConfig
-from superexperts.corpora import HUB_CORPORA, documents, named_corpus, pack
+from superexperts.corpora import HUB_CORPORA, documents, named_corpus, pack, reference_windows
 from superexperts.errors import DataError
 from superexperts.model import load_tokenizer
 
@@ -53,6 +53,43 @@ def test_the_number_of_tokens_that_is_told_does_not_depend_on_the_sequences(toke
             pack(iter([text]), tokenizer, corpus="x", tokens=4 * have, seq_len=seq_len)
         most = int(str(error.value).rpartition(" ")[2])  # what it says to give instead works
         assert pack(iter([text]), tokenizer, corpus="x", tokens=most, seq_len=min(seq_len, most)).numel() == most
+
+
+def test_reference_windows_are_the_whole_text_in_one_piece(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Rows joined by blank lines, blank rows too; one BOS in front of all; the rest that fills no window is left."""
+    rows = ["", " = Title = \n", "", " One two three four . \n", " Five six seven . \n"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (tmp_path / "a.txt").write_text("\n\n".join(rows))
+    flat = tokenizer("\n\n".join(rows)).input_ids
+    assert flat[0] == tokenizer.bos_token_id
+    assert flat.count(tokenizer.bos_token_id) == 1
+    assert len(flat) % 5, "nothing is left over"
+    for name in ("a.jsonl", "a.txt"):
+        ids_BL = reference_windows(str(tmp_path / name), None, tokenizer, seq_len=5)
+        assert ids_BL.dtype == torch.int64
+        assert ids_BL.shape == (len(flat) // 5, 5)
+        assert ids_BL.flatten().tolist() == flat[: ids_BL.numel()]
+    with pytest.raises(DataError, match=f"has {len(flat)} tokens, under one window; give a smaller --seq-len"):
+        reference_windows(str(tmp_path / "a.txt"), None, tokenizer, seq_len=len(flat) + 1)
+
+
+def test_reference_windows_of_wikitext_are_all_of_it(tokenizer, shared_data: Path) -> None:  # type: ignore[no-untyped-def]
+    with gzip.open(shared_data / "wikitext2_raw_test.jsonl.gz", "rt") as stream:
+        text = "\n\n".join(json.loads(line)["text"] for line in stream)
+    assert len(text) == 1_294_336, "not the test split"
+    ids = tokenizer(text).input_ids
+    ids_BL = reference_windows("wikitext2", shared_data, tokenizer, seq_len=2048)
+    assert ids_BL.shape == (len(ids) // 2048, 2048)
+    assert ids_BL.flatten().tolist() == ids[: ids_BL.numel()]
+
+
+def test_a_corpus_without_end_has_no_reference_windows(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n' * 9)
+    monkeypatch.setattr("superexperts.corpora.WHOLE", 20)
+    with pytest.raises(DataError, match="--reference-windows: .* has over 20 characters"):
+        reference_windows(str(tmp_path / "a.jsonl"), None, tokenizer, seq_len=2)
 
 
 def test_files(tmp_path: Path) -> None:

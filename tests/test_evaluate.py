@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 from pathlib import Path
 from typing import Any, cast
@@ -131,6 +132,28 @@ def test_run_writes_answers_and_does_no_work_twice(
     assert evaluate.run(config) == first
     with pytest.raises(pytest.fail.Exception, match="loaded again"):  # another question of the same number
         evaluate.run(_config(tmp_path / "run", data, limit=2))
+
+
+def test_perplexity_in_reference_windows_is_the_paper_codes(
+    tmp_path: Path, data: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """exp of the mean over the windows of their mean cross-entropy, a window at a time."""
+    rows = [text for text, _ in zip(documents("pocket"), range(12), strict=False)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    settings: dict[str, Any] = {"tasks": "boolq", "limit": 1, "perplexity": str(tmp_path / "a.jsonl"), "seq_len": 64}
+    found = evaluate.run(_config(tmp_path / "run", data, reference_windows=True, **settings))
+    ids = tokenizer("\n\n".join(rows)).input_ids
+    losses = []
+    with torch.no_grad():
+        for start in range(0, len(ids) - 63, 64):
+            window = torch.tensor(ids[start : start + 64])
+            logits = model(window[None]).logits[0, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    told = json.loads((tmp_path / "run" / "perplexity.json").read_text())
+    assert (told["tokens"], told["seq_len"], told["reference_windows"]) == (64 * len(losses), 64, True)
+    packed = evaluate.run(_config(tmp_path / "run", data, tokens=512, **settings))
+    assert packed["perplexity"] != pytest.approx(found["perplexity"], rel=1e-3)
 
 
 def test_silenced_experts_answer_as_the_pruned_checkpoint_does(tmp_path: Path, data: Path) -> None:

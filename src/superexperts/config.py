@@ -244,6 +244,9 @@ class EvaluateConfig(ServerConfig, SeededConfig):
     """perplexity: tokens of the corpus, BOS of each sequence counted."""
     seq_len: int = 512
     """perplexity: tokens per sequence."""
+    reference_windows: Switch = False
+    """perplexity: all of the corpus in windows as the paper's code cuts them (--seq-len 2048 there), with one BOS in
+    front of the first; --tokens does not count."""
     variant: str = "base"
     """Name of this variant in the answers."""
     data_dir: Path | None = None
@@ -275,6 +278,8 @@ class EvaluateConfig(ServerConfig, SeededConfig):
         _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
         _require_sequences(self.tokens, self.seq_len)
+        idle = self.reference_windows and self.perplexity is None
+        _require(not idle, "--reference-windows", True, "does nothing without --perplexity; name a corpus there")
         _require_device(self.device)
         both = self.adapter is not None and self.silence is not None
         _require(not both, "--silence", self.silence, "excludes --adapter; merge the adapter into a checkpoint first")

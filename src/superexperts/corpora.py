@@ -32,6 +32,7 @@ __all__ = [
     "named_corpus",
     "pack",
     "read_rows",
+    "reference_windows",
     "takes_column",
 ]
 
@@ -54,6 +55,8 @@ class HubCorpus:
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 BLOCK = 2**20
+WHOLE = 50_000_000
+"""Characters that a corpus may have where all of it is wanted in one piece."""
 """Characters of a .txt file that are read, and tokenized, at once."""
 C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 # The seven data sets of the original command line; `multilingual` is its Afrikaans part of C4. No commit of `math` and
@@ -140,8 +143,8 @@ def takes_column(corpus: str) -> bool:
     return corpus != "pocket" and not corpus.endswith(".txt") and (hub is None or hub.stem is None)
 
 
-def documents(corpus: str, column: str = "text", data_dir: Path | None = None) -> Iterator[str]:
-    """The texts of a corpus one by one, blank ones left out.
+def documents(corpus: str, column: str = "text", data_dir: Path | None = None, *, blank: bool = False) -> Iterator[str]:
+    """The texts of a corpus one by one, blank ones left out unless wanted (`blank`).
 
     `corpus` is `pocket`, a name as for `named_corpus`, or a .txt / .jsonl / .jsonl.gz file; of a file or a data set
     that has no name here, `column` holds the text. The names here win over files that are called so (`./math`).
@@ -152,7 +155,7 @@ def documents(corpus: str, column: str = "text", data_dir: Path | None = None) -
     elif hub is not None and hub.stem is not None:
         folder = local_data(data_dir)
         if folder is None:
-            yield from _hub_texts(corpus, hub)
+            yield from _hub_texts(corpus, hub, blank)
             return
         name, _, revision = corpus.partition("@")
         if revision:
@@ -160,15 +163,20 @@ def documents(corpus: str, column: str = "text", data_dir: Path | None = None) -
                 f"--corpus: {corpus} is a revision on the Hub, but the rows are read from {folder}; give {name}, or "
                 "leave out --data-dir and SUPEREXPERTS_DATA"
             )
-        yield from _rows_texts(local_file(folder, hub.stem), hub.columns, hub.language)
+        yield from _rows_texts(local_file(folder, hub.stem), hub.columns, hub.language, blank=blank)
     elif Path(corpus).is_file():
         if not corpus.endswith(FILE_SUFFIXES):
             raise DataError(
                 f"--corpus: {corpus} is none of the files that are read: {', '.join(FILE_SUFFIXES)}; convert it"
             )
-        yield from _text_blocks(Path(corpus)) if corpus.endswith(".txt") else _rows_texts(Path(corpus), (column,))
+        file = Path(corpus)
+        yield from (
+            _text_blocks(file, WHOLE + 1 if blank else BLOCK)
+            if corpus.endswith(".txt")
+            else _rows_texts(file, (column,), blank=blank)
+        )
     elif hub is not None:
-        yield from _hub_texts(corpus, hub)
+        yield from _hub_texts(corpus, hub, blank)
     else:
         names = ", ".join(["pocket", *HUB_CORPORA])
         raise DataError(
@@ -177,9 +185,10 @@ def documents(corpus: str, column: str = "text", data_dir: Path | None = None) -
         )
 
 
-def _hub_texts(name: str, hub: HubCorpus) -> Iterator[str]:
+def _hub_texts(name: str, hub: HubCorpus, blank: bool) -> Iterator[str]:
     for number, row in enumerate(_hub_rows(name, hub), start=1):
-        if text := _row_text(row, hub.columns, f"{hub.path} row {number}"):
+        text = _row_text(row, hub.columns, f"{hub.path} row {number}")
+        if blank or text.strip():
             yield text
 
 
@@ -194,12 +203,12 @@ def _hub_rows(name: str, hub: HubCorpus) -> Iterator[Mapping[str, Any]]:
         ) from error
 
 
-def _text_blocks(file: Path) -> Iterator[str]:
-    """A text file in parts of about a MiB, cut at blank lines, or at ends of lines where there is none."""
+def _text_blocks(file: Path, block: int) -> Iterator[str]:
+    """A text file in parts of about `block` characters, cut at blank lines, or at ends of lines where there is none."""
     try:
         with file.open(encoding="utf-8") as stream:
-            held = stream.read(BLOCK)
-            while more := stream.read(BLOCK):
+            held = stream.read(block)
+            while more := stream.read(block):
                 mark = next((mark for mark in ("\n\n", "\n") if mark in held), None)
                 part, _, rest = held.rpartition(mark) if mark else ("", "", held)
                 if part.strip():
@@ -211,14 +220,17 @@ def _text_blocks(file: Path) -> Iterator[str]:
         raise DataError(f"--corpus: {file} is not UTF-8 text ({error}); convert it") from error
 
 
-def _rows_texts(file: Path, columns: tuple[str, ...], language: str | None = None) -> Iterator[str]:
+def _rows_texts(
+    file: Path, columns: tuple[str, ...], language: str | None = None, *, blank: bool = False
+) -> Iterator[str]:
     languages: set[str] = set()
     for number, row in read_rows(file, "--corpus"):
         if language is not None:
             languages.add(str(row.get("lang")))
             if row.get("lang") != language:
                 continue
-        if text := _row_text(row, columns, f"{file} row {number}"):
+        text = _row_text(row, columns, f"{file} row {number}")
+        if blank or text.strip():
             yield text
     if language is not None and language not in languages:
         have = ", ".join(sorted(languages))
@@ -226,13 +238,12 @@ def _rows_texts(file: Path, columns: tuple[str, ...], language: str | None = Non
 
 
 def _row_text(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> str:
-    """The text of a row, empty where it is blank."""
+    """The text of a row."""
     missing = [column for column in columns if column not in row]
     if missing:
         have = ", ".join(sorted(row))
         raise DataError(f"--column: {where} has no {missing[0]!r} (it has {have}); name one of these")
-    text = "\n".join(_text(row[column], column, where) for column in columns)
-    return text if text.strip() else ""
+    return "\n".join(_text(row[column], column, where) for column in columns)
 
 
 def _text(value: Any, column: str, where: str) -> str:
@@ -308,6 +319,33 @@ def corpus_sequences(
     folder = local_data(data_dir)
     texts = documents(corpus, data_dir=None if str(folder) == "pocket" else folder)
     return pack(texts, tokenizer, corpus=corpus, tokens=tokens, seq_len=seq_len)
+
+
+def reference_windows(
+    corpus: str, data_dir: Path | None, tokenizer: PreTrainedTokenizerBase, *, seq_len: int
+) -> Tensor:
+    """A whole corpus in the windows of the paper's code -> int64 [windows, seq_len].
+
+    Its texts, also the blank ones, are joined by blank lines and tokenized in one piece, so that a BOS stands in front
+    of the first window only; what is left over at the end is not used. (`_layer_wise_evaluate` and its loader in the
+    code of arXiv 2507.23279, where `seq_len` is 2,048.) `DataError` for less than a window or more than `WHOLE`.
+    """
+    folder = local_data(data_dir)
+    held: list[str] = []
+    size = 0
+    for text in documents(corpus, data_dir=None if str(folder) == "pocket" else folder, blank=True):
+        held.append(text)
+        size += len(text)
+        if size > WHOLE:
+            raise DataError(
+                f"--reference-windows: {corpus} has over {WHOLE:,} characters, and all of a corpus is taken; give "
+                "wikitext2 or a file, or leave it out"
+            )
+    ids = tokenizer("\n\n".join(held), verbose=False).input_ids
+    windows = len(ids) // seq_len
+    if not windows:
+        raise DataError(f"--perplexity: {corpus} has {len(ids)} tokens, under one window; give a smaller --seq-len")
+    return torch.tensor(ids[: windows * seq_len]).view(windows, seq_len)
 
 
 def digest_ids(ids_BL: Tensor) -> str:

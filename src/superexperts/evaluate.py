@@ -24,7 +24,7 @@ from .asking import ask, ask_one, chosen_items, finished_answers
 from .check_adapter import gate
 from .config import EvaluateConfig, identity
 from .console import note, speaks
-from .corpora import corpus_sequences, digest_ids
+from .corpora import corpus_sequences, digest_ids, reference_windows
 from .engines import HfAsker, open_engine, request_url
 from .errors import OptionError
 from .folders import adapter_folder
@@ -51,7 +51,7 @@ __all__ = ["ask", "run"]
 
 PROBES, PROBE_TOKENS = 16, 256
 """Prompts on which an adapter's effect is measured before the evaluation, and the tokens kept of each."""
-NOT_OF_AN_ANSWER = ("tasks", "limit", "shuffle", "perplexity", "tokens", "seq_len")
+NOT_OF_AN_ANSWER = ("tasks", "limit", "shuffle", "perplexity", "tokens", "seq_len", "reference_windows")
 """Options that say what else is asked, and nothing about the answer to one item."""
 PERPLEXITY_SCHEMA = "superexperts/perplexity/1"
 
@@ -179,6 +179,7 @@ def _measure_perplexity(config: EvaluateConfig, model: nn.Module, sequences_BL: 
         "corpus": config.perplexity,
         "tokens": sequences_BL.numel(),
         "seq_len": sequences_BL.shape[1],
+        "reference_windows": config.reference_windows,
         "perplexity": measured.value,
         "interval": measured.interval,
     }
@@ -218,9 +219,10 @@ def _sequences(config: EvaluateConfig) -> Tensor | None:
     """Token ids [B, L] of the corpus whose perplexity is wanted, None where none is."""
     if config.perplexity is None:
         return None
-    return corpus_sequences(
-        config.perplexity, config.data_dir, load_tokenizer(config), tokens=config.tokens, seq_len=config.seq_len
-    )
+    tokenizer = load_tokenizer(config)
+    if config.reference_windows:
+        return reference_windows(config.perplexity, config.data_dir, tokenizer, seq_len=config.seq_len)
+    return corpus_sequences(config.perplexity, config.data_dir, tokenizer, tokens=config.tokens, seq_len=config.seq_len)
 
 
 def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:
