@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from superexperts import evaluate
+from superexperts.asker import HfAsker
 from superexperts.asking import chosen_items
 from superexperts.config import EvaluateConfig
-from superexperts.engines import HfAsker
 from superexperts.errors import OptionError
 from superexperts.journal import Journal, open_journals
 

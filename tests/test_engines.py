@@ -13,8 +13,8 @@ from servers import free_port, scripted_server
 from superexperts import evaluate
 from superexperts.cli import main
 from superexperts.config import EvaluateConfig
-from superexperts.engines import request_url
 from superexperts.errors import OptionError
+from superexperts.server import request_url
 
 TASKS = "gsm8k,boolq,mmlu"
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from superexperts import evaluate, prune
 from superexperts.artifacts import Answer
+from superexperts.asker import HfAsker
 from superexperts.config import TASKS, EvaluateConfig, PruneConfig
 from superexperts.corpora import documents, pack
-from superexperts.engines import HfAsker
 from superexperts.errors import DataError, ExpertsError, OptionError, OutputError
 from superexperts.evaluate import ask
 from superexperts.extract import extract_folder

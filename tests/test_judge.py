@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servers import Reply, said, scripted_server
-from superexperts import engines
+from superexperts import asker
 from superexperts import extract as module
 from superexperts.artifacts import Answer
 from superexperts.audit import audit_file
@@ -262,7 +262,7 @@ def test_the_same_replies_in_this_process_and_from_a_real_server(
         assert [how for _, how, _ in extractions(folder)] == ["unparsed"] * 3
     assert sorted(replies[0]) == sorted(replies[1])
     assert all(replies[0])
-    monkeypatch.setattr(engines.HfAsker, "generate_until", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(asker.HfAsker, "generate_until", lambda *_: pytest.fail("asked again"))
     assert main(["extract", str(tmp_path / "here"), "--judge", str(checkpoint), "--judge-scope", "all"]) == 0
 
 

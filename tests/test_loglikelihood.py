@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from superexperts import evaluate
 from superexperts.artifacts import Answer
+from superexperts.asker import HfAsker, instances
 from superexperts.asking import ask
 from superexperts.config import TASKS, EvaluateConfig
-from superexperts.engines import HfAsker, instances
 from superexperts.errors import DataError, ModelError, OptionError
 from superexperts.extract import NORMALIZED, extract, extract_folder, normalized
 from superexperts.tasks import load_benchmarks, with_examples

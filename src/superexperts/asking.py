@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from .artifacts import Answer
-from .engines import HfAsker, quiet
+from .asker import HfAsker, quiet
 from .journal import Given, Journal, numbered
 from .processes import gathered, my_share
 from .rundir import MANIFEST, fingerprint, read_json

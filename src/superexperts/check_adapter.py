@@ -12,13 +12,14 @@ from peft import PeftModel
 from torch import Tensor
 
 from . import lora
+from .asker import instances, quiet
 from .config_adapters import CheckAdapterConfig
 from .console import note
 from .corpora import documents, local_data, pack
-from .engines import api, as_chat, instances, quiet, request_url
 from .errors import DataError
 from .folders import adapter_folder
 from .model import load_model, load_tokenizer
+from .server import api, as_chat, request_url
 
 __all__ = ["gate", "run"]
 

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from . import moe
+from .asker import HfAsker
 from .asking import ask, ask_one, chosen_items, finished_answers
 from .check_adapter import gate
 from .config import EvaluateConfig, identity
 from .console import note, speaks
 from .corpora import corpus_sequences, digest_ids, reference_windows
-from .engines import HfAsker, open_engine, request_url
+from .engines import open_engine
 from .errors import OptionError
 from .folders import adapter_folder
 from .journal import Journal, open_journals, remove_journals
@@ -44,6 +45,7 @@ from .rundir import (
     write_manifest,
     write_text,
 )
+from .server import request_url
 from .shared import borrowed
 from .tasks import Benchmark, load_benchmarks, prompt
 

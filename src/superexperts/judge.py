@@ -230,9 +230,10 @@ def open_judge(config: ExtractConfig, cache: Path | None) -> Judge | None:
     if config.judge == "off":
         return None
     # torch and the harness take seconds to import, and extraction by rules needs neither.
-    from .engines import Asker, HfAsker, api, chat_url
+    from .asker import Asker, HfAsker
     from .model import checkpoint_folder, load_model, load_tokenizer
     from .options import ModelConfig
+    from .server import api, chat_url
 
     replies = Replies(cache)
     if config.judge_base_url is not None:
@@ -271,7 +272,8 @@ def _asking(load: Callable[[], Any]) -> Ask:
     loaded: list[Any] = []
 
     def ask(messages: Sequence[str], keeper: Keeper) -> Iterable[str]:
-        from .engines import as_chat, instances, quiet
+        from .asker import instances, quiet
+        from .server import as_chat
 
         if not loaded:
             loaded.append(load())
