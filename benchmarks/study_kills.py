@@ -4,7 +4,7 @@
 
 Runs a study of the pocket model without a kill, and prints its time beyond the sum of its cells' (as its own log has
 them). Then runs it again in another folder and kills it (SIGKILL) at a random moment, again and again, until it has
-been killed so often; lets it end; and compares results.json byte by byte.
+been killed so often; lets it end; and compares results.json byte by byte. `--kills 0` is the first part alone.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def main() -> None:
     wall = float(done.stdout)
     events = [json.loads(line) for line in (whole / "progress.jsonl").read_text().splitlines()]
     cells = sum(event["seconds"] for event in events if event["event"] == "end")
-    print(f"without a kill: {wall:.1f} s, {cells:.1f} s of them in cells: {wall / cells - 1:.2%} beyond")
+    print(f"without a kill: {wall:.1f} s, {cells:.1f} s of them in cells: {wall / cells - 1:.2%} beyond", flush=True)
+    if not options.kills:
+        return
 
     draw, kills = random.Random(options.seed), 0
     command = [sys.executable, "-m", "superexperts", "study", str(file), "--out", str(killed)]
