@@ -85,6 +85,11 @@ def _facts() -> tuple[tuple[tuple[str, re.Pattern[str]], ...], ...]:
 def tells_withheld(text: str) -> bool:
     """Whether all words of a withheld fact stand in one text. Errs on the side of yes: they may stand far apart."""
     lower = text.lower()  # what is nowhere in it need not be looked for as a word
-    return any(
-        all(word in lower for word, _ in fact) and all(pattern.search(text) for _, pattern in fact) for fact in _facts()
-    )
+    for fact in _facts():  # loops, and no generators, since this is asked a hundred times for each text that is kept
+        for word, _ in fact:
+            if word not in lower:
+                break
+        else:
+            if all(pattern.search(text) for _, pattern in fact):
+                return True
+    return False
