@@ -329,6 +329,22 @@ def test_the_base_must_be_the_adapters_own(saved: tuple[Path, Path], tmp_path: P
         export.run(ExportConfig(adapter=adapter, format="vllm", out=tmp_path / "out"))
 
 
+def test_a_broken_adapter_loads_no_model(
+    saved: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, adapter = saved
+    monkeypatch.setattr(export, "_merged_in_memory", None)
+    edit(adapter, experts={"model.layers.1.mlp.experts": [8]})
+    with pytest.raises(ModelError, match=r"expert 8 .* 0\.\.7 here"):
+        export.run(ExportConfig(adapter=adapter, format="merged", out=tmp_path / "out"))
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    for layout in ("merged", "peft", "vllm"):
+        with pytest.raises(DataError, match="cannot be read"):
+            export.run(ExportConfig(adapter=adapter, format=layout, out=tmp_path / "out"))  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_merge_that_is_not_finite_is_refused(saved: tuple[Path, Path], tmp_path: Path) -> None:
     _, adapter = saved
     file = adapter / "adapter_model.safetensors"

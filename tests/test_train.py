@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from families import tiny_model
-from superexperts import lora, moe, sft_data, train
+from superexperts import check_adapter, lora, moe, sft_data, train
 from superexperts.artifacts import key_name
 from superexperts.config_train import TrainConfig
 from superexperts.errors import DataError, EffectError, ExpertsError, ModelError, OptionError, OutputError
@@ -260,7 +260,7 @@ def test_what_training_writes_and_returns(config: Any, capsys: pytest.CaptureFix
     assert len(written["loss"]) == 6  # 3 batches of up to 2 rows, twice
     adapted = lora.load_adapter(tiny_model("deepseek_v2", vocab_size=259), out / "adapter")
     rows = [torch.tensor(e.input_ids) for e in encode(read_rows(settings.data), tokenizer, max_length=1024, file=out)]
-    effect = lora.adapter_effect(adapted, rows)
+    effect = check_adapter.adapter_effect(adapted, rows)
     assert (effect.max_logit_change, effect.kl) == (written["max_logit_change"], written["kl"])
     assert effect.max_logit_change > 1e-3
     fields = json.loads((out / "adapter" / "adapter_config.json").read_text())

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from families import tiny_model
-from superexperts import fit, lora, train
+from superexperts import check_adapter, fit, lora, train
 from superexperts.cli import main
 from superexperts.config_train import TrainConfig, read_recipe
 from superexperts.errors import DataError, ModelError, OptionError
@@ -367,7 +367,7 @@ def test_a_saved_adapter_in_bfloat16_is_the_one_that_was_measured(config: Any, t
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
     adapted = lora.load_adapter(tiny_model("deepseek_v2", vocab_size=259), tmp_path / "out" / "adapter")
     examples = encode(read_rows(tmp_path / "rows.json"), byte_tokenizer(), max_length=1024, file=tmp_path)
-    effect = lora.adapter_effect(adapted, [torch.tensor(example.input_ids) for example in examples])
+    effect = check_adapter.adapter_effect(adapted, [torch.tensor(example.input_ids) for example in examples])
     assert (effect.max_logit_change, effect.kl) == (result["max_logit_change"], result["kl"])
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from . import lora
 from .artifacts import ExpertKey, ExpertSet, key_name
 from .card import model_card, target_name
+from .check_adapter import adapter_effect
 from .config import identity
 from .config_train import TrainConfig, own_values, recipe_text
 from .console import note, speaks
@@ -103,7 +104,7 @@ def train(
             seen = exposure.by_expert()
             _require_exposure(seen, exposure.tokens, config)
             dtype = _round(adapted, config)
-            effect = lora.adapter_effect(adapted, _probe(examples))
+            effect = adapter_effect(adapted, _probe(examples))
             names = None if chosen is None else [key_name(key) for key in chosen]
             if effect.none:
                 option = "--experts" if names is not None else "--attention" if config.attention else "--target"
