@@ -181,6 +181,10 @@ def test_saved_and_loaded_is_the_same_merged_is_equal_and_unloaded_is_the_base(f
     assert lora.trainable_parameters(loaded) == 0
     with loaded.disable_adapter():
         assert torch.equal(logits(loaded), logits(tiny_model(family)))
+    loaded.merge_adapter()
+    assert (logits(loaded) - trained).abs().max() <= 1e-5
+    loaded.unmerge_adapter()
+    assert (logits(loaded) - trained).abs().max() <= 1e-5
     merged = loaded.merge_and_unload()
     assert not [module for module in merged.modules() if isinstance(module, ExpertsLora)]
     assert (logits(merged) - trained).abs().max() <= 1e-5

@@ -132,12 +132,13 @@ def test_output_and_gradients_are_those_of_stock_lora_on_unfused_experts(family:
         output = one(input_ids=tiny_tokens(4, 24), use_cache=False).logits.float()
         output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(1)))
         found.append(output)
-    limit = 1e-5 if dtype == "float32" else 0.03
+    limit = 2e-6 if dtype == "float32" else 0.03  # the sum over experts is rounded in another order
     assert (found[0] - found[1]).norm() <= limit * found[1].norm()
     for name, parameter in ours.items():
         assert parameter.grad is not None
         expected = theirs[name].grad
-        assert (parameter.grad - expected).norm() <= 10 * limit * expected.norm(), name
+        assert expected.any(), name
+        assert (parameter.grad - expected).norm() <= 4 * limit * expected.norm(), name
 
 
 @both

@@ -13,16 +13,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
 
 from families import tiny_model
 from superexperts import check_adapter, lora, moe, sft_data, train
 from superexperts.artifacts import key_name
 from superexperts.config_train import TrainConfig
 from superexperts.errors import DataError, EffectError, ExpertsError, ModelError, OptionError, OutputError
+from superexperts.lora_layer import ExpertLoraConfig
 from superexperts.sft_data import IGNORED, Row, encode, read_rows
 
 BOS, EOS = 1, 2
@@ -315,6 +318,62 @@ def test_a_seed_gives_one_adapter(config: Any, tmp_path: Path) -> None:
 
     assert adapter("a") == adapter("bc")
     assert adapter("a") != adapter("def", seed=1)
+
+
+def test_trl_by_itself_trains_the_layer(config: Any, tmp_path: Path) -> None:
+    """TRL's own way to ask for an adapter: a configuration, here ours, beside the model."""
+    model = tiny_model("qwen3_moe", vocab_size=259)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = moe.find_banks(model)[1].path
+    rows = encode(read_rows(config().data), byte_tokenizer(), max_length=1024, file=tmp_path)
+    settings = SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        max_steps=2,
+        learning_rate=0.01,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        disable_tqdm=True,
+        activation_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    columns = {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
+    adapter = ExpertLoraConfig(r=2, lora_alpha=4, target_modules=[path], experts={path: [0, 1]}, task_type="CAUSAL_LM")
+    with lora.quiet():
+        trainer = SFTTrainer(
+            model=model,
+            args=settings,
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=byte_tokenizer(),
+            peft_config=adapter,
+        )
+        trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    found = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert len(found) == 2 * 3 * 2
+    assert all(tensor.any() for tensor in found.values())
+    again = lora.load_adapter(tiny_model("qwen3_moe", vocab_size=259), tmp_path / "saved")
+    ids_BL = torch.tensor([rows[0].input_ids])
+    trained = trainer.model.eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids_BL).logits, trained(input_ids=ids_BL).logits)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.unload().state_dict().items())
+
+
+def test_adapters_on_other_parts_see_the_same_rows_in_the_same_order(config: Any, tmp_path: Path) -> None:
+    seen: dict[str, list[list[list[int]]]] = {"experts": [], "attention": []}
+    for name, options in (("experts", {}), ("attention", {"attention": True, "r": 2})):
+        model = tiny_model("deepseek_v2", vocab_size=259)
+
+        def note(module: nn.Module, arguments: Any, name: str = name) -> None:
+            if module.training and torch.is_grad_enabled():
+                seen[name].append(arguments[0].tolist())
+
+        model.get_input_embeddings().register_forward_pre_hook(note)  # type: ignore[operator]
+        train.train(config(out=tmp_path / name, **options), load=lambda m=model: m, tokenizer=byte_tokenizer())  # type: ignore[misc]
+    assert len(seen["experts"]) == 6
+    assert seen["experts"] == seen["attention"]
+    assert seen["experts"][:3] != seen["experts"][3:]  # another order in the second epoch
 
 
 def test_attention(config: Any) -> None:
