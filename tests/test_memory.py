@@ -14,6 +14,7 @@ from torch import nn
 from superexperts import memory, train
 from superexperts.config_train import TrainConfig
 from superexperts.errors import OptionError
+from superexperts.model import load_structure
 from test_train import save_checkpoint
 from test_train_options import EIGHT, WEIGHTS
 
@@ -53,6 +54,12 @@ def test_layers_on_disk_train_the_same_adapter(config: Any, tmp_path: Path, caps
     assert (tmp_path / "away" / WEIGHTS).read_bytes() == (tmp_path / "here" / WEIGHTS).read_bytes()
 
 
+def quantized(config: TrainConfig) -> Any:
+    model: Any = load_structure(config)
+    model.config.quantization_config = {"quant_method": "fp8"}
+    return model
+
+
 def test_what_cannot_be_offloaded_or_quantized(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OptionError, match="--offload: layer 0 carries an adapter"):
@@ -67,6 +74,10 @@ def test_what_cannot_be_offloaded_or_quantized(config: Any, tmp_path: Path, monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(OptionError, match="--load-in-4bit: no linear map of a size that fits lies outside"):
         train.run(config("c", load_in_4bit=True))  # its maps are 32 wide
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "load_structure", quantized)
+        with pytest.raises(OptionError, match="--load-in-4bit: MODEL is quantized already; leave it out"):
+            train.run(config("d", load_in_4bit=True))
     assert sorted(tmp_path.iterdir()) == before
 
 
