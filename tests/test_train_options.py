@@ -144,6 +144,31 @@ def test_the_lowest_loss_before_an_interruption_is_kept_after_it(config: Any, tm
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("step", [4, None], ids=["in the second epoch", "when all is trained"])
+def test_the_loss_of_an_epoch_that_ends_with_a_checkpoint_is_kept(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int | None
+) -> None:
+    def interrupted(*arguments: Any, **_: Any) -> None:
+        if step is None or arguments[2].global_step == step:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"dropout": 0.2, "checkpoint_steps": 3, "eval_share": 0.25, "epochs": 2, "patience": 5}
+    whole = train.run(config(out=tmp_path / "whole", **options))
+    assert (len(whole["loss"]), [at for at, _ in whole["eval_loss"]]) == (6, [3, 6])
+    with monkeypatch.context() as patch:
+        if step is None:
+            patch.setattr(train, "adapter_effect", interrupted)
+        else:
+            patch.setattr(fit._Keeper, "on_step_end", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config(**options))
+    steps: list[int] = []
+    monkeypatch.setattr(fit._Keeper, "on_step_end", lambda self, args, state, *_, **__: steps.append(state.global_step))
+    assert train.run(config(resume=True, **options)) == {**whole, "out": str(tmp_path / "out")}
+    assert steps == ([] if step is None else [4, 5, 6])
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
 # ---- rows set aside -----------------------------------------------------------------------------------------------
 
 
