@@ -353,6 +353,27 @@ def test_a_merge_that_is_not_finite_is_refused(saved: tuple[Path, Path], tmp_pat
         export.run(ExportConfig(adapter=adapter, format="merged", out=tmp_path / "out"))
 
 
+def test_what_an_engine_does_with_ranks_and_with_latent_attention(
+    saved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, _ = saved
+
+    def exported(name: str, **what: Any) -> dict[str, Any]:
+        adapted = lora.attach(stock(base), alpha=4, dropout=0.0, seed=0, **what)
+        randomise(adapted)
+        adapter = save_adapter(adapted, base, tmp_path / name)
+        return export.run(ExportConfig(adapter=adapter, format="vllm", out=tmp_path / f"{name} for vllm"))
+
+    assert exported("nine", experts=[(1, 3)], r=9)["max_lora_rank"] == 16
+    assert "kv_b_proj" not in capsys.readouterr().err
+    with pytest.raises(OptionError, match="--format: 'vllm' has ranks up to 512, not 513; use merged"):
+        exported("many", experts=[(1, 3)], r=513)
+    assert exported("latent", target=r".*\.kv_b_proj", r=2)["max_lora_rank"] == 8
+    assert "vLLM drops LoRA on kv_b_proj unless it runs with VLLM_MLA_DISABLE=1" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_nothing_of_the_users_is_written_over(saved: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = saved
     for out in (base, adapter):

@@ -6,6 +6,7 @@ import copy
 import gzip
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from families import tiny_model
-from superexperts import check_adapter, lora, moe, sft_data, train
+from superexperts import check_adapter, fit, lora, moe, sft_data, train
 from superexperts.artifacts import key_name
 from superexperts.config_train import TrainConfig
 from superexperts.errors import DataError, EffectError, ExpertsError, ModelError, OptionError, OutputError
@@ -318,6 +319,21 @@ def test_a_seed_gives_one_adapter(config: Any, tmp_path: Path) -> None:
 
     assert adapter("a") == adapter("bc")
     assert adapter("a") != adapter("def", seed=1)
+
+
+def test_the_learning_rate_rises_and_falls_as_a_cosine(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    def note(self: Any, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
+        (group,) = (group for group in optimizer.param_groups if group["params"])
+        assert (type(optimizer.optimizer).__name__, group["weight_decay"], args.max_grad_norm) == ("AdamW", 0, 1)
+        rates.append(group["lr"])
+
+    monkeypatch.setattr(fit._Keeper, "on_pre_optimizer_step", note)
+    train.run(config(warmup=0.25, epochs=4))
+    peak, rising, steps = 0.01, 3, 12
+    falling = [peak * (1 + math.cos(math.pi * step / (steps - rising))) / 2 for step in range(steps - rising)]
+    assert rates == pytest.approx([peak * step / rising for step in range(rising)] + falling)
 
 
 def test_trl_by_itself_trains_the_layer(config: Any, tmp_path: Path) -> None:
