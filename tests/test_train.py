@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
@@ -22,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from families import tiny_model
-from superexperts import check_adapter, fit, lora, moe, sft_data, train
+from superexperts import card, check_adapter, fit, lora, moe, sft_data, train
 from superexperts.artifacts import key_name
 from superexperts.config_train import TrainConfig
 from superexperts.errors import DataError, EffectError, ExpertsError, ModelError, OptionError, OutputError
@@ -309,6 +311,83 @@ def test_a_model_that_is_handed_in_comes_back_as_it_was(config: Any, tmp_path: P
         )
     assert state() == before
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+CARD = """\
+---
+library_name: peft
+base_model: OWNER/NAME
+tags:
+- lora
+- superexperts
+---
+
+# LoRA on experts L2E54, L3E38 and attention of OWNER/NAME
+
+- rank 8, alpha 12, dropout 0.1, rsLoRA
+- ranks L2E54=4
+- alphas L3E38=2
+- projections gate,down
+- 3 epochs at a learning rate of 0.002, 6 sequences a step and process, seed 5
+- prompt: chat
+
+`recipe.yaml` holds every setting: `superexperts train --recipe recipe.yaml` trains it again.
+
+| data | SHA-256 |
+| --- | --- |
+| rows.json | `abc` |
+| aside.json | `def` |
+
+| | |
+| --- | --- |
+| rows | 1,234 |
+| tokens of one epoch | 56,789 |
+| trainable parameters | 1,024 |
+| loss of the first step | 2.5000 |
+| loss of the last step | 1.2500 |
+| loss on rows set aside | 1.5000 |
+| adapter of step | 20 |
+| largest change of a logit | 0.125 |
+| KL of the next token | 0.0123 nats |
+
+| expert | training tokens that it saw |
+| --- | --- |
+| L2E54 | 1,000 |
+| L3E38 | 7 |
+
+Load with `superexperts.lora.load_adapter(model, folder)`, or `superexperts export` it.
+"""
+
+
+def test_the_card_names_experts_data_settings_and_measurements() -> None:
+    config = TrainConfig(
+        model="OWNER/NAME", data=Path("rows.json"), eval_data=Path("aside.json"), experts="L2E54,L3E38", attention=True,
+        r=8, alpha=12, dropout=0.1, rslora=True, ranks="L2E54=4", alphas="L3E38=2", projections="gate,down", epochs=3,
+        learning_rate=2e-3, batch_size=2, accumulation=3, seed=5, prompt="chat",
+    )  # fmt: skip
+    result = {
+        "experts": ["L2E54", "L3E38"], "rows": 1234, "tokens": 56789, "trainable_parameters": 1024, "kept_step": 20,
+        "loss": [(1, 2.5), (30, 1.25)], "eval_loss": [(10, 2.0), (20, 1.5), (30, 1.75)], "max_logit_change": 0.125,
+        "kl": 0.01234, "exposure": {"L2E54": 1000, "L3E38": 7},
+    }  # fmt: skip
+    assert card.model_card(config, result, {"rows.json": "abc", "aside.json": "def"}) == CARD
+    plain = dataclasses.replace(config, model="pocket", experts=None, eval_data=None, ranks="", alphas="")
+    text = card.model_card(plain, {**result, "experts": None, "eval_loss": [], "exposure": {}}, {"rows.json": "abc"})
+    assert "# LoRA on attention of pocket" in text
+    assert not [word for word in ("base_model", "projections", "load_adapter", "set aside", "L2E54") if word in text]
+
+
+def test_what_is_written_must_be_what_was_trained(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(tmp_path.iterdir())
+    save = PeftModel.save_pretrained
+
+    def forgetful(self: Any, folder: str, state_dict: dict[str, torch.Tensor], **more: Any) -> None:
+        save(self, folder, state_dict={name: x for name, x in state_dict.items() if "2_up_proj" not in name}, **more)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", forgetful)
+    with pytest.raises(DataError, match=r"--out: 2 weights of .* are missing \(.*2_up_proj"):
+        train.run(config(epochs=1, checkpoint_steps=0))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_seed_gives_one_adapter(config: Any, tmp_path: Path) -> None:
