@@ -146,11 +146,13 @@ def test_output_and_gradients_are_those_of_stock_lora_on_unfused_experts(family:
 def test_training_accumulates_resumes_and_leaves_every_weight_alone(
     family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = save_checkpoint(tmp_path / "base", family)
+    exact = dtype == "float32"
+    settings = {} if exact else everywhere(family)
     (tmp_path / "rows.json").write_text(json.dumps(EIGHT), encoding="utf-8")
     # In training phimoe's own router adds noise to what it sees, which no two orders of rows draw alike.
     still: dict[str, Any] = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0} if family == "phimoe" else {}
-    model = tiny_model(family, DTYPES[dtype], vocab_size=259, **still)
+    base = save_checkpoint(tmp_path / "base", family, **settings, **still)
+    model = tiny_model(family, DTYPES[dtype], vocab_size=259, **settings, **still)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     layer = moe.find_banks(model)[0].layer
     tokenizer = byte_tokenizer()
@@ -164,14 +166,25 @@ def test_training_accumulates_resumes_and_leaves_every_weight_alone(
         result = train.train(config, load=lambda: model, tokenizer=tokenizer)
         return load_file(tmp_path / out / WEIGHTS), {name: x for name, x in result.items() if name != "out"}
 
+    gradients: list[Tensor] = []
+
+    def note(self: Any, *_: Any, **__: Any) -> None:
+        own = [p.grad.flatten() for p in self._adapted.parameters() if p.grad is not None]
+        gradients.append(torch.cat(own).clone())
+
+    monkeypatch.setattr(fit._Keeper, "on_pre_optimizer_step", note)
     one, result = trained("1x8", batch_size=1, accumulation=8)
     eight, other = trained("8x1", batch_size=8)
-    assert [loss for _, loss in result["loss"]] == pytest.approx([loss for _, loss in other["loss"]], rel=1e-3)
-    limit = 0.01 if dtype == "float32" else 0.2
-    for name, tensor in one.items():
-        if "lora_B" in name:
-            assert tensor.any()
-            assert (tensor - eight[name]).norm() <= limit * eight[name].norm(), name
+    assert [loss for _, loss in result["loss"]] == pytest.approx(
+        [loss for _, loss in other["loss"]], rel=1e-5 if exact else 5e-3
+    )
+    # The gradient of the first step: what Adam makes of it is little more than its signs.
+    first, second = gradients[0], gradients[2]
+    assert first.any()
+    limit = 1e-5 if exact else 0.2 if family == "phimoe" else 0.02  # phimoe's two experts for a token are two always
+    assert (first - second).norm() <= limit * second.norm()
+    if exact:
+        assert all((tensor - eight[name]).norm() <= 1e-3 * eight[name].norm() for name, tensor in one.items())
 
     def interrupted(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
