@@ -498,6 +498,10 @@ def _not_finite(folder: Path) -> None:
         (lambda f: _edit_config(f, projections=["foo"]), DataError, "'projections' is "),
         (lambda f: _edit_config(f, r=0), DataError, "'r' is 0; repair it"),
         (lambda f: _edit_config(f, r="4"), DataError, "'r' is 4; repair it"),
+        (lambda f: _edit_config(f, lora_dropout="x"), DataError, "'lora_dropout' is x; repair it"),
+        (lambda f: _edit_config(f, use_rslora="no"), DataError, "'use_rslora' is no; repair it"),
+        (lambda f: _edit_config(f, alpha_pattern={"(": 2}), DataError, "'alpha_pattern' is "),
+        (lambda f: _edit_config(f, rank_pattern={"x": 2.5}), DataError, "'rank_pattern' is "),
         (lambda f: _edit_config(f, lora_alpha=None), DataError, "'lora_alpha' is None; repair it"),
         (
             lambda f: _edit_config(f, alpha_pattern={"model.layers.1.mlp.experts.4": 2}),

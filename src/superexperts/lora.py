@@ -297,6 +297,13 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _by_pattern(value: Any, kind: Callable[[Any], bool]) -> bool:
+    try:
+        return isinstance(value, dict) and all(map(re.compile, value)) and all(map(kind, value.values()))
+    except re.error:
+        return False
+
+
 def _words(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
@@ -304,8 +311,10 @@ def _words(value: Any) -> bool:
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "r": _whole,
     "lora_alpha": _number,
-    "rank_pattern": lambda value: isinstance(value, dict) and all(map(_whole, value.values())),
-    "alpha_pattern": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
+    "lora_dropout": lambda value: _number(value) and 0 <= value < 1,
+    "use_rslora": lambda value: isinstance(value, bool),
+    "rank_pattern": lambda value: _by_pattern(value, _whole),
+    "alpha_pattern": lambda value: _by_pattern(value, _number),
     "experts": lambda value: isinstance(value, dict) and all(
         isinstance(own, list) and len(set(map(str, own))) == len(own) and all(type(e) is int and e >= 0 for e in own)
         for own in value.values()
