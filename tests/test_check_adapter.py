@@ -54,7 +54,7 @@ def test_tokens_are_counted_as_the_router_sends_them(family: str) -> None:
     rows = [tiny_tokens(1, 12)[0], tiny_tokens(1, 7, seed=3)[0]]
     expected, share = routed(tiny_model(family), rows, keys)
     # A fresh adapter changes nothing, so the tokens go where they go without it.
-    effect = lora.adapter_effect(attach(model, keys), rows)
+    effect = check_adapter.adapter_effect(attach(model, keys), rows)
     assert effect.probe_experts == expected
     assert effect.probe_share == pytest.approx(share)
     assert effect.probe_tokens == 19
@@ -63,10 +63,10 @@ def test_tokens_are_counted_as_the_router_sends_them(family: str) -> None:
 
 def test_a_shared_expert_sees_every_token_and_attention_is_no_expert() -> None:
     adapted = attach(tiny_model("deepseek_v2"), [(1, 0), (2, "shared")])
-    effect = lora.adapter_effect(adapted, tiny_tokens())
+    effect = check_adapter.adapter_effect(adapted, tiny_tokens())
     assert (effect.probe_experts["L2shared"], effect.probe_share) == (32, 1.0)
     attention = lora.attach_attention(tiny_model("deepseek_v2"), r=2, alpha=4, dropout=0.0, seed=0)
-    effect = lora.adapter_effect(attention, tiny_tokens())
+    effect = check_adapter.adapter_effect(attention, tiny_tokens())
     assert (effect.probe_experts, effect.probe_share, effect.probe_tokens) == ({}, None, 32)
 
 
@@ -95,12 +95,12 @@ def test_the_adapted_experts_of_pefts_own_layer_are_those_with_a_b(tmp_path: Pat
     keys: list[ExpertKey] = [(1, 3), (2, 0), (2, "shared")]
     adapted = attach(stock(base), keys)
     randomise(adapted)
-    own = lora.adapter_effect(adapted, tiny_tokens())
+    own = check_adapter.adapter_effect(adapted, tiny_tokens())
     adapter = save_adapter(adapted, base, tmp_path / "adapter")
     export.run(ExportConfig(adapter=adapter, format="peft", out=tmp_path / "peft"))
     loaded = lora.load_adapter(stock(base), tmp_path / "peft")
     assert adapted_experts(loaded.get_base_model()) == tuple(keys)
-    effect = lora.adapter_effect(loaded, tiny_tokens())
+    effect = check_adapter.adapter_effect(loaded, tiny_tokens())
     assert (effect.probe_experts, effect.probe_share) == (own.probe_experts, own.probe_share)
     assert effect.max_logit_change == pytest.approx(own.max_logit_change, rel=1e-4)
     assert effect.kl == pytest.approx(own.kl, rel=1e-3)

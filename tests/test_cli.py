@@ -100,6 +100,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "--projections: 'up' is of experts; give --exp",
         ),
         (["train", "--data", "x.json", "--attention", "--ranks", "L1E1=x"], "--ranks: 'L1E1=x' is not like L2E54=32"),
+        (["train", "--data", "x.json", "--attention", "--alphas", "L1E1=2,L1E1=3"], "--alphas: L1E1 is named twice"),
+        (
+            ["train", "--data", "x.json", "--attention", "--learning-rate", "inf"],
+            "--learning-rate: inf is not positive",
+        ),
+        (["train", "--data", "x.json", "--attention", "--seed", "-1"], "--seed: -1 is out of range; give 0 to"),
+        (["evaluate", "pocket", "--seed", "-1"], "--seed: -1 is out of range"),
         (["train", "--data", "x.json", "--attention", "--patience", "2"], "--patience: 2 needs rows to evaluate"),
         (["train", "--data", "x.json", "--attention", "--eval-share", "1"], "--eval-share: 1.0 is out of range"),
         (["train", "--data", "x.json", "--attention", "--report-to", "csv"], "--report-to"),

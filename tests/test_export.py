@@ -329,12 +329,49 @@ def test_the_base_must_be_the_adapters_own(saved: tuple[Path, Path], tmp_path: P
         export.run(ExportConfig(adapter=adapter, format="vllm", out=tmp_path / "out"))
 
 
+def test_a_broken_adapter_loads_no_model(
+    saved: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, adapter = saved
+    monkeypatch.setattr(export, "_merged_in_memory", None)
+    edit(adapter, experts={"model.layers.1.mlp.experts": [8]})
+    with pytest.raises(ModelError, match=r"expert 8 .* 0\.\.7 here"):
+        export.run(ExportConfig(adapter=adapter, format="merged", out=tmp_path / "out"))
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    for layout in ("merged", "peft", "vllm"):
+        with pytest.raises(DataError, match="cannot be read"):
+            export.run(ExportConfig(adapter=adapter, format=layout, out=tmp_path / "out"))  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_merge_that_is_not_finite_is_refused(saved: tuple[Path, Path], tmp_path: Path) -> None:
     _, adapter = saved
     file = adapter / "adapter_model.safetensors"
     save_file({name: torch.full_like(tensor, 1e30) for name, tensor in load_file(file).items()}, file)
     with pytest.raises(DataError, match="not finite"):
         export.run(ExportConfig(adapter=adapter, format="merged", out=tmp_path / "out"))
+
+
+def test_what_an_engine_does_with_ranks_and_with_latent_attention(
+    saved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, _ = saved
+
+    def exported(name: str, **what: Any) -> dict[str, Any]:
+        adapted = lora.attach(stock(base), alpha=4, dropout=0.0, seed=0, **what)
+        randomise(adapted)
+        adapter = save_adapter(adapted, base, tmp_path / name)
+        return export.run(ExportConfig(adapter=adapter, format="vllm", out=tmp_path / f"{name} for vllm"))
+
+    assert exported("nine", experts=[(1, 3)], r=9)["max_lora_rank"] == 16
+    assert "kv_b_proj" not in capsys.readouterr().err
+    with pytest.raises(OptionError, match="--format: 'vllm' has ranks up to 512, not 513; use merged"):
+        exported("many", experts=[(1, 3)], r=513)
+    assert exported("latent", target=r".*\.kv_b_proj", r=2)["max_lora_rank"] == 8
+    assert "vLLM drops LoRA on kv_b_proj unless it runs with VLLM_MLA_DISABLE=1" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_nothing_of_the_users_is_written_over(saved: tuple[Path, Path], tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def detected(tensors: dict[str, Tensor], model: nn.Module, parameters: list[str]
     return import_.detect(model, LoraConfig(target_modules=[], target_parameters=parameters), keys, fields)
 
 
-def test_untrained_experts_tell_how_b_lies() -> None:
+def test_untrained_experts_tell_how_b_lies(tmp_path: Path) -> None:
     for layout, slots in (("peft-0.19", slice(5, None, 8)), ("unsloth", slice(5 * R, 6 * R))):
         tensors, parameters, _ = example("deepseek_v2", layout)
         for name, tensor in tensors.items():
@@ -162,6 +162,12 @@ def test_untrained_experts_tell_how_b_lies() -> None:
                 tensor[:, slots] = 0
         assert detected(tensors, tiny_model("deepseek_v2"), parameters)[0] == layout
         assert detected(tensors, tiny_model("deepseek_v2"), parameters, tags="unsloth")[0] == layout
+        told = "unsloth" if layout == "peft-0.19" else "peft-0.19"
+        base = save_base(tmp_path / f"base of {layout}", "deepseek_v2")
+        folder = write(tmp_path / layout, tensors, target_parameters=parameters)
+        with pytest.raises(OptionError, match=f"--layout: {told!r} is not this file's: .* lie .* as (PEFT|Unsloth)'s"):
+            imported(folder, base, tmp_path / "out", "deepseek_v2", layout=told)
+        imported(folder, base, tmp_path / layout / "out", "deepseek_v2", layout=layout)
 
 
 def test_where_nothing_tells_it_is_asked() -> None:

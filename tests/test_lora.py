@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from families import FAMILIES, tiny_model, tiny_tokens
-from superexperts import lora, moe
+from superexperts import check_adapter, lora, moe
 from superexperts.artifacts import ExpertKey
-from superexperts.errors import DataError, ExpertsError, ModelError
+from superexperts.errors import DataError, ExpertsError, ModelError, OptionError
 from superexperts.lora_layer import ExpertLoraConfig, ExpertsLora
 
 R, ALPHA = 4, 10
@@ -181,6 +181,10 @@ def test_saved_and_loaded_is_the_same_merged_is_equal_and_unloaded_is_the_base(f
     assert lora.trainable_parameters(loaded) == 0
     with loaded.disable_adapter():
         assert torch.equal(logits(loaded), logits(tiny_model(family)))
+    loaded.merge_adapter()
+    assert (logits(loaded) - trained).abs().max() <= 1e-5
+    loaded.unmerge_adapter()
+    assert (logits(loaded) - trained).abs().max() <= 1e-5
     merged = loaded.merge_and_unload()
     assert not [module for module in merged.modules() if isinstance(module, ExpertsLora)]
     assert (logits(merged) - trained).abs().max() <= 1e-5
@@ -364,6 +368,32 @@ def test_two_adapters_switch_and_merge_and_unmerge() -> None:
     assert "second" not in model.get_submodule(path).experts
 
 
+def test_two_saved_adapters_load_side_by_side(tmp_path: Path) -> None:
+    first: list[ExpertKey] = [(1, 0), (1, 3)]
+    second: list[ExpertKey] = [(1, 3), (2, 5), (2, "shared")]
+    for name, keys, seed in (("one", first, 1), ("two", second, 2)):
+        adapted = attach(tiny_model("deepseek_v2"), keys)
+        randomise(adapted, seed)
+        adapted.save_pretrained(str(tmp_path / name), save_embedding_layers=False)
+    apart = {name: logits(lora.load_adapter(tiny_model("deepseek_v2"), tmp_path / name)) for name in ("one", "two")}
+    both = lora.load_adapter(tiny_model("deepseek_v2"), tmp_path / "one", name="one")
+    assert lora.load_adapter(both, tmp_path / "two", name="two") is both
+    assert torch.equal(logits(both), apart["one"])
+    both.set_adapter("two")
+    assert torch.equal(logits(both), apart["two"])
+    with pytest.raises(OptionError, match="the model has an adapter 'two' already"):
+        lora.load_adapter(both, tmp_path / "two", name="two")
+    _edit_config(tmp_path / "one", r=R + 1)
+    with pytest.raises(ModelError, match="does not fit this model"):
+        lora.load_adapter(both, tmp_path / "one", name="three")
+    assert both.peft_config.keys() == {"one", "two"}
+    both.base_model.set_adapter(["one", "two"], inference_mode=True)
+    together = logits(both)
+    merged = both.merge_and_unload(adapter_names=["one", "two"])
+    assert (logits(merged) - together).abs().max() <= 1e-5
+    assert min((together - alone).abs().max() for alone in apart.values()) > 1e-2
+
+
 # ---- attention ---------------------------------------------------------------------------------------------------
 
 MLA = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
@@ -435,6 +465,12 @@ def _add_key(folder: Path) -> None:
     save_file(weights, folder / "adapter_model.safetensors")
 
 
+def _not_finite(folder: Path) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights["base_model.model.model.layers.1.mlp.experts.lora_A.3_up_proj"][0, 0] = float("nan")
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "words"),
     [
@@ -454,6 +490,30 @@ def _add_key(folder: Path) -> None:
         ),
         (lambda f: _edit_config(f, experts={"model.layers.1.mlp.experts": [38]}), ModelError, "expert 38 .* 0..7 here"),
         (lambda f: _edit_config(f, shared=["model.layers.0.mlp.shared_experts"]), ModelError, "a shared expert at"),
+        (lambda f: _edit_config(f, experts={"model.layers.1.mlp.experts": ["3"]}), DataError, r"'experts' is .*'3'"),
+        (lambda f: _edit_config(f, experts={"model.layers.1.mlp.experts": [-1]}), DataError, "'experts' is .*-1"),
+        (lambda f: _edit_config(f, experts={"model.layers.1.mlp.experts": [3, 3]}), DataError, "'experts' is .*3, 3"),
+        (lambda f: _edit_config(f, experts=[3]), DataError, r"'experts' is \[3\]; repair it"),
+        (lambda f: _edit_config(f, experts={"model.layers.1.mlp.experts": [3]}), DataError, "names no expert of it"),
+        (lambda f: _edit_config(f, projections=["foo"]), DataError, "'projections' is "),
+        (lambda f: _edit_config(f, r=0), DataError, "'r' is 0; repair it"),
+        (lambda f: _edit_config(f, r="4"), DataError, "'r' is 4; repair it"),
+        (lambda f: _edit_config(f, lora_dropout="x"), DataError, "'lora_dropout' is x; repair it"),
+        (lambda f: _edit_config(f, use_rslora="no"), DataError, "'use_rslora' is no; repair it"),
+        (lambda f: _edit_config(f, alpha_pattern={"(": 2}), DataError, "'alpha_pattern' is "),
+        (lambda f: _edit_config(f, rank_pattern={"x": 2.5}), DataError, "'rank_pattern' is "),
+        (lambda f: _edit_config(f, lora_alpha=None), DataError, "'lora_alpha' is None; repair it"),
+        (
+            lambda f: _edit_config(f, alpha_pattern={"model.layers.1.mlp.experts.4": 2}),
+            DataError,
+            "alpha_pattern is for 'model.layers.1.mlp.experts.4', which is not adapted",
+        ),
+        (
+            lambda f: _edit_config(f, rank_pattern={"model.layers.2.mlp.experts.7.gate": 2}),
+            DataError,
+            "rank_pattern is for .*7.gate', which is not adapted",
+        ),
+        (_not_finite, DataError, r"lora_A.3_up_proj is not finite; train again"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_model_alone(
@@ -483,10 +543,10 @@ def test_effect_equals_its_definition() -> None:
     model = tiny_model("deepseek_v2")
     adapted = attach(model, [(1, 0), (1, 1), (2, 2)])
     rows = [tiny_tokens(1, 12)[0], tiny_tokens(1, 7, seed=3)[0]]
-    before = lora.adapter_effect(adapted, rows)
+    before = check_adapter.adapter_effect(adapted, rows)
     assert (before.max_logit_change, before.kl, before.none) == (0.0, 0.0, True)
     randomise(adapted)
-    effect = lora.adapter_effect(adapted, rows)
+    effect = check_adapter.adapter_effect(adapted, rows)
     assert not effect.none
     changes, divergences = [], []
     plain = tiny_model("deepseek_v2")
@@ -499,7 +559,7 @@ def test_effect_equals_its_definition() -> None:
     assert effect.kl == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-4)
     assert effect.kl > 1e-4
     block = tiny_tokens(3, 9)
-    assert lora.adapter_effect(adapted, block) == lora.adapter_effect(adapted, list(block))
+    assert check_adapter.adapter_effect(adapted, block) == check_adapter.adapter_effect(adapted, list(block))
 
 
 def test_effect_measures_without_dropout_and_gives_modes_back() -> None:
@@ -508,5 +568,5 @@ def test_effect_measures_without_dropout_and_gives_modes_back() -> None:
     adapted.train()
     adapted.get_submodule("base_model.model.model.layers.2").eval()
     modes = [module.training for module in adapted.modules()]
-    assert lora.adapter_effect(adapted, tiny_tokens()) == lora.adapter_effect(adapted, tiny_tokens())
+    assert check_adapter.adapter_effect(adapted, tiny_tokens()) == check_adapter.adapter_effect(adapted, tiny_tokens())
     assert [module.training for module in adapted.modules()] == modes

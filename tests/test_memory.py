@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 from superexperts import memory, train
 from superexperts.config_train import TrainConfig
 from superexperts.errors import OptionError
+from superexperts.model import load_structure
 from test_train import save_checkpoint
 from test_train_options import EIGHT, WEIGHTS
 
@@ -53,6 +56,12 @@ def test_layers_on_disk_train_the_same_adapter(config: Any, tmp_path: Path, caps
     assert (tmp_path / "away" / WEIGHTS).read_bytes() == (tmp_path / "here" / WEIGHTS).read_bytes()
 
 
+def quantized(config: TrainConfig) -> Any:
+    model: Any = load_structure(config)
+    model.config.quantization_config = {"quant_method": "fp8"}
+    return model
+
+
 def test_what_cannot_be_offloaded_or_quantized(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OptionError, match="--offload: layer 0 carries an adapter"):
@@ -67,7 +76,34 @@ def test_what_cannot_be_offloaded_or_quantized(config: Any, tmp_path: Path, monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(OptionError, match="--load-in-4bit: no linear map of a size that fits lies outside"):
         train.run(config("c", load_in_4bit=True))  # its maps are 32 wide
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "load_structure", quantized)
+        with pytest.raises(OptionError, match="--load-in-4bit: MODEL is quantized already; leave it out"):
+            train.run(config("d", load_in_4bit=True))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_four_bits_are_for_maps_outside_the_adapted_layers(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without bitsandbytes: which maps it is told to leave, by the beginnings of their paths."""
+    told: list[Any] = []
+
+    def noted(*_: Any, quantization_config: Any, **__: Any) -> nn.Module:
+        told.append(quantization_config)
+        raise KeyboardInterrupt
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: name if name == "bitsandbytes" else find(name))
+    monkeypatch.setattr(memory, "BitsAndBytesConfig", lambda **settings: SimpleNamespace(**settings))
+    monkeypatch.setattr(memory, "load_as_stored", noted)
+    pocket = {**vars(config("x", experts="L1E11,L3E54", load_in_4bit=True, max_length=2048)), "model": "pocket"}
+    with pytest.raises(KeyboardInterrupt):
+        train.run(TrainConfig(**pocket))
+    kept = told[0].llm_int8_skip_modules
+    maps = [name for name, m in load_structure(TrainConfig(**pocket)).named_modules() if isinstance(m, nn.Linear)]
+    quantized = {name for name in maps if not any(re.match(rf"{pattern}(\.|$)", name) for pattern in kept)}
+    assert {name.split(".")[2] for name in quantized} == {"0", "2", "4"}  # layers 1 and 3 and the head stay
+    assert "model.layers.2.self_attn.o_proj" in quantized
+    assert (told[0].load_in_4bit, told[0].bnb_4bit_quant_type) == (True, "nf4")
 
 
 def test_four_bits_train_nearly_the_same_adapter(config: Any, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gzip
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
 
 from families import tiny_model
-from superexperts import lora, moe, sft_data, train
+from superexperts import card, check_adapter, fit, lora, moe, sft_data, train
 from superexperts.artifacts import key_name
 from superexperts.config_train import TrainConfig
 from superexperts.errors import DataError, EffectError, ExpertsError, ModelError, OptionError, OutputError
+from superexperts.lora_layer import ExpertLoraConfig
 from superexperts.sft_data import IGNORED, Row, encode, read_rows
 
 BOS, EOS = 1, 2
@@ -260,7 +266,7 @@ def test_what_training_writes_and_returns(config: Any, capsys: pytest.CaptureFix
     assert len(written["loss"]) == 6  # 3 batches of up to 2 rows, twice
     adapted = lora.load_adapter(tiny_model("deepseek_v2", vocab_size=259), out / "adapter")
     rows = [torch.tensor(e.input_ids) for e in encode(read_rows(settings.data), tokenizer, max_length=1024, file=out)]
-    effect = lora.adapter_effect(adapted, rows)
+    effect = check_adapter.adapter_effect(adapted, rows)
     assert (effect.max_logit_change, effect.kl) == (written["max_logit_change"], written["kl"])
     assert effect.max_logit_change > 1e-3
     fields = json.loads((out / "adapter" / "adapter_config.json").read_text())
@@ -307,6 +313,83 @@ def test_a_model_that_is_handed_in_comes_back_as_it_was(config: Any, tmp_path: P
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
+CARD = """\
+---
+library_name: peft
+base_model: OWNER/NAME
+tags:
+- lora
+- superexperts
+---
+
+# LoRA on experts L2E54, L3E38 and attention of OWNER/NAME
+
+- rank 8, alpha 12, dropout 0.1, rsLoRA
+- ranks L2E54=4
+- alphas L3E38=2
+- projections gate,down
+- 3 epochs at a learning rate of 0.002, 6 sequences a step and process, seed 5
+- prompt: chat
+
+`recipe.yaml` holds every setting: `superexperts train --recipe recipe.yaml` trains it again.
+
+| data | SHA-256 |
+| --- | --- |
+| rows.json | `abc` |
+| aside.json | `def` |
+
+| | |
+| --- | --- |
+| rows | 1,234 |
+| tokens of one epoch | 56,789 |
+| trainable parameters | 1,024 |
+| loss of the first step | 2.5000 |
+| loss of the last step | 1.2500 |
+| loss on rows set aside | 1.5000 |
+| adapter of step | 20 |
+| largest change of a logit | 0.125 |
+| KL of the next token | 0.0123 nats |
+
+| expert | training tokens that it saw |
+| --- | --- |
+| L2E54 | 1,000 |
+| L3E38 | 7 |
+
+Load with `superexperts.lora.load_adapter(model, folder)`, or `superexperts export` it.
+"""
+
+
+def test_the_card_names_experts_data_settings_and_measurements() -> None:
+    config = TrainConfig(
+        model="OWNER/NAME", data=Path("rows.json"), eval_data=Path("aside.json"), experts="L2E54,L3E38", attention=True,
+        r=8, alpha=12, dropout=0.1, rslora=True, ranks="L2E54=4", alphas="L3E38=2", projections="gate,down", epochs=3,
+        learning_rate=2e-3, batch_size=2, accumulation=3, seed=5, prompt="chat",
+    )  # fmt: skip
+    result = {
+        "experts": ["L2E54", "L3E38"], "rows": 1234, "tokens": 56789, "trainable_parameters": 1024, "kept_step": 20,
+        "loss": [(1, 2.5), (30, 1.25)], "eval_loss": [(10, 2.0), (20, 1.5), (30, 1.75)], "max_logit_change": 0.125,
+        "kl": 0.01234, "exposure": {"L2E54": 1000, "L3E38": 7},
+    }  # fmt: skip
+    assert card.model_card(config, result, {"rows.json": "abc", "aside.json": "def"}) == CARD
+    plain = dataclasses.replace(config, model="pocket", experts=None, eval_data=None, ranks="", alphas="")
+    text = card.model_card(plain, {**result, "experts": None, "eval_loss": [], "exposure": {}}, {"rows.json": "abc"})
+    assert "# LoRA on attention of pocket" in text
+    assert not [word for word in ("base_model", "projections", "load_adapter", "set aside", "L2E54") if word in text]
+
+
+def test_what_is_written_must_be_what_was_trained(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(tmp_path.iterdir())
+    save = PeftModel.save_pretrained
+
+    def forgetful(self: Any, folder: str, state_dict: dict[str, torch.Tensor], **more: Any) -> None:
+        save(self, folder, state_dict={name: x for name, x in state_dict.items() if "2_up_proj" not in name}, **more)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", forgetful)
+    with pytest.raises(DataError, match=r"--out: 2 weights of .* are missing \(.*2_up_proj"):
+        train.run(config(epochs=1, checkpoint_steps=0))
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_seed_gives_one_adapter(config: Any, tmp_path: Path) -> None:
     def adapter(name: str, **options: Any) -> bytes:
         torch.rand(len(name))  # the global generator's state is no input
@@ -315,6 +398,77 @@ def test_a_seed_gives_one_adapter(config: Any, tmp_path: Path) -> None:
 
     assert adapter("a") == adapter("bc")
     assert adapter("a") != adapter("def", seed=1)
+
+
+def test_the_learning_rate_rises_and_falls_as_a_cosine(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    def note(self: Any, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
+        (group,) = (group for group in optimizer.param_groups if group["params"])
+        assert (type(optimizer.optimizer).__name__, group["weight_decay"], args.max_grad_norm) == ("AdamW", 0, 1)
+        rates.append(group["lr"])
+
+    monkeypatch.setattr(fit._Keeper, "on_pre_optimizer_step", note)
+    train.run(config(warmup=0.25, epochs=4))
+    peak, rising, steps = 0.01, 3, 12
+    falling = [peak * (1 + math.cos(math.pi * step / (steps - rising))) / 2 for step in range(steps - rising)]
+    assert rates == pytest.approx([peak * step / rising for step in range(rising)] + falling)
+
+
+def test_trl_by_itself_trains_the_layer(config: Any, tmp_path: Path) -> None:
+    """TRL's own way to ask for an adapter: a configuration, here ours, beside the model."""
+    model = tiny_model("qwen3_moe", vocab_size=259)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = moe.find_banks(model)[1].path
+    rows = encode(read_rows(config().data), byte_tokenizer(), max_length=1024, file=tmp_path)
+    settings = SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        max_steps=2,
+        learning_rate=0.01,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        disable_tqdm=True,
+        activation_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    columns = {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
+    adapter = ExpertLoraConfig(r=2, lora_alpha=4, target_modules=[path], experts={path: [0, 1]}, task_type="CAUSAL_LM")
+    with lora.quiet():
+        trainer = SFTTrainer(
+            model=model,
+            args=settings,
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=byte_tokenizer(),
+            peft_config=adapter,
+        )
+        trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    found = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert len(found) == 2 * 3 * 2
+    assert all(tensor.any() for tensor in found.values())
+    again = lora.load_adapter(tiny_model("qwen3_moe", vocab_size=259), tmp_path / "saved")
+    ids_BL = torch.tensor([rows[0].input_ids])
+    trained = trainer.model.eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids_BL).logits, trained(input_ids=ids_BL).logits)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.unload().state_dict().items())
+
+
+def test_adapters_on_other_parts_see_the_same_rows_in_the_same_order(config: Any, tmp_path: Path) -> None:
+    seen: dict[str, list[list[list[int]]]] = {"experts": [], "attention": []}
+    for name, options in (("experts", {}), ("attention", {"attention": True, "r": 2})):
+        model = tiny_model("deepseek_v2", vocab_size=259)
+
+        def note(module: nn.Module, arguments: Any, name: str = name) -> None:
+            if module.training and torch.is_grad_enabled():
+                seen[name].append(arguments[0].tolist())
+
+        model.get_input_embeddings().register_forward_pre_hook(note)  # type: ignore[operator]
+        train.train(config(out=tmp_path / name, **options), load=lambda m=model: m, tokenizer=byte_tokenizer())  # type: ignore[misc]
+    assert len(seen["experts"]) == 6
+    assert seen["experts"] == seen["attention"]
+    assert seen["experts"][:3] != seen["experts"][3:]  # another order in the second epoch
 
 
 def test_attention(config: Any) -> None:

@@ -9,15 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from families import tiny_model
-from superexperts import fit, lora, train
+from superexperts import check_adapter, fit, lora, train
 from superexperts.cli import main
 from superexperts.config_train import TrainConfig, read_recipe
 from superexperts.errors import DataError, ModelError, OptionError
@@ -126,6 +129,47 @@ def test_an_interrupted_run_keeps_its_checkpoints(config: Any, tmp_path: Path, m
     train.run(config(checkpoint_steps=2, out=tmp_path / "new" / "out", resume=True))
     train.run(config(checkpoint_steps=0, out=tmp_path / "whole"))
     assert (tmp_path / "new" / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+def test_the_lowest_loss_before_an_interruption_is_kept_after_it(config: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    def interrupted(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == best + 2:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"eval_share": 0.25, "eval_steps": 1, "learning_rate": 0.3, "epochs": 30, "patience": 3}
+    whole = train.run(config(out=tmp_path / "whole", checkpoint_steps=0, **options))
+    best = whole["kept_step"]
+    monkeypatch.setattr(fit._Keeper, "on_step_end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config(checkpoint_steps=1, **options))
+    monkeypatch.undo()
+    assert train.run(config(checkpoint_steps=1, resume=True, **options)) == {**whole, "out": str(tmp_path / "out")}
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("step", [4, None], ids=["in the second epoch", "when all is trained"])
+def test_the_loss_of_an_epoch_that_ends_with_a_checkpoint_is_kept(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int | None
+) -> None:
+    def interrupted(*arguments: Any, **_: Any) -> None:
+        if step is None or arguments[2].global_step == step:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"dropout": 0.2, "checkpoint_steps": 3, "eval_share": 0.25, "epochs": 2, "patience": 5}
+    whole = train.run(config(out=tmp_path / "whole", **options))
+    assert (len(whole["loss"]), [at for at, _ in whole["eval_loss"]]) == (6, [3, 6])
+    with monkeypatch.context() as patch:
+        if step is None:
+            patch.setattr(train, "adapter_effect", interrupted)
+        else:
+            patch.setattr(fit._Keeper, "on_step_end", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config(**options))
+    steps: list[int] = []
+    monkeypatch.setattr(fit._Keeper, "on_step_end", lambda self, args, state, *_, **__: steps.append(state.global_step))
+    assert train.run(config(resume=True, **options)) == {**whole, "out": str(tmp_path / "out")}
+    assert steps == ([] if step is None else [4, 5, 6])
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
 # ---- rows set aside -----------------------------------------------------------------------------------------------
@@ -370,7 +414,7 @@ def test_a_saved_adapter_in_bfloat16_is_the_one_that_was_measured(config: Any, t
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
     adapted = lora.load_adapter(tiny_model("deepseek_v2", vocab_size=259), tmp_path / "out" / "adapter")
     examples = encode(read_rows(tmp_path / "rows.json"), byte_tokenizer(), max_length=1024, file=tmp_path)
-    effect = lora.adapter_effect(adapted, [torch.tensor(example.input_ids) for example in examples])
+    effect = check_adapter.adapter_effect(adapted, [torch.tensor(example.input_ids) for example in examples])
     assert (effect.max_logit_change, effect.kl) == (result["max_logit_change"], result["kl"])
 
 
@@ -378,6 +422,46 @@ def test_tensorboard_files_lie_in_the_folder(config: Any, tmp_path: Path) -> Non
     pytest.importorskip("tensorboard")
     train.run(config(report_to="tensorboard"))
     assert list((tmp_path / "out" / "logs").rglob("events.*"))
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
+def test_every_loss_goes_to_the_tracker_that_was_asked_for(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    """The packages are stood in for: none of them is needed here, and two would want an account."""
+    logged: list[float] = []
+    folders: list[Path] = []
+
+    class Callback(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            logged.extend(value for name, value in logs.items() if name == "loss")
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            folders.append(Path(folder))
+            folders[0].mkdir(parents=True)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            logged.extend([value] if name == "train/loss" else [])
+
+        def add_text(self, *_: Any) -> None: ...
+
+        add_hparams = flush = close = add_text
+
+    there = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name))
+    monkeypatch.setattr("superexperts.config_train.importlib", there)
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    for name in ("wandb", "trackio"):
+        other = Callback if name == tracker else TrainerCallback
+        monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, name, other)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    result = train.run(config(report_to=tracker, epochs=1))
+    assert logged == [loss for _, loss in result["loss"]]
+    assert len(logged) == 4
+    assert (tmp_path / "out" / "logs").is_dir() == (tracker == "tensorboard") == bool(folders)
+    logged.clear()
+    train.run(config(epochs=1, out=tmp_path / "silent"))
+    assert not logged
 
 
 def test_what_a_tracker_prints_is_not_among_the_results(config: Any, monkeypatch: Any, capsys: Any) -> None:

@@ -9,17 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+from superexperts import lora_layer
 from superexperts.cli import main
 from test_train import save_checkpoint
 from test_train_options import EIGHT, WEIGHTS
 
 # Two processes on a CPU: with `--cpu` accelerate starts a single one, whatever --num_processes says.
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--mixed_precision=no"]
+ACCELERATE = Path(__file__).parents[1] / "recipes" / "accelerate"
 WAYS = {
     "ddp": ["--multi_gpu"],
-    "fsdp2": ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"],
+    "fsdp2": [f"--config_file={ACCELERATE / 'fsdp2.yaml'}"],
 }
 # Accelerate 1.15 shards on accelerators only: told that gloo's processes are such, it shards on a CPU as well.
 SCRIPT = """
@@ -103,3 +106,17 @@ def test_two_processes_train_the_adapter_of_one_and_go_on_after_a_kill(way: str,
     (tmp_path / "killed.note").unlink()
     made = ["killed", "model", "one", "rows.json", "script.py", "two", "whole"]
     assert sorted(path.name for path in tmp_path.iterdir()) == made
+
+
+def test_the_configuration_for_zero3_is_one() -> None:
+    """Training with it needs GPUs (see docs/train.md); that Accelerate takes it, and what saving needs, do not."""
+    config = load_config_from_file(str(ACCELERATE / "zero3.yaml"))
+    settings = config.deepspeed_config
+    assert (config.distributed_type, config.num_processes) == ("DEEPSPEED", 2)
+    assert settings["deepspeed_moe_layer_cls_names"] == lora_layer.ExpertsLora.__name__
+    file = ACCELERATE.parents[1] / settings["deepspeed_config_file"]
+    zero = json.loads(file.read_text())["zero_optimization"]
+    assert zero["stage"] == 3
+    assert zero["stage3_gather_16bit_weights_on_model_save"]
+    # A and B of rank 16 on DeepSeek-V2-Lite's widest map stay whole in every process.
+    assert zero["stage3_param_persistence_threshold"] >= 16 * 10944

@@ -14,6 +14,7 @@ from .config_surgery import PruneConfig
 from .options import CheckpointConfig, ModelConfig, SeededConfig, ServerConfig, Switch
 from .options import require as _require
 from .options import require_device as _require_device
+from .options import require_seed as _require_seed
 from .options import require_sequences as _require_sequences
 from .options import require_url as _require_url
 
@@ -256,6 +257,7 @@ class EvaluateConfig(ServerConfig, SeededConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_seed(self.seed)
         known = ",".join(TASKS + MORE_TASKS)
         unknown = [task for task in self.task_names if task not in TASKS + MORE_TASKS]
         _require(not unknown, "--tasks", ",".join(unknown), f"is unknown; choose from {known}")

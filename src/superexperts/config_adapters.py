@@ -10,7 +10,16 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from .options import SeededConfig, ServerConfig, Switch, require, require_device, require_sequences, require_url
+from .options import (
+    SeededConfig,
+    ServerConfig,
+    Switch,
+    require,
+    require_device,
+    require_seed,
+    require_sequences,
+    require_url,
+)
 
 __all__ = ["CheckAdapterConfig", "ExportConfig", "ImportConfig", "PushConfig"]
 
@@ -97,6 +106,7 @@ class CheckAdapterConfig(ServerConfig, SeededConfig):
         super().__post_init__()
         require_sequences(self.tokens, self.seq_len)
         require_device(self.device)
+        require_seed(self.seed)
         require(self.prompts > 0, "--prompts", self.prompts, "is not positive; give at least 1")
         require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
         if self.base_url is not None:

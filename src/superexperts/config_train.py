@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from .errors import DataError, OptionError
 from .options import SeededConfig, Switch, typed
 from .options import require as _require
 from .options import require_device as _require_device
+from .options import require_seed as _require_seed
 
 __all__ = ["PROJECTIONS", "TrainConfig", "read_recipe", "recipe_text"]
 
@@ -107,9 +109,11 @@ class TrainConfig(SeededConfig):
         some = self.experts is not None or self.attention or self.target is not None
         _require(some, "--experts", self.experts, "is missing; give an expert set, --attention, or --target REGEX")
         _require_device(self.device)
+        _require_seed(self.seed)
         for option in ("r", "alpha", "learning_rate", "epochs", "batch_size", "accumulation", "max_length"):
             value = getattr(self, option)
-            _require(value > 0, f"--{option.replace('_', '-')}", value, "is not positive; give more than 0")
+            good = 0 < value < math.inf
+            _require(good, f"--{option.replace('_', '-')}", value, "is not positive and finite; give more than 0")
         for option in ("eval_steps", "patience", "checkpoint_steps"):
             value = getattr(self, option)
             _require(value >= 0, f"--{option.replace('_', '-')}", value, "is negative; give 0 or more")
@@ -146,6 +150,8 @@ def own_values(text: str, option: str) -> dict[str, float]:
         found = re.fullmatch(r"(L\d+(?:E\d+|shared))=(\d+(?:\.\d+)?)", part)
         if found is None or not float(found[2]) or (option == "--ranks" and "." in found[2]):
             raise OptionError(f"{option}: {part!r} is not like L2E54=32; write EXPERT=NUMBER, separated by commas")
+        if found[1] in values:
+            raise OptionError(f"{option}: {found[1]} is named twice; give each expert one number")
         values[found[1]] = float(found[2]) if "." in found[2] else int(found[2])
     return values
 

@@ -72,6 +72,8 @@ def _merged(adapter: Path, checkpoint: CheckpointConfig, copy: bool, out: Path) 
     folder = checkpoint_folder(checkpoint.model, checkpoint.revision)
     with Checkpoint(folder) as base:
         model = load_structure(checkpoint)
+        settings, _ = lora.read_adapter(adapter, "ADAPTER")  # what is broken is so in memory, too
+        lora.check_home(model, settings, adapter, "ADAPTER")
         changes: Sequence[Change] = ()
         try:
             patches = merged_patches(model, Homes(model, base), base, adapter, "ADAPTER")

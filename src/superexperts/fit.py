@@ -67,7 +67,7 @@ def fit(
         train_dataset=_dataset(examples, config),
         eval_dataset=_dataset(held_out, config) if held_out else None,
         processing_class=tokenizer,
-        callbacks=[progress, keeper],
+        callbacks=[progress, keeper, *([_EveryEpoch()] if held_out and not config.eval_steps else [])],
     )
     if config.report_to == "tensorboard" and speaks:
         from torch.utils.tensorboard import SummaryWriter  # an optional package
@@ -121,7 +121,7 @@ def _settings(adapted: PeftModel, config: TrainConfig, work: Path, *, evaluate: 
         max_length=None,
         packing=config.packing,
         eval_packing=False,
-        eval_strategy="no" if not evaluate else "steps" if config.eval_steps else "epoch",
+        eval_strategy="steps" if evaluate and config.eval_steps else "no",  # or see `_EveryEpoch`
         eval_steps=config.eval_steps or None,
         save_strategy="steps" if config.checkpoint_steps else "no",
         save_steps=config.checkpoint_steps or 500,
@@ -270,6 +270,18 @@ def whole_tensors(adapted: PeftModel) -> dict[str, Tensor]:
     found = {name: parameter.detach() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     gathered = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in found.items()}
     return {name: tensor.cpu().clone() for name, tensor in gathered.items()}
+
+
+class _EveryEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """Evaluates after the last step of each epoch, before a checkpoint of that step is written.
+
+    The trainer's own `eval_strategy="epoch"` does so after it, and a run that goes on from there would have no loss of
+    that epoch, and other random numbers.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, train_dataloader: Any, **kwargs: Any) -> None:
+        steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+        control.should_evaluate |= state.global_step % steps == 0 or state.global_step == state.max_steps
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here

@@ -51,6 +51,8 @@ def run(config: ImportConfig) -> dict[str, Any]:
         name, why = (
             (config.layout, "as told") if config.layout != "auto" else detect(model, saved_config, tensors, fields)
         )
+        if config.layout in FUSED:
+            _contradict(config.layout, model, saved_config, tensors)
         if name == "per-expert":
             read = read_per_expert(model, saved_config, tensors)
         else:
@@ -99,6 +101,14 @@ def detect(
             "unsloth" if version == "peft-0.19" else "unsloth-peft-0.18"
         ), f"{why}; untrained experts are blocks of B"
     return version, why
+
+
+def _contradict(told: str, model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """`OptionError` where untrained experts show that B lies in the other order than one was told."""
+    seen = _blockwise(list(targeted(model, config.target_parameters or ())), tensors)
+    if seen is not None and seen != FUSED[told].blockwise:
+        order = "expert by expert, as Unsloth's" if seen else "with the expert as the fast index, as PEFT's"
+        raise OptionError(f"--layout: {told!r} is not this file's: its columns of zeros lie {order}; leave it out")
 
 
 def _version(

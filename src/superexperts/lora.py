@@ -3,25 +3,21 @@
 Saving, loading, merging and disabling an adapter are PEFT's. Chosen experts get the layer of `lora_layer.py`; shared
 experts and attention are ordinary linear maps and get PEFT's own. Which experts are adapted is a field of the adapter's
 own adapter_config.json, by the bank's path and the experts' numbers; no name is ever matched by its beginning.
-
-Shape suffixes: B sequences, L tokens per sequence, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import math
 import operator
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -29,15 +25,12 @@ from torch import Tensor, nn
 from . import moe
 from .artifacts import ExpertKey, key_name, key_order
 from .bank import DOWN, GATE, UP
-from .errors import DataError, EffectError, ModelError, OptionError
-from .exposure import counting
+from .errors import DataError, ModelError, OptionError
 from .folders import CONFIG_FILE
 from .lora_layer import RENAMED_BY_PEFT, ExpertLoraConfig, linears
 from .rundir import read_json
 
 __all__ = [
-    "Effect",
-    "adapter_effect",
     "attach",
     "attach_attention",
     "attach_experts",
@@ -215,29 +208,47 @@ def trainable_parameters(model: nn.Module) -> int:
 # ---- loading ------------------------------------------------------------------------------------------------------
 
 
-def load_adapter(model: nn.Module, folder: Path, option: str = "--adapter") -> PeftModel:
+def load_adapter(model: nn.Module, folder: Path, option: str = "--adapter", name: str = "default") -> PeftModel:
     """Puts a saved adapter on the model, frozen, in evaluation mode; plain PEFT adapters load as well.
 
     Every key of the file must have found its home and every module of the adapter its keys, value for value;
     otherwise `DataError` (the file is broken) or `ModelError` (it is another model's), and the model is as it was.
+    On a PeftModel it is one adapter more, under a `name` of its own; `set_adapter` says which of them act.
     """
     config, saved = read_adapter(folder, option)
     if any(re.search(r"\.experts\.\d+\.", name) for name in saved):
         raise DataError(f"{option}: {folder} has one key for each expert, as engines read it; `superexperts import` it")
-    check_home(model, config, folder, option)
+    adapted: Any = model
+    more = isinstance(model, PeftModel)
+    if more and name in adapted.peft_config:
+        raise OptionError(f"{option}: the model has an adapter {name!r} already; load {folder} under another name")
+    check_home(adapted.get_base_model() if more else model, config, folder, option)
     try:
         with quiet():
-            adapted = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config)
-    except (RuntimeError, ValueError) as error:  # sizes differ; no target module was found
-        detach(model)
-        raise ModelError(f"{option}: {folder} does not fit this model ({_line(error)}); give its own model") from error
-    found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    try:
+            if more:
+                adapted.add_adapter(name, config)
+                adapted.load_adapter(str(folder), name)
+            else:
+                adapted = PeftModel.from_pretrained(adapted, str(folder), adapter_name=name, config=config)
+        found = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
         check_keys(found, saved, folder, option, same=_same)
-    except DataError:
-        adapted.unload()
-        raise
-    return cast(PeftModel, adapted)
+    except (RuntimeError, ValueError) as error:  # sizes differ; no target module was found; keys are not those
+        if more:
+            _take_off(adapted, name)
+        else:
+            detach(model)
+        if isinstance(error, DataError):
+            raise
+        raise ModelError(f"{option}: {folder} does not fit this model ({_line(error)}); give its own model") from error
+    return cast(PeftModel, adapted.eval())
+
+
+def _take_off(model: PeftModel, name: str) -> None:
+    """One adapter of several, a half-done one as well."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.delete_adapter(name)
+    model.peft_config.pop(name, None)
 
 
 def check_keys(
@@ -263,7 +274,48 @@ def read_adapter(folder: Path, option: str) -> tuple[LoraConfig, dict[str, Tenso
         config = ExpertLoraConfig(**fields) if "experts" in fields else LoraConfig(**fields)
     except (TypeError, ValueError) as error:
         raise DataError(f"{option}: {folder / CONFIG_FILE}: {_line(error)}; repair it") from error
+    for field, good in _KINDS.items():  # PEFT takes anything, and fails somewhere with it
+        value = getattr(config, field, None)
+        if field in fields and not good(value):
+            raise DataError(f"{option}: {folder / CONFIG_FILE}: {field!r} is {str(value)[:60]}; repair it")
     return config, read_tensors(folder, option)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _by_pattern(value: Any, kind: Callable[[Any], bool]) -> bool:
+    try:
+        return isinstance(value, dict) and all(map(re.compile, value)) and all(map(kind, value.values()))
+    except re.error:
+        return False
+
+
+def _words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "r": _whole,
+    "lora_alpha": _number,
+    "lora_dropout": lambda value: _number(value) and 0 <= value < 1,
+    "use_rslora": lambda value: isinstance(value, bool),
+    "rank_pattern": lambda value: _by_pattern(value, _whole),
+    "alpha_pattern": lambda value: _by_pattern(value, _number),
+    "experts": lambda value: isinstance(value, dict) and all(
+        isinstance(own, list) and len(set(map(str, own))) == len(own) and all(type(e) is int and e >= 0 for e in own)
+        for own in value.values()
+    ),
+    "shared": _words,
+    "linears": _words,
+    "projections": lambda value: _words(value) and set(value) <= {GATE, UP, DOWN},
+}  # fmt: skip
+"""What may stand in fields of adapter_config.json."""
 
 
 def read_fields(folder: Path, option: str) -> dict[str, Any]:
@@ -280,18 +332,28 @@ def read_tensors(folder: Path, option: str) -> dict[str, Tensor]:
     """adapter_model.safetensors as it is."""
     try:
         with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as weights:
-            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"{option}: {folder / WEIGHTS_FILE} cannot be read ({_line(error)}); save the adapter again"
         ) from error
+    broken = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+    if broken is not None:
+        raise DataError(
+            f"{option}: {folder / WEIGHTS_FILE}: {broken} is not finite; train again with a lower --learning-rate"
+        )
+    return tensors
 
 
 def check_home(model: nn.Module, config: LoraConfig, folder: Path, option: str) -> None:
-    """Every bank, shared MLP and expert number that the adapter names must be in the model."""
+    """Every bank, shared MLP and expert number that the adapter names must be in the model, and every pattern for a
+    rank or an alpha must name something that is adapted."""
     if not isinstance(config, ExpertLoraConfig):
         return
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
+    for path, module in modules.items():
+        if isinstance(module, BaseTunerLayer):
+            modules[path] = module.get_base_layer()
     for path, experts in config.experts.items():
         if path not in modules or not moe.is_bank(modules[path]):
             raise ModelError(f"{option}: {folder} is for experts at {path!r}, which this model has not; give its own")
@@ -305,6 +367,18 @@ def check_home(model: nn.Module, config: LoraConfig, folder: Path, option: str) 
         for path in paths:
             if path not in modules:
                 raise ModelError(f"{option}: {folder} is for {what} at {path!r}, which this model has not")
+    for path in config.target_modules or ():
+        if path in modules and moe.is_bank(modules[path]) and path not in config.experts:
+            raise DataError(f"{option}: {folder} targets {path!r} and names no expert of it; repair {CONFIG_FILE}")
+    own = [f"{path}.{expert}" for path, experts in config.experts.items() for expert in experts]
+    own += [f"{expert}.{projection}" for expert in own for projection in config.projections]
+    places = [*own, *linears(model), *config.shared, *(f"{path}.weight" for path in config.linears)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field):
+            if not any(re.match(rf"(.*\.)?({pattern})$", place) for place in places):  # as PEFT matches them
+                raise DataError(
+                    f"{option}: {folder}: {field} is for {pattern!r}, which is not adapted; repair {CONFIG_FILE}"
+                )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -313,81 +387,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
-
-
-# ---- what an adapter does ----------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Effect:
-    """How far an adapter moves a model on some text."""
-
-    max_logit_change: float
-    """Largest |logit with the adapter - logit without|."""
-    kl: float
-    """KL(with || without) of the next token in nats, mean over positions."""
-    probe_tokens: int
-    """Tokens of the text."""
-    probe_share: float | None
-    """Share of them that reach an adapted expert in some layer; None for an adapter on no expert."""
-    probe_experts: dict[str, int]
-    """How many of them each adapted expert sees."""
-
-    @property
-    def none(self) -> bool:
-        """Whether no logit moves."""
-        return not self.max_logit_change > 0
-
-
-@contextlib.contextmanager
-def _scaled_to_zero(model: nn.Module) -> Iterator[None]:
-    scalings = [module.scaling for module in model.modules() if isinstance(module, LoraLayer)]
-    before = [dict(scaling) for scaling in scalings]
-    for scaling in scalings:
-        scaling.update(dict.fromkeys(scaling, 0.0))
-    try:
-        yield
-    finally:
-        for scaling, values in zip(scalings, before, strict=True):
-            scaling.update(values)
-
-
-@torch.no_grad()
-def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
-    """Compares the model with its adapter against itself without, on rows of token ids [L] (lengths may differ).
-
-    "Without" keeps the layers in place and sets their scaling to 0: the same sums in the same order, so that an adapter
-    that does nothing measures exactly 0, where `disable_adapter` would leave the last bits of another order of sums.
-    Rows run one by one, so nothing is padded and at most two [L, V] tensors are held.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    change, divergence, positions = 0.0, 0.0, 0
-    with counting(model, training=False) as exposure:
-        for ids_L in sequences_BL:
-            ids_BL = ids_L[None].to(next(model.parameters()).device)
-            exposure.on = True
-            with_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
-            exposure.on = False
-            with _scaled_to_zero(model):
-                without_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
-            if not with_LV.isfinite().all():
-                raise EffectError(
-                    "the adapter makes logits that are not finite: training diverged; lower --learning-rate"
-                )
-            change = max(change, float((with_LV - without_LV).abs().max()))
-            divergence += float(
-                F.kl_div(without_LV.log_softmax(-1), with_LV.log_softmax(-1), reduction="sum", log_target=True)
-            )
-            positions += len(ids_L)
-    for module, training in modes:
-        module.training = training
-    if not positions:
-        raise OptionError("--data: no row to measure the adapter's effect on; give at least one")
-    return Effect(
-        max_logit_change=change,
-        kl=divergence / positions,
-        probe_tokens=positions,
-        probe_share=exposure.share() if exposure.experts else None,
-        probe_experts=exposure.by_expert(together=False),  # every process measures the same rows
-    )

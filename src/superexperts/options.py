@@ -76,6 +76,10 @@ def require_device(device: str) -> None:
     require(device.partition(":")[0] != "meta", "--device", device, "holds no values; use cpu or auto")
 
 
+def require_seed(seed: int) -> None:
+    require(0 <= seed < 2**32, "--seed", seed, "is out of range; give 0 to 4294967295")
+
+
 def require_url(option: str, url: str) -> None:
     good = url.startswith(("http://", "https://"))
     require(good, option, url, "is no URL; give one like http://localhost:8000/v1")

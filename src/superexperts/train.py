@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from . import lora
 from .artifacts import ExpertKey, ExpertSet, key_name
 from .card import model_card, target_name
+from .check_adapter import adapter_effect
 from .config import identity
 from .config_train import TrainConfig, own_values, recipe_text
 from .console import note, speaks
@@ -104,7 +105,7 @@ def train(
             seen = exposure.by_expert()
             _require_exposure(seen, exposure.tokens, config)
             dtype = _round(adapted, config)
-            effect = lora.adapter_effect(adapted, _probe(examples))
+            effect = adapter_effect(adapted, _probe(examples))
             names = None if chosen is None else [key_name(key) for key in chosen]
             if effect.none:
                 option = "--experts" if names is not None else "--attention" if config.attention else "--target"
@@ -290,9 +291,13 @@ def _round(adapted: PeftModel, config: TrainConfig) -> torch.dtype:
 def _save(
     adapted: PeftModel, tensors: dict[str, Tensor], folder: Path, config: TrainConfig, dtype: torch.dtype
 ) -> None:
-    """PEFT's files, with the base model as the user names it instead of a path of this machine."""
+    """PEFT's files, with the base model as the user names it instead of a path of this machine; what was written must
+    be what was trained, key for key."""
     settings = adapted.peft_config["default"]
     settings.base_model_name_or_path, settings.revision = config.model, config.revision
     # Left to itself PEFT asks the Hub whether the embeddings were resized.
     values = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     adapted.save_pretrained(str(folder), state_dict=values, save_embedding_layers=False)
+    _, saved = lora.read_adapter(folder, "--out")
+    trained = {name.replace(".default.", "."): value for name, value in values.items()}
+    lora.check_keys(trained, saved, folder, "--out", same=torch.equal)
