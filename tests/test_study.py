@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import re
@@ -12,16 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from local_engines import BUILT, installed
 from superexperts import compare, pocket, study
 from superexperts.artifacts import Extraction
 from superexperts.cells import Cell, cells
@@ -305,35 +301,22 @@ def test_a_failed_cell_is_told_and_the_others_are_kept(plan: Path, tmp_path: Pat
 
 
 def test_a_study_on_an_engine_gives_it_every_variant_as_a_checkpoint(
-    finished: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, plan: Path, tmp_path: Path
 ) -> None:
-    """A stand-in for the harness's vLLM, which knows of no silent experts or adapters and loads the folder that it
-    is given. A study that starts it on another folder, or writes a wrong one, has other answers than in one model."""
-    started: list[Path] = []
-
-    class Engine(HFLM):  # type: ignore[misc]  # the harness is untyped
-        def __init__(self, *, pretrained: str, dtype: str, seed: int, max_gen_toks: int, **more: Any) -> None:
-            started.append(Path(pretrained))
-            assert (dtype, seed, max_gen_toks) == ("auto", 0, 32)
-            model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(pretrained)
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=more["batch_size"])
-
-    module = types.ModuleType("vllm_causallms")
-    module.VLLM = Engine  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", module)
-    there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "vllm" or there(name))
+    """A stand-in for vLLM, which knows of no silent experts or adapters and loads the folder that it is given. A study
+    that starts it on another folder, or writes a wrong one, has other answers than in one model."""
     # What needs no engine is there already.
     names = ["base", "prune-super", "lora-super"]
     for folder in ("profile", "experts", "variants/lora-super/train"):
         shutil.copytree(finished / folder, tmp_path / "out" / folder)
     text = re.sub("variants: .*", f"variants: [{', '.join(names)}]", plan.read_text(encoding="utf-8"))
     (tmp_path / "served.yaml").write_text(text + "evaluation: {engine: vllm}\n")
-    study.run(StudyConfig(study=tmp_path / "served.yaml", out=tmp_path / "out"))
+    BUILT.clear()
+    with installed("vllm"):
+        study.run(StudyConfig(study=tmp_path / "served.yaml", out=tmp_path / "out"))
 
     models = {name: tmp_path / "out" / "variants" / name / "model" for name in names[1:]}
-    assert started == [pocket.checkpoint_dir(), *models.values()]
+    assert [built["model"] for built in BUILT] == list(map(str, [pocket.checkpoint_dir(), *models.values()]))
     for name in names:
         for task in TASKS:
             files = [

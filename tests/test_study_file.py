@@ -179,7 +179,7 @@ def test_an_error_that_two_commands_find_is_told_once() -> None:
     told = str(error.value).splitlines()[1:]
     assert told == [
         "  line 2: seq_len: 0 is too short; give at least 2",
-        "  line 3: r: -1 is not positive; give more than 0",
+        "  line 3: r: -1 is not positive and finite; give more than 0",
     ]
 
 
