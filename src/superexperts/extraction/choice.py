@@ -142,7 +142,22 @@ _IS_THE_ANSWER = Cued(
     words=("is", "are", "was", "would be", "seems", "là"),
 )
 _NAMED_OPTION = r"(?:\b(?i:option|choice|answer|statement|đáp án|phương án|câu)\s|^|[(\[])[*(\[\"]{0,2}"
+_HEAD = re.compile(r"[,;:]\s(?:so|therefore|thus|hence|then|nên|but)\b|[;:]")
+_UNSURE = re.compile(r"\b(?:not|if|whether|nếu|không)\b|n't\b")
 _CHOSEN = re.compile(r"answer|choice|option|response|most|best|phương án|đáp án|câu trả lời|lựa chọn", re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=256)
+def _named(labels: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    """A label that is the answer; that a sentence names; that it ends with."""
+    return (
+        re.compile(rf"{_NAMED_OPTION}({labels})\b(?!'| [a-z])"),
+        re.compile(rf"[(\[]({labels})[)\]]|\b(?:option|choice)\s({labels})\b"),
+        re.compile(
+            rf"\b(?:(?i:is|be|là|leav(?:es|ing)|hence|thus|therefore|so|vậy))[:,]?\s[*\"]{{0,3}}({labels})[*\"]{{0,3}}"
+            r"(?:\sas\sthe\s\w+(?:\s\w+)?)?[.)]?$"
+        ),
+    )
 
 
 def is_the_answer(reading: Reading) -> str | None:
@@ -152,10 +167,10 @@ def is_the_answer(reading: Reading) -> str | None:
         found = next(iter(_IS_THE_ANSWER.matches(sentence)), None)
         if found is None:
             continue
-        head = re.split(r"[,;:]\s(?:so|therefore|thus|hence|then|nên|but)\b|[;:]", sentence[: found.start()])[-1]
-        if re.search(r"\b(?:not|if|whether|nếu|không)\b|n't\b", head):
+        head = _HEAD.split(sentence[: found.start()])[-1]
+        if _UNSURE.search(head):
             continue
-        labels = set(re.findall(rf"{_NAMED_OPTION}({reading.labels})\b(?!'| [a-z])", head))
+        labels = set(_named(reading.labels)[0].findall(head))
         value = labels.pop() if len(labels) == 1 else _option_in(reading, normalise(head))
         if value:
             values.append((value, _CHOSEN.search(found[0]) is not None))
@@ -185,6 +200,10 @@ def _lists_options(reading: Reading) -> bool:
     return len(labels) > 2 and len(set(map(str.upper, labels))) > 2
 
 
+_A_FOR_ANSWER = re.compile(r"A\s?[:：]\s?[*(\[]{0,3}(?=[A-H](?:[.)\]*]|\s*$))")
+""" "A: B"."""
+
+
 def first_label(reading: Reading) -> str | None:
     """A label or an option's text at the very beginning: "B", "[B] because ...", "D, garage."."""
     part = first_part(reading.text)
@@ -198,7 +217,7 @@ def first_label(reading: Reading) -> str | None:
         return choice_in(reading, part)
     if len(set(_INLINE_LABEL.findall(part))) > 2:
         return None
-    short = re.match(r"A\s?[:：]\s?[*(\[]{0,3}(?=[A-H](?:[.)\]*]|\s*$))", part)  # "A: B", A for answer
+    short = _A_FOR_ANSWER.match(part)
     return label_at(reading, part, short.end() if short else lead.end())
 
 
@@ -216,6 +235,7 @@ def first_option(reading: Reading) -> str | None:
 
 
 _SO = re.compile(r"[,;]\s(?:so|therefore|thus|hence|nên|vậy)\b")
+_ILL = re.compile(r"\b(?:incorrect|wrong|if)\b")
 _WEIGHED = re.compile(
     r",\s(?:not|and\snot|rather\sthan|chứ\skhông)\b|\s(?:rather\sthan|instead\sof|as\sopposed\sto|chứ\skhông)\b"
 )
@@ -230,15 +250,12 @@ def conclusion(reading: Reading) -> str | None:
         sentence = _SO.split(sentence)[-1]  # it can't be B or C, so it must be A
         aside = _WEIGHED.search(sentence)
         sentence = sentence[: aside.start()] if aside else sentence
-        if sentence.endswith(("?", ":")) or NOT.search(sentence) or re.search(r"\b(?:incorrect|wrong|if)\b", sentence):
+        if sentence.endswith(("?", ":")) or NOT.search(sentence) or _ILL.search(sentence):
             continue
-        labels = set(re.findall(rf"[(\[]({reading.labels})[)\]]|\b(?:option|choice)\s({reading.labels})\b", sentence))
+        _, named, last_named = _named(reading.labels)
+        labels = set(named.findall(sentence))
         names: set[str] = {a or b for a, b in labels}
-        last = re.search(
-            rf"\b(?:(?i:is|be|là|leav(?:es|ing)|hence|thus|therefore|so|vậy))[:,]?\s[*\"]{{0,3}}({reading.labels})[*\"]{{0,3}}"
-            r"(?:\sas\sthe\s\w+(?:\s\w+)?)?[.)]?$",
-            sentence,
-        )
+        last = last_named.search(sentence)
         if last and not names:
             return str(last[1])
         if len(names) == 1:

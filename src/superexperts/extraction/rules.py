@@ -76,11 +76,14 @@ def _boxed(reading: Reading) -> str | None:
     return _read_marked(reading, reading.text[begin:end])
 
 
+_FOUR = re.compile(r"#{4}(?!#)")
+
+
 def _hashes(reading: Reading) -> str | None:
     """What stands right after the first #### that is no heading."""
     if "####" not in reading.text:
         return None
-    for found in itertools.islice(re.finditer(r"#{4}(?!#)", reading.text), LAST_STATEMENTS):
+    for found in itertools.islice(_FOUR.finditer(reading.text), LAST_STATEMENTS):
         line = reading.text[found.end() : found.end() + TAIL].split("\n", 1)[0]
         if reading.kind == "number":
             first = next(find_numbers(line), None)

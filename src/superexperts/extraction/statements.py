@@ -78,7 +78,10 @@ class Reading:
     def conclusion(self) -> list[str]:
         """The last sentences, code fences and tags taken off."""
         text = self.text[-CONCLUSION:]
-        return sentences(re.sub(r"```|</?\w{1,12}>", "\n", text) if "`" in text or "<" in text else text)
+        return sentences(_FENCES.sub("\n", text) if "`" in text or "<" in text else text)
+
+
+_FENCES = re.compile(r"```|</?\w{1,12}>")
 
 
 @functools.lru_cache(maxsize=256)

@@ -18,6 +18,8 @@ _IT_IS = re.compile(
     r"(true|false|(?:not\ |in)?correct|not\ true|đúng|sai)\b",
     re.IGNORECASE | re.VERBOSE,
 )
+_NOT_SO = re.compile(r"(?:not|n't) (?:true|correct|the case|right)\b", re.IGNORECASE)
+_MAYBE = re.compile(r"maybe\b|possibly\b", re.IGNORECASE)
 _YES = frozenset(("yes", "yeah", "yep", "true", "correct", "có", "đúng"))
 
 
@@ -29,7 +31,7 @@ def yes_no_in(reading: Reading, tail: str) -> str | None:
     part = first_part(tail)
     lead = LEAD.match(part)
     assert lead is not None
-    if re.match(r"(?:not|n't) (?:true|correct|the case|right)\b", part[lead.end() :], re.IGNORECASE):
+    if _NOT_SO.match(part, lead.end()):
         return "no"
     if NOT.match(part, lead.end()) and (other := INSTEAD.search(part, lead.end())):
         rather = yes_no_in(reading, part[other.end() :])
@@ -41,7 +43,7 @@ def yes_no_in(reading: Reading, tail: str) -> str | None:
             r"[\"'”*]{0,3}\s?(?:/|or|and|hoặc)\s?(yes|no|true|false|có|không)\b", part[found.end() :], re.IGNORECASE
         )
         return NONE if other else _yes_no(found[1])
-    if REFUSAL.match(part, lead.end()) or re.match(r"maybe\b|possibly\b", part[lead.end() :], re.IGNORECASE):
+    if REFUSAL.match(part, lead.end()) or _MAYBE.match(part, lead.end()):
         return NONE
     return None
 
