@@ -1,12 +1,16 @@
 """A training step of LoRA on chosen experts, side by side with the frozen model's and with PEFT's `target_parameters`.
 
     python benchmarks/lora_step.py
+    python benchmarks/lora_step.py --device cuda --layers 27 --vocabulary 102400 --adapt 2 3 --batch 16 --length 1024 \\
+        --accumulation 16 --attention
 
 Four layers of DeepSeek-V2-Lite's shape (hidden 2048, 64 experts of 1408, top 6, two shared), random weights; LoRA of
 rank 16 on one expert in each of the last two layers. "frozen" is forward and backward of the model without an adapter,
-its gradient ending where ours does: at the output of the lowest adapted layer's experts. The three take turns on one
-model. Printed are the medians of each round's ratios, in seconds of processor time, which other programs on the machine
-disturb less than the clock, and by how much the peak of resident memory is above that of the frozen step.
+its gradient ending where ours does: at the output of the lowest adapted layer's experts. They take turns on one model,
+with `--attention` LoRA on all layers' attention too. Printed are the medians of each round's ratios, on a CPU in
+seconds of processor time, which other programs on the machine disturb less than the clock, and by how much the peak of
+resident memory is above that of the frozen step; on a GPU in seconds of the clock, and memory as torch counts it. The
+second command is the whole model, with the batch of the published training in 16 parts.
 """
 
 from __future__ import annotations
@@ -53,16 +57,18 @@ SHAPE = {
 R = 16
 
 
-def build(layers: int, dtype: torch.dtype) -> nn.Module:
+def build(layers: int, vocabulary: int, dtype: torch.dtype, device: str) -> nn.Module:
     """A model of the shape; every weight repeats one block of normal numbers, which is as good and takes no time."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            DeepseekV2Config(**SHAPE, num_hidden_layers=layers, use_cache=False), dtype=dtype
+            DeepseekV2Config(**SHAPE | {"vocab_size": vocabulary}, num_hidden_layers=layers, use_cache=False),
+            dtype=dtype,
         )
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     rotary = model.get_submodule("model.rotary_emb")
     rotary.__init__(rotary.config)  # its buffers are no weights
-    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    rotary.to(device)
+    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -116,13 +122,20 @@ def peft(model: nn.Module, chosen: list[ExpertKey]) -> Iterator[nn.Module]:
     lora.detach(model)
 
 
-def step(model: nn.Module, ids_BL: Tensor, trained: bool) -> Callable[[], None]:
+@contextlib.contextmanager
+def attention(model: nn.Module, _: list[ExpertKey]) -> Iterator[nn.Module]:
+    yield lora.attach_attention(model, r=R, alpha=32, dropout=0.0, seed=0)
+    lora.detach(model)
+
+
+def step(model: nn.Module, ids_BL: Tensor, accumulation: int, trained: bool) -> Callable[[], None]:
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if trained else None
 
     def run() -> None:
-        model(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss.backward()
+        for part_BL in ids_BL.chunk(accumulation):
+            (model(input_ids=part_BL, labels=part_BL, use_cache=False).loss / accumulation).backward()
         if optimizer is not None:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -131,13 +144,26 @@ def step(model: nn.Module, ids_BL: Tensor, trained: bool) -> Callable[[], None]:
     return run
 
 
-def peak_mib() -> float:
-    """Peak of resident memory since `forget_peak`."""
+def peak_mib(device: str) -> float:
+    """Peak of the memory since `forget_peak`."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
 
 
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+def forget_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def now(device: str) -> float:
+    """Seconds of the clock once a GPU is done, or of processor time."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def main() -> None:
@@ -148,31 +174,41 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--experts", default="grouped_mm", choices=("grouped_mm", "eager"), help="stock implementation")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--adapt", type=int, nargs="+", help="layers with LoRA on one expert; default: the last two")
+    parser.add_argument("--accumulation", type=int, default=1, help="parts of the batch, one after the other")
+    parser.add_argument("--attention", action="store_true", help="LoRA on attention as well")
     parser.add_argument("--without-peft", action="store_true")
     options = parser.parse_args()
-    model = build(options.layers, getattr(torch, options.dtype))
+    device = options.device
+    model = build(options.layers, options.vocabulary, getattr(torch, options.dtype), device)
     model.set_experts_implementation(options.experts)
-    ids_BL = torch.randint(3, 8192, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
-    chosen = busiest(model, ids_BL, [options.layers - 2, options.layers - 1])
+    generator = torch.Generator().manual_seed(1)
+    ids_BL = torch.randint(3, options.vocabulary, (options.batch, options.length), generator=generator).to(device)
+    part_BL = ids_BL.chunk(options.accumulation)[0]
+    chosen = busiest(model, part_BL, options.adapt or [options.layers - 2, options.layers - 1])
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}, {options.experts}, "
-        f"{options.layers} layers, {options.batch} x {options.length} tokens, LoRA on {chosen}",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}, {options.dtype}, {options.experts}, "
+        f"{options.layers} layers, {options.batch} x {options.length} tokens in {options.accumulation} parts, "
+        f"LoRA on {chosen}",
         flush=True,
     )
     ways: dict[str, Any] = {"frozen": frozen, "ours": ours} | ({} if options.without_peft else {"peft": peft})
+    ways |= {"attention": attention} if options.attention else {}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, list[float]] = {name: [] for name in ways}
     trainable: dict[str, int] = {}
     for number in range(options.rounds + 1):
         for name, way in ways.items():
             with way(model, chosen) as adapted:
-                run = step(adapted, ids_BL, name != "frozen")
-                forget_peak()
-                begin = time.process_time()
+                run = step(adapted, ids_BL, options.accumulation, name != "frozen")
+                forget_peak(device)
+                begin = now(device)
                 run()
                 if number:  # the first round warms up
-                    seconds[name].append(time.process_time() - begin)
-                    peaks[name].append(peak_mib())
+                    seconds[name].append(now(device) - begin)
+                    peaks[name].append(peak_mib(device))
                 trainable[name] = lora.trainable_parameters(adapted)
                 if name == "ours" and not number:
                     values = {name: tensor.to(model.dtype) for name, tensor in whole_tensors(adapted).items()}
@@ -187,7 +223,10 @@ def main() -> None:
     for name in ways:
         median, peak = statistics.median(seconds[name]), statistics.median(peaks[name])
         extra = peak - statistics.median(peaks["frozen"])
-        print(f"{name}: {median:.3f} s a step, peak {peak:,.0f} MiB ({extra:+,.0f}), {trainable[name]:,} trainable")
+        print(
+            f"{name}: {median:.3f} s a step ({ids_BL.numel() / median:,.0f} tokens a second), "
+            f"peak {peak:,.0f} MiB ({extra:+,.0f}), {trainable[name]:,} trainable"
+        )
     print(f"ours / frozen: {ratio('ours', 'frozen'):.3f}x of {options.rounds} rounds: ", end="")
     print(" ".join(f"{x / y:.3f}" for x, y in zip(seconds["ours"], seconds["frozen"], strict=True)))
     print(f"adapter file: {size:,} bytes")
