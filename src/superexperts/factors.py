@@ -109,7 +109,7 @@ def read_factors(model: nn.Module, folder: Path, option: str) -> dict[Place, Fac
         with lora.quiet():
             get_peft_model(cast(Any, model), config)
         found = {name: (place, scaling, shape) for name, place, scaling, shape in _own_names(model)}
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a size in config.json that no memory has room for
         line = " ".join(str(error).split())[:200]
         raise ModelError(f"{option}: {folder} does not fit this model ({line}); give its own model") from error
     finally:

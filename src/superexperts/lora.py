@@ -171,11 +171,13 @@ def _attach(model: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without four warnings of PEFT 0.21: of an attribute of transformers that has a new name; of missing keys, which
-    `load_adapter` makes an error; of patterns for single experts, which our layer reads; of a model's other name."""
+    """Without five warnings of PEFT 0.21 and torch: of an attribute of transformers that has a new name; of missing
+    keys, which `load_adapter` makes an error; of patterns for single experts, which our layer reads; of a model's other
+    name; of matrices of size 0, whose keys have no home then."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*_pattern keys did not match.*\.\d", category=RuntimeWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
