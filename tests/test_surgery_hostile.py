@@ -210,6 +210,13 @@ def test_experts_of_another_size_crash_nothing(
         ended(command, tmp_path, capsys)
 
 
+def test_removing_keeps_an_infinity_of_the_settings(checkpoints: Path, tmp_path: Path) -> None:
+    base = copy_of(checkpoints / "base", tmp_path / "base")
+    settle(base, time_step_limit=[0.0, float("inf")])
+    assert main(["prune", str(base), "--experts=L0E1", "--mode=remove", f"--out={tmp_path / 'out'}"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["time_step_limit"] == [0.0, float("inf")]
+
+
 STRANGE = [None, True, 0, -1, 3.5, 2**40, float("nan"), "3", "nothing", [], [1], {}, {"rope_type": "none"}]
 
 

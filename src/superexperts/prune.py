@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from .model import (
 )
 from .record import Record, base_files, name_of
 from .remove import plan_removal
-from .rundir import completed, fingerprint, new_folder, write_json, write_manifest
+from .rundir import completed, fingerprint, new_folder, write_manifest, write_text
 from .surgery import Change, Patch, carry_along, patch_shards, rewrite_shards
 
 __all__ = ["Down", "downs", "run"]
@@ -82,7 +83,8 @@ def _removed(config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKey]
     removal = plan_removal(config, base, experts)
     rewrite_shards(base, removal.shards, out, copy=config.copy)
     carry_along(base.folder, out, skip=["config.json"])
-    write_json(out / "config.json", removal.settings)
+    # Not `write_json`: some families have an Infinity here, which transformers writes and reads.
+    write_text(out / "config.json", json.dumps(removal.settings, ensure_ascii=False, indent=2) + "\n")
     return removal.changes
 
 
