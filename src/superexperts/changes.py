@@ -22,7 +22,8 @@ from .bank import DOWN
 from .checkpoint import Checkpoint, Entry
 from .errors import ModelError
 from .factors import Factor, read_factors
-from .model import checkpoint_folder, load_structure
+from .folders import checkpoint_folder
+from .model import load_structure
 from .options import CheckpointConfig
 
 __all__ = ["Changes", "adapter_changes", "change_norm"]

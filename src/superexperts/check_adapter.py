@@ -22,7 +22,7 @@ from . import lora
 from .asker import instances, quiet
 from .config_adapters import CheckAdapterConfig
 from .console import note
-from .corpora import documents, local_data, pack
+from .corpora import corpus_sequences, corpus_texts
 from .errors import DataError, EffectError, OptionError
 from .exposure import counting
 from .folders import adapter_folder
@@ -42,9 +42,9 @@ def run(config: CheckAdapterConfig) -> dict[str, Any]:
     folder = adapter_folder(config.adapter)
     _, tensors = lora.read_adapter(folder, "ADAPTER")
     tokenizer = load_tokenizer(config)
-    data_dir = local_data(config.data_dir)
-    texts = documents(config.corpus, data_dir=None if str(data_dir) == "pocket" else data_dir)
-    sequences_BL = pack(texts, tokenizer, corpus=config.corpus, tokens=config.tokens, seq_len=config.seq_len)
+    sequences_BL = corpus_sequences(
+        config.corpus, config.data_dir, tokenizer, tokens=config.tokens, seq_len=config.seq_len
+    )
     adapted = lora.load_adapter(load_model(config), folder, "ADAPTER")
     effect = gate(adapted, list(sequences_BL), folder, "ADAPTER")
     return {
@@ -58,8 +58,7 @@ def run(config: CheckAdapterConfig) -> dict[str, Any]:
 
 def _served(config: CheckAdapterConfig, url: str) -> dict[str, Any]:
     """What a server makes of the adapter: greedy continuations under both names; `DataError` where all are the same."""
-    data_dir = local_data(config.data_dir)
-    texts = documents(config.corpus, data_dir=None if str(data_dir) == "pocket" else data_dir)
+    texts = corpus_texts(config.corpus, config.data_dir)
     beginnings = [text[:CHARACTERS] for text in itertools.islice((t for t in texts if t.strip()), config.prompts)]
     replies = []
     for name in (config.model, str(config.adapter)):

@@ -26,6 +26,7 @@ __all__ = [
     "HubCorpus",
     "bos_prefix",
     "corpus_sequences",
+    "corpus_texts",
     "digest_ids",
     "documents",
     "local_data",
@@ -312,13 +313,17 @@ def pack(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, corpus: st
     )
 
 
+def corpus_texts(corpus: str, data_dir: Path | None, *, blank: bool = False) -> Iterator[str]:
+    """`documents` for commands whose --data-dir may be `pocket`, which has benchmarks only."""
+    folder = local_data(data_dir)
+    return documents(corpus, data_dir=None if str(folder) == "pocket" else folder, blank=blank)
+
+
 def corpus_sequences(
     corpus: str, data_dir: Path | None, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seq_len: int
 ) -> Tensor:
-    """`pack` of a named corpus or file, for commands whose --data-dir may be `pocket`, which has benchmarks only."""
-    folder = local_data(data_dir)
-    texts = documents(corpus, data_dir=None if str(folder) == "pocket" else folder)
-    return pack(texts, tokenizer, corpus=corpus, tokens=tokens, seq_len=seq_len)
+    """`pack` of `corpus_texts`."""
+    return pack(corpus_texts(corpus, data_dir), tokenizer, corpus=corpus, tokens=tokens, seq_len=seq_len)
 
 
 def reference_windows(
@@ -330,10 +335,9 @@ def reference_windows(
     of the first window only; what is left over at the end is not used. (`_layer_wise_evaluate` and its loader in the
     code of arXiv 2507.23279, where `seq_len` is 2,048.) `DataError` for less than a window or more than `WHOLE`.
     """
-    folder = local_data(data_dir)
     held: list[str] = []
     size = 0
-    for text in documents(corpus, data_dir=None if str(folder) == "pocket" else folder, blank=True):
+    for text in corpus_texts(corpus, data_dir, blank=True):
         held.append(text)
         size += len(text)
         if size > WHOLE:

@@ -9,7 +9,7 @@ from .asker import Asker, quiet
 from .config import EvaluateConfig
 from .corpora import bos_prefix
 from .errors import OptionError
-from .model import checkpoint_folder
+from .folders import checkpoint_folder
 from .server import api, request_url
 
 __all__ = ["EngineAsker", "open_engine"]

@@ -28,10 +28,10 @@ from .console import note, speaks
 from .corpora import corpus_sequences, digest_ids, reference_windows
 from .engines import open_engine
 from .errors import OptionError
-from .folders import adapter_folder
+from .folders import adapter_folder, checkpoint_folder
 from .journal import Journal, open_journals, remove_journals
 from .lora import load_adapter
-from .model import checkpoint_folder, chosen_experts, load_model, load_tokenizer
+from .model import chosen_experts, load_model, load_tokenizer
 from .perplexity import perplexity_of, sequence_losses
 from .processes import agreed, gathered, my_share
 from .rundir import (

@@ -16,11 +16,11 @@ from .config_adapters import ExportConfig
 from .console import note
 from .errors import DataError, ModelError, OptionError, OutputError
 from .factors import expert_names, injected_keys, read_factors, save_layout
-from .folders import adapter_folder
+from .folders import adapter_folder, checkpoint_folder
 from .homes import Homes
 from .layouts import write_fused, write_per_expert
 from .merge import merged_patches
-from .model import checkpoint_folder, load_as_stored, load_structure
+from .model import load_as_stored, load_structure
 from .record import Record, base_files, name_of
 from .rundir import completed, fingerprint, new_folder, read_json, write_manifest, write_text
 from .surgery import Change, carry_along, patch_shards

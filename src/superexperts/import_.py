@@ -15,9 +15,9 @@ from .config_adapters import ImportConfig
 from .console import note
 from .errors import DataError, OptionError
 from .factors import PREFIX, Factors, expert_names, own_layout, save_layout
-from .folders import adapter_folder
+from .folders import adapter_folder, checkpoint_folder
 from .layouts import Layout, read_fused, read_per_expert, shapes, targeted
-from .model import checkpoint_folder, load_structure
+from .model import load_structure
 from .rundir import completed, fingerprint, new_folder, read_json, write_manifest, write_text
 
 __all__ = ["detect", "run"]

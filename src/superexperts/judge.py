@@ -231,7 +231,8 @@ def open_judge(config: ExtractConfig, cache: Path | None) -> Judge | None:
         return None
     # torch and the harness take seconds to import, and extraction by rules needs neither.
     from .asker import Asker, HfAsker
-    from .model import checkpoint_folder, load_model, load_tokenizer
+    from .folders import checkpoint_folder
+    from .model import load_model, load_tokenizer
     from .options import ModelConfig
     from .server import api, chat_url
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import yaml
 
 from .errors import OptionError
 
-__all__ = ["LinedYaml", "Place", "as_fields"]
+__all__ = ["LinedYaml", "Place", "as_fields", "together"]
 
 Place = tuple[str | int, ...]
 """Names and numbers on the way to a value."""
@@ -67,10 +68,14 @@ class LinedYaml:
 
     def stop(self) -> NoReturn:
         """Raises all that was noted, in the order of the lines."""
-        lines = [f"line {line}: {text}" for line, text in sorted(self.errors)]
-        if len(lines) == 1:
-            raise OptionError(f"{self.name}: {lines[0]}")
-        raise OptionError(f"{self.name}: {len(lines)} errors; nothing was run\n" + "\n".join(f"  {x}" for x in lines))
+        raise OptionError(together(self.name, [f"line {line}: {text}" for line, text in sorted(self.errors)]))
+
+
+def together(name: str, errors: Sequence[str]) -> str:
+    """The errors of a file as one text: the only one in its line, several in a line each."""
+    if len(errors) == 1:
+        return f"{name}: {errors[0]}"
+    return f"{name}: {len(errors)} errors; nothing was run\n" + "\n".join(f"  {error}" for error in errors)
 
 
 def as_fields(text: str) -> str:

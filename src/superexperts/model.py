@@ -23,7 +23,6 @@ from .folders import checkpoint_folder
 from .processes import device_of_process, processes_here
 
 __all__ = [
-    "checkpoint_folder",
     "chosen_experts",
     "dtype_to_run",
     "empty_model",

@@ -27,8 +27,8 @@ from .console import note, progress, speaks
 from .corpora import digest_ids, documents, local_data, pack, takes_column
 from .decoder import num_layers, stopped_after, text_config
 from .errors import OptionError
+from .folders import checkpoint_folder
 from .model import (
-    checkpoint_folder,
     dtype_to_run,
     empty_model,
     fits_in_memory,

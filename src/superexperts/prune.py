@@ -21,9 +21,9 @@ from .checkpoint import Checkpoint, Entry
 from .config import PruneConfig, identity
 from .console import note
 from .errors import ModelError, OutputError
+from .folders import checkpoint_folder
 from .homes import BLOCKS, Homes
 from .model import (
-    checkpoint_folder,
     chosen_experts,
     load_as_stored,
     load_structure,

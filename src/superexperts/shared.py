@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .folders import checkpoint_folder
 from .lora import detach
-from .model import checkpoint_folder, load_model
+from .model import load_model
 from .options import ModelConfig
 from .rundir import digest, fingerprint
 

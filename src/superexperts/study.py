@@ -20,7 +20,7 @@ from .console import note, stderr
 from .corpora import local_data, local_file, named_corpus
 from .errors import DataError, OptionError, OutputError
 from .estimate import estimate
-from .model import checkpoint_folder
+from .folders import checkpoint_folder
 from .report import write_csv, write_report
 from .rundir import completed, fingerprint, prepare_folder, read_json, write_json, write_manifest, write_text
 from .study_check import check, given_experts, row_files

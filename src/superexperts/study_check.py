@@ -19,8 +19,9 @@ from transformers import AutoConfig
 from .artifacts import ExpertSet
 from .corpora import documents, local_data, named_corpus, pack
 from .errors import DataError, ModelError, OptionError, UserError
-from .lined_yaml import as_fields
-from .model import checkpoint_folder, load_tokenizer, pick_device, structure_of
+from .folders import checkpoint_folder
+from .lined_yaml import Place, as_fields, together
+from .model import load_tokenizer, pick_device, structure_of
 from .moe import check_experts, find_banks
 from .options import CheckpointConfig
 from .pocket import checkpoint_dir
@@ -30,7 +31,6 @@ from .tasks import load_benchmarks
 
 __all__ = ["check", "given_experts", "row_files", "settings_of_plan"]
 
-Place = tuple[str, ...]
 Look = tuple[Place, Callable[[], Any]]
 """What may be wrong, and the field that it would be wrong in."""
 
@@ -48,11 +48,8 @@ def check(plan: Plan, text: str = "", name: str = "STUDY", *, device: str = "aut
         except UserError as error:
             line = line_of(text, place)
             told.append((f"line {line}: " if line else "") + as_fields(str(error).removeprefix("STUDY ")))
-    told = list(dict.fromkeys(told))
-    if len(told) == 1:
-        raise DataError(f"{name}: {told[0]}")
     if told:
-        raise DataError(f"{name}: {len(told)} errors; nothing was run\n" + "\n".join(f"  {line}" for line in told))
+        raise DataError(together(name, list(dict.fromkeys(told))))
 
 
 def _looks(plan: Plan, device: str, here: bool) -> Iterator[Look]:

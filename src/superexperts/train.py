@@ -28,8 +28,9 @@ from .console import note, speaks
 from .errors import DataError, EffectError, ExpertsError, OptionError, SuperExpertsError
 from .exposure import counting
 from .fit import Fitted, fit, last_checkpoint, whole_tensors
+from .folders import checkpoint_folder
 from .memory import load_to_train
-from .model import checkpoint_folder, chosen_experts, load_tokenizer
+from .model import chosen_experts, load_tokenizer
 from .processes import together
 from .rundir import (
     completed,
