@@ -9,8 +9,11 @@ without), O outputs, I inputs.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any, cast
 
 import torch
@@ -23,9 +26,12 @@ from .artifacts import ExpertId
 __all__ = [
     "DOWN",
     "GATE",
+    "IN_FLIGHT",
     "UP",
+    "WORKERS",
     "BankCall",
     "ExpertCall",
+    "Piece",
     "Weights",
     "down_weight",
     "expert_down",
@@ -46,15 +52,25 @@ __all__ = [
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 
+WORKERS = 2
+"""Experts of which a CPU computes as many at the same time, each with a share of its cores, while others are read: all
+cores on one would have to wait, after every operation, for the one that a reader was given for a while."""
+ROWS = 32
+"""A CPU multiplies multiples of so many rows in 16 bits: oneDNN makes code for each number of rows that it meets, which
+takes twice as long as an expert's product (docs/benchmarks.md)."""
+IN_FLIGHT = WORKERS + 1
+"""Experts of which some are computed while one is used."""
+
 Weights = Callable[[Sequence[int]], Iterator[Mapping[str, Tensor]]]
 """The experts that some token reached -> each one's own `up_name` and down_proj, as the bank's parameters would hold
-them; what it has yielded may be overwritten once the next is asked for."""
+them; what it has yielded may be overwritten once `IN_FLIGHT` more have been asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BankCall:
-    """What a layer's routed experts, or its shared one, did in one forward pass, a row for each token at each expert.
+    """What a layer's routed experts, or its shared one, do in one forward pass, a row for each token at each expert.
 
+    Who goes where is known before anything is computed; the rows themselves come a piece at a time, as they are made.
     The tensors are the model's own, detached; do not write to them.
     """
 
@@ -66,28 +82,40 @@ class BankCall:
     token_R: Tensor
     """Row of each token in the flattened batch (batch index x sequence length + position), int64; ascending within an
     expert."""
-    inner_RF: Tensor
-    """Input of down_proj, in the model's dtype."""
-    output_RD: Tensor
-    """Output of down_proj, bias included, before any norm and before the routing weight; in the model's dtype."""
     weight_R: Tensor
     """Routing weight; ones for a shared expert."""
+    pieces: Iterable[Piece]
+    """All rows in order; can be gone through once. What nobody asks for is computed all the same."""
 
     def each(self) -> Iterator[ExpertCall]:
         """Every expert that some token reached, in order."""
-        counts = torch.bincount(self.expert_R, minlength=len(self.experts)).tolist()
-        columns = (self.token_R, self.inner_RF, self.output_RD, self.weight_R)
-        for expert, *parts in zip(self.experts, *(torch.split(column, counts) for column in columns), strict=True):
-            token_N, inner_NF, output_ND, weight_N = parts
-            if len(token_N):
+        done = 0
+        for piece in self.pieces:
+            rows = slice(done, done := done + len(piece.output_ND))
+            expert_N = self.expert_R[rows]
+            experts, counts = torch.unique_consecutive(expert_N, return_counts=True)
+            columns = (self.token_R[rows], piece.inner_NF, piece.output_ND, self.weight_R[rows])
+            parts = zip(*(torch.split(column, counts.tolist()) for column in columns), strict=True)
+            for expert, (token_N, inner_NF, output_ND, weight_N) in zip(experts.tolist(), parts, strict=True):
                 yield ExpertCall(
                     layer=self.layer,
-                    expert=expert,
+                    expert=self.experts[expert],
                     token_N=token_N,
                     inner_NF=inner_NF,
                     output_ND=output_ND,
                     weight_N=weight_N,
                 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Some rows of a `BankCall`, of whole experts: each expert's rows are in one piece."""
+
+    inner_NF: Tensor
+    """Input of down_proj, in the model's dtype."""
+    output_ND: Tensor
+    """Output of down_proj, bias included, before any norm and before the routing weight; in the model's dtype."""
+    is_one_expert: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,14 +188,10 @@ def _linear(bank: nn.Module, name: str, expert: int, x: Tensor, weight: Tensor |
     return y + getattr(bank, f"{name}_bias")[expert] if cast(Any, bank).has_bias else y
 
 
-def grouped(bank: nn.Module, x_TD: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every expert on its own tokens in two grouped matrix products, as the stock `grouped_mm` does it.
-
-    -> expert_R (ascending), slot_R (token x K + slot; ascending within an expert), inner_RF and output_RD: input and
-    output of down_proj, bias included, before any norm and before the routing weight.
-    """
+def grouped(bank: nn.Module, x_TD: Tensor, expert_R: Tensor, token_R: Tensor) -> Iterator[Piece]:
+    """Every expert on its own tokens, all rows as one piece, in two grouped matrix products, as the stock `grouped_mm`
+    does it; rows are sorted by expert."""
     module = cast(Any, bank)
-    expert_R, slot_R = torch.sort(index_TK.flatten(), stable=True)
     ends_E = torch.bincount(expert_R, minlength=down_weight(bank).shape[0]).cumsum(0).to(torch.int32)
 
     def linear(name: str, x: Tensor) -> Tensor:
@@ -175,24 +199,48 @@ def grouped(bank: nn.Module, x_TD: Tensor, index_TK: Tensor) -> tuple[Tensor, Te
         weight = getattr(bank, name)
         return cast(Tensor, _grouped_linear(x, weight, ends_E, bias=bias, is_transposed=module.is_transposed))
 
-    inner_RF = expert_inner(bank, linear(up_name(bank), x_TD[slot_R // index_TK.shape[1]]))
-    return expert_R, slot_R, inner_RF, linear("down_proj", inner_RF)
+    inner_RF = expert_inner(bank, linear(up_name(bank), x_TD[token_R]))
+    yield Piece(inner_NF=inner_RF, output_ND=linear(DOWN, inner_RF), is_one_expert=False)
 
 
-def looped(bank: nn.Module, x_TD: Tensor, index_TK: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `grouped`, an expert at a time, for a bank whose weights are not in memory all at once."""
-    expert_R, slot_R = torch.sort(index_TK.flatten(), stable=True)
-    counts_E = torch.bincount(expert_R, minlength=down_weight(bank).shape[0]).tolist()
-    reached = [expert for expert, count in enumerate(counts_E) if count]
-    token_R = slot_R // index_TK.shape[1]
-    inners, outputs = [], x_TD.new_empty(len(token_R), x_TD.shape[1])
-    tokens = torch.split(token_R, [counts_E[expert] for expert in reached])
-    places = torch.split(outputs, [counts_E[expert] for expert in reached])
-    for expert, token_N, output_ND, own in zip(reached, tokens, places, weights(reached), strict=True):
-        inner_NF = expert_inner(bank, _linear(bank, up_name(bank), expert, x_TD[token_N], own[up_name(bank)]))
-        inners.append(inner_NF)
-        output_ND.copy_(_linear(bank, DOWN, expert, inner_NF, own[DOWN]))
-    return expert_R, slot_R, torch.cat(inners), outputs
+def looped(
+    bank: nn.Module,
+    x_TD: Tensor,
+    expert_R: Tensor,
+    token_R: Tensor,
+    weights: Weights | None = None,
+    workers: Executor | None = None,
+) -> Iterator[Piece]:
+    """As `grouped`, an expert and a piece at a time; the bank's own `weights` unless others are given, of which not all
+    need be in memory at once. `workers` compute the next experts while the caller uses a piece."""
+    reached, counts = (column.tolist() for column in torch.unique_consecutive(expert_R, return_counts=True))
+    up = up_name(bank)
+    own_weights: Iterable[Mapping[str, Tensor]]
+    if weights is None:
+        own_weights = ({name: getattr(bank, name)[expert] for name in (up, DOWN)} for expert in reached)
+    else:
+        own_weights = weights(reached)
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    rows = ROWS if x_TD.device.type == "cpu" and x_TD.dtype.itemsize == 2 else 1
+
+    def compute(expert: int, token_N: Tensor, own: Mapping[str, Tensor]) -> Piece:
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # each thread has modes of its own
+            padded = F.pad(token_N, (0, -len(token_N) % rows))
+            inner = expert_inner(bank, _linear(bank, up, expert, x_TD.index_select(0, padded), own[up]))
+            output = _linear(bank, DOWN, expert, inner, own[DOWN])
+        return Piece(inner_NF=inner[: len(token_N)], output_ND=output[: len(token_N)], is_one_expert=True)
+
+    jobs = zip(reached, torch.split(token_R, counts), own_weights, strict=True)
+    if workers is None:
+        yield from itertools.starmap(compute, jobs)
+        return
+    coming: collections.deque[Future[Piece]] = collections.deque()
+    for job in jobs:
+        coming.append(workers.submit(compute, *job))
+        if len(coming) == IN_FLIGHT:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()
 
 
 def projections(bank: nn.Module, expert: int) -> dict[str, Tensor]:

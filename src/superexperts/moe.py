@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -25,8 +26,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .artifacts import ExpertKey, key_name, key_order
 from .bank import (
+    WORKERS,
     BankCall,
     ExpertCall,
+    Piece,
     down_weight,
     expert_down,
     expert_inner,
@@ -49,6 +52,7 @@ __all__ = [
     "Bank",
     "BankCall",
     "ExpertCall",
+    "Piece",
     "check_experts",
     "down_weight",
     "edited",
@@ -175,6 +179,8 @@ class _Control:
     tap: Tap | None = None
     source: Source | None = None
     """Where the experts' weights come from, if not from the bank; with a tap only."""
+    workers: Executor | None = None
+    """Who computes the experts of a source on a CPU, if not the thread that the model runs in."""
     edits: Mapping[int, Edit | None] = dataclasses.field(default_factory=dict)
     """Per expert: its replacement, None to silence it."""
 
@@ -220,44 +226,74 @@ def _experts_forward(bank: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK:
 
 
 def _tapped_forward(bank: nn.Module, control: _Control, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """The grouped forward, whose rows the tap sees on the way; a silenced expert is not tapped."""
+    """The tap sees the rows while they are made; a silenced expert is not tapped."""
     assert control.tap is not None
-    if control.source is None:
-        expert_R, slot_R, inner_RF, output_RD = grouped(bank, x_TD, index_TK)
-    else:
-        weights = functools.partial(control.source, control.layer)
-        expert_R, slot_R, inner_RF, output_RD = looped(bank, x_TD, index_TK, weights)
+    expert_R, slot_R = torch.sort(index_TK.flatten(), stable=True)
     token_R, weight_R = slot_R // index_TK.shape[1], weight_TK.flatten()[slot_R]
     silent = [expert for expert, edit in control.edits.items() if edit is None]
-    heard_R = ~torch.isin(expert_R, torch.tensor(silent, device=expert_R.device)) if silent else slice(None)
-    control.tap(
-        BankCall(
-            layer=control.layer,
-            experts=tuple(range(down_weight(bank).shape[0])),
-            expert_R=expert_R[heard_R],
-            token_R=token_R[heard_R],
-            inner_RF=inner_RF[heard_R].detach(),
-            output_RD=output_RD[heard_R].detach(),
-            weight_R=weight_R[heard_R].detach(),
-        )
+    heard_R = ~torch.isin(expert_R, torch.tensor(silent, device=expert_R.device, dtype=expert_R.dtype))
+    # On a CPU an expert at a time: its rows stay in the cache, and no memory is cleared for those of all. A GPU would
+    # wait for the start of each small product.
+    on_cpu = x_TD.device.type == "cpu"
+    if control.source is None and not on_cpu:
+        made = grouped(bank, x_TD, expert_R, token_R)
+    else:
+        weights = functools.partial(control.source, control.layer) if control.source else None
+        made = looped(bank, x_TD, expert_R, token_R, weights, control.workers if on_cpu else None)
+    # Rounded where the stock forward rounds: each weighted answer, and their sum.
+    sum_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+
+    def pieces() -> Iterator[Piece]:
+        nonlocal sum_TD
+        done = 0
+        for piece in made:
+            rows = slice(done, done := done + len(piece.output_ND))
+            heard_N = slice(None) if not silent else heard_R[rows]
+            yield dataclasses.replace(
+                piece, inner_NF=piece.inner_NF[heard_N].detach(), output_ND=piece.output_ND[heard_N].detach()
+            )
+            answer_ND = expert_norm(bank, piece.output_ND)
+            for expert, edit in control.edits.items():
+                chosen_N = expert_R[rows] == expert
+                answer_ND[chosen_N] = 0 if edit is None else edit(x_TD[token_R[rows][chosen_N]]).to(answer_ND.dtype)
+            wide_ND = (answer_ND * weight_R[rows, None]).to(sum_TD.dtype)
+            if piece.is_one_expert:  # a token comes once in it: nothing depends on the order
+                sum_TD.index_add_(0, token_R[rows], wide_ND)
+            else:
+                row_S = torch.empty_like(slot_R)
+                row_S[slot_R] = torch.arange(len(slot_R), device=slot_R.device)
+                sum_TD = F.embedding_bag(row_S.view_as(index_TK), wide_ND, mode="sum")
+
+    computed = pieces()
+    call = BankCall(
+        layer=control.layer,
+        experts=tuple(range(down_weight(bank).shape[0])),
+        expert_R=expert_R[heard_R] if silent else expert_R,
+        token_R=token_R[heard_R] if silent else token_R,
+        weight_R=(weight_R[heard_R] if silent else weight_R).detach(),
+        pieces=computed,
     )
-    answer_RD = expert_norm(bank, output_RD)
-    for expert, edit in control.edits.items():
-        chosen_R = expert_R == expert
-        answer_RD[chosen_R] = 0 if edit is None else edit(x_TD[token_R[chosen_R]]).to(answer_RD.dtype)
-    row_S = torch.empty_like(slot_R)
-    row_S[slot_R] = torch.arange(len(slot_R), device=slot_R.device)
-    return _summed(answer_RD, weight_R, row_S.view_as(index_TK)).to(x_TD.dtype)
+    with _threads(_share()) if on_cpu and control.workers else contextlib.nullcontext():
+        control.tap(call)
+        for _ in computed:  # what the tap left
+            pass
+    return sum_TD.to(x_TD.dtype)
 
 
-def _summed(answer_RD: Tensor, weight_R: Tensor, row_TK: Tensor) -> Tensor:
-    """Per token the sum of its experts' weighted answers: deterministic, rounded where the stock forward rounds."""
-    # A few columns at a time stay in a CPU's cache in float32, and no third tensor of all rows is made: three times as
-    # fast as gathering the rows. A GPU takes all at once.
-    step = 128 if answer_RD.device.type == "cpu" else answer_RD.shape[1]
-    wide = torch.promote_types(answer_RD.dtype, torch.float32)
-    columns = (part * weight_R[:, None] for part in torch.split(answer_RD, step, dim=1))
-    return torch.cat([F.embedding_bag(row_TK, part.to(wide), mode="sum").to(part.dtype) for part in columns], dim=1)
+def _share() -> int:
+    """Threads of one of the `WORKERS`."""
+    return max(1, torch.get_num_threads() // WORKERS)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Within the block, torch computes in so many threads for the thread that it is called from."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
@@ -310,6 +346,10 @@ def _controlled(
     before = {bank.module: _CONTROLS.get(bank.module) for bank in banks}
     stock = cast(Any, banks[0].module).config._experts_implementation
     with contextlib.ExitStack() as hooks:
+        workers = None
+        if source is not None and torch.get_num_threads() >= WORKERS:
+            workers = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(_share(),))
+            hooks.enter_context(workers)
         try:
             for bank in banks:
                 own: dict[int, Edit | None] = {
@@ -319,7 +359,11 @@ def _controlled(
                 }
                 outer = before[bank.module] or _Control(layer=bank.layer, stock=stock)
                 _CONTROLS[bank.module] = dataclasses.replace(
-                    outer, tap=tap or outer.tap, source=source or outer.source, edits={**outer.edits, **own}
+                    outer,
+                    tap=tap or outer.tap,
+                    source=source or outer.source,
+                    workers=workers or outer.workers,
+                    edits={**outer.edits, **own},
                 )
                 if bank.shared_down is not None:
                     if tap is not None:
@@ -355,9 +399,8 @@ def _shared_tap(tap: Tap, layer: int) -> Callable[[nn.Module, Any, Tensor], None
                 experts=("shared",),
                 expert_R=torch.zeros_like(token_T),
                 token_R=token_T,
-                inner_RF=arguments[0].detach().flatten(0, -2),
-                output_RD=output_TD,
                 weight_R=torch.ones_like(token_T, dtype=output.dtype),
+                pieces=[Piece(inner_NF=arguments[0].detach().flatten(0, -2), output_ND=output_TD, is_one_expert=True)],
             )
         )
 

@@ -152,6 +152,11 @@ def _one_pass(
     length = ids_BL.shape[1]
 
     def tap(call: moe.BankCall) -> None:
+        # So few rows that all of a bank can be kept.
+        pieces = list(call.pieces)
+        inner_RF, output_RD = (
+            torch.cat([getattr(piece, name) for piece in pieces]) for name in ("inner_NF", "output_ND")
+        )
         for number, recorder in enumerate(rounds):
             own_R = call.token_R // length == number
             recorder.start_batch(first + number, torch.ones(1, length))
@@ -160,9 +165,8 @@ def _one_pass(
                     call,
                     expert_R=call.expert_R[own_R],
                     token_R=call.token_R[own_R] - number * length,
-                    inner_RF=call.inner_RF[own_R],
-                    output_RD=call.output_RD[own_R],
                     weight_R=call.weight_R[own_R],
+                    pieces=[moe.Piece(inner_NF=inner_RF[own_R], output_ND=output_RD[own_R], is_one_expert=False)],
                 )
             )
 

@@ -1,16 +1,17 @@
-"""Statistics of every expert, gathered from `moe.BankCall`s a whole bank at a time, on the model's own device.
+"""Statistics of every expert, gathered from `moe.BankCall`s on the model's own device.
 
-Nothing as large as the activations is made or kept: each row is reduced to its largest |value| and its norm.
+Nothing as large as the activations is made or kept: each row is reduced to its largest |value| and its norm at once.
 
 Shape suffixes: T tokens of a batch (B sequences x L positions), E experts of a bank, R rows (a token at one of its
-experts, sorted by expert and then by token), F intermediate size, D hidden size.
+experts, sorted by expert and then by token), N rows of a piece, P experts that have rows in a piece, each once.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,8 +23,9 @@ from .select import layer_shares
 
 __all__ = ["Recorder"]
 
-NOWHERE = torch.iinfo(torch.int64).max
-"""A place in the corpus that comes after every token's."""
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers of as many bytes as a float."""
 
 
 class _Peaks:
@@ -36,19 +38,13 @@ class _Peaks:
         """Place of the peak's token in the corpus: sequence x L + position."""
         self.channel_E = torch.full((size,), -1, device=device)
 
-    def update(self, expert_R: Tensor, place_R: Tensor, values: Tensor, peak_R: Tensor) -> None:
-        """Takes rows of `values` [R, channels], whose largest |value| is `peak_R`."""
-        best_E = _reduce(expert_R, peak_R, torch.full_like(self.value_E, -1.0), "amax")
-        # Of the rows that reach their expert's peak, the one that comes first in the corpus.
-        reaching_R = torch.where(peak_R == best_E[expert_R], place_R, NOWHERE)
-        first_E = _reduce(expert_R, reaching_R, torch.full_like(self.place_E, NOWHERE), "amin")
-        at_R = reaching_R == first_E[expert_R]
-        row_E = torch.zeros_like(first_E)
-        row_E[expert_R[at_R]] = at_R.nonzero()[:, 0]
-        better_E = best_E > self.value_E
-        self.channel_E = torch.where(better_E, values[row_E].abs().argmax(-1), self.channel_E)
-        self.place_E = torch.where(better_E, first_E, self.place_E)
-        self.value_E = torch.where(better_E, best_E, self.value_E)
+    def update(self, expert_P: Tensor, value_P: Tensor, place_P: Tensor, channel_P: Tensor) -> None:
+        """Takes the peaks of experts, each named once, on tokens that come after all others."""
+        better_P = value_P > self.value_E[expert_P]
+        expert_P = expert_P[better_P]
+        self.value_E[expert_P] = value_P[better_P]
+        self.place_E[expert_P] = place_P[better_P]
+        self.channel_E[expert_P] = channel_P[better_P]
 
     def cpu(self) -> _Peaks:
         moved = copy.copy(self)
@@ -69,6 +65,36 @@ class _Peaks:
         return list(zip(self.value_E.tolist(), self.place_E.tolist(), self.channel_E.tolist(), strict=True))
 
 
+class _Rows:
+    """Peaks of the rows of a call as its pieces come, and the row in which each expert has its highest one."""
+
+    def __init__(self) -> None:
+        self._peaks: list[Tensor] = []
+        self._highest: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Per piece its experts, and for each of them a row of the call and that row's values."""
+        self._done = 0
+
+    def add(self, expert_N: Tensor, values: Tensor, is_one_expert: bool) -> None:
+        """Takes a piece's rows [N, channels]."""
+        peak_N = _in_parts(_peaks, values)
+        if is_one_expert:
+            expert_P, row_P = expert_N[:1], peak_N.argmax()[None]
+        else:
+            expert_P, row_P = _highest_rows(expert_N, peak_N)
+        self._highest.append((expert_P, self._done + row_P, values.index_select(0, row_P)))
+        self._peaks.append(peak_N)
+        self._done += len(peak_N)
+
+    def peaks(self) -> Tensor:
+        """The largest |value| of every row, float32."""
+        return torch.cat(self._peaks)
+
+    def highest(self, place_R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The experts that have rows, and each one's peak, with its place and channel; the first of equals."""
+        expert_P, row_P, values = (torch.cat(column) for column in zip(*self._highest, strict=True))
+        return expert_P, self.peaks()[row_P], place_R[row_P], values.abs().argmax(-1)
+
+
 class _Bank:
     """What is known of one bank's experts."""
 
@@ -82,24 +108,34 @@ class _Bank:
 
     def update(self, call: moe.BankCall, real_T: Tensor | None, start: int, length: int) -> None:
         """Takes the rows of tokens that are no padding; `start` is the place of the batch's first token."""
-        real_R = slice(None) if real_T is None else real_T[call.token_R]
-        expert_R, token_R, weight_R = call.expert_R[real_R], call.token_R[real_R], call.weight_R[real_R]
-        inner_RF, output_RD = call.inner_RF[real_R], call.output_RD[real_R]
-        if not len(expert_R):
+        real_R = None if real_T is None else real_T[call.token_R]
+        inner, output, norms, done = _Rows(), _Rows(), [], 0
+        for piece in call.pieces:
+            rows = slice(done, done := done + len(piece.output_ND))
+            own_N = slice(None) if real_R is None else real_R[rows]
+            expert_N = call.expert_R[rows][own_N]
+            if not len(expert_N):
+                continue
+            inner.add(expert_N, piece.inner_NF[own_N], piece.is_one_expert)
+            output.add(expert_N, piece.output_ND[own_N], piece.is_one_expert)
+            norms.append(_in_parts(_norms, piece.output_ND[own_N]))
+        if not norms:
             return
+        columns = (call.expert_R, call.token_R, call.weight_R)
+        expert_R, token_R, weight_R = (column if real_R is None else column[real_R] for column in columns)
+        peak_R = output.peaks()
         counts_E = torch.bincount(expert_R, minlength=len(self.experts))
-        inner_peak_R, _ = _row_norms(inner_RF)
-        peak_R, norm_R = _row_norms(output_RD)
-        terms_4R = (torch.ones_like(peak_R), weight_R, weight_R.double() * norm_R, ~torch.isfinite(peak_R))
+        weighted_R = weight_R.double() * torch.cat(norms)
+        terms_4R = (torch.ones_like(peak_R), weight_R, weighted_R, ~torch.isfinite(peak_R))
         self.sums_4E[start] = torch.stack([_sums(term_R, counts_E) for term_R in terms_4R])
-        self.input.update(expert_R, start + token_R, inner_RF, inner_peak_R)
-        self.output.update(expert_R, start + token_R, output_RD, peak_R)
+        self.input.update(*inner.highest(start + token_R))
+        self.output.update(*output.highest(start + token_R))
         # The reference's hook sees a routed expert's first token of a sequence, and all tokens of a shared expert.
         first_R = torch.ones_like(expert_R, dtype=torch.bool)
         if self.experts != ("shared",):
             sequence_R = expert_R * (int(token_R.max()) // length + 1) + token_R // length
             first_R[1:] = sequence_R[1:] != sequence_R[:-1]
-        self.first_E = _reduce(expert_R[first_R], peak_R[first_R], self.first_E, "amax")
+        self.first_E = self.first_E.scatter_reduce(0, expert_R[first_R], peak_R[first_R], "amax")
 
     def cpu(self) -> _Bank:
         moved = copy.copy(self)
@@ -203,22 +239,33 @@ class Recorder:
         )
 
 
-def _row_norms(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of [R, channels] the largest |value| and the L2 norm, float32."""
-    # On a CPU, a few rows at a time stay in the cache in float32: four times faster than a norm of bfloat16 rows, which
-    # has no fast path. A GPU takes all at once.
+def _in_parts(measure: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """A measure of each row of [N, channels]. A CPU takes a few rows at a time, so that they stay in its cache; a GPU
+    takes all at once."""
     step = max(1, 2**18 // values.shape[1]) if values.device.type == "cpu" else len(values)
-    peaks, norms = [], []
-    for part in torch.split(values, step):
-        wide = part.float()
-        peaks.append(torch.maximum(wide.amax(-1), -wide.amin(-1)))
-        norms.append(torch.linalg.vector_norm(wide, dim=-1))
-    return torch.cat(peaks), torch.cat(norms)
+    return torch.cat([measure(part) for part in torch.split(values, step)])
 
 
-def _reduce(expert_R: Tensor, value_R: Tensor, start_E: Tensor, how: str) -> Tensor:
-    """Per expert the largest ("amax") or smallest ("amin") of `start_E` and its rows."""
-    return start_E.scatter_reduce(0, expert_R, value_R, how)
+def _peaks(values: Tensor) -> Tensor:
+    """Per row the largest |value|, float32; NaN where there is one."""
+    # Floats without their sign are in the order of their bits, which a CPU compares several times as fast.
+    whole = BITS[values.dtype.itemsize]
+    bits = values.view(whole).bitwise_and(torch.iinfo(whole).max)
+    return bits.amax(-1).view(values.dtype).float()
+
+
+def _norms(values: Tensor) -> Tensor:
+    """Per row the L2 norm, float32."""
+    return cast(Tensor, torch.linalg.vector_norm(values.float(), dim=-1))  # bfloat16 has no fast path on a CPU
+
+
+def _highest_rows(expert_N: Tensor, peak_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts that have rows, and each one's row with the largest peak; of equals the first."""
+    expert_P, local_N = torch.unique_consecutive(expert_N, return_inverse=True)
+    best_P = peak_N.new_full(expert_P.shape, -1.0).scatter_reduce(0, local_N, peak_N, "amax")
+    last = len(peak_N) - 1
+    row_N = torch.where(peak_N == best_P[local_N], torch.arange(len(peak_N), device=peak_N.device), last)
+    return expert_P, torch.full_like(expert_P, last).scatter_reduce(0, local_N, row_N, "amin")
 
 
 def _sums(value_R: Tensor, counts_E: Tensor) -> Tensor:

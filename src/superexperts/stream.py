@@ -21,7 +21,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from . import moe
-from .bank import DOWN
+from .bank import DOWN, IN_FLIGHT
 from .checkpoint import Checkpoint
 from .decoder import decoder_layers
 from .errors import ModelError
@@ -32,7 +32,7 @@ __all__ = ["StreamedModel"]
 READERS = 2
 """Threads that read experts ahead."""
 AHEAD = 6
-"""Experts read ahead of the one that computes."""
+"""Experts read ahead of the last one that was asked for."""
 
 
 class StreamedModel:
@@ -89,10 +89,7 @@ class StreamedModel:
                 self._spare.clear()
 
     def experts(self, layer: int, experts: Sequence[int]) -> Iterator[Mapping[str, Tensor]]:
-        """The matrices of some experts, in their order, read ahead while the caller computes; a `moe.Source`.
-
-        What was yielded is overwritten once the next is asked for.
-        """
+        """The matrices of some experts, in their order, read ahead while the caller computes; a `moe.Source`."""
         names = _matrices(self.banks[layer])
         if not self.holds_alone(layer):
             bank = cast(Any, self.banks[layer].module)
@@ -101,7 +98,7 @@ class StreamedModel:
         parameters = {name: cast(Tensor, getattr(self.banks[layer].module, name)) for name in names}
         slots = [
             {name: self._take(parameter.shape[1:], parameter.dtype) for name, parameter in parameters.items()}
-            for _ in range(min(AHEAD + 1, len(experts)))
+            for _ in range(min(AHEAD + IN_FLIGHT, len(experts)))
         ]
 
         def read(number: int) -> dict[str, Tensor]:
@@ -113,7 +110,7 @@ class StreamedModel:
         with ThreadPoolExecutor(max_workers=READERS) as readers:
             coming: collections.deque[Future[dict[str, Tensor]]] = collections.deque()
             for number in range(len(experts)):
-                while len(coming) < len(slots) and number + len(coming) < len(experts):
+                while len(coming) <= AHEAD and number + len(coming) < len(experts):
                     coming.append(readers.submit(read, number + len(coming)))
                 yield coming.popleft().result()
         for slot in slots:
