@@ -14,7 +14,7 @@ import dataclasses
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ class _Layer:
 def find(checkpoint: Checkpoint, experts: Sequence[ExpertKey]) -> list[Down] | None:
     """Each expert's down_proj; None where the checkpoint is not ordinary or one of the experts is no routed one."""
     settings = _read(checkpoint.folder / "config.json")
-    found = downs(checkpoint, settings) if _has_banks(settings) else None
+    if not _are_known(checkpoint, settings):
+        return None
+    found = downs(checkpoint, settings)
     if found is None or not found.keys() >= set(experts):
         return None
     return [Down(expert=expert, weight=found[expert]) for expert in experts]
@@ -101,18 +103,24 @@ def _read(file: Path) -> Any:
         return None  # transformers says what is wrong with it
 
 
-def _has_banks(settings: Any) -> bool:
-    """Whether the family's model in the transformers that is installed has experts that can be swapped: its source is
-    looked into, not run."""
+def _are_known(keys: Iterable[str], settings: Any) -> bool:
+    """Whether the transformers that is installed has a language model of the family with experts that can be swapped,
+    and every word of the keys is one of that model's, or of its checkpoints' before they are converted, so that keys of
+    something else are not overlooked. The library's sources are read for it, and not run."""
     family = settings.get("model_type") if isinstance(settings, dict) else None
     package = importlib.util.find_spec("transformers")
     if not isinstance(family, str) or not re.fullmatch(r"[a-z0-9_]+", family) or package is None:
         return False
+    library = Path(str(package.origin)).parent
     try:
-        source = (Path(str(package.origin)).parent / "models" / family / f"modeling_{family}.py").read_bytes()
+        model = (library / "models" / family / f"modeling_{family}.py").read_text(encoding="utf-8")
+        conversions = (library / "conversion_mapping.py").read_text(encoding="utf-8")
     except OSError:
         return False
-    return b"@use_experts_implementation" in source and b"ForCausalLM(" in source
+    if "@use_experts_implementation" not in model or "ForCausalLM(" not in model:
+        return False
+    words = {word for key in keys for word in key.split(".") if not word.isdigit()}
+    return words <= set(re.findall(r"\w+", model)) | set(re.findall(r"\w+", conversions))
 
 
 def _are_plain(settings: Any) -> bool:
