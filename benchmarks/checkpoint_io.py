@@ -6,9 +6,9 @@ Makes, in DIR, a checkpoint of DeepSeek-V2-Lite's shape (`large_checkpoint.py`; 
 for the next run; beside it needs as much again and two shards.
 
 In each round, one after the other in this process: `cp` of the shards that hold two experts, `cp` and `sync`, prune,
-restore, export as merged; with `--compare` also `cmp` of two whole copies, and compare. Then once, in processes of
-their own, whole commands with the start of Python, and the original's way: the model loaded with transformers, zeroed
-and saved. Memory is what is resident and no page of a file.
+restore, export as merged; with `--compare` also `cmp` of two whole copies, and compare. Then, in processes of their
+own, whole commands with the start of Python, as often, and once the original's way: the model loaded with transformers,
+zeroed and saved. Memory is what is resident and no page of a file.
 """
 
 from __future__ import annotations
@@ -177,7 +177,16 @@ def main() -> None:
     commands["restore"] = superexperts("restore", str(pruning.out), f"--out={restoring.out}")
     if arguments.compare:
         commands["compare"] = superexperts("compare", str(base), str(work / "copy"), "--expect-identical")
-    whole = {name: watched(command) for name, command in commands.items()}
+    every: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for _ in range(arguments.rounds):
+        for name, command in commands.items():
+            every[name].append(watched(command))
+        for folder in (pruning.out, restoring.out):
+            shutil.rmtree(folder)
+        os.sync()
+    whole = {name: (statistics.median(t for t, _ in runs), max(m for _, m in runs)) for name, runs in every.items()}
+    for name, runs in every.items():
+        print(f"{name:9} as a whole:", *(f"{seconds:.2f} s" for seconds, _ in runs))
     shutil.rmtree(work / "copy", ignore_errors=True)
     if arguments.original:
         needed = 1.5 * size_of(shape)
@@ -186,7 +195,7 @@ def main() -> None:
         else:
             whole["original"] = watched([sys.executable, "-c", ORIGINAL, str(base), str(work / "original"), names])
     for name, (seconds, memory) in whole.items():
-        print(f"{name:9} {seconds:6.2f} s with the start of Python, {memory:6.0f} MiB")
+        print(f"{name:9} {seconds:6.2f} s with the start of Python (median), {memory:6.0f} MiB (the most)")
     if "original" in whole:
         faster, smaller = (whole["original"][i] / whole["prune"][i] for i in range(2))
         print(f"against loading: {faster:.1f}x faster, {smaller:.0f}x less memory")

@@ -7,12 +7,13 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from families import FAMILIES
-from superexperts import changes, compare, export, folders
+from superexperts import changes, compare, export
 from superexperts.changes import adapter_changes, change_norm
 from superexperts.checkpoint import Checkpoint
 from superexperts.config_adapters import ExportConfig
@@ -67,6 +68,6 @@ def test_a_base_is_read_once_and_never_fetched(tmp_path: Path, monkeypatch: pyte
         assert options["local_files_only"] is True
         raise LocalEntryNotFoundError(name)
 
-    monkeypatch.setattr(folders, "snapshot_download", asked)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
     with pytest.raises(ModelError, match="'nobody/nothing'"):
         adapter_changes("nobody/nothing", None, {"one": adapter})

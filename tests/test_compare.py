@@ -155,7 +155,7 @@ def test_pieces_of_any_size_are_paired_rightly(tmp_path_factory: pytest.TempPath
         pairs = [(x, y) for x, y in itertools.pairwise(at) if y <= total]
         return tuple(
             Entry(
-                key="x", file=SINGLE, dtype=entry.dtype, shape=(y - x,), offset=entry.offset + 4 * x, nbytes=4 * (y - x)
+                key="x", file=SINGLE, kind=entry.kind, shape=(y - x,), offset=entry.offset + 4 * x, nbytes=4 * (y - x)
             )
             for x, y in pairs
         )

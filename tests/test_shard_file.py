@@ -40,7 +40,7 @@ def test_every_piece_is_what_the_file_holds(
         _forget(path)
     file = ShardFile(path)
     target = np.zeros(size, dtype=np.uint8)
-    assert file.read_into(target, offset) == size
+    assert file.read_into(target.data, offset) == size
     assert target.tobytes() == data[offset : offset + size]
     file.close()
 
@@ -58,10 +58,10 @@ def test_large_pieces_that_are_not_cached_are_read_by_blocks(
         pytest.skip("this file system has no direct reads")
     target = np.zeros(CHUNK, dtype=np.uint8)
     path.read_bytes()  # now cached
-    file.read_into(target, 3)
+    file.read_into(target.data, 3)
     assert not calls
     _forget(path)
-    assert file.read_into(target, 3) == CHUNK
+    assert file.read_into(target.data, 3) == CHUNK
     assert len(calls) == 2  # the piece begins inside a block, so a chunk of blocks is not enough
     assert target.tobytes() == data[3 : 3 + CHUNK]
     file.close()
@@ -74,7 +74,7 @@ def test_the_end_of_the_file_is_told(written: tuple[Path, bytes], forgotten: boo
         _forget(path)
     file = ShardFile(path)
     target = np.zeros(CHUNK, dtype=np.uint8)
-    assert file.read_into(target, SIZE - 100) == 100
+    assert file.read_into(target.data, SIZE - 100) == 100
     assert target[:100].tobytes() == data[-100:]
-    assert file.read_into(target, SIZE + BLOCK) == 0
+    assert file.read_into(target.data, SIZE + BLOCK) == 0
     file.close()

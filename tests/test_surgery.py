@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from families import FAMILIES, MORE_FAMILIES, tiny_model, tiny_tokens
-from superexperts import compare, moe, prune, restore, surgery
+from superexperts import compare, downs, headers, moe, prune, restore, surgery
 from superexperts.checkpoint import INDEX, SINGLE
 from superexperts.config import PruneConfig
 from superexperts.config_surgery import CompareConfig, RestoreConfig
@@ -505,7 +505,8 @@ def test_an_order_that_cannot_be_edited_is_pruned_in_memory(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = tensors(pruned(base, tmp_path / "shards"))
-    monkeypatch.setattr(prune, "downs", lambda *_: None)
+    monkeypatch.setattr(headers, "find", lambda *_: None)
+    monkeypatch.setattr(downs, "downs", lambda *_: None)
     byte_tokenizer().save_pretrained(base)
     out = pruned(base, tmp_path / "memory")
     assert "the model is loaded" in capsys.readouterr().err

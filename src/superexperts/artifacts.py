@@ -11,10 +11,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from .console import note
 from .errors import DataError, ExpertsError
 from .rundir import read_json
 
-__all__ = ["Answer", "CorpusProfile", "ExpertKey", "ExpertSet", "ExpertStats", "Extraction", "Profile", "Score"]
+__all__ = [
+    "Answer",
+    "CorpusProfile",
+    "ExpertKey",
+    "ExpertSet",
+    "ExpertStats",
+    "Extraction",
+    "Profile",
+    "Score",
+    "chosen_experts",
+]
 
 Statistic = Literal["all", "first"]
 ExpertId = int | Literal["shared"]
@@ -208,6 +219,14 @@ class ExpertSet:
             twice = next(key for key in experts if experts.count(key) > 1)
             raise ExpertsError(f"--experts: {key_name(twice)} is named twice; name each expert once")
         return cls(model=model, rule=rule, experts=experts, scores=tuple(score for *_, score in rows))
+
+
+def chosen_experts(text: str, model: str, option: str = "--experts") -> ExpertSet:
+    """The expert set that an option names; says so where it was selected from another model than MODEL."""
+    chosen = ExpertSet.parse(text)
+    if chosen.model and chosen.model != model:
+        note(f"{option}: {text} was selected from {chosen.model!r}, MODEL is {model!r}")
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

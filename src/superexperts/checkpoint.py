@@ -12,18 +12,19 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import ModelError
 from .shard_file import ShardFile
 
-__all__ = ["INDEX", "SINGLE", "Checkpoint", "Entry"]
+if TYPE_CHECKING:  # torch takes 2 s to import, for which what only moves bytes does not wait
+    import torch
+    from torch import Tensor
+
+__all__ = ["INDEX", "KINDS", "SINGLE", "Checkpoint", "Entry", "as_bytes"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,24 +35,28 @@ MAX_HEADER = 100_000_000
 MAX_ELEMENTS = 2**48
 """Of one tensor: 500 TB in bfloat16."""
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+PIECE = 2**20
+"""Bytes of a tensor that are read at a time where it is not to be in memory."""
+
+KINDS = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
+"""Kinds of numbers by their name in a header -> torch's name for the dtype, and bytes of an element."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,11 +66,24 @@ class Entry:
     key: str
     file: str
     """Name of its shard."""
-    dtype: torch.dtype
+    kind: str
+    """Its dtype as the header names it, one of `KINDS`."""
     shape: tuple[int, ...]
     offset: int
     """Its first byte in the shard."""
     nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The kind, as torch's."""
+        import torch  # here, as said above
+
+        return cast("torch.dtype", getattr(torch, KINDS[self.kind][0]))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return KINDS[self.kind][1]
 
     def row(self, index: int) -> Entry:
         """The slice [index] of the first dimension, which lies in one piece."""
@@ -151,6 +169,8 @@ class Checkpoint(Mapping[str, Entry]):
 
     def read(self, entry: Entry) -> Tensor:
         """The tensor, on the CPU in its own dtype."""
+        import torch  # here, as said above
+
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         self.read_into(entry, tensor)
         return tensor
@@ -159,18 +179,34 @@ class Checkpoint(Mapping[str, Entry]):
         """Reads into a contiguous CPU tensor of the entry's shape and dtype."""
         assert (target.shape, target.dtype) == (entry.shape, entry.dtype)
         assert target.is_contiguous()
-        if not entry.nbytes:
-            return
-        data = target.reshape(-1).view(torch.uint8).numpy()
-        if self._open[entry.file].read_into(data, entry.offset) < entry.nbytes:
+        if entry.nbytes:
+            self._read(entry, as_bytes(target), 0)
+
+    def pieces(self, entry: Entry) -> Iterator[memoryview]:
+        """An entry's bytes, which are never all in memory: piece by piece, each in the last one's place."""
+        memory = memoryview(bytearray(min(PIECE, entry.nbytes)))
+        for start in range(0, entry.nbytes, PIECE):
+            piece = memory[: entry.nbytes - start]
+            self._read(entry, piece, start)
+            yield piece
+
+    def _read(self, entry: Entry, target: memoryview, start: int) -> None:
+        if self._open[entry.file].read_into(target, entry.offset + start) < len(target):
             raise _refused(self.folder, entry.file, f"ends inside {entry.key!r}")
         with self._lock:
-            self.bytes_read += entry.nbytes
+            self.bytes_read += len(target)
 
     def read_ahead(self, entries: Iterable[Entry]) -> None:
         """Has the kernel fetch tensors into its cache."""
         for entry in entries:
             self._open[entry.file].read_ahead(entry.offset, entry.nbytes)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A CPU tensor's bytes, as they stand in a shard; its own memory where it is contiguous."""
+    import torch  # here, as said above
+
+    return memoryview(cast(Any, tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
 
 def _refused(folder: Path, file: str, why: str) -> ModelError:
@@ -260,15 +296,15 @@ def _entry(key: str, said: Any, start: int, folder: Path, file: str) -> Entry:
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
             raise wrong
-    if not isinstance(said["dtype"], str) or said["dtype"] not in DTYPES:
+    if not isinstance(said["dtype"], str) or said["dtype"] not in KINDS:
         raise _refused(folder, file, f"holds {key[:200]!r} in {str(said['dtype'])[:40]!r}, which is not read here")
-    dtype = DTYPES[said["dtype"]]
     if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
         raise wrong  # with a dimension of 0 the bytes are none, yet no tensor has such a shape
-    nbytes = math.prod(shape) * dtype.itemsize
+    nbytes = math.prod(shape) * KINDS[said["dtype"]][1]
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
         raise wrong
-    return Entry(key=key, file=file, dtype=dtype, shape=tuple(shape), offset=start + offsets[0], nbytes=nbytes)
+    kind = str(said["dtype"])
+    return Entry(key=key, file=file, kind=kind, shape=tuple(shape), offset=start + offsets[0], nbytes=nbytes)
 
 
 def _object(text: bytes) -> dict[str, Any]:

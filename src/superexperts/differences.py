@@ -12,14 +12,14 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from .artifacts import ExpertId, ExpertKey
-from .checkpoint import Checkpoint, Entry
+from .checkpoint import KINDS, Checkpoint, Entry
 from .errors import ModelError
+
+if TYPE_CHECKING:  # torch takes 2 s to import, for which what is equal does not wait
+    from torch import Tensor
 
 __all__ = [
     "Difference",
@@ -119,7 +119,7 @@ class Difference:
         sides = {}
         for name, entries in (("a", unit.a), ("b", unit.b)):
             shape = list(entries[0].shape) if len(entries) == 1 else None
-            dtype = str(entries[0].dtype).removeprefix("torch.") if entries else None
+            dtype = KINDS[entries[0].kind][0] if entries else None
             sides[name] = {"dtype": dtype, "shape": shape} if entries else None
         where = {"key": unit.key, "layer": unit.layer, "expert": unit.expert, "status": self.status}
         return {**where, **self.sums.to_json(), **sides}
@@ -129,8 +129,9 @@ class _Buffers(threading.local):
     """Each thread's own two blocks."""
 
     def __init__(self) -> None:
-        self.a, self.b = (torch.empty(BLOCK, dtype=torch.uint8) for _ in range(2))
-        self.views = [memoryview(cast(Any, buffer.numpy())) for buffer in (self.a, self.b)]
+        blocks = [bytearray(BLOCK) for _ in range(2)]
+        self.views = [memoryview(block) for block in blocks]
+        self.addresses = [ctypes.addressof(ctypes.c_char.from_buffer(block)) for block in blocks]
 
 
 _buffers = _Buffers()
@@ -172,7 +173,7 @@ def _shape(entries: Sequence[Entry]) -> tuple[int, ...]:
 
 
 def _same_dtype(unit: Unit) -> bool:
-    return {entry.dtype for entry in unit.a} == {entry.dtype for entry in unit.b}
+    return {entry.kind for entry in unit.a} == {entry.kind for entry in unit.b}
 
 
 def same_bytes(a: Checkpoint, b: Checkpoint, ones: Sequence[Entry], others: Sequence[Entry]) -> bool:
@@ -185,14 +186,14 @@ def same_bytes(a: Checkpoint, b: Checkpoint, ones: Sequence[Entry], others: Sequ
             length = min(BLOCK, one.nbytes - start)
             _fill(left, _buffers.views[0][:length], one, start)
             _fill(right, _buffers.views[1][:length], other, start)
-            if _memcmp(_buffers.a.data_ptr(), _buffers.b.data_ptr(), length):
+            if _memcmp(*_buffers.addresses, length):
                 return False
     return True
 
 
 def part(entry: Entry, offset: int, nbytes: int) -> Entry:
     """Some of an entry's bytes, as bytes."""
-    return dataclasses.replace(entry, dtype=torch.uint8, shape=(nbytes,), offset=offset, nbytes=nbytes)
+    return dataclasses.replace(entry, kind="U8", shape=(nbytes,), offset=offset, nbytes=nbytes)
 
 
 def _fill(descriptor: int, target: memoryview, entry: Entry, start: int) -> None:
@@ -209,11 +210,11 @@ def _spans(ones: Sequence[Entry], others: Sequence[Entry], *, whole: bool = Fals
     unless they may be `whole`."""
     left, right = list(ones), list(others)
     while left and right:
-        sizes = [entry.nbytes // entry.dtype.itemsize for entry in (left[0], right[0])]
+        sizes = [entry.nbytes // entry.itemsize for entry in (left[0], right[0])]
         taken = min(*sizes) if whole else min(*sizes, BLOCK)
         pair = []
         for side, size in ((left, sizes[0]), (right, sizes[1])):
-            entry, width = side[0], side[0].dtype.itemsize
+            entry, width = side[0], side[0].itemsize
             pair.append(dataclasses.replace(entry, shape=(taken,), nbytes=taken * width))
             if taken == size:
                 side.pop(0)
@@ -225,6 +226,8 @@ def _spans(ones: Sequence[Entry], others: Sequence[Entry], *, whole: bool = Fals
 
 def tensor_sums(a_N: Tensor, b_N: Tensor) -> Sums:
     """The sums over two tensors of the same number of elements, in float64."""
+    import torch  # here, as said above
+
     a_N, b_N = a_N.reshape(-1), b_N.reshape(-1)
     if a_N.dtype == b_N.dtype:
         width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a_N.dtype.itemsize]

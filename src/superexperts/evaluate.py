@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from . import moe
+from .artifacts import chosen_experts
 from .asker import HfAsker
 from .asking import ask, ask_one, chosen_items, finished_answers
 from .check_adapter import gate
@@ -31,7 +32,7 @@ from .errors import OptionError
 from .folders import adapter_folder, checkpoint_folder
 from .journal import Journal, open_journals, remove_journals
 from .lora import load_adapter
-from .model import chosen_experts, load_model, load_tokenizer
+from .model import load_model, load_tokenizer
 from .perplexity import perplexity_of, sequence_losses
 from .processes import agreed, gathered, my_share
 from .rundir import (

@@ -67,7 +67,7 @@ class Float8Checkpoint(Checkpoint):
             self.close()
             raise
         for key, (entry, scales) in self._quantized.items():
-            self._entries[key] = dataclasses.replace(entry, dtype=torch.bfloat16)
+            self._entries[key] = dataclasses.replace(entry, kind="BF16")
             del self._entries[scales.key]
 
     def _scales_of(self, entry: Entry) -> Entry:

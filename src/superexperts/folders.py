@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
 from .errors import ModelError
 from .pocket import checkpoint_dir
 
@@ -31,6 +28,15 @@ def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = 
         if not any(path.glob("*.safetensors")):
             raise ModelError(f"MODEL: {model!r} has no .safetensors file (pickles are not read); convert it first")
         return path
+    # Here, so that a folder does not wait for the Hub's client.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
     try:
         return Path(
             snapshot_download(model, revision=revision, allow_patterns=CHECKPOINT_FILES, local_files_only=not fetch)

@@ -14,16 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.utils.logging import disable_progress_bar
 
-from .artifacts import ExpertSet
 from .checkpoint import Checkpoint
 from .config import CheckpointConfig, ModelConfig
-from .console import note, stderr
+from .console import stderr
 from .errors import ModelError, OptionError
 from .folders import checkpoint_folder
 from .processes import device_of_process, processes_here
 
 __all__ = [
-    "chosen_experts",
     "dtype_to_run",
     "empty_model",
     "fits_in_memory",
@@ -187,14 +185,6 @@ def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast(Any, tokenizer)
-
-
-def chosen_experts(text: str, model: str, option: str = "--experts") -> ExpertSet:
-    """The expert set that an option names; says so where it was selected from another model than MODEL."""
-    chosen = ExpertSet.parse(text)
-    if chosen.model and chosen.model != model:
-        note(f"{option}: {text} was selected from {chosen.model!r}, MODEL is {model!r}")
-    return chosen
 
 
 def _first_line(error: BaseException) -> str:

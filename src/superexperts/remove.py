@@ -194,7 +194,7 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def _as_it_is(entry: Entry) -> NewTensor:
-    return NewTensor(key=entry.key, dtype=entry.dtype, shape=entry.shape, pieces=(entry,))
+    return NewTensor(key=entry.key, kind=entry.kind, shape=entry.shape, pieces=(entry,))
 
 
 def _shrink(
@@ -212,7 +212,7 @@ def _shrink(
         else:
             pieces = (base.read(whole).index_select(dim, torch.tensor(kept)),)
             out = [whole]
-        new[whole.key] = NewTensor(key=whole.key, dtype=whole.dtype, shape=shape, pieces=pieces)
+        new[whole.key] = NewTensor(key=whole.key, kind=whole.kind, shape=shape, pieces=pieces)
         return [_taken_out(base, entry) for entry in out]
     columns = homes.stacked(name)
     if columns is None or any(len(column) != len(kept) + len(gone) for column in columns):
@@ -223,7 +223,7 @@ def _shrink(
             new[entry.key] = None
             if place < len(kept):
                 source = column[kept[place]]
-                new[entry.key] = NewTensor(key=entry.key, dtype=source.dtype, shape=source.shape, pieces=(source,))
+                new[entry.key] = NewTensor(key=entry.key, kind=source.kind, shape=source.shape, pieces=(source,))
     return [_taken_out(base, column[expert]) for column in columns for expert in gone]
 
 

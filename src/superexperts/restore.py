@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .artifacts import ExpertSet
-from .checkpoint import Checkpoint, Entry
+from .checkpoint import Checkpoint, Entry, as_bytes
 from .config_surgery import RestoreConfig
 from .console import note
 from .differences import THREADS, part, same_bytes
@@ -19,7 +17,10 @@ from .folders import checkpoint_folder
 from .options import CheckpointConfig
 from .record import Record, base_files
 from .rundir import completed, fingerprint, new_folder, write_bytes, write_manifest
-from .surgery import RECORD, Change, as_bytes, carry_along, digest_of, patch_shards
+from .surgery import RECORD, Change, carry_along, digest_of, patch_shards
+
+if TYPE_CHECKING:  # as in `surgery`
+    from torch import Tensor
 
 __all__ = ["run"]
 
@@ -94,7 +95,7 @@ def _within(entry: Entry, change: Change) -> bool:
     return entry.offset <= change.offset and change.offset + change.bytes <= entry.offset + entry.nbytes
 
 
-Pair = tuple[str, Entry | Tensor | None, Entry | None]
+Pair = tuple[str, "Entry | Tensor | None", Entry | None]
 """A key, a piece of the base under it, and where that is now; None where it is not."""
 
 
@@ -118,7 +119,7 @@ def _moved(record: Record, original: Checkpoint, edited: Checkpoint, config: Che
     removal = plan_removal(config, original, experts)
     for tensor in (tensor for tensors in removal.shards.values() for tensor in tensors):
         there = edited.get(tensor.key)
-        if there is None or (there.shape, there.dtype) != (tensor.shape, tensor.dtype):
+        if there is None or (there.shape, there.kind) != (tensor.shape, tensor.kind):
             yield tensor.key, None, None
             continue
         position = there.offset

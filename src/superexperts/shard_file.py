@@ -12,9 +12,6 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 __all__ = ["ShardFile"]
 
 BLOCK = 4096
@@ -49,13 +46,13 @@ class ShardFile:
         if self._direct is not None:
             os.close(self._direct)
 
-    def read_into(self, target: NDArray[np.uint8], offset: int) -> int:
-        """Fills a contiguous array from `offset` on; -> how many bytes there were, fewer at the end of the file."""
+    def read_into(self, target: memoryview, offset: int) -> int:
+        """Fills memory of bytes from `offset` on; -> how many there were, fewer at the end of the file."""
         direct = self._direct if len(target) >= CHUNK // 4 and not self._cached(offset + len(target) // 2) else None
         done = 0
         while done < len(target):
             if direct is None:
-                count = os.preadv(self.descriptor, [target[done:].data], offset + done)
+                count = os.preadv(self.descriptor, [target[done:]], offset + done)
             else:
                 count = _read_blocks(direct, target[done:], offset + done)
             if not count:
@@ -75,11 +72,13 @@ class ShardFile:
             return False
 
 
-def _read_blocks(descriptor: int, target: NDArray[np.uint8], offset: int) -> int:
+def _read_blocks(descriptor: int, target: memoryview, offset: int) -> int:
     """Reads up to a chunk of whole blocks by a direct read and copies what is wanted of it."""
+    import numpy as np  # here, so that shards that are only copied do not wait for it; it copies without Python's lock
+
     skipped = offset % BLOCK
     length = min(CHUNK, -(-(skipped + len(target)) // BLOCK) * BLOCK)
     count = os.preadv(descriptor, [memoryview(_BUFFER.memory)[:length]], offset - skipped)
     count = max(0, min(count - skipped, len(target)))
-    target[:count] = np.frombuffer(_BUFFER.memory, np.uint8)[skipped : skipped + count]
+    np.frombuffer(target, np.uint8)[:count] = np.frombuffer(_BUFFER.memory, np.uint8)[skipped : skipped + count]
     return count

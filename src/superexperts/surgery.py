@@ -17,17 +17,17 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
-
-from .checkpoint import DTYPES, INDEX, Checkpoint, Entry
+from .checkpoint import INDEX, KINDS, PIECE, Checkpoint, Entry, as_bytes
 from .console import note, progress
 from .errors import ModelError, OutputError
 from .rundir import MANIFEST, write_bytes, write_json
 
-__all__ = ["RECORD", "Change", "NewTensor", "Patch", "carry_along", "link", "patch_shards", "rewrite_shards"]
+if TYPE_CHECKING:  # torch takes 2 s to import, for which zeros do not wait
+    from torch import Tensor
+
+__all__ = ["RECORD", "Change", "NewTensor", "Patch", "Zeros", "carry_along", "link", "patch_shards", "rewrite_shards"]
 
 T = TypeVar("T")
 
@@ -44,8 +44,6 @@ FICLONE = 0x40049409
 AT_ONCE = 2
 """Shards that are written at the same time: one waits for the disk while another is copied."""
 BLOCK = 2**23
-PIECE = 2**20
-"""Bytes of a tensor that are hashed and written at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,14 @@ class Patch:
 
     entry: Entry
     data: Callable[[], Tensor]
-    """-> the new tensor, in the entry's shape and dtype; asked for when it is written. One number expanded will do."""
+    """-> the new tensor, in the entry's shape and dtype; asked for when it is written."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Zeros:
+    """As a patch: nothing but zeros."""
+
+    entry: Entry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +67,8 @@ class NewTensor:
     """A tensor of a shard that is written anew."""
 
     key: str
-    dtype: torch.dtype
+    kind: str
+    """As an entry's."""
     shape: tuple[int, ...]
     pieces: tuple[Entry | Tensor, ...]
     """What it is made of, one after the other: entries of the base, or slices of them, and new tensors."""
@@ -84,12 +90,12 @@ class Change:
 # ---- shards -------------------------------------------------------------------------------------------------------
 
 
-def patch_shards(base: Checkpoint, patches: Sequence[Patch], out: Path, *, copy: bool) -> list[Change]:
+def patch_shards(base: Checkpoint, patches: Sequence[Patch | Zeros], out: Path, *, copy: bool) -> list[Change]:
     """Writes all of the base's shards and its index into a folder, each patch's bytes replaced.
 
     Shards without a patch are linked, or with `copy` copied. `OutputError` where there is no room.
     """
-    by_file: dict[str, list[Patch]] = {}
+    by_file: dict[str, list[Patch | Zeros]] = {}
     for patch in patches:
         by_file.setdefault(patch.entry.file, []).append(patch)
     rest = [file for file in base.files if file not in by_file]
@@ -122,12 +128,10 @@ def _waited(jobs: Sequence[Future[T]]) -> Iterator[T]:
             bar()
 
 
-def _patch(base: Checkpoint, patch: Patch, target: int) -> Change:
-    entry, tensor = patch.entry, patch.data()
-    assert (tensor.shape, tensor.dtype) == (entry.shape, entry.dtype)
+def _patch(base: Checkpoint, patch: Patch | Zeros, target: int) -> Change:
+    entry = patch.entry
     before, after, position = digest_of(base, entry), hashlib.sha256(), entry.offset
-    for piece in torch.split(tensor, max(1, len(tensor) * PIECE // max(1, entry.nbytes))):
-        data = as_bytes(piece)
+    for data in _new_bytes(patch):
         after.update(data)
         position = _write(target, data, position)
     return Change(
@@ -138,6 +142,21 @@ def _patch(base: Checkpoint, patch: Patch, target: int) -> Change:
         sha256_before=before,
         sha256_after=after.hexdigest(),
     )
+
+
+def _new_bytes(patch: Patch | Zeros) -> Iterator[memoryview]:
+    """What a patch writes, piece by piece."""
+    entry = patch.entry
+    if isinstance(patch, Zeros):
+        zeros = memoryview(bytes(min(PIECE, entry.nbytes)))
+        for start in range(0, entry.nbytes, PIECE):
+            yield zeros[: entry.nbytes - start]
+        return
+    tensor = patch.data()
+    assert (tensor.shape, tensor.dtype) == (entry.shape, entry.dtype)
+    rows = max(1, len(tensor) * PIECE // max(1, entry.nbytes))
+    for start in range(0, len(tensor), rows):
+        yield as_bytes(tensor[start : start + rows])
 
 
 def rewrite_shards(base: Checkpoint, shards: Mapping[str, Sequence[NewTensor]], out: Path, *, copy: bool) -> None:
@@ -179,12 +198,11 @@ def _nbytes(tensor: NewTensor) -> int:
 
 def _header(tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> bytes:
     """The header of a shard, with its length before it; filled up with spaces so that the tensors begin aligned."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for tensor in tensors:
         begin, end = end, end + _nbytes(tensor)
-        header[tensor.key] = {"dtype": names[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
+        header[tensor.key] = {"dtype": tensor.kind, "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -197,12 +215,12 @@ def _write_index(base: Checkpoint, shards: Mapping[str, Sequence[NewTensor]], re
     weight_map |= {entry.key: entry.file for entry in kept}
     index["weight_map"] = dict(sorted(weight_map.items()))
     if isinstance(index.get("metadata"), dict):
-        sizes = [(tensor.dtype, _nbytes(tensor)) for tensors in shards.values() for tensor in tensors]
-        sizes += [(entry.dtype, entry.nbytes) for entry in kept]
+        sizes = [(tensor.kind, _nbytes(tensor)) for tensors in shards.values() for tensor in tensors]
+        sizes += [(entry.kind, entry.nbytes) for entry in kept]
         if "total_size" in index["metadata"]:
             index["metadata"]["total_size"] = sum(nbytes for _, nbytes in sizes)
         if "total_parameters" in index["metadata"]:
-            index["metadata"]["total_parameters"] = sum(nbytes // dtype.itemsize for dtype, nbytes in sizes)
+            index["metadata"]["total_parameters"] = sum(nbytes // KINDS[kind][1] for kind, nbytes in sizes)
     write_json(out / INDEX, index)
 
 
@@ -334,16 +352,9 @@ def _write(target: int, data: Any, position: int) -> int:
     return position
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """A CPU tensor's bytes, as they stand in a shard."""
-    return memoryview(cast(Any, tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-
-
 def digest_of(checkpoint: Checkpoint, entry: Entry) -> str:
     """SHA-256 of an entry's bytes, which are never all in memory."""
-    sha, end = hashlib.sha256(), entry.offset + entry.nbytes
-    for start in range(entry.offset, end, PIECE):
-        nbytes = min(PIECE, end - start)
-        piece = dataclasses.replace(entry, dtype=torch.uint8, shape=(nbytes,), offset=start, nbytes=nbytes)
-        sha.update(as_bytes(checkpoint.read(piece)))
+    sha = hashlib.sha256()
+    for piece in checkpoint.pieces(entry):
+        sha.update(piece)
     return sha.hexdigest()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from . import lora
-from .artifacts import ExpertKey, ExpertSet, key_name
+from .artifacts import ExpertKey, ExpertSet, chosen_experts, key_name
 from .card import model_card, target_name
 from .check_adapter import adapter_effect
 from .config import identity
@@ -30,7 +30,7 @@ from .exposure import counting
 from .fit import Fitted, fit, last_checkpoint, whole_tensors
 from .folders import checkpoint_folder
 from .memory import load_to_train
-from .model import chosen_experts, load_tokenizer
+from .model import load_tokenizer
 from .processes import together
 from .rundir import (
     completed,
