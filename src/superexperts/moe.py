@@ -1,28 +1,21 @@
-"""The one seam to the model: with `bank.py`, the only file that knows how a Mixture-of-Experts layer is built.
+"""The one seam to the model: with `bank.py` and `implementation.py`, the only one that knows how an MoE layer is built.
 
-Transformers 5 holds a layer's routed experts as one bank of 3-D parameters whose forward is looked up in
-`ALL_EXPERTS_FUNCTIONS` (transformers/integrations/moe.py, `use_experts_implementation`). One function registered there
-serves every family: it runs the stock forward, and where a caller asks for it taps each expert's output, silences
-chosen experts or replaces their output. Shared experts are ordinary MLPs beside the bank and are reached by hooks.
+Transformers 5 holds a layer's routed experts as one bank of 3-D parameters whose forward is looked up by a name; ours
+(`implementation.py`) serves every family. Shared experts are ordinary MLPs beside the bank and are reached by hooks.
 
-Shape suffixes: T tokens (batch x sequence), K experts per token, S slots (T x K), E experts in a bank, R rows: a slot,
-sorted by expert, N tokens routed to one expert, D hidden size, F intermediate size of an expert.
+Shape suffixes: T tokens (batch x sequence), N tokens routed to one expert, D hidden size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .artifacts import ExpertKey, key_name, key_order
 from .bank import (
@@ -35,18 +28,16 @@ from .bank import (
     expert_inner,
     expert_norm,
     expert_up,
-    grouped,
     is_bank,
     join_gate_up,
-    looped,
     projections,
     shared_down,
     split_gate_up,
-    stock_forward,
     up_name,
 )
 from .decoder import decoder_layers, layer_number
 from .errors import ExpertsError, ModelError
+from .implementation import CONTROLS, IMPLEMENTATION, Control, Edit, Source, Tap, mask_and_add, share
 
 __all__ = [
     "Bank",
@@ -62,30 +53,17 @@ __all__ = [
     "expert_norm",
     "expert_up",
     "find_banks",
-    "grouped",
     "is_bank",
     "join_gate_up",
     "mask_and_add",
     "projections",
     "silenced",
     "split_gate_up",
-    "stock_forward",
     "tapped",
     "unwrapped",
     "up_name",
     "zero_experts",
 ]
-
-IMPLEMENTATION = "superexperts"
-
-Edit = Callable[[Tensor], Tensor]
-"""x_ND, what the router sends an expert -> y_ND, what the expert answers, before the routing weight."""
-
-
-Tap = Callable[[BankCall], None]
-
-Source = Callable[[int, Sequence[int]], Iterator[Mapping[str, Tensor]]]
-"""A layer, and experts of it -> their weights, as `bank.Weights` has them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,139 +144,6 @@ def check_experts(banks: Collection[Bank], experts: Collection[ExpertKey], optio
             raise ExpertsError(f"{option}: {key_name(key)} is not in the model ({have}); name an expert that is")
 
 
-# ---- the registered implementation --------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Control:
-    """What the registered forward does for one bank beyond the stock forward."""
-
-    layer: int
-    stock: str
-    """Name of the implementation that was set before ours."""
-    tap: Tap | None = None
-    source: Source | None = None
-    """Where the experts' weights come from, if not from the bank; with a tap only."""
-    workers: Executor | None = None
-    """Who computes the experts of a source on a CPU, if not the thread that the model runs in."""
-    edits: Mapping[int, Edit | None] = dataclasses.field(default_factory=dict)
-    """Per expert: its replacement, None to silence it."""
-
-
-_CONTROLS: weakref.WeakKeyDictionary[nn.Module, _Control] = weakref.WeakKeyDictionary()
-
-
-def mask_and_add(
-    forward: Callable[[Tensor, Tensor, Tensor], Tensor],
-    x_TD: Tensor,
-    index_TK: Tensor,
-    weight_TK: Tensor,
-    edits: Mapping[int, Edit | None],
-) -> Tensor:
-    """Runs all experts by `forward` with the chosen ones' routing weight at 0, then adds the chosen ones' own output.
-
-    The cost over `forward` grows with the chosen experts only, and no two big numbers are subtracted: a super
-    expert's 1e3 in bfloat16 would leave noise. An expert without an edit (None) is silent.
-    """
-    chosen = torch.tensor(sorted(edits), device=index_TK.device, dtype=index_TK.dtype)
-    y_TD = forward(x_TD, index_TK, weight_TK.masked_fill(torch.isin(index_TK, chosen), 0))
-    for expert, edit in sorted(edits.items()):
-        if edit is None:
-            continue
-        token_N, slot_N = torch.where(index_TK == expert)
-        if len(token_N):
-            added_ND = edit(x_TD[token_N]) * weight_TK[token_N, slot_N, None]
-            y_TD = y_TD.index_add(0, token_N, added_ND.to(y_TD.dtype))
-    return y_TD
-
-
-def _experts_forward(bank: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    control = _CONTROLS[bank]
-    if control.tap is not None:
-        return _tapped_forward(bank, control, x_TD, index_TK, weight_TK)
-
-    def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        return stock_forward(bank, control.stock, x, index, weight)
-
-    if control.edits:
-        return mask_and_add(forward, x_TD, index_TK, weight_TK, control.edits)
-    return forward(x_TD, index_TK, weight_TK)
-
-
-def _tapped_forward(bank: nn.Module, control: _Control, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """The tap sees the rows while they are made; a silenced expert is not tapped."""
-    assert control.tap is not None
-    expert_R, slot_R = torch.sort(index_TK.flatten(), stable=True)
-    token_R, weight_R = slot_R // index_TK.shape[1], weight_TK.flatten()[slot_R]
-    silent = [expert for expert, edit in control.edits.items() if edit is None]
-    heard_R = ~torch.isin(expert_R, torch.tensor(silent, device=expert_R.device, dtype=expert_R.dtype))
-    # On a CPU an expert at a time: its rows stay in the cache, and no memory is cleared for those of all. A GPU would
-    # wait for the start of each small product.
-    on_cpu = x_TD.device.type == "cpu"
-    if control.source is None and not on_cpu:
-        made = grouped(bank, x_TD, expert_R, token_R)
-    else:
-        weights = functools.partial(control.source, control.layer) if control.source else None
-        made = looped(bank, x_TD, expert_R, token_R, weights, control.workers if on_cpu else None)
-    # Rounded where the stock forward rounds: each weighted answer, and their sum.
-    sum_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
-
-    def pieces() -> Iterator[Piece]:
-        nonlocal sum_TD
-        done = 0
-        for piece in made:
-            rows = slice(done, done := done + len(piece.output_ND))
-            heard_N = slice(None) if not silent else heard_R[rows]
-            yield dataclasses.replace(
-                piece, inner_NF=piece.inner_NF[heard_N].detach(), output_ND=piece.output_ND[heard_N].detach()
-            )
-            answer_ND = expert_norm(bank, piece.output_ND)
-            for expert, edit in control.edits.items():
-                chosen_N = expert_R[rows] == expert
-                answer_ND[chosen_N] = 0 if edit is None else edit(x_TD[token_R[rows][chosen_N]]).to(answer_ND.dtype)
-            wide_ND = (answer_ND * weight_R[rows, None]).to(sum_TD.dtype)
-            if piece.is_one_expert:  # a token comes once in it: nothing depends on the order
-                sum_TD.index_add_(0, token_R[rows], wide_ND)
-            else:
-                row_S = torch.empty_like(slot_R)
-                row_S[slot_R] = torch.arange(len(slot_R), device=slot_R.device)
-                sum_TD = F.embedding_bag(row_S.view_as(index_TK), wide_ND, mode="sum")
-
-    computed = pieces()
-    call = BankCall(
-        layer=control.layer,
-        experts=tuple(range(down_weight(bank).shape[0])),
-        expert_R=expert_R[heard_R] if silent else expert_R,
-        token_R=token_R[heard_R] if silent else token_R,
-        weight_R=(weight_R[heard_R] if silent else weight_R).detach(),
-        pieces=computed,
-    )
-    with _threads(_share()) if on_cpu and control.workers else contextlib.nullcontext():
-        control.tap(call)
-        for _ in computed:  # what the tap left
-            pass
-    return sum_TD.to(x_TD.dtype)
-
-
-def _share() -> int:
-    """Threads of one of the `WORKERS`."""
-    return max(1, torch.get_num_threads() // WORKERS)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Within the block, torch computes in so many threads for the thread that it is called from."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
-
-
 # ---- what callers use ---------------------------------------------------------------------------------------------
 
 
@@ -343,12 +188,12 @@ def _controlled(
     if adapted:
         # The adapter answers for its experts outside the bank: a tap would see zeros, a silence would do nothing.
         raise ModelError(f"MODEL: layer {adapted[0]} carries an adapter on its experts; merge it into the model first")
-    before = {bank.module: _CONTROLS.get(bank.module) for bank in banks}
+    before = {bank.module: CONTROLS.get(bank.module) for bank in banks}
     stock = cast(Any, banks[0].module).config._experts_implementation
     with contextlib.ExitStack() as hooks:
         workers = None
         if source is not None and torch.get_num_threads() >= WORKERS:
-            workers = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(_share(),))
+            workers = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(share(),))
             hooks.enter_context(workers)
         try:
             for bank in banks:
@@ -357,8 +202,8 @@ def _controlled(
                     for (layer, expert), edit in edits.items()
                     if layer == bank.layer and expert != "shared"
                 }
-                outer = before[bank.module] or _Control(layer=bank.layer, stock=stock)
-                _CONTROLS[bank.module] = dataclasses.replace(
+                outer = before[bank.module] or Control(layer=bank.layer, stock=stock)
+                CONTROLS[bank.module] = dataclasses.replace(
                     outer,
                     tap=tap or outer.tap,
                     source=source or outer.source,
@@ -378,9 +223,9 @@ def _controlled(
             for bank in banks:
                 outer_control = before[bank.module]
                 if outer_control is None:
-                    _CONTROLS.pop(bank.module, None)
+                    CONTROLS.pop(bank.module, None)
                 else:
-                    _CONTROLS[bank.module] = outer_control
+                    CONTROLS[bank.module] = outer_control
             set_implementation(model, stock)
 
 
