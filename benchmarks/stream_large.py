@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is or shall be")
     parser.add_argument("--layers", type=int, default=27)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     arguments = parser.parse_args()
     shape, folder = Shape(layers=arguments.layers), arguments.folder
     made(folder, shape)
@@ -137,16 +137,17 @@ def main() -> None:
         f"({base:.1f} s), "
         f"peak {peak:.2f} GiB; found {found}, planted {sorted(PLANTED)}"
     )
-    streamed, peak, found, _ = profile(
-        folder, folder.parent / "streamed", "--stream", f"--tokens={arguments.tokens}", f"--seq-len={LENGTH}"
-    )
-    multiplied = products(shape, layers, arguments.tokens, LENGTH)
     read, done = reading(folder, layers)
-    print(
-        f"stream: {streamed - start:.1f} s for {arguments.tokens} tokens, "
-        f"{(streamed - start) / max(read, multiplied):.2f}x of the larger of reading {done / 1e9:.1f} GB "
-        f"({read:.1f} s) and its matrix products ({multiplied:.1f} s), peak {peak:.2f} GiB; found {found}"
-    )
+    for tokens in arguments.tokens:
+        streamed, peak, found, _ = profile(
+            folder, folder.parent / "streamed", "--stream", f"--tokens={tokens}", f"--seq-len={LENGTH}"
+        )
+        multiplied = products(shape, layers, tokens, LENGTH)
+        print(
+            f"stream: {streamed - start:.1f} s for {tokens} tokens, "
+            f"{(streamed - start) / max(read, multiplied):.2f}x of the larger of reading {done / 1e9:.1f} GB "
+            f"({read:.1f} s) and its matrix products ({multiplied:.1f} s), peak {peak:.2f} GiB; found {found}"
+        )
 
 
 if __name__ == "__main__":

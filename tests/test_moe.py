@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from families import FAMILIES, MORE_FAMILIES, tiny_model
-from superexperts import moe
+from superexperts import implementation, moe
+from superexperts.bank import Piece, grouped
 from superexperts.errors import ExpertsError, ModelError
 
 IDS_BL = torch.randint(0, 64, (3, 11), generator=torch.Generator().manual_seed(1))
@@ -40,6 +42,12 @@ def test_the_required_families_are_tested() -> None:
     assert FAMILIES.keys() >= REQUIRED
 
 
+def _tolerance(family: str) -> float:
+    """Of the largest logit. Two families enlarge rounding: their stock implementations differ by 9e-7 and 1.4e-6 among
+    themselves."""
+    return 2e-6 if family in ("qwen3_next", "gemma4_text") else 1e-6
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 @pytest.mark.parametrize("stock", ["eager", "grouped_mm", "batched_mm"])
 def test_tapped_forward_equals_every_stock_forward(family: str, stock: str) -> None:
@@ -48,10 +56,7 @@ def test_tapped_forward_equals_every_stock_forward(family: str, stock: str) -> N
     expected = logits(model)
     with moe.tapped(model, lambda call: None):
         tapped = logits(model)
-    # These two enlarge rounding: their stock implementations differ by 9e-7 and 1.4e-6 of the largest logit among
-    # themselves.
-    tolerance = 2e-6 if family in ("qwen3_next", "gemma4_text") else 1e-6
-    assert (tapped - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
+    assert (tapped - expected).abs().max() <= _tolerance(family) * max(1.0, float(expected.abs().max()))
     assert model.config._experts_implementation == stock
     assert torch.equal(logits(model), expected)
 
@@ -243,3 +248,49 @@ def test_a_dense_model_is_refused_by_name() -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     with pytest.raises(ModelError, match="llama has no routed experts"):
         moe.find_banks(LlamaForCausalLM(config))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+@pytest.mark.parametrize("silent", [False, True])
+@torch.no_grad()
+def test_rows_of_all_experts_at_once_are_those_of_one_after_the_other(
+    family: str, silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done on a GPU, whose rows come as one piece, here on a CPU."""
+    model = tiny_model(family)
+    layer = moe.find_banks(model)[-1].layer
+
+    def tapped() -> tuple[Tensor, list[moe.ExpertCall]]:
+        calls: list[moe.ExpertCall] = []
+        with moe.silenced(model, [(layer, 1)] if silent else []), moe.tapped(model, lambda c: calls.extend(c.each())):
+            return logits(model), calls
+
+    expected, expected_calls = tapped()
+    pieces: list[int] = []
+
+    def at_once(module: nn.Module, x_TD: Tensor, expert_R: Tensor, token_R: Tensor, *_: Any) -> Iterator[Piece]:
+        for piece in grouped(module, x_TD, expert_R, token_R):
+            pieces.append(len(piece.output_ND))
+            yield piece
+
+    monkeypatch.setattr(implementation, "looped", at_once)
+    found, calls = tapped()
+    assert len(pieces) == len(moe.find_banks(model))
+    assert (found - expected).abs().max() <= _tolerance(family) * max(1.0, float(expected.abs().max()))
+    assert [(call.layer, call.expert) for call in calls] == [(call.layer, call.expert) for call in expected_calls]
+    assert not (silent and any((call.layer, call.expert) == (layer, 1) for call in calls))
+    for call, other in zip(calls, expected_calls, strict=True):
+        assert torch.equal(call.token_N, other.token_N)
+        for name in ("inner_NF", "output_ND", "weight_N"):
+            torch.testing.assert_close(getattr(call, name), getattr(other, name), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_what_a_tap_does_not_ask_for_is_computed_all_the_same() -> None:
+    model = tiny_model("deepseek_v2")
+    expected = logits(model)
+    seen: list[Piece] = []
+    with moe.tapped(model, lambda call: seen.append(next(iter(call.pieces)))):
+        found = logits(model)
+    assert len(seen) == 2 * len(moe.find_banks(model))  # routed and shared
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import multiprocessing
 import time
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
-from superexperts import moe, profile
+from superexperts import implementation, moe, profile
 from superexperts.artifacts import CorpusProfile, ExpertSet, ExpertStats, Profile
+from superexperts.bank import grouped
 from superexperts.config import ModelConfig, ProfileConfig, SelectConfig
 from superexperts.corpora import HUB_CORPORA, documents, pack
 from superexperts.decoder import num_layers
@@ -25,6 +27,7 @@ from superexperts.errors import ModelError, OptionError
 from superexperts.model import load_model, load_tokenizer
 from superexperts.pocket import PLANTED
 from superexperts.profile import profile_corpus
+from superexperts.recorder import _peaks, _Rows
 from superexperts.select import run as select_run
 from superexperts.select import super_experts
 from superexperts.show import show
@@ -75,6 +78,41 @@ def test_statistics_equal_a_loop_over_every_token(family: str) -> None:
             for _, y_D, _, token in calls:  # in the order of the tokens
                 firsts.setdefault(token // length, float(y_D.abs().max()))
             assert row.first_token_output_max == pytest.approx(max(firsts.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_all_experts_at_once_give_the_same_statistics(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; padding among the rows."""
+    model, mask_BL = tiny_model(family, dtype), torch.ones_like(IDS_BL)
+    mask_BL[0, -4:] = mask_BL[3, -1:] = 0
+    expected = profile_corpus(model, IDS_BL, mask_BL=mask_BL, batch_size=2)
+    monkeypatch.setattr(implementation, "looped", lambda bank, x, expert, token, *_: grouped(bank, x, expert, token))
+    found = profile_corpus(model, IDS_BL, mask_BL=mask_BL, batch_size=2)
+    assert found.tokens == expected.tokens == int(mask_BL.sum())
+    for row, other in zip(found.experts, expected.experts, strict=True):
+        assert (row.key, row.tokens) == (other.key, other.tokens)
+        assert (row.channel, row.position, row.input_channel, row.input_position) == (
+            other.channel, other.position, other.input_channel, other.input_position,
+        )  # fmt: skip
+        for field in ("output_max", "input_max", "first_token_output_max", "gate_sum", "reap"):
+            assert getattr(row, field) == pytest.approx(getattr(other, field), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_row_of_equal_and_of_strange_values(dtype: torch.dtype) -> None:
+    """Peaks are compared as bits: signs, zeros, infinities and what is not a number."""
+    rows = [[0.0, -0.0, 0.0], [1.5, -3.0, 3.0], [-7.0, 6.5, 0.0], [-1e-7, 0.0, 5e-8], [1.0, -math.inf, 2.0]]
+    values = torch.tensor(rows, dtype=torch.float64).to(dtype)
+    assert torch.equal(_peaks(values), values.abs().amax(-1).float())
+    assert _peaks(torch.tensor([[1.0, math.nan]], dtype=dtype)).isnan().all()
+    gathered = _Rows()
+    gathered.add(torch.tensor([4, 4]), values[:2], True)
+    gathered.add(torch.tensor([6, 6, 7]), values[[2, 2, 1]], False)
+    expert_P, peak_P, place_P, channel_P = (column.tolist() for column in gathered.highest(torch.arange(10, 15)))
+    assert (expert_P, peak_P, place_P, channel_P) == ([4, 6, 7], [3.0, 7.0, 3.0], [11, 12, 14], [1, 0, 1])
 
 
 def inputs_of(model: Any, bank: moe.Bank) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +23,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig
 
 from families import FAMILIES, MORE_FAMILIES, tiny_model, tiny_tokens
-from superexperts import float8
+from superexperts import bank, float8
 from superexperts import profile as profile_command
 from superexperts import profile_streamed as profile_streamed_module
 from superexperts.artifacts import CorpusProfile, ExpertStats, Profile
+from superexperts.bank import expert_inner
 from superexperts.checkpoint import SINGLE, Checkpoint
 from superexperts.cli import main
 from superexperts.config import ModelConfig, ProfileConfig
@@ -92,6 +95,33 @@ def test_experts_one_by_one_equal_the_bank(tmp_path: Path, family: str) -> None:
         found = quick_look(streamed, IDS_SL, depth=1.0, statistic="all")
     rounds = found.tokens // IDS_SL.shape[1]
     assert_same(found, profile_corpus(model, IDS_SL[:rounds], batch_size=rounds), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_are_computed_side_by_side_while_others_are_read(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More experts than are read ahead, so that memory is read into again; some take long."""
+    tiny_model("deepseek_v2", dtype, n_routed_experts=40).save_pretrained(tmp_path)
+    wanted = profile_corpus(load_as_stored(ModelConfig(model=str(tmp_path))), IDS_SL, batch_size=5)
+    threads, before = set(), torch.get_num_threads()
+
+    def slow(module: nn.Module, up_NU: Tensor) -> Tensor:
+        threads.add((threading.current_thread().name, torch.get_num_threads()))
+        time.sleep(0.002 * (len(up_NU) % 3))
+        return expert_inner(module, up_NU)
+
+    monkeypatch.setattr(bank, "expert_inner", slow)
+    torch.set_num_threads(4)
+    try:
+        with streaming(tmp_path) as streamed:
+            found = profile_streamed(streamed, IDS_SL, batch_size=5)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert len(threads) == 2
+    assert {count for _, count in threads} == {2}
+    assert_same(found, wanted, 1e-5 if dtype == torch.float32 else 1e-3)
 
 
 def test_depth_batches_and_spilled_activations_change_nothing(tmp_path: Path) -> None:
