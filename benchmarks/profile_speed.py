@@ -5,6 +5,7 @@
 
 For each shape: a random model in bfloat16, the same sequences and batch for all. "plain" is `model(input_ids)` with the
 fastest of the stock experts implementations; the three are measured in turn, and the medians of the ratios printed.
+Each round has sequences of its own, as each batch of a corpus has: on a CPU new numbers of tokens at the experts cost.
 Memory is what a pass needs beyond the weights: on a GPU as torch counts it; on a CPU the resident memory's peak, each
 in a process of its own.
 """
@@ -85,7 +86,7 @@ def measure(name: str, options: argparse.Namespace) -> str:
     """Prints the times; returns the fastest stock implementation."""
     model, ids_BL = made(name, options.device), tokens(name, options)
 
-    def plain(backend: str) -> float:
+    def plain(backend: str) -> float:  # of the sequences of the moment
         model.set_experts_implementation(backend)
         return seconds(lambda: model(ids_BL, use_cache=False))
 
@@ -95,10 +96,16 @@ def measure(name: str, options: argparse.Namespace) -> str:
     fastest = min(backends, key=lambda name: min(plain(name), plain(name)))
     ratios: dict[float, list[float]] = {depth: [] for depth in DEPTHS}
     for _ in range(options.rounds):
+        ids_BL = tokens(name, options)
         base = plain(fastest)
         for depth, found in ratios.items():
             found.append(
-                seconds(lambda depth=depth: profile_corpus(model, ids_BL, batch_size=options.batch, depth=depth)) / base
+                seconds(
+                    lambda depth=depth, ids_BL=ids_BL: profile_corpus(
+                        model, ids_BL, batch_size=options.batch, depth=depth
+                    )
+                )
+                / base
             )
     told = ", ".join(f"depth {depth}: {statistics.median(found):.2f}x" for depth, found in ratios.items())
     speed = ids_BL.numel() / base
