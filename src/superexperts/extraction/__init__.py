@@ -1,6 +1,7 @@
 """Reading what a free-text answer commits to; the table of rules is in `rules`."""
 
+from .quantity import find_numbers, number_value
 from .rules import RULES, Rule, read
-from .text import find_numbers, normalise, number_value, plain
+from .text import normalise, plain
 
 __all__ = ["RULES", "Rule", "find_numbers", "normalise", "number_value", "plain", "read"]

@@ -5,20 +5,22 @@ from __future__ import annotations
 import functools
 import re
 
+from .cued import Cued, Gated
 from .statements import (
     CONCLUSION,
     CUE,
     INSTEAD,
-    LEAD,
     NONE,
     NOT,
+    NOT_IN,
     REFUSAL,
     Reading,
     cut_off,
     first_part,
+    lead_end,
     statements,
 )
-from .text import Cued, normalise
+from .text import normalise
 
 
 def choice_in(reading: Reading, tail: str) -> str | None:
@@ -26,15 +28,14 @@ def choice_in(reading: Reading, tail: str) -> str | None:
     part = first_part(tail)
     if not part:
         return None
-    lead = LEAD.match(part)
-    assert lead is not None
-    rest = part[lead.end() :]
+    lead = lead_end(part)
+    rest = part[lead :]
     if REFUSAL.match(rest):
         return _refusing_option(reading, normalise(rest)) or NONE
     if NOT.match(rest):
         other = INSTEAD.search(rest)
         return None if other is None else choice_in(reading, rest[other.end() :])
-    label = label_at(reading, part, lead.end())
+    label = label_at(reading, part, lead)
     if label is not None:
         return label
     value = _option_in(reading, normalise(part))
@@ -43,10 +44,13 @@ def choice_in(reading: Reading, tail: str) -> str | None:
 
 
 # What follows explains the answer, or weighs others against it.
-_ASIDE = re.compile(
-    r"[,;(]\s?(?:not|and\snot|but|which|al?though|though|even\sthough|while|whereas|because|since|as|vì|chứ)\b"
-    r"|\s(?:rather\sthan|instead\sof|as\sopposed\sto|because|chứ\skhông)\b",
-    re.IGNORECASE,
+_ASIDE = Gated(
+    re.compile(
+        r"[,;(]\s?(?:not|and\snot|but|which|al?though|though|even\sthough|while|whereas|because|since|as|vì|chứ)\b"
+        r"|\s(?:rather\sthan|instead\sof|as\sopposed\sto|because|chứ\skhông)\b",
+        re.IGNORECASE,
+    ),
+    (",", ";", "(", "rather", "instead", "opposed", "because", "chứ"),
 )
 _LABEL = re.compile(r"([A-Z]|\d{1,2})(?![\w'’%])(?!\.\d)")
 _SMALL_LABEL = re.compile(r"([a-h])(?:\s?[)\]}]|[.:](?:\s|$)|$)")
@@ -143,7 +147,10 @@ _IS_THE_ANSWER = Cued(
 )
 _NAMED_OPTION = r"(?:\b(?i:option|choice|answer|statement|đáp án|phương án|câu)\s|^|[(\[])[*(\[\"]{0,2}"
 _HEAD = re.compile(r"[,;:]\s(?:so|therefore|thus|hence|then|nên|but)\b|[;:]")
-_UNSURE = re.compile(r"\b(?:not|if|whether|nếu|không)\b|n't\b")
+_UNSURE = Gated(
+    re.compile(r"\b(?:not|if|whether|nếu|không)\b|n't\b"),
+    ("not", "if", "whether", "n't", "nếu", "không"),
+)
 _CHOSEN = re.compile(r"answer|choice|option|response|most|best|phương án|đáp án|câu trả lời|lựa chọn", re.IGNORECASE)
 
 
@@ -209,16 +216,15 @@ def first_label(reading: Reading) -> str | None:
     part = first_part(reading.text)
     if not part or _lists_options(reading):
         return None
-    lead = LEAD.match(part)
-    assert lead is not None
-    if REFUSAL.match(part, lead.end()):
-        return _refusing_option(reading, normalise(part[lead.end() :])) or NONE
-    if NOT.match(part, lead.end()):
+    lead = lead_end(part)
+    if REFUSAL.match(part, lead):
+        return _refusing_option(reading, normalise(part[lead :])) or NONE
+    if NOT.match(part, lead):
         return choice_in(reading, part)
     if len(set(_INLINE_LABEL.findall(part))) > 2:
         return None
     short = _A_FOR_ANSWER.match(part)
-    return label_at(reading, part, short.end() if short else lead.end())
+    return label_at(reading, part, short.end() if short else lead)
 
 
 def first_option(reading: Reading) -> str | None:
@@ -228,16 +234,22 @@ def first_option(reading: Reading) -> str | None:
     if not part or part.endswith("?") or _lists_options(reading):
         return None
     value = _option_in(reading, words)
-    if not value or NOT.search(part):
+    if not value or NOT_IN.search(part):
         return None
     length = len(dict(reading.options)[value])
     return value if len(words) <= 2 * length + 12 else None
 
 
 _SO = re.compile(r"[,;]\s(?:so|therefore|thus|hence|nên|vậy)\b")
-_ILL = re.compile(r"\b(?:incorrect|wrong|if)\b")
-_WEIGHED = re.compile(
-    r",\s(?:not|and\snot|rather\sthan|chứ\skhông)\b|\s(?:rather\sthan|instead\sof|as\sopposed\sto|chứ\skhông)\b"
+_ILL = Gated(
+    re.compile(r"\b(?:incorrect|wrong|if)\b"),
+    ("incorrect", "wrong", "if"),
+)
+_WEIGHED = Gated(
+    re.compile(
+        r",\s(?:not|and\snot|rather\sthan|chứ\skhông)\b|\s(?:rather\sthan|instead\sof|as\sopposed\sto|chứ\skhông)\b"
+    ),
+    ("not", "rather", "instead", "opposed", "chứ"),
 )
 
 
@@ -250,7 +262,7 @@ def conclusion(reading: Reading) -> str | None:
         sentence = _SO.split(sentence)[-1]  # it can't be B or C, so it must be A
         aside = _WEIGHED.search(sentence)
         sentence = sentence[: aside.start()] if aside else sentence
-        if sentence.endswith(("?", ":")) or NOT.search(sentence) or _ILL.search(sentence):
+        if sentence.endswith(("?", ":")) or NOT_IN.search(sentence) or _ILL.search(sentence):
             continue
         _, named, last_named = _named(reading.labels)
         labels = set(named.findall(sentence))

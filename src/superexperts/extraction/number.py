@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-from .statements import CONCLUSION, INSTEAD, LEAD, NONE, NOT, REFUSAL, Reading, cut_off, first_part, statements
-from .text import find_numbers, normalise
+from .statements import CONCLUSION, INSTEAD, NONE, NOT, REFUSAL, Reading, cut_off, first_part, lead_end, statements
+from .quantity import find_numbers
+from .text import normalise
 
 _OF = re.compile(r"[^\d,;&]{0,60}\b(?:out of|of|per|in|every|for|from|after|over|each|than|at|on|within|by|during)\b")
 _ARITHMETIC = re.compile(r"\d\s?[*×x·/÷+−-]\s?\$?\(?\d")
@@ -65,12 +66,11 @@ def number_in(reading: Reading, sentence: str) -> str | None:
 def statement(reading: Reading) -> str | None:
     for tail in statements(reading):
         part = first_part(tail)
-        lead = LEAD.match(part)
-        assert lead is not None
-        if REFUSAL.match(part, lead.end()) and not re.search(r"\d", part):
+        lead = lead_end(part)
+        if REFUSAL.match(part, lead) and not re.search(r"\d", part):
             return NONE
-        if NOT.match(part, lead.end()):
-            other = INSTEAD.search(part, lead.end())
+        if NOT.match(part, lead):
+            other = INSTEAD.search(part, lead)
             if other is None:
                 continue
             part = part[other.end() :]
@@ -86,15 +86,21 @@ _CONCLUDES = re.compile(
 )
 
 
+def _is_asked(reading: Reading, words: str) -> bool:
+    """Whether normalised words stand in the question, which may be long: one of them is looked for first."""
+    if reading.question.isascii() and max(words.split(), key=len) not in reading.question.lower().replace("y", "i"):
+        return False
+    return words in normalise(reading.question)
+
+
 def conclusion(reading: Reading) -> str | None:
     """The number of the last sentence, if the answer was not cut off in it and it is no question."""
-    found = reading.conclusion
+    found = reading.ending
     if not found:
         return None
-    asked = normalise(reading.question)
     for place, sentence in enumerate(reversed(found[-3:])):
         words = normalise(sentence)
-        if sentence.endswith("?") or (len(words) > 12 and words in asked):
+        if sentence.endswith("?") or (len(words) > 12 and _is_asked(reading, words)):
             return None
         if cut_off(reading) and (place == 0 or not _CONCLUDES.match(sentence)):
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .statements import CONCLUSION, CUE, INSTEAD, LEAD, NONE, NOT, REFUSAL, Reading, first_part, statements
+from .statements import CONCLUSION, CUE, INSTEAD, NONE, NOT, REFUSAL, Reading, first_part, lead_end, statements
 
 # "Có thể" is maybe, "không biết" is no answer.
 _WORDS = r"yes|true|có(?!\s(?:thể|lẽ))|đúng|no|false|không(?!\s(?:rõ|biết|chắc|đủ|thể\s(?:xác|biết|kết|trả)))|sai"
@@ -29,21 +29,20 @@ def _yes_no(word: str) -> str:
 
 def yes_no_in(reading: Reading, tail: str) -> str | None:
     part = first_part(tail)
-    lead = LEAD.match(part)
-    assert lead is not None
-    if _NOT_SO.match(part, lead.end()):
+    lead = lead_end(part)
+    if _NOT_SO.match(part, lead):
         return "no"
-    if NOT.match(part, lead.end()) and (other := INSTEAD.search(part, lead.end())):
+    if NOT.match(part, lead) and (other := INSTEAD.search(part, lead)):
         rather = yes_no_in(reading, part[other.end() :])
         if rather is not None:
             return rather
-    found = _YES_NO.match(part, lead.end())
+    found = _YES_NO.match(part, lead)
     if found:
         other = re.match(
             r"[\"'”*]{0,3}\s?(?:/|or|and|hoặc)\s?(yes|no|true|false|có|không)\b", part[found.end() :], re.IGNORECASE
         )
         return NONE if other else _yes_no(found[1])
-    if REFUSAL.match(part, lead.end()) or _MAYBE.match(part, lead.end()):
+    if REFUSAL.match(part, lead) or _MAYBE.match(part, lead):
         return NONE
     return None
 
