@@ -13,6 +13,8 @@ _ASCII = bytes((10, *range(32, 127)))
 
 def strange(text: str) -> str:
     """The characters of a text that are neither printable ASCII nor the end of a line, in their order."""
+    if text.isascii():
+        return text.encode().translate(None, _ASCII).decode()
     return text.encode("utf-8", "surrogatepass").translate(None, _ASCII).decode("utf-8", "surrogatepass")
 
 
@@ -20,11 +22,12 @@ def lowered(text: str) -> str | None:
     """The text in lower case, character for character; None where ignoring case would see more than that."""
     if text.isascii():
         return text.lower()
-    others = strange(text)
+    data = text.encode("utf-8", "surrogatepass")
+    others = data.translate(None, _ASCII).decode("utf-8", "surrogatepass")
     if "ı" in others or "ſ" in others:  # i and s to a pattern, but not to `lower`
         return None
     if others.lower() == others:  # then only ASCII changes, and bytes are far faster
-        return text.encode("utf-8", "surrogatepass").lower().decode("utf-8", "surrogatepass")
+        return data.lower().decode("utf-8", "surrogatepass")
     lower = text.lower()
     return lower if len(lower) == len(text) else None
 

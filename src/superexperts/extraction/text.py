@@ -25,13 +25,15 @@ _VULGAR = re.compile("[½⅓⅔¼¾⅕-⅞]")
 
 # All others are composed as they are, whatever stands before them.
 _COMPOSES = re.compile("[^\x00-\u02ff\u1e00-\u1eff\u2002-\u20cf\u2100-\u2125\u2190-\u2328\u232b-\u2a00\u3041-\u3098\u4e00-\u9fff\uff01-\uffee]")
-_BLANKS = re.compile(r"\s\s{19,}")
+_BLANKS = re.compile(r"\s\s{19,}")  # that it begins with a set of characters makes it fast
+_SIX_BLANKS = re.compile(r"\s\s{5}")
 LONGEST = 200_000  # characters; a reasoning model's 32,768 tokens are about 130,000
 
 # Of chat models; DeepSeek writes the bars and the blanks of its own in other characters.
-_TEMPLATE = re.compile(
+_ANY_TEMPLATE = re.compile(
     r"[<\[](?:(?<=<)(?:[|｜][\w\s▁]{1,30}[|｜]>|/?s>|(?:start|end)_of_turn>)|(?<=\[)/?INST\])", re.IGNORECASE
 )
+_TEMPLATE = re.compile(_ANY_TEMPLATE.pattern.replace("INST", "inst"))  # of what is in lower case
 _TOKEN_END = re.compile(r">(?<=[|｜sSſnN]>)")
 _TURN = r"""
     [\s>*\#\-\[]{0,12}+(?=[uhnqpecbiat])(?:
@@ -80,23 +82,16 @@ def plain(text: str) -> str:
             others = strange(text)
         if _VULGAR.search(others):
             text = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("\u2044", "/"), text)
-    if not others.isprintable():
-        text = _NOISE.sub("", text)
-    elif not _may_hold_blanks(text):
-        return text
+    # Of twenty blanks in a row, six of every third character are blank too.
+    if others.isprintable():  # no other blanks then
+        if "      " not in text[::3].replace("\n", " "):
+            return text
+    else:
+        if not others.replace("\t", "").isprintable():
+            text = _NOISE.sub("", text)
+        if not _SIX_BLANKS.search(text[::3]):
+            return text
     return _BLANKS.sub(lambda found: "\n\n" if "\n" in found[0] else " ", text)
-
-
-def _may_hold_blanks(text: str) -> bool:
-    """Whether twenty blanks can stand in a row in a text without blanks but for spaces and ends of lines.
-
-    Twenty that are no spaces only have three ends of lines, four spaces beside one, or fewer between two.
-    """
-    if " " * 20 in text or "\n\n\n" in text:
-        return True
-    if "\n " in text and ("\n    " in text or "\n \n" in text or "\n  \n" in text or "\n   \n" in text):
-        return True
-    return "    \n" in text
 
 
 def own_turn(text: str, question: str = "", choices: Sequence[tuple[str, str]] = ()) -> str:
@@ -160,8 +155,9 @@ def _repeats(text: str, question: str) -> bool:
 def _turns(text: str, lower: str | None, start: int) -> list[tuple[int, int]]:
     """(start, end) of the marks of templates and of the lines that begin a turn, in order."""
     found, folded = [], text.lower() if lower is None else lower
-    if ("<" in text and _TOKEN_END.search(text)) or ("[" in text and "t]" in folded):
-        found = [mark.span() for mark in _TEMPLATE.finditer(text, start)]
+    if ("<" in text and _TOKEN_END.search(text)) or ("[" in text and ("nst]" in folded or "ſt]" in folded)):
+        marks = _ANY_TEMPLATE.finditer(text, start) if lower is None else _TEMPLATE.finditer(lower, start)
+        found = [mark.span() for mark in marks]
     if lower is None:
         first, later, lines_of = _ANY_FIRST_TURN, _ANY_NEXT_TURN, text
     elif ":" in text or "answer " in lower or "：" in text or "trả lời " in lower:
@@ -208,7 +204,7 @@ _FENCES = re.compile(r"```|</?\w{1,12}>")
 def last_sentences(text: str, count: int) -> list[str]:
     """The last `count` or more of `sentences(text)`, or all where there are fewer; code fences and tags are ends of lines."""
     # No fence holds a blank and no sentence's end a letter: from a word on, all sentences but the first are the same.
-    begin = _WORD_BEGINS.search(text, len(text) - 200 * count) if len(text) > 300 * count else None
+    begin = _WORD_BEGINS.search(text, len(text) - 140 * count) if len(text) > 200 * count else None
     if begin is not None:
         found = sentences(_without_fences(text[begin.end() :]))[1:]
         if len(found) >= count:
