@@ -56,7 +56,10 @@ _LABEL = re.compile(r"([A-Z]|\d{1,2})(?![\w'’%])(?!\.\d)")
 _SMALL_LABEL = re.compile(r"([a-h])(?:\s?[)\]}]|[.:](?:\s|$)|$)")
 _GOES_ON = re.compile(r"\s+(?:because|since|as|is|was|vì|là|with|for|đúng)\b")
 _GOES_ON_OR_NAME = re.compile(rf"{_GOES_ON.pattern}|\s+[A-Z]")
-_DENIED = re.compile(r"[)\]}*\"'.]{0,3}\s?(?:is|was|are)\s(?:not|incorrect|wrong|false)\b")
+_DENIED = re.compile(
+    r"[)\]}*\"'.]{0,3}(?:,\s[^,.;\n]{1,80},|\s?\([^()\n]{1,80}\))?\s?(?:is|was|are)\s(?:not|incorrect|wrong|false)\b"
+)
+_WRONG = re.compile(r"(?:is |was |are |là )?(?:also |clearly |therefore |definitely )?(?:incorrect|wrong|sai) ")
 _MARK = re.compile(r"\s?(?:[)\]}*_\"'.,:;`$\\!?—–-]|$|\()")
 
 
@@ -93,6 +96,10 @@ def label_at(reading: Reading, part: str, at: int) -> str | None:
         return NONE
     if _DENIED.match(after):
         return None
+    if marked and ("wrong" in after or "incorrect" in after or "sai" in after):  # A. sand is wrong
+        words, text = normalise(after[:300]), dict(reading.options).get(label, "")
+        if text and words.startswith(text) and _WRONG.match(words, len(text)):
+            return None
     if known:
         return label
     return NONE if marked and label <= "H" else None
@@ -194,11 +201,17 @@ _LINE_LABEL = re.compile(r"[\s*\-•(\[]{0,8}(?:option\s)?([A-H])\s?[.):\]]", re
 _NEXT_LINE_LABEL = re.compile(rf"\n{_LINE_LABEL.pattern}", re.IGNORECASE)
 
 
-_INLINE_LABEL = re.compile(r"(?:^|[\s(])([A-H])[.)]\s")
+_INLINE_LABEL = re.compile(r"(?:^|[\s(\[])([A-H])[.)\]]\s")
+_ABC = ["A", "B", "C"]
+_CHECKED = re.compile(r"\[\s?[xX✓✔]\s?\]\s?[*(\[]{0,3}([A-H])\b")
 
 
 def _lists_options(reading: Reading) -> bool:
-    """Whether the answer goes through the options one by one, each in a line of its own."""
+    """Whether the answer goes through the options one by one: each in a line of its own, or all in the first."""
+    if reading.text[:3].lstrip("([")[:1] == "A":
+        line = reading.text[:1000].partition("\n")[0]
+        if _INLINE_LABEL.findall(line)[:3] == _ABC:
+            return True
     if reading.text.count("\n") < 2:
         return False
     text = reading.text[:CONCLUSION]
@@ -213,6 +226,9 @@ _A_FOR_ANSWER = re.compile(r"A\s?[:：]\s?[*(\[]{0,3}(?=[A-H](?:[.)\]*]|\s*$))")
 
 def first_label(reading: Reading) -> str | None:
     """A label or an option's text at the very beginning: "B", "[B] because ...", "D, garage."."""
+    checked = set(_CHECKED.findall(reading.text)) if reading.text[:1] == "[" or "\n[" in reading.text else ()
+    if len(checked) == 1:  # [ ] A, [x] B
+        return str(*checked)
     part = first_part(reading.text)
     if not part or _lists_options(reading):
         return None
@@ -240,17 +256,20 @@ def first_option(reading: Reading) -> str | None:
     return value if len(words) <= 2 * length + 12 else None
 
 
-_SO = re.compile(r"[,;]\s(?:so|therefore|thus|hence|nên|vậy)\b")
+_SO = re.compile(r"[,;]\s(?:so|therefore|thus|hence|leaving|which\sleaves|nên|vậy)\b")
 _ILL = Gated(
     re.compile(r"\b(?:incorrect|wrong|if)\b"),
     ("incorrect", "wrong", "if"),
 )
 _WEIGHED = Gated(
     re.compile(
-        r",\s(?:not|and\snot|rather\sthan|chứ\skhông)\b|\s(?:rather\sthan|instead\sof|as\sopposed\sto|chứ\skhông)\b"
+        r",\s(?:not|and\snot|rather\sthan|(?:chứ\s)?không\sphải|chứ\skhông)\b"
+        r"|\s(?:rather\sthan|instead\sof|as\sopposed\sto|chứ\skhông)\b"
     ),
-    ("not", "rather", "instead", "opposed", "chứ"),
+    ("not", "rather", "instead", "opposed", "chứ", "không"),
 )
+_BESIDE = re.compile(r"[,;]\s(?:with|while|whereas|unlike|al?though|though|còn|trong\skhi)\b")
+"""What follows is said of others."""
 
 
 def conclusion(reading: Reading) -> str | None:
@@ -275,6 +294,8 @@ def conclusion(reading: Reading) -> str | None:
         if len(names) > 1:
             return None
         value = _option_in(reading, normalise(sentence))
+        if value == NONE and (beside := _BESIDE.search(sentence)):
+            value = _option_in(reading, normalise(sentence[: beside.start()]))
         if value:
             return value
     return None

@@ -16,6 +16,11 @@ _TOTAL = re.compile(r"\b(?:total|altogether|in\ all|final|sum|tổng)\b", re.IGN
 _COPULA = re.compile(rf"{_TOTAL.pattern}|\b(?:is|are|was|were|be|equals?|là|còn)\b", re.IGNORECASE | re.VERBOSE)
 
 
+_SO = re.compile(r"\b(?:so|therefore|thus|hence)\b", re.IGNORECASE)
+_COMES_TO = re.compile(r"[^,;.]{0,40}(?<!that)(?<!which)\s(?:is|are|equals?|makes?|gives?)\s[^,;.]{0,20}")
+"""Between the last two numbers: 3 miles a day for 4 days is 12 miles."""
+
+
 def _result(sentence: str) -> str | None:
     """What a sum comes to: the number after the last "=". `NONE` where two sums that do not build on each other are
     joined by "and"."""
@@ -26,7 +31,7 @@ def _result(sentence: str) -> str | None:
         if _UNDONE.fullmatch(last, sides[-1][0][1], sides[-1][1][0]):
             return None
     if len(results) > 1 and re.search(r"\band\b|&|;", sentence.rsplit("=", 2)[1]):
-        builds_on = len(sides[-2]) > 1 and sides[-2][1][2] == results[-2]
+        builds_on = (len(sides[-2]) > 1 and sides[-2][1][2] == results[-2]) or _SO.search(sentence.rsplit("=", 2)[1])
         if not builds_on and results[-1] != results[-2]:
             return NONE
     return results[-1] if results else None
@@ -61,7 +66,7 @@ def number_in(reading: Reading, sentence: str) -> str | None:
     _, end, value = numbers[0]
     share = "/" in value or bare[end : end + 1] == "%"  # 1/4 of 48 is 12
     if not share and _OF.match(bare, end, numbers[1][0]):  # 21 books out of 30
-        return value
+        return numbers[-1][2] if _COMES_TO.fullmatch(bare, numbers[-2][1], numbers[-1][0]) else value
     joined = re.search(r"\band\b|&|,", bare[numbers[-2][1] : numbers[-1][0]])
     for cue in reversed(list((_COPULA if joined is None else _TOTAL).finditer(bare))):
         following = [number for number in numbers if number[0] >= cue.end()]
@@ -93,6 +98,23 @@ _CONCLUDES = re.compile(
 )
 
 
+_NOT_RUN = re.compile(r"(?:return|print)\b")
+"""Code that would say the answer if it were run."""
+_SMALL_WORDS = r"(?:and|or|of|in|to|for|from|with|by|at|on|the|an?|plus|minus|times|per|is|are|but|first|add|subtract|about)"
+_LAST_WORDS = re.compile(rf"(?:\s(?!{_SMALL_WORDS}\b)\w{{1,20}}){{0,2}}", re.IGNORECASE)
+_LEADS_ON = re.compile(rf"(?:\b{_SMALL_WORDS}(?<!is)(?<!are)\s|[-+*/×÷·(]\s?)$", re.IGNORECASE)
+
+
+def _ends(sentence: str) -> bool:
+    """Whether a last sentence without a stop is whole: it concludes, and ends with a number and at most two words."""
+    cue = _CONCLUDES.match(sentence)
+    numbers = list(find_numbers(sentence)) if cue else []
+    if not cue or not numbers or _LAST_WORDS.fullmatch(sentence, numbers[-1][1]) is None:
+        return False
+    before = sentence[cue.end() : numbers[-1][0]]
+    return before.strip(" ,:") != "" and _LEADS_ON.search(before[-20:]) is None
+
+
 def _is_asked(reading: Reading, words: str) -> bool:
     """Whether normalised words stand in the question, which may be long: one of them is looked for first."""
     if reading.question.isascii() and max(words.split(), key=len) not in reading.question.lower().replace("y", "i"):
@@ -109,9 +131,11 @@ def conclusion(reading: Reading) -> str | None:
         words = normalise(sentence)
         if sentence.endswith("?") or (len(words) > 12 and _is_asked(reading, words)):
             return None
-        if cut_off(reading) and (place == 0 or not _CONCLUDES.match(sentence)):
+        if cut_off(reading) and not (_CONCLUDES.match(sentence) if place else _ends(sentence)):
             continue
         value = number_in(reading, sentence)
         if value is not None:
             return value
+        if _NOT_RUN.match(sentence):
+            return None
     return None

@@ -48,7 +48,8 @@ _DIGITS = (
 )
 _NUMBER = Cued(
     rf"""
-    (?P<sign>(?<![\w)])[-−–]|\bnegative\s(?=[\d$€£₫\\]))?(?:\\?[$€£₫]\s?|us\$)?(?P<sign2>(?<=[$€£₫])[-−])?
+    (?P<sign>(?<![\w)])[-−–]|\bnegative\s(?=[\d$€£₫\\])
+      |(?:(?<=\bis\s)|(?<=\bbe\s)|(?<=[:=]\s))minus\s(?=[\d$€£₫\\]))?(?:\\?[$€£₫]\s?|us\$)?(?P<sign2>(?<=[$€£₫])[-−])?
     (?:
       \\[dt]?frac\{{(?P<top>\d{{1,30}})\}}\{{(?P<bottom>\d{{1,30}})\}}
       | (?<![\w.^])(?P<digits>{_DIGITS})
@@ -63,7 +64,7 @@ _NUMBER = Cued(
     )
     | (?<![\w-])(?P<sign3>negative\s)?(?P<words>(?:{_WORD})(?:(?:\s|-|\sand\s)(?:{_WORD})){{0,12}})(?![\w-])
     """,
-    words=("zero", "three", "fif", "six", "eight", "ten", "thirt", "hundred", "thousand"),
+    words=("minus", "zero", "three", "fif", "six", "eight", "ten", "thirt", "hundred", "thousand"),
     where={
         "ve": ("negative", "five", "seven", "eleven", "twelve"),
         "ne": ("one", "nine"),

@@ -116,22 +116,24 @@ _STATEMENT_SOURCE = r"""
             | \s(?:is|are|was|(?:would|should|must|will|could|may|might|can|has\ to)(?:\s\w{2,10}ly)?\ be)\b[:：]?)
     | (?:correct|right|best|false|true|incorrect|final|accurate|appropriate)\s
         (?:option|choice|statement|one|letter|number)s?\s?(?:\s(?:is|are|would\ be)\b[:：]?|[:：])
-    | (?:đáp\ án|câu\ trả\ lời|trả\ lời|phương\ án|lựa\ chọn|kết\ luận|kết\ quả)
+    | (?<!từng\ )(?<!các\ )(?<!những\ )(?<!mỗi\ )(?<!bốn\ )
+        (?:đáp\ án|câu\ trả\ lời|trả\ lời|phương\ án|lựa\ chọn|kết\ luận|kết\ quả)
         (?:\s(?:đúng(?:\ nhất)?|chính\ xác|cuối\ cùng|phù\ hợp|nhất)){0,3}(?:\scủa\ [^.\n:]{1,60}?)?
         \s?[*_]{0,3}(?:\slà\b[:：]?|[:：])
     | (?:choose|pick|select|go\ with)\s(?:option\s|answer\s)?(?=[*(\["]{0,3}[a-h]\b)
     | answer\s(?=["“'(\[*]{0,2}(?:\$?\d|[a-h]\b|yes\b|no\b))
     | (?:đáp\ án|phương\ án|chọn)\s(?=[*(\["]{0,3}[a-h]\b)
-    | (?:actually|correction|wait|sorry|rather|i\ mean|on\ second\ thought|thực\ ra|đúng\ ra|nhầm|sửa\ lại)
+    | (?:actually|correction|wait|sorry|rather|i\ mean|on\ second\ thought|thực\ ra|đúng\ ra|nhầm|sửa\ lại
+        |xin\ lỗi|à\ không)
         [,:;.!]{0,3}\s(?:no,?\s)?(?:the\ (?:correct\ )?answer\s|it|that|this|nó)?
-        (?:\s?(?:is|'s|should\ be|must\ be)|\s(?:phải\ )?là)\b
+        (?:\s?(?:is|'s|should\ be|must\ be)|\s?(?:phải\ )?là)\b
     | (?:approaches|factors|reasons|statements|options|choices)\sare\b(?=\s?:?\s?\(?[a-h]\b)
     )
     """
 _STATES = (
     *("answer", "solution", "result", "correct", "right", "best", "false", "true", "incorrect", "final", "accurate"),
     *("appropriate", "đáp", "câu", "trả", "phương", "lựa", "kết", "choose", "pick", "select", "go with", "chọn"),
-    *("actually", "wait", "sorry", "rather", "i mean", "on second", "thực", "đúng", "nhầm", "sửa"),
+    *("actually", "wait", "sorry", "rather", "i mean", "on second", "thực", "đúng", "nhầm", "sửa", "xin lỗi", "à không"),
 )
 """What a statement begins with."""
 _STATE_SEVERAL = ("approaches", "factors", "reasons", "statements", "options", "choices")

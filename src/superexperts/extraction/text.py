@@ -40,6 +40,7 @@ _TURN = r"""
         (?:user|human|người\ dùng)\s?[:：]                               # a new turn
         | (?:new\ |next\ |another\ )?
           (?:question|problem|exercise|q|câu\ hỏi|câu|bài\ tập|bài)\s?\d{0,4}\s?\*{0,3}[:：]
+        | (?:question|problem|exercise|câu\ hỏi|câu|bài)\s\d{1,4}\s?\*{0,3}(?:[.)]\s|\n)    # ### Question 2
         | (?:instruction|input)s?\s?[:：]
         | (?:answer|trả\ lời)\ (?:the\ following|this|these|câu\ hỏi)\b
       )
@@ -160,7 +161,7 @@ def _turns(text: str, lower: str | None, start: int) -> list[tuple[int, int]]:
         found = [mark.span() for mark in marks]
     if lower is None:
         first, later, lines_of = _ANY_FIRST_TURN, _ANY_NEXT_TURN, text
-    elif ":" in text or "answer " in lower or "：" in text or "trả lời " in lower:
+    elif ":" in text or "\n#" in text or "answer " in lower or "：" in text or "trả lời " in lower:
         first, later, lines_of = _FIRST_TURN, _NEXT_TURN, lower
     else:
         return found

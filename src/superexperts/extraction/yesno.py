@@ -19,6 +19,8 @@ _IT_IS = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _NOT_SO = re.compile(r"(?:not|n't) (?:true|correct|the case|right)\b", re.IGNORECASE)
+_NOT_ALONE = re.compile(r"not\s?(?:[.,;!]|$)", re.IGNORECASE)
+_OF_COURSE = re.compile(r"[\s*\"']{0,4}(?:absolutely|definitely|certainly|of course|indeed|chắc chắn)\s?[*\"']{0,3}(?:[.,!]|$)", re.IGNORECASE)
 _MAYBE = re.compile(r"maybe\b|possibly\b", re.IGNORECASE)
 _YES = frozenset(("yes", "yeah", "yep", "true", "correct", "có", "đúng"))
 
@@ -30,8 +32,10 @@ def _yes_no(word: str) -> str:
 def yes_no_in(reading: Reading, tail: str) -> str | None:
     part = first_part(tail)
     lead = lead_end(part)
-    if _NOT_SO.match(part, lead):
+    if _NOT_SO.match(part, lead) or (lead and _NOT_ALONE.match(part, lead)):  # probably not
         return "no"
+    if _OF_COURSE.match(part):
+        return "yes"
     if NOT.match(part, lead) and (other := INSTEAD.search(part, lead)):
         rather = yes_no_in(reading, part[other.end() :])
         if rather is not None:
