@@ -20,7 +20,8 @@ from superexperts.config import ExtractConfig
 from superexperts.errors import DataError
 from superexperts.extract import extract, extract_folder
 from superexperts.extraction import RULES, number_value, read
-from superexperts.extraction.text import find_numbers, own_turn, sentences
+from superexperts.extraction.quantity import find_numbers
+from superexperts.extraction.text import own_turn, sentences
 from superexperts.stats import wilson
 
 Kind = Literal["choice", "number", "yesno"]

@@ -256,7 +256,7 @@ def first_option(reading: Reading) -> str | None:
     return value if len(words) <= 2 * length + 12 else None
 
 
-_SO = re.compile(r"[,;]\s(?:so|therefore|thus|hence|leaving|which\sleaves|nên|vậy)\b")
+_SO = re.compile(r"[,;]\s(?:(?:so|therefore|thus|hence|nên|vậy)\b|(?=leaving\b|which\sleaves\b))")
 _ILL = Gated(
     re.compile(r"\b(?:incorrect|wrong|if)\b"),
     ("incorrect", "wrong", "if"),

@@ -100,19 +100,46 @@ _CONCLUDES = re.compile(
 
 _NOT_RUN = re.compile(r"(?:return|print)\b")
 """Code that would say the answer if it were run."""
-_SMALL_WORDS = r"(?:and|or|of|in|to|for|from|with|by|at|on|the|an?|plus|minus|times|per|is|are|but|first|add|subtract|about)"
-_LAST_WORDS = re.compile(rf"(?:\s(?!{_SMALL_WORDS}\b)\w{{1,20}}){{0,2}}", re.IGNORECASE)
-_LEADS_ON = re.compile(rf"(?:\b{_SMALL_WORDS}(?<!is)(?<!are)\s|[-+*/×÷·(]\s?)$", re.IGNORECASE)
+_SMALL_WORDS = r"(?:and|or|of|in|to|for|from|with|by|at|on|the|an?|plus|minus|per|is|are|but|about)"
+_LAST_WORDS = re.compile(r"(?:[%)]|\.0{1,3})?(?:/\w{1,12})?(?:\s[\w'’-]{1,20}){0,4}")
+_LEADS_ON = re.compile(rf"(?:\b(?:{_SMALL_WORDS}(?<!is)(?<!are)|times|first|add|subtract)\s|[-+*/×÷·(]\s?)$", re.IGNORECASE)
+_LAST_SMALL = re.compile(rf"\s{_SMALL_WORDS}$", re.IGNORECASE)
+_SUM = re.compile(r"\d[^=]{0,200}=\s?(?:\$?<<[^<>]{1,200}>>)?$")
+"""Before the number that a sum comes to."""
 
 
-def _ends(sentence: str) -> bool:
-    """Whether a last sentence without a stop is whole: it concludes, and ends with a number and at most two words."""
+def _ends(reading: Reading, sentence: str) -> bool:
+    """Whether a last sentence without a stop is whole: it concludes, or is a sum, and ends with a number and few words."""
     cue = _CONCLUDES.match(sentence)
-    numbers = list(find_numbers(sentence)) if cue else []
-    if not cue or not numbers or _LAST_WORDS.fullmatch(sentence, numbers[-1][1]) is None:
+    if not cue and "=" not in sentence:
         return False
-    before = sentence[cue.end() : numbers[-1][0]]
-    return before.strip(" ,:") != "" and _LEADS_ON.search(before[-20:]) is None
+    numbers = list(find_numbers(sentence[-CONCLUSION:]))
+    if not numbers:
+        return False
+    sentence = sentence[-CONCLUSION:]
+    before, after = sentence[: numbers[-1][0]], sentence[numbers[-1][1] :]
+    if _LAST_WORDS.fullmatch(after) is None or _LAST_SMALL.search(after) or _fragment(reading, after):
+        return False
+    if cue:
+        return before[cue.end() :].strip(" ,:") != "" and _LEADS_ON.search(before[-20:]) is None
+    return _SUM.search(before) is not None
+
+
+def _broken(reading: Reading, sentence: str) -> bool:
+    """Whether a sentence stops in a word or after one that cannot be its last."""
+    if not sentence[-1].isalpha() or " " not in sentence:
+        return False
+    return _LAST_SMALL.search(sentence) is not None or _fragment(reading, sentence)
+
+
+def _fragment(reading: Reading, after: str) -> bool:
+    """Whether the last word is the beginning of one that the question or the answer holds, and no word of theirs."""
+    word = after.rpartition(" ")[2].lower()
+    if not word.isalpha():
+        return False
+    said = f" {normalise(reading.question[-CONCLUSION:])}{normalise(reading.text[-CONCLUSION:].rpartition(' ')[0])}"
+    beginning = " " + word.replace("y", "i")
+    return beginning in said and f"{beginning} " not in said
 
 
 def _is_asked(reading: Reading, words: str) -> bool:
@@ -127,11 +154,12 @@ def conclusion(reading: Reading) -> str | None:
     found = reading.ending
     if not found:
         return None
+    unfinished = cut_off(reading) or _broken(reading, found[-1])
     for place, sentence in enumerate(reversed(found[-3:])):
         words = normalise(sentence)
         if sentence.endswith("?") or (len(words) > 12 and _is_asked(reading, words)):
             return None
-        if cut_off(reading) and not (_CONCLUDES.match(sentence) if place else _ends(sentence)):
+        if unfinished and not (_CONCLUDES.match(sentence) if place else _ends(reading, sentence)):
             continue
         value = number_in(reading, sentence)
         if value is not None:
