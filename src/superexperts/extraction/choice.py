@@ -17,6 +17,7 @@ from .statements import (
     Reading,
     cut_off,
     first_part,
+    is_said_again,
     lead_end,
     statements,
 )
@@ -52,7 +53,7 @@ _ASIDE = Gated(
     ),
     (",", ";", "(", "rather", "instead", "opposed", "because", "chứ"),
 )
-_LABEL = re.compile(r"([A-Z]|\d{1,2})(?![\w'’%])(?!\.\d)")
+_LABEL = re.compile(r"([A-Z]|\d{1,2})(?![\w%]|['’]\w)(?!\.\d)")
 _SMALL_LABEL = re.compile(r"([a-h])(?:\s?[)\]}]|[.:](?:\s|$)|$)")
 _GOES_ON = re.compile(r"\s+(?:because|since|as|is|was|vì|là|with|for|đúng)\b")
 _GOES_ON_OR_NAME = re.compile(rf"{_GOES_ON.pattern}|\s+[A-Z]")
@@ -83,6 +84,8 @@ def label_at(reading: Reading, part: str, at: int) -> str | None:
         small = _SMALL_LABEL.match(part, at)
         if small is None or not (bracket or small.end() > small.end(1) or reading.text.strip() == small[1]):
             return None
+        if _joined(reading.labels.lower())[1].match(part, small.end(1)):
+            return NONE
         found = small
     label, after = found[1].upper(), part[found.end(1) :]
     marked = bracket or _MARK.match(after) is not None
@@ -195,7 +198,7 @@ def is_the_answer(reading: Reading) -> str | None:
     return NONE if len({value for value, _ in values}) > 1 else values[0][0] if values else None
 
 
-_LINE_LABEL = re.compile(r"[\s*\-•(\[]{0,8}(?:option\s)?([A-H])\s?[.):\]]", re.IGNORECASE)
+_LINE_LABEL = re.compile(r"[\s*\-•(\[]{0,8}(?:option\s)?([A-H])(?:\s?[.):\]]|\s[-–]\s)", re.IGNORECASE)
 
 
 _NEXT_LINE_LABEL = re.compile(rf"\n{_LINE_LABEL.pattern}", re.IGNORECASE)
@@ -247,15 +250,34 @@ def first_option(reading: Reading) -> str | None:
     """The first line is an option's text, or names just one in few words."""
     part = first_part(reading.text)
     words = normalise(part)
-    if not part or part.endswith("?") or _lists_options(reading):
+    if not part or part.endswith("?") or _NUMBERED.match(part) or _lists_options(reading):
         return None
     value = _option_in(reading, words)
     if not value or NOT_IN.search(part):
         return None
-    length = len(dict(reading.options)[value])
-    return value if len(words) <= 2 * length + 12 else None
+    if len(words) <= 2 * len(dict(reading.options)[value]) + 12:
+        return value
+    if not _restates(reading, part, value):
+        return None
+    others = [(_option_in(reading, normalise(sentence)), sentence) for sentence in reading.conclusion]
+    rival = any(other not in (None, NONE, value) and _restates(reading, sentence, other) for other, sentence in others)
+    return None if rival else value
 
 
+_LATER = re.compile(r"[,;(]")
+
+
+def _restates(reading: Reading, part: str, label: str) -> bool:
+    """Whether a sentence says the question's words, two at least, and the option, and nothing else: X is the capital."""
+    words, option = normalise(_LATER.split(part)[0]), dict(reading.options)[label]
+    if option not in words:
+        return False
+    said = [word for word in words.replace(option, " ").split() if len(word) > 3]
+    return len(said) > 1 and set(said) <= set(normalise(reading.question).split())
+
+
+_NUMBERED = re.compile(r"\(?1[).]\s")
+"""A first of several steps."""
 _SO = re.compile(r"[,;]\s(?:(?:so|therefore|thus|hence|nên|vậy)\b|(?=leaving\b|which\sleaves\b))")
 _ILL = Gated(
     re.compile(r"\b(?:incorrect|wrong|if)\b"),
@@ -268,6 +290,8 @@ _WEIGHED = Gated(
     ),
     ("not", "rather", "instead", "opposed", "chứ", "không"),
 )
+_BUT = re.compile(r"[,;]\s(?:but|nhưng)\s(?=.{0,80}\b(?:is|are|was|were|là)\b)")
+_ALSO = re.compile(r"\b(?:also|possible|could|might|may|close|cũng)\b")
 _BESIDE = re.compile(r"[,;]\s(?:with|while|whereas|unlike|al?though|though|còn|trong\skhi)\b")
 """What follows is said of others."""
 
@@ -276,7 +300,9 @@ def conclusion(reading: Reading) -> str | None:
     """The last sentence that names an option, if it names one and says no ill of it."""
     listed = _lists_options(reading)
     for place, sentence in enumerate(reversed(reading.conclusion[-2:])):
-        if (listed and _LINE_LABEL.match(sentence)) or (cut_off(reading) and (place == 0 or not CUE.match(sentence))):
+        if (listed and _LINE_LABEL.match(sentence)) or (
+            cut_off(reading) and (place == 0 or not (CUE.match(sentence) or is_said_again(reading, sentence))))
+        ):
             continue
         sentence = _SO.split(sentence)[-1]  # it can't be B or C, so it must be A
         aside = _WEIGHED.search(sentence)
@@ -296,6 +322,8 @@ def conclusion(reading: Reading) -> str | None:
         value = _option_in(reading, normalise(sentence))
         if value == NONE and (beside := _BESIDE.search(sentence)):
             value = _option_in(reading, normalise(sentence[: beside.start()]))
+        if value == NONE and (but := _BUT.search(sentence)) and not _ALSO.search(sentence, but.end()):
+            value = _option_in(reading, normalise(sentence[but.end() :]))
         if value:
             return value
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .statements import CONCLUSION, INSTEAD, NONE, NOT, REFUSAL, Reading, cut_off, first_part, lead_end, statements
+from .statements import CONCLUSION, INSTEAD, NONE, NOT, REFUSAL, Reading, cut_off, first_part, is_said_again, lead_end, statements
 from .quantity import find_numbers
 from .text import normalise
 
@@ -159,7 +159,9 @@ def conclusion(reading: Reading) -> str | None:
         words = normalise(sentence)
         if sentence.endswith("?") or (len(words) > 12 and _is_asked(reading, words)):
             return None
-        if unfinished and not (_CONCLUDES.match(sentence) if place else _ends(reading, sentence)):
+        if unfinished and not (
+            _CONCLUDES.match(sentence) or is_said_again(reading, sentence) if place else _ends(reading, sentence)
+        ):
             continue
         value = number_in(reading, sentence)
         if value is not None:

@@ -26,6 +26,7 @@ __all__ = [
     "Reading",
     "cut_off",
     "first_part",
+    "is_said_again",
     "lead_end",
     "statements",
 ]
@@ -139,7 +140,7 @@ _STATES = (
 _STATE_SEVERAL = ("approaches", "factors", "reasons", "statements", "options", "choices")
 _STATEMENT = Cued(_STATEMENT_SOURCE, _STATES, where={"are": _STATE_SEVERAL})
 # Of a text with a new line in front: a pattern that begins with one is fast. A can be a label, but of no number.
-_SHORT_STATEMENT = re.compile(r"\n\s{0,8}(?:Ans|Đ/A|ĐA|TL)\s?[:：.](?=\s)", re.IGNORECASE)
+_SHORT_STATEMENT = re.compile(r"[\n.!?]\s{0,8}(?:Ans|Đ/A|ĐA|TL)\s?[:：.](?=\s)", re.IGNORECASE)
 _SHORTEST_STATEMENT = re.compile(r"\n\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：](?=\s)")
 _HEADING = re.compile(
     r"\n[#*\s]{1,8}(?:final\s|correct\s)?(?:answer|response|đáp\sán|trả\slời)[*:：]{0,4}\s*\n", re.IGNORECASE
@@ -226,6 +227,12 @@ def first_part(tail: str) -> str:
 CUE = re.compile(
     r"\b(?:so|therefore|thus|hence|then|overall|vì\ vậy|do\ đó|vậy|nên)\b[\s,:]{0,3}", re.IGNORECASE | re.VERBOSE
 )
+
+
+def is_said_again(reading: Reading, sentence: str) -> bool:
+    """Whether an answer stops in the middle of saying this sentence once more."""
+    last = reading.ending[-1]
+    return sentence.startswith(last) and 2 * len(last) > len(sentence)
 
 
 def cut_off(reading: Reading) -> bool:

@@ -36,11 +36,12 @@ _ANY_TEMPLATE = re.compile(
 _TEMPLATE = re.compile(_ANY_TEMPLATE.pattern.replace("INST", "inst"))  # of what is in lower case
 _TOKEN_END = re.compile(r">(?<=[|｜sSſnN]>)")
 _TURN = r"""
-    [\s>*\#\-\[]{0,12}+(?=[uhnqpecbiat])(?:
+    [\s>*\#\-\[]{0,12}+(?=[uhnqpecbiatv])(?:
         (?:user|human|người\ dùng)\s?[:：]                               # a new turn
         | (?:new\ |next\ |another\ )?
           (?:question|problem|exercise|q|câu\ hỏi|câu|bài\ tập|bài)\s?\d{0,4}\s?\*{0,3}[:：]
         | (?:question|problem|exercise|câu\ hỏi|câu|bài)\s\d{1,4}\s?\*{0,3}(?:[.)]\s|\n)    # ### Question 2
+        | (?:example|ví\ dụ)\s\d{1,3}\s?\*{0,3}[:：]
         | (?:instruction|input)s?\s?[:：]
         | (?:answer|trả\ lời)\ (?:the\ following|this|these|câu\ hỏi)\b
       )
@@ -173,7 +174,7 @@ def _turns(text: str, lower: str | None, start: int) -> list[tuple[int, int]]:
 
 
 # A stop and the blanks after it, or new lines; that it begins with a set of characters makes it fast.
-_SENTENCE_END = re.compile(r"[.!?。\n](?:(?<=[.!?。])(?<![\s(\[*][A-Z]\.)(?<!\n\d\.)[\"'”’)\]]{0,3}\s+|(?<=\n)\n*)")
+_SENTENCE_END = re.compile(r"[.!?。\n](?:(?<=[.!?。])(?:(?<![\s(\[*][A-Z]\.)|(?=\s(?:That|So|Therefore|Thus|Hence)\b))(?<!\n\d\.)[\"'”’)\]]{0,3}\s+|(?<=\n)\n*)")
 
 
 def sentences(text: str) -> list[str]:

@@ -14,7 +14,7 @@ _YES_NO = re.compile(
 _ACCORDING = re.compile(r"(?:according to|based on|as per|theo)\b[^,.]{1,80},\s", re.IGNORECASE)
 _SAID = re.compile(rf"[\"'“*]{{0,3}}({_WORDS})\b(?=[\"'”*]{{0,3}}[,.;:!]|\s?$)", re.IGNORECASE)
 _IT_IS = re.compile(
-    r"\b(?:the\ (?:statement|claim)|it|this|that|điều\ này|nhận\ định\ này)\s(?:is|was|là)\s"
+    r"\b(?:the\ (?:statement|claim)|it|this|that|(?:điều|câu|phát\ biểu|mệnh\ đề|nhận\ định)\ (?:này|trên))\s(?:is|was|là)\s"
     r"(true|false|(?:not\ |in)?correct|not\ true|đúng|sai)\b",
     re.IGNORECASE | re.VERBOSE,
 )
