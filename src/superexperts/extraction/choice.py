@@ -301,7 +301,7 @@ def conclusion(reading: Reading) -> str | None:
     listed = _lists_options(reading)
     for place, sentence in enumerate(reversed(reading.conclusion[-2:])):
         if (listed and _LINE_LABEL.match(sentence)) or (
-            cut_off(reading) and (place == 0 or not (CUE.match(sentence) or is_said_again(reading, sentence))))
+            cut_off(reading) and (place == 0 or not (CUE.match(sentence) or is_said_again(reading, sentence)))
         ):
             continue
         sentence = _SO.split(sentence)[-1]  # it can't be B or C, so it must be A
