@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from .statements import CONCLUSION, INSTEAD, NONE, NOT, REFUSAL, Reading, cut_off, first_part, is_said_again, lead_end, statements
+from .expression import expression_value
 from .quantity import find_numbers
 from .text import normalise
 
@@ -86,10 +87,20 @@ def statement(reading: Reading) -> str | None:
             if other is None:
                 continue
             part = part[other.end() :]
-        value = number_in(reading, part)
+        value = stated(reading, part)
         if value is not None:
             return value
     return None
+
+
+_BEFORE = re.compile(r"(?:[\s:*≈~]|(?:approximately|about|equal to)\s)+")
+
+
+def stated(reading: Reading, part: str) -> str | None:
+    """The value of an expression that stands where the answer does, else its one number."""
+    before = _BEFORE.match(part)
+    value = expression_value(part[before.end() :] if before else part)
+    return number_in(reading, part) if value is None else value
 
 
 _CONCLUDES = re.compile(

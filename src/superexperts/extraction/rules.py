@@ -15,6 +15,7 @@ from typing import Final
 from . import choice, number, yesno
 from .statements import LAST_STATEMENTS, NONE, TAIL, Choices, Kind, Reading, first_part
 from .cued import lowered
+from .expression import expression_value
 from .quantity import find_numbers
 from .text import own_span, plain
 
@@ -31,7 +32,7 @@ def _read_marked(reading: Reading, inside: str) -> str | None:
     if reading.kind == "number":
         attempts = (
             lambda: number.statement(inner),
-            lambda: number.number_in(inner, first_part(inside)),
+            lambda: number.stated(inner, first_part(inside)),
             lambda: number.conclusion(inner),
         )
     elif reading.kind == "yesno":
@@ -92,6 +93,7 @@ def _hashes(reading: Reading) -> str | None:
         if reading.kind == "number":
             first = next(find_numbers(line), None)
             value = first[2] if first and not re.search(r"\w", line[: first[0]]) else None
+            value = expression_value(line) or value
         else:
             value = (
                 yesno.yes_no_in(reading, line) if reading.kind == "yesno" else choice.label_at(reading, line.strip(), 0)
