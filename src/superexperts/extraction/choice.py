@@ -30,7 +30,7 @@ def choice_in(reading: Reading, tail: str) -> str | None:
     if not part:
         return None
     lead = lead_end(part)
-    rest = part[lead :]
+    rest = part[lead:]
     if REFUSAL.match(rest):
         return _refusing_option(reading, normalise(rest)) or NONE
     if NOT.match(rest):
@@ -237,7 +237,7 @@ def first_label(reading: Reading) -> str | None:
         return None
     lead = lead_end(part)
     if REFUSAL.match(part, lead):
-        return _refusing_option(reading, normalise(part[lead :])) or NONE
+        return _refusing_option(reading, normalise(part[lead:])) or NONE
     if NOT.match(part, lead):
         return choice_in(reading, part)
     if len(set(_INLINE_LABEL.findall(part))) > 2:
@@ -253,7 +253,7 @@ def first_option(reading: Reading) -> str | None:
     if not part or part.endswith("?") or _NUMBERED.match(part) or _lists_options(reading):
         return None
     value = _option_in(reading, words)
-    if not value or NOT_IN.search(part):
+    if not value or NOT_IN.search(part) or _SAID_WRONG.search(part):
         return None
     if len(words) <= 2 * len(dict(reading.options)[value]) + 12:
         return value
@@ -268,7 +268,7 @@ _LATER = re.compile(r"[,;(]")
 
 
 def _restates(reading: Reading, part: str, label: str) -> bool:
-    """Whether a sentence says the question's words, two at least, and the option, and nothing else: X is the capital."""
+    """Whether a sentence says two of the question's words or more, the option, and nothing else: X is the capital."""
     words, option = normalise(_LATER.split(part)[0]), dict(reading.options)[label]
     if option not in words:
         return False
@@ -276,6 +276,7 @@ def _restates(reading: Reading, part: str, label: str) -> bool:
     return len(said) > 1 and set(said) <= set(normalise(reading.question).split())
 
 
+_SAID_WRONG = Gated(re.compile(r"\b(?:is|are|was|là)\s(?:incorrect|wrong|sai)\b"), ("incorrect", "wrong", "sai"))
 _NUMBERED = re.compile(r"\(?1[).]\s")
 """A first of several steps."""
 _SO = re.compile(r"[,;]\s(?:(?:so|therefore|thus|hence|nên|vậy)\b|(?=leaving\b|which\sleaves\b))")
@@ -331,7 +332,7 @@ def conclusion(reading: Reading) -> str | None:
 
 def only_option(reading: Reading) -> str | None:
     """A short answer in which the text of one option stands and that of no other."""
-    if len(reading.text) > 400 or _lists_options(reading):
+    if len(reading.text) > 400 or _lists_options(reading) or _SAID_WRONG.search(reading.text):
         return None
     words = normalise(reading.text)
     value = _option_in(reading, words)

@@ -42,12 +42,10 @@ class Gated:
 
     def search(self, text: str) -> re.Match[str] | None:
         """What the pattern's `search` gives."""
-        if text.isascii():
-            words, lower = self._ascii, text.lower()
-        else:
-            words, lower = self._words, lowered(text)
-            if lower is None:
-                return self._search(text)
+        lower = lowered(text)
+        if lower is None:
+            return self._search(text)
+        words = self._ascii if lower.isascii() else self._words
         for word in words:
             if word in lower:
                 return self._search(text)
@@ -65,7 +63,11 @@ class Cued:
     """
 
     def __init__(
-        self, source: str, words: Sequence[str], marks: str | None = None, where: Mapping[str, Sequence[str]] | None = None
+        self,
+        source: str,
+        words: Sequence[str],
+        marks: str | None = None,
+        where: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """The cues are `words`, what the pattern `marks` finds, and those that need not be looked for but `where`
         something stands: a part that they share, or what follows them."""

@@ -7,21 +7,26 @@ commands, with small powers. So no timer is needed, which it would set with sign
 
 from __future__ import annotations
 
+import decimal
 import functools
 import logging
 import math
+import operator
 import re
 import threading
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["LONGEST", "expression_value"]
+from .quantity import find_numbers, number_value
 
-LONGEST = 160
+__all__ = ["LONGEST", "exact_value", "expression_value"]
+
+LONGEST = 100
 """Characters of an expression."""
 _DEEPEST = 6  # brackets in one another
 _LARGEST_POWER = 100  # all exponents multiplied
+_PI = Decimal("3.14159265358979323846264338328")
 _DIGITS = 15  # of a value that is no fraction
 
 # What a plain number does not hold: a command that computes, a power, a product or a sum. A difference may be a range.
@@ -33,14 +38,18 @@ _PLAIN_NUMBER = re.compile(
 )
 """What `find_numbers` reads as one number."""
 _WRAPPING = re.compile(
-    r"\\(?:left|right|displaystyle|[,!;:() ])|\\[\[\]]|~|\$|(?<=\d)\{,\}(?=\d{3})|\\(?:text|mathrm|mbox|textbf)\{[^{}]{0,40}\}"
-    r"|\^(?:\\circ|\{\\circ\})|\\?%|\s*\.\s*$"
+    r"\\(?:left|right|displaystyle|[,!;:() ])|\\[\[\]]|~|\$|(?<=\d)\{,\}(?=\d{3})"
+    r"|\\(?:text|mathrm|mbox|textbf)\{[^{}]{0,40}\}(?:\^\d|\^\{\d\})?|\^(?:\\circ|\{\\circ\})|\\?%|\s*\.\s*$"
 )
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _TIMES = re.compile(r"(?<=\d)\sx\s(?=\d)")
 _SAME = str.maketrans({"×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "−": "-", "–": "-", "*": r"\cdot "})
-_ALLOWED = re.compile(r"(?:\d{1,15}(?:\.\d{1,15})?|\.\d{1,15}|\\(?:[dtc]?frac|sqrt|cdot|times|div|pi)(?![a-z])|[-+/^(){}\[\]\s])+")
-_EXPONENT = re.compile(r"\^\s?(?:\{\s?-?(\d{1,3})\s?\}|\(\s?-?(\d{1,3})\s?\)|(\d)|\{\s?-?(?:\\[dt]?frac\{\d\}\{\d\}|\d/\d)\s?\})")
+_ALLOWED = re.compile(
+    r"(?:\d{1,15}(?:\.\d{1,15})?|\.\d{1,15}|\\(?:[dtc]?frac|sqrt|cdot|times|div|pi)(?![a-z])|[-+/^(){}\[\]\s])+"
+)
+_EXPONENT = re.compile(
+    r"\^\s?(?:\{\s?-?(\d{1,3})\s?\}|\(\s?-?(\d{1,3})\s?\)|(\d)|\{\s?-?(?:\\[dt]?frac\{\d\}\{\d\}|\d/\d)\s?\})"
+)
 _TOWER = re.compile(r"\^\s?(?:\d|[{(][^{}()]*[})])\s*\^")
 _LOCK = threading.Lock()  # the parser keeps what it learns of its grammar in one place
 
@@ -50,7 +59,10 @@ def expression_value(text: str) -> str | None:
 
     None where it is one plain number, or has no one real value. Of an equation the last side is the expression.
     """
-    if not any(sign in text for sign in _SIGNS):  # most
+    for sign in _SIGNS:
+        if sign in text:
+            break
+    else:  # as in most
         return None
     latex = text.rpartition("=")[2]
     if len(latex) > 2 * LONGEST or not _SIGN.search(latex):
@@ -61,6 +73,16 @@ def expression_value(text: str) -> str | None:
     return _value(latex)
 
 
+def exact_value(text: str) -> Fraction | None:
+    """The value of a text that is one number, in figures or LaTeX, or an expression; None for anything else."""
+    plain = number_value(text)
+    if plain is not None or not any(map(str.isdigit, text)):
+        return plain
+    bare = text.strip(" $")
+    found = list(find_numbers(bare)) if _PLAIN_NUMBER.fullmatch(bare) else []
+    return number_value(found[0][2] if len(found) == 1 else expression_value(text) or "")
+
+
 def _bare(text: str) -> str:
     """The text without what only sets it, units and marks of thousands."""
     return _THOUSANDS.sub("", _TIMES.sub("×", _WRAPPING.sub(" ", text))).translate(_SAME).strip()
@@ -68,7 +90,7 @@ def _bare(text: str) -> str:
 
 def _harmless(latex: str) -> bool:
     """Whether a text is a short expression of numbers whose value is not large."""
-    if not 0 < len(latex) <= LONGEST or not _ALLOWED.fullmatch(latex) or not re.search(r"\d", latex):
+    if not 0 < len(latex) <= LONGEST or not _ALLOWED.fullmatch(latex) or not re.search(r"\d|\\pi", latex):
         return False
     depth = deepest = 0
     for character in latex:
@@ -93,24 +115,70 @@ def _parser() -> Any:
 
 
 def _value(latex: str) -> str | None:
-    with _LOCK:
+    with _LOCK, decimal.localcontext(decimal.Context(prec=30)) as context:
         try:
             parsed = _parser()(f"${latex}$")
-            value = parsed[0].doit() if parsed else None
-            if value is None or value.is_real is not True or value.is_finite is not True:
+            value = _evaluated(parsed[0]) if parsed else None
+            if value is None:
                 return None
-            return _written(value, latex)
+            if isinstance(value, Decimal):
+                context.prec = _DIGITS
+                text = format(+value, "f")
+            else:
+                text = _short(value) if "." in latex else str(value)
         except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError):
-            return None  # a table, a set, an equation, or what sympy has no value for
-
-
-def _written(value: Any, latex: str) -> str | None:
-    if "." in latex and value.is_rational is not True:  # a decimal became a float: it is short, and meant exactly
-        value = Decimal(str(value.evalf(_DIGITS))).normalize()
-        text = format(value, "f")
-    elif value.is_Rational:
-        exact = Fraction(int(value.p), int(value.q))
-        text = str(exact)
-    else:
-        text = format(Decimal(str(value.evalf(_DIGITS))), "f")
+            return None  # a table, a set, an equation, or what has no value
     return text if len(text) <= 400 else None
+
+
+def _short(value: Fraction) -> str:
+    """A decimal where that is exact, else the fraction."""
+    exact = Decimal(value.numerator) / value.denominator
+    return format(exact, "f") if Fraction(exact) == value else str(value)
+
+
+def _evaluated(node: Any) -> Fraction | Decimal:
+    """The value of a tree that sympy has not evaluated, exact where no root or pi is in it.
+
+    sympy's own evaluation looks for simple forms first, which took minutes for some expressions of 100 characters.
+    """
+    if node.is_Rational:
+        return Fraction(int(node.p), int(node.q))
+    if node.is_Float:
+        return Fraction(str(node))
+    if node.is_Pow:
+        return _power(_evaluated(node.base), _evaluated(node.exp))
+    if node.is_Add or node.is_Mul:
+        values = [_evaluated(part) for part in node.args]
+        if any(isinstance(value, Decimal) for value in values):
+            values = [_decimal(value) for value in values]
+        return functools.reduce(operator.add if node.is_Add else operator.mul, values)
+    if str(node) == "pi":
+        return _PI
+    raise TypeError(f"{node} is no arithmetic")
+
+
+def _decimal(value: Fraction | Decimal) -> Decimal:
+    return value if isinstance(value, Decimal) else Decimal(value.numerator) / value.denominator
+
+
+def _power(base: Fraction | Decimal, power: Fraction | Decimal) -> Fraction | Decimal:
+    if not isinstance(power, Fraction) or max(abs(power.numerator), power.denominator) > _LARGEST_POWER:
+        raise ValueError("no small power")
+    if power.denominator == 1:
+        return base**power.numerator
+    if base < 0:
+        raise ValueError("no real root")
+    root = _decimal(base) ** (1 / Decimal(power.denominator))
+    if isinstance(base, Fraction):
+        exact = Fraction(
+            _nearest(base.numerator, power.denominator), _nearest(base.denominator, power.denominator) or 1
+        )
+        if exact**power.denominator == base:
+            return exact**power.numerator
+    return root**power.numerator
+
+
+def _nearest(value: int, degree: int) -> int:
+    """The whole number next to a root, if the number is no longer than the digits that are computed with."""
+    return int((Decimal(value) ** (1 / Decimal(degree))).to_integral_value())

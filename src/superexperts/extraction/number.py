@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import re
 
-from .statements import CONCLUSION, INSTEAD, NONE, NOT, REFUSAL, Reading, cut_off, first_part, is_said_again, lead_end, statements
 from .expression import expression_value
 from .quantity import find_numbers
+from .statements import (
+    CONCLUSION,
+    INSTEAD,
+    NONE,
+    NOT,
+    REFUSAL,
+    Reading,
+    cut_off,
+    first_part,
+    is_said_again,
+    lead_end,
+    statements,
+)
 from .text import normalise
 
 _OF = re.compile(r"[^\d,;&]{0,60}\b(?:out of|of|per|in|every|for|from|after|over|each|than|at|on|within|by|during)\b")
@@ -113,14 +125,16 @@ _NOT_RUN = re.compile(r"(?:return|print)\b")
 """Code that would say the answer if it were run."""
 _SMALL_WORDS = r"(?:and|or|of|in|to|for|from|with|by|at|on|the|an?|plus|minus|per|is|are|but|about)"
 _LAST_WORDS = re.compile(r"(?:[%)]|\.0{1,3})?(?:/\w{1,12})?(?:\s[\w'’-]{1,20}){0,4}")
-_LEADS_ON = re.compile(rf"(?:\b(?:{_SMALL_WORDS}(?<!is)(?<!are)|times|first|add|subtract)\s|[-+*/×÷·(]\s?)$", re.IGNORECASE)
+_LEADS_ON = re.compile(
+    rf"(?:\b(?:{_SMALL_WORDS}(?<!is)(?<!are)|times|first|add|subtract)\s|[-+*/×÷·(]\s?)$", re.IGNORECASE
+)
 _LAST_SMALL = re.compile(rf"\s{_SMALL_WORDS}$", re.IGNORECASE)
 _SUM = re.compile(r"\d[^=]{0,200}=\s?(?:\$?<<[^<>]{1,200}>>)?$")
 """Before the number that a sum comes to."""
 
 
 def _ends(reading: Reading, sentence: str) -> bool:
-    """Whether a last sentence without a stop is whole: it concludes, or is a sum, and ends with a number and few words."""
+    """Whether a last sentence without a stop is whole: a conclusion or a sum that ends with a number and few words."""
     cue = _CONCLUDES.match(sentence)
     if not cue and "=" not in sentence:
         return False
@@ -148,7 +162,11 @@ def _fragment(reading: Reading, after: str) -> bool:
     word = after.rpartition(" ")[2].lower()
     if not word.isalpha():
         return False
-    said = f" {normalise(reading.question[-CONCLUSION:])}{normalise(reading.text[-CONCLUSION:].rpartition(' ')[0])}"
+    question, text = reading.question[-CONCLUSION:], reading.text[-CONCLUSION:].rpartition(" ")[0]
+    raw = f"{question} {text} ".lower()
+    if f" {word} " in raw or word not in raw:  # most
+        return False
+    said = f" {normalise(question)}{normalise(text)}"
     beginning = " " + word.replace("y", "i")
     return beginning in said and f"{beginning} " not in said
 

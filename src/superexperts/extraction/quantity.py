@@ -43,7 +43,7 @@ _WORD = "|".join([*_WORDS, *_SCALES])
 
 # With commas, LaTeX's too; with two points or more, which can only part thousands; without either.
 _DIGITS = (
-    r"\d{1,3}(?=[,.{\\])(?:(?:(?:,|\{,\}|\\,|,\\!)\d{3}){1,9}(?!\d)(?:\.\d{1,30})?|(?:\.\d{3}){2,9}(?![\d.]\d))"
+    r"\d{1,3}(?=[,.{\\])(?:(?:(?:,|\{,\}|\\,|,\\![ ]?)\d{3}){1,9}(?!\d)(?:\.\d{1,30})?|(?:\.\d{3}){2,9}(?![\d.]\d))"
     r"|\d{1,30}(?!\d)(?:\.\d{1,30})?|\.\d{1,30}"
 )
 _NUMBER = Cued(
@@ -64,12 +64,12 @@ _NUMBER = Cued(
     )
     | (?<![\w-])(?P<sign3>negative\s)?(?P<words>(?:{_WORD})(?:(?:\s|-|\sand\s)(?:{_WORD})){{0,12}})(?![\w-])
     """,
-    words=("minus", "zero", "three", "fif", "six", "eight", "ten", "thirt", "hundred", "thousand"),
+    words=("minus", "zero", "four", "three", "fif", "six", "eight", "ten", "thirt", "hundred", "thousand"),
     where={
         "ve": ("negative", "five", "seven", "eleven", "twelve"),
         "ne": ("one", "nine"),
         "tw": ("two", "twent"),
-        "fo": ("four", "fort"),
+        "for": ("fort",),
         "ion": ("million", "billion"),
         "$": ("us$",),
     },
@@ -99,6 +99,8 @@ def find_numbers(text: str) -> Iterator[Quantity]:
             elif power:
                 value = _plain_decimal(Fraction(value) * Fraction(10) ** int(power.replace("−", "-")))
             if found["over"]:
+                if not int(found["over"]):
+                    continue
                 value += f"/{found['over']}"
             if found["scale"]:
                 value = _plain_decimal(Fraction(value) * _SCALES[found["scale"].lower()])
@@ -109,7 +111,7 @@ def find_numbers(text: str) -> Iterator[Quantity]:
         yield found.start(), found.end(), _canonical(value)
 
 
-_UNMARKED = re.compile(r"[,{}\\!]")
+_UNMARKED = re.compile(r"[,{}\\! ]")
 
 
 def _from_words(words: str) -> int:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Final
 
 from . import choice, number, yesno
-from .statements import LAST_STATEMENTS, NONE, TAIL, Choices, Kind, Reading, first_part
 from .cued import lowered
 from .expression import expression_value
 from .quantity import find_numbers
+from .statements import LAST_STATEMENTS, NONE, TAIL, Choices, Kind, Reading, first_part
 from .text import own_span, plain
 
 __all__ = ["RULES", "Rule", "read"]
@@ -134,7 +134,8 @@ RULES: Final = (
 """Tried from top to bottom; the first that has an opinion decides."""
 
 _BY_KIND: Final = {
-    kind: tuple((rule.name, rule.read) for rule in RULES if kind in rule.kinds) for kind in ("choice", "yesno", "number")
+    kind: tuple((rule.name, rule.read) for rule in RULES if kind in rule.kinds)
+    for kind in ("choice", "yesno", "number")
 }
 
 

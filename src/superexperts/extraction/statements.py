@@ -134,7 +134,20 @@ _STATEMENT_SOURCE = r"""
 _STATES = (
     *("answer", "solution", "result", "correct", "right", "best", "false", "true", "incorrect", "final", "accurate"),
     *("appropriate", "đáp", "câu", "trả", "phương", "lựa", "kết", "choose", "pick", "select", "go with", "chọn"),
-    *("actually", "wait", "sorry", "rather", "i mean", "on second", "thực", "đúng", "nhầm", "sửa", "xin lỗi", "à không"),
+    *(
+        "actually",
+        "wait",
+        "sorry",
+        "rather",
+        "i mean",
+        "on second",
+        "thực",
+        "đúng",
+        "nhầm",
+        "sửa",
+        "xin lỗi",
+        "à không",
+    ),
 )
 """What a statement begins with."""
 _STATE_SEVERAL = ("approaches", "factors", "reasons", "statements", "options", "choices")

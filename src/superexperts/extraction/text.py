@@ -24,7 +24,9 @@ _NOISE = re.compile(
 _VULGAR = re.compile("[½⅓⅔¼¾⅕-⅞]")
 
 # All others are composed as they are, whatever stands before them.
-_COMPOSES = re.compile("[^\x00-\u02ff\u1e00-\u1eff\u2002-\u20cf\u2100-\u2125\u2190-\u2328\u232b-\u2a00\u3041-\u3098\u4e00-\u9fff\uff01-\uffee]")
+_COMPOSES = re.compile(
+    "[^\x00-\u02ff\u1e00-\u1eff\u2002-\u20cf\u2100-\u2125\u2190-\u2328\u232b-\u2a00\u3041-\u3098\u4e00-\u9fff\uff01-\uffee]"
+)
 _BLANKS = re.compile(r"\s\s{19,}")  # that it begins with a set of characters makes it fast
 _SIX_BLANKS = re.compile(r"\s\s{5}")
 LONGEST = 200_000  # characters; a reasoning model's 32,768 tokens are about 130,000
@@ -174,7 +176,9 @@ def _turns(text: str, lower: str | None, start: int) -> list[tuple[int, int]]:
 
 
 # A stop and the blanks after it, or new lines; that it begins with a set of characters makes it fast.
-_SENTENCE_END = re.compile(r"[.!?。\n](?:(?<=[.!?。])(?:(?<![\s(\[*][A-Z]\.)|(?=\s(?:That|So|Therefore|Thus|Hence)\b))(?<!\n\d\.)[\"'”’)\]]{0,3}\s+|(?<=\n)\n*)")
+_SENTENCE_END = re.compile(
+    r"[.!?。\n](?:(?<=[.!?。])(?:(?<![\s(\[*][A-Z]\.)|(?=\s(?:That|So|Therefore|Thus|Hence)\b))(?<!\n\d\.)[\"'”’)\]]{0,3}\s+|(?<=\n)\n*)"
+)
 
 
 def sentences(text: str) -> list[str]:
@@ -204,7 +208,7 @@ _FENCES = re.compile(r"```|</?\w{1,12}>")
 
 
 def last_sentences(text: str, count: int) -> list[str]:
-    """The last `count` or more of `sentences(text)`, or all where there are fewer; code fences and tags are ends of lines."""
+    """The last `count` or more of `sentences(text)`, or all; code fences and tags are ends of lines."""
     # No fence holds a blank and no sentence's end a letter: from a word on, all sentences but the first are the same.
     begin = _WORD_BEGINS.search(text, len(text) - 140 * count) if len(text) > 200 * count else None
     if begin is not None:

@@ -14,13 +14,16 @@ _YES_NO = re.compile(
 _ACCORDING = re.compile(r"(?:according to|based on|as per|theo)\b[^,.]{1,80},\s", re.IGNORECASE)
 _SAID = re.compile(rf"[\"'“*]{{0,3}}({_WORDS})\b(?=[\"'”*]{{0,3}}[,.;:!]|\s?$)", re.IGNORECASE)
 _IT_IS = re.compile(
-    r"\b(?:the\ (?:statement|claim)|it|this|that|(?:điều|câu|phát\ biểu|mệnh\ đề|nhận\ định)\ (?:này|trên))\s(?:is|was|là)\s"
-    r"(true|false|(?:not\ |in)?correct|not\ true|đúng|sai)\b",
+    r"\b(?:the\ (?:statement|claim)|it|this|that|(?:điều|câu|phát\ biểu|mệnh\ đề|nhận\ định)\ (?:này|trên))"
+    r"\s(?:is|was|là)\s(true|false|(?:not\ |in)?correct|not\ true|đúng|sai)\b",
     re.IGNORECASE | re.VERBOSE,
 )
 _NOT_SO = re.compile(r"(?:not|n't) (?:true|correct|the case|right)\b", re.IGNORECASE)
 _NOT_ALONE = re.compile(r"not\s?(?:[.,;!]|$)", re.IGNORECASE)
-_OF_COURSE = re.compile(r"[\s*\"']{0,4}(?:absolutely|definitely|certainly|of course|indeed|chắc chắn)\s?[*\"']{0,3}(?:[.,!]|$)", re.IGNORECASE)
+_OF_COURSE = re.compile(
+    r"[\s*\"']{0,4}(?:absolutely|definitely|certainly|of course|indeed|chắc chắn)\s?[*\"']{0,3}(?:[.,!]|$)",
+    re.IGNORECASE,
+)
 _MAYBE = re.compile(r"maybe\b|possibly\b", re.IGNORECASE)
 _YES = frozenset(("yes", "yeah", "yep", "true", "correct", "có", "đúng"))
 
