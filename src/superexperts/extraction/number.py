@@ -29,6 +29,7 @@ _TOTAL = re.compile(r"\b(?:total|altogether|in\ all|final|sum|tổng)\b", re.IGN
 _COPULA = re.compile(rf"{_TOTAL.pattern}|\b(?:is|are|was|were|be|equals?|là|còn)\b", re.IGNORECASE | re.VERBOSE)
 
 
+_JOINED = re.compile(r"\band\b|&|;")
 _SO = re.compile(r"\b(?:so|therefore|thus|hence)\b", re.IGNORECASE)
 _COMES_TO = re.compile(r"[^,;.]{0,40}(?<!that)(?<!which)\s(?:is|are|equals?|makes?|gives?)\s[^,;.]{0,20}")
 """Between the last two numbers: 3 miles a day for 4 days is 12 miles."""
@@ -37,14 +38,17 @@ _COMES_TO = re.compile(r"[^,;.]{0,40}(?<!that)(?<!which)\s(?:is|are|equals?|make
 def _result(sentence: str) -> str | None:
     """What a sum comes to: the number after the last "=". `NONE` where two sums that do not build on each other are
     joined by "and"."""
-    sides = [list(find_numbers(side)) for side in sentence[-CONCLUSION:].split("=")]
+    parts = sentence[-CONCLUSION:].split("=")
+    last = list(find_numbers(parts[-1]))
+    if len(last) > 1 and _UNDONE.fullmatch(parts[-1], last[0][1], last[1][0]):
+        return None
+    joined = _JOINED.search(parts[-2])
+    if last and not joined:  # most
+        return last[0][2]
+    sides = [list(find_numbers(side)) for side in parts[:-1]] + [last]
     results = [side[0][2] for side in sides[1:] if side]
-    if len(sides[-1]) > 1:
-        last = sentence.rpartition("=")[2]
-        if _UNDONE.fullmatch(last, sides[-1][0][1], sides[-1][1][0]):
-            return None
-    if len(results) > 1 and re.search(r"\band\b|&|;", sentence.rsplit("=", 2)[1]):
-        builds_on = (len(sides[-2]) > 1 and sides[-2][1][2] == results[-2]) or _SO.search(sentence.rsplit("=", 2)[1])
+    if len(results) > 1 and joined:
+        builds_on = (len(sides[-2]) > 1 and sides[-2][1][2] == results[-2]) or _SO.search(parts[-2])
         if not builds_on and results[-1] != results[-2]:
             return NONE
     return results[-1] if results else None

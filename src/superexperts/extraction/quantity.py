@@ -82,8 +82,16 @@ _NUMBER = Cued(
 def find_numbers(text: str) -> Iterator[Quantity]:
     """Every number of a text in order: digits with commas, signs, decimals, fractions, and English number words."""
     for found in _NUMBER.matches(text):
-        if found.lastgroup == "digits" and found[0].isdigit():  # most are, and the rest takes longer
-            yield found.start(), found.end(), found[0].lstrip("0") or "0"
+        if found.lastgroup == "digits":  # most are no more than that, and the rest takes longer
+            value = found["digits"]
+            if value.isdigit():
+                value = value.lstrip("0") or "0"
+            else:
+                value = _UNMARKED.sub("", value)
+                value = _canonical(value.replace(".", "") if value.count(".") > 1 else value)
+            if value != "0" and (found["sign"] or found["sign2"]):
+                value = f"-{value}"
+            yield found.start(), found.end(), value
             continue
         if found["words"]:
             value = str(_from_words(found["words"].lower()))
