@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import unicodedata
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from re._parser import parse as sre_parse  # type: ignore[import-not-found]
 from typing import Any, Literal
 
 import pytest
@@ -19,8 +22,10 @@ from superexperts.artifacts import Answer, Extraction, Score
 from superexperts.config import ExtractConfig
 from superexperts.errors import DataError
 from superexperts.extract import extract, extract_folder
-from superexperts.extraction import RULES, number_value, read
-from superexperts.extraction.text import find_numbers, own_turn, sentences
+from superexperts.extraction import RULES, number_value, plain, read, statements
+from superexperts.extraction import text as text_module
+from superexperts.extraction.quantity import find_numbers
+from superexperts.extraction.text import own_turn, sentences
 from superexperts.stats import wilson
 
 Kind = Literal["choice", "number", "yesno"]
@@ -130,6 +135,24 @@ CHOICE_CASES = [
     ("A) sand B) the ground C) a river D) oil", None),
     ("Statement (A) is correct. Statement (B) is also correct.", None),
     ("**Answer:**\n\n**Reasoning:**", None),
+    # options that are denied, ticked, listed, weighed, left over; what comes after a heading, and what is said again
+    ("Choice A, sand, is incorrect because it is dry.", None),
+    ("A. Sand is wrong.", None),
+    ("[ ] A\n[x] B\n[ ] C", "B"),
+    ("[A] sand. [B] the ground. [C] a river. [D] oil.", None),
+    ("Option A - sand - incorrect\nOption B - the ground - correct\nOption C - a river - incorrect", None),
+    ("So the answer is (b) or (c).", None),
+    ("answer = 'C'", "C"),
+    ("The answer is C.\n\n### Question 2\nWhere is oil found?\nAnswer: D", "C"),
+    ("It is not sand and not oil, and no river has it, leaving only the ground.", "B"),
+    ("Sand is dry, so not A. Oil is no place, so not D. That leaves C.", "C"),
+    ("Many people say a river, but clay is in the ground.", "B"),
+    ("Clay is dug from the ground, with oil and sand as by-products.", "B"),
+    ("Potters buy clay, and others do. Clay comes from the ground. Clay comes from the gro", "B"),
+    ("Clay does come from a river. Oil is found elsewhere, and sand is cheap.", "C"),
+    ("Chọn D. À không, phải là B.", "B"),
+    ("Đất sét có ở the ground, không phải a river.", "B"),
+    ("Clay is heavy. Ans: D", "D"),
 ]
 
 
@@ -194,6 +217,9 @@ YES_NO_CASES = [
     ("Yeah, it is.", "yes"),
     ("I would say no.", "no"),
     ("The answer is not yes but no.", "no"),
+    ("Probably not.", "no"),
+    ("Absolutely! It is well known.", "yes"),
+    ("Câu này là đúng.", "yes"),
     ("Có thể.", None),
     ("Không thể xác định.", None),
     ("Không biết.", None),
@@ -255,6 +281,19 @@ NUMBER_CASES = [
     ("The answer is 1.5e3.", "1500"),
     ("So the cost = 3 * 7", None),
     ("25% of 84 is 21.", "21"),
+    # the last line without a stop: a sum, a conclusion, and what breaks off
+    ("He has 7 books.\nThen add the new ones to find how many books he has: 7 + 14 = <<7+14=21>>21 books", "21"),
+    ("He has 7 books at first. So altogether he has 21 books", "21"),
+    ("He has 7 books at first. So altogether he has 7 plus 1", None),
+    ("He has 7 books at first. Linh brings 14 books from the libr", None),
+    ("Linh brings 14 of the", None),
+    ("He has 21 books. He has 21 books. He has 21 bo", "21"),
+    ("2.5 pages an hour for 8 hours is 20 pages", "20"),
+    ("He loses 3 x 8 = 24 and finds 10, so the change is -24 + 10 = -14.", "-14"),
+    ("The change is minus 14.", "-14"),
+    ("books = 7\nmore = 14\nprint(books + more)", None),
+    ("The answer is 1/0 million.", None),
+    ("Piet has 21 books.\n\nExample 2:\nEva has 2 books.", "21"),
     ("", None),
     ("How many?", None),
     ("Piet has 7 books. Linh brings 14 more. How many?", None),
@@ -298,6 +337,49 @@ def test_numbers_in_text(text: str, wanted: list[str]) -> None:
 )
 def test_number_value(text: str, wanted: Fraction | None) -> None:
     assert number_value(text) == wanted
+
+
+def test_recent_statements_are_the_last_of_all() -> None:
+    """A long text's last statements, which are looked for first, are those that a search of the whole finds."""
+    lowest, highest = sre_parse(statements._STATEMENT_SOURCE, re.VERBOSE).getwidth()
+    assert 0 < lowest < highest <= statements.LONGEST_STATEMENT
+    draw = random.Random(0)
+    pieces = [
+        "the answer to the",
+        " is B.",
+        "answer",
+        " (",
+        ") ",
+        "wait, ",
+        "it is ",
+        "x " * 40,
+        "correct option ",
+        ":",
+        "\n",
+    ]
+    for _ in range(300):
+        text = "".join(draw.choice(pieces) for _ in range(draw.randrange(20, 160)))
+        reading = statements.Reading("choice", text, "", LETTERS)
+        ends = [found.end() for found in statements._STATEMENT.matches(text)]
+        wanted = [text[end : end + statements.TAIL] for end in ends[: -statements.LAST_STATEMENTS - 1 : -1]]
+        assert not wanted or list(statements.statements(reading)) == wanted
+
+
+def test_what_is_not_composed_is_looked_at() -> None:
+    """All characters that the quick look passes over stay as they are, whatever stands before them."""
+    for point in [*range(0x80, 0x300), *range(0x1E00, 0x1F00), *range(0x2000, 0x2B00), *range(0x3000, 0x3100)]:
+        character = chr(point)
+        if not text_module._COMPOSES.search(character):
+            assert unicodedata.combining(character) == 0
+            assert unicodedata.is_normalized("NFC", f"a{character}")
+
+
+@pytest.mark.parametrize(
+    "text", ["a" + " " * 19 + "\n b", "a" + "\n " * 10 + "b", "x\t" * 30 + "\t" * 20, " " * 20, "\r" * 20]
+)
+def test_stretches_of_blanks(text: str) -> None:
+    assert not re.search(r"\s{20}", plain(text))
+    assert plain("a  b\n\n  c") == "a  b\n\n  c"
 
 
 def test_own_turn_and_sentences() -> None:

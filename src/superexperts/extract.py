@@ -19,7 +19,7 @@ from .audit import JudgeReport, audit_file, joined, judge_report
 from .config import MORE_TASKS, TASKS, ExtractConfig
 from .console import note
 from .errors import DataError
-from .extraction import number_value, read
+from .extraction import exact_value, number_value, read
 from .judge import Case, Judge, Verdict, open_judge
 from .original import raw_files, read_raw, task_of
 from .rundir import MANIFEST, completed, fingerprint, prepare_folder, read_json, write_json, write_manifest, write_text
@@ -58,7 +58,7 @@ def _right(answer: Answer, value: str) -> bool | None:
     if answer.kind == "number":
         if value == answer.gold:  # most are written alike, and numbers take time
             return True
-        gold = number_value(answer.gold)
+        gold = exact_value(answer.gold)
         return gold is not None and number_value(value) == gold
     return value.casefold() == answer.gold.casefold()
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import functools
 import re
 
+from .cued import Cued, Gated
 from .statements import (
     CONCLUSION,
     CUE,
     INSTEAD,
-    LEAD,
     NONE,
     NOT,
+    NOT_IN,
     REFUSAL,
     Reading,
     cut_off,
     first_part,
+    is_said_again,
+    lead_end,
     statements,
 )
-from .text import Cued, normalise
+from .text import normalise
 
 
 def choice_in(reading: Reading, tail: str) -> str | None:
@@ -26,15 +29,14 @@ def choice_in(reading: Reading, tail: str) -> str | None:
     part = first_part(tail)
     if not part:
         return None
-    lead = LEAD.match(part)
-    assert lead is not None
-    rest = part[lead.end() :]
+    lead = lead_end(part)
+    rest = part[lead:]
     if REFUSAL.match(rest):
         return _refusing_option(reading, normalise(rest)) or NONE
     if NOT.match(rest):
         other = INSTEAD.search(rest)
         return None if other is None else choice_in(reading, rest[other.end() :])
-    label = label_at(reading, part, lead.end())
+    label = label_at(reading, part, lead)
     if label is not None:
         return label
     value = _option_in(reading, normalise(part))
@@ -43,16 +45,22 @@ def choice_in(reading: Reading, tail: str) -> str | None:
 
 
 # What follows explains the answer, or weighs others against it.
-_ASIDE = re.compile(
-    r"[,;(]\s?(?:not|and\snot|but|which|al?though|though|even\sthough|while|whereas|because|since|as|vì|chứ)\b"
-    r"|\s(?:rather\sthan|instead\sof|as\sopposed\sto|because|chứ\skhông)\b",
-    re.IGNORECASE,
+_ASIDE = Gated(
+    re.compile(
+        r"[,;(]\s?(?:not|and\snot|but|which|al?though|though|even\sthough|while|whereas|because|since|as|vì|chứ)\b"
+        r"|\s(?:rather\sthan|instead\sof|as\sopposed\sto|because|chứ\skhông)\b",
+        re.IGNORECASE,
+    ),
+    (",", ";", "(", "rather", "instead", "opposed", "because", "chứ"),
 )
-_LABEL = re.compile(r"([A-Z]|\d{1,2})(?![\w'’%])(?!\.\d)")
+_LABEL = re.compile(r"([A-Z]|\d{1,2})(?![\w%]|['’]\w)(?!\.\d)")
 _SMALL_LABEL = re.compile(r"([a-h])(?:\s?[)\]}]|[.:](?:\s|$)|$)")
 _GOES_ON = re.compile(r"\s+(?:because|since|as|is|was|vì|là|with|for|đúng)\b")
 _GOES_ON_OR_NAME = re.compile(rf"{_GOES_ON.pattern}|\s+[A-Z]")
-_DENIED = re.compile(r"[)\]}*\"'.]{0,3}\s?(?:is|was|are)\s(?:not|incorrect|wrong|false)\b")
+_DENIED = re.compile(
+    r"[)\]}*\"'.]{0,3}(?:,\s[^,.;\n]{1,80},|\s?\([^()\n]{1,80}\))?\s?(?:is|was|are)\s(?:not|incorrect|wrong|false)\b"
+)
+_WRONG = re.compile(r"(?:is |was |are |là )?(?:also |clearly |therefore |definitely )?(?:incorrect|wrong|sai) ")
 _MARK = re.compile(r"\s?(?:[)\]}*_\"'.,:;`$\\!?—–-]|$|\()")
 
 
@@ -76,6 +84,8 @@ def label_at(reading: Reading, part: str, at: int) -> str | None:
         small = _SMALL_LABEL.match(part, at)
         if small is None or not (bracket or small.end() > small.end(1) or reading.text.strip() == small[1]):
             return None
+        if _joined(reading.labels.lower())[1].match(part, small.end(1)):
+            return NONE
         found = small
     label, after = found[1].upper(), part[found.end(1) :]
     marked = bracket or _MARK.match(after) is not None
@@ -89,6 +99,10 @@ def label_at(reading: Reading, part: str, at: int) -> str | None:
         return NONE
     if _DENIED.match(after):
         return None
+    if marked and ("wrong" in after or "incorrect" in after or "sai" in after):  # A. sand is wrong
+        words, text = normalise(after[:300]), dict(reading.options).get(label, "")
+        if text and words.startswith(text) and _WRONG.match(words, len(text)):
+            return None
     if known:
         return label
     return NONE if marked and label <= "H" else None
@@ -143,7 +157,10 @@ _IS_THE_ANSWER = Cued(
 )
 _NAMED_OPTION = r"(?:\b(?i:option|choice|answer|statement|đáp án|phương án|câu)\s|^|[(\[])[*(\[\"]{0,2}"
 _HEAD = re.compile(r"[,;:]\s(?:so|therefore|thus|hence|then|nên|but)\b|[;:]")
-_UNSURE = re.compile(r"\b(?:not|if|whether|nếu|không)\b|n't\b")
+_UNSURE = Gated(
+    re.compile(r"\b(?:not|if|whether|nếu|không)\b|n't\b"),
+    ("not", "if", "whether", "n't", "nếu", "không"),
+)
 _CHOSEN = re.compile(r"answer|choice|option|response|most|best|phương án|đáp án|câu trả lời|lựa chọn", re.IGNORECASE)
 
 
@@ -181,17 +198,23 @@ def is_the_answer(reading: Reading) -> str | None:
     return NONE if len({value for value, _ in values}) > 1 else values[0][0] if values else None
 
 
-_LINE_LABEL = re.compile(r"[\s*\-•(\[]{0,8}(?:option\s)?([A-H])\s?[.):\]]", re.IGNORECASE)
+_LINE_LABEL = re.compile(r"[\s*\-•(\[]{0,8}(?:option\s)?([A-H])(?:\s?[.):\]]|\s[-–]\s)", re.IGNORECASE)
 
 
 _NEXT_LINE_LABEL = re.compile(rf"\n{_LINE_LABEL.pattern}", re.IGNORECASE)
 
 
-_INLINE_LABEL = re.compile(r"(?:^|[\s(])([A-H])[.)]\s")
+_INLINE_LABEL = re.compile(r"(?:^|[\s(\[])([A-H])[.)\]]\s")
+_ABC = ["A", "B", "C"]
+_CHECKED = re.compile(r"\[\s?[xX✓✔]\s?\]\s?[*(\[]{0,3}([A-H])\b")
 
 
 def _lists_options(reading: Reading) -> bool:
-    """Whether the answer goes through the options one by one, each in a line of its own."""
+    """Whether the answer goes through the options one by one: each in a line of its own, or all in the first."""
+    if reading.text[:3].lstrip("([")[:1] == "A":
+        line = reading.text[:1000].partition("\n")[0]
+        if _INLINE_LABEL.findall(line)[:3] == _ABC:
+            return True
     if reading.text.count("\n") < 2:
         return False
     text = reading.text[:CONCLUSION]
@@ -206,51 +229,86 @@ _A_FOR_ANSWER = re.compile(r"A\s?[:：]\s?[*(\[]{0,3}(?=[A-H](?:[.)\]*]|\s*$))")
 
 def first_label(reading: Reading) -> str | None:
     """A label or an option's text at the very beginning: "B", "[B] because ...", "D, garage."."""
+    checked = set(_CHECKED.findall(reading.text)) if reading.text[:1] == "[" or "\n[" in reading.text else ()
+    if len(checked) == 1:  # [ ] A, [x] B
+        return str(*checked)
     part = first_part(reading.text)
     if not part or _lists_options(reading):
         return None
-    lead = LEAD.match(part)
-    assert lead is not None
-    if REFUSAL.match(part, lead.end()):
-        return _refusing_option(reading, normalise(part[lead.end() :])) or NONE
-    if NOT.match(part, lead.end()):
+    lead = lead_end(part)
+    if REFUSAL.match(part, lead):
+        return _refusing_option(reading, normalise(part[lead:])) or NONE
+    if NOT.match(part, lead):
         return choice_in(reading, part)
     if len(set(_INLINE_LABEL.findall(part))) > 2:
         return None
     short = _A_FOR_ANSWER.match(part)
-    return label_at(reading, part, short.end() if short else lead.end())
+    return label_at(reading, part, short.end() if short else lead)
 
 
 def first_option(reading: Reading) -> str | None:
     """The first line is an option's text, or names just one in few words."""
     part = first_part(reading.text)
     words = normalise(part)
-    if not part or part.endswith("?") or _lists_options(reading):
+    if not part or part.endswith("?") or _NUMBERED.match(part) or _lists_options(reading):
         return None
     value = _option_in(reading, words)
-    if not value or NOT.search(part):
+    if not value or NOT_IN.search(part) or _SAID_WRONG.search(part):
         return None
-    length = len(dict(reading.options)[value])
-    return value if len(words) <= 2 * length + 12 else None
+    if len(words) <= 2 * len(dict(reading.options)[value]) + 12:
+        return value
+    if not _restates(reading, part, value):
+        return None
+    others = [(_option_in(reading, normalise(sentence)), sentence) for sentence in reading.conclusion]
+    rival = any(other not in (None, NONE, value) and _restates(reading, sentence, other) for other, sentence in others)
+    return None if rival else value
 
 
-_SO = re.compile(r"[,;]\s(?:so|therefore|thus|hence|nên|vậy)\b")
-_ILL = re.compile(r"\b(?:incorrect|wrong|if)\b")
-_WEIGHED = re.compile(
-    r",\s(?:not|and\snot|rather\sthan|chứ\skhông)\b|\s(?:rather\sthan|instead\sof|as\sopposed\sto|chứ\skhông)\b"
+_LATER = re.compile(r"[,;(]")
+
+
+def _restates(reading: Reading, part: str, label: str) -> bool:
+    """Whether a sentence says two of the question's words or more, the option, and nothing else: X is the capital."""
+    words, option = normalise(_LATER.split(part)[0]), dict(reading.options)[label]
+    if option not in words:
+        return False
+    said = [word for word in words.replace(option, " ").split() if len(word) > 3]
+    return len(said) > 1 and set(said) <= set(normalise(reading.question).split())
+
+
+_SAID_WRONG = Gated(re.compile(r"\b(?:is|are|was|là)\s(?:incorrect|wrong|sai)\b"), ("incorrect", "wrong", "sai"))
+_NUMBERED = re.compile(r"\(?1[).]\s")
+"""A first of several steps."""
+_SO = re.compile(r"[,;]\s(?:(?:so|therefore|thus|hence|nên|vậy)\b|(?=leaving\b|which\sleaves\b))")
+_ILL = Gated(
+    re.compile(r"\b(?:incorrect|wrong|if)\b"),
+    ("incorrect", "wrong", "if"),
 )
+_WEIGHED = Gated(
+    re.compile(
+        r",\s(?:not|and\snot|rather\sthan|(?:chứ\s)?không\sphải|chứ\skhông)\b"
+        r"|\s(?:rather\sthan|instead\sof|as\sopposed\sto|chứ\skhông)\b"
+    ),
+    ("not", "rather", "instead", "opposed", "chứ", "không"),
+)
+_BUT = re.compile(r"[,;]\s(?:but|nhưng)\s(?=.{0,80}\b(?:is|are|was|were|là)\b)")
+_ALSO = re.compile(r"\b(?:also|possible|could|might|may|close|cũng)\b")
+_BESIDE = re.compile(r"[,;]\s(?:with|while|whereas|unlike|al?though|though|còn|trong\skhi)\b")
+"""What follows is said of others."""
 
 
 def conclusion(reading: Reading) -> str | None:
     """The last sentence that names an option, if it names one and says no ill of it."""
     listed = _lists_options(reading)
     for place, sentence in enumerate(reversed(reading.conclusion[-2:])):
-        if (listed and _LINE_LABEL.match(sentence)) or (cut_off(reading) and (place == 0 or not CUE.match(sentence))):
+        if (listed and _LINE_LABEL.match(sentence)) or (
+            cut_off(reading) and (place == 0 or not (CUE.match(sentence) or is_said_again(reading, sentence)))
+        ):
             continue
         sentence = _SO.split(sentence)[-1]  # it can't be B or C, so it must be A
         aside = _WEIGHED.search(sentence)
         sentence = sentence[: aside.start()] if aside else sentence
-        if sentence.endswith(("?", ":")) or NOT.search(sentence) or _ILL.search(sentence):
+        if sentence.endswith(("?", ":")) or NOT_IN.search(sentence) or _ILL.search(sentence):
             continue
         _, named, last_named = _named(reading.labels)
         labels = set(named.findall(sentence))
@@ -263,6 +321,10 @@ def conclusion(reading: Reading) -> str | None:
         if len(names) > 1:
             return None
         value = _option_in(reading, normalise(sentence))
+        if value == NONE and (beside := _BESIDE.search(sentence)):
+            value = _option_in(reading, normalise(sentence[: beside.start()]))
+        if value == NONE and (but := _BUT.search(sentence)) and not _ALSO.search(sentence, but.end()):
+            value = _option_in(reading, normalise(sentence[but.end() :]))
         if value:
             return value
     return None
@@ -270,7 +332,7 @@ def conclusion(reading: Reading) -> str | None:
 
 def only_option(reading: Reading) -> str | None:
     """A short answer in which the text of one option stands and that of no other."""
-    if len(reading.text) > 400 or _lists_options(reading):
+    if len(reading.text) > 400 or _lists_options(reading) or _SAID_WRONG.search(reading.text):
         return None
     words = normalise(reading.text)
     value = _option_in(reading, words)

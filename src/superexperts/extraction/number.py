@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import re
 
-from .statements import CONCLUSION, INSTEAD, LEAD, NONE, NOT, REFUSAL, Reading, cut_off, first_part, statements
-from .text import find_numbers, normalise
+from .expression import expression_value
+from .quantity import find_numbers
+from .statements import (
+    CONCLUSION,
+    INSTEAD,
+    NONE,
+    NOT,
+    REFUSAL,
+    Reading,
+    cut_off,
+    first_part,
+    is_said_again,
+    lead_end,
+    statements,
+)
+from .text import normalise
 
 _OF = re.compile(r"[^\d,;&]{0,60}\b(?:out of|of|per|in|every|for|from|after|over|each|than|at|on|within|by|during)\b")
 _ARITHMETIC = re.compile(r"\d\s?[*×x·/÷+−-]\s?\$?\(?\d")
@@ -15,20 +29,38 @@ _TOTAL = re.compile(r"\b(?:total|altogether|in\ all|final|sum|tổng)\b", re.IGN
 _COPULA = re.compile(rf"{_TOTAL.pattern}|\b(?:is|are|was|were|be|equals?|là|còn)\b", re.IGNORECASE | re.VERBOSE)
 
 
+_JOINED = re.compile(r"\band\b|&|;")
+_SO = re.compile(r"\b(?:so|therefore|thus|hence)\b", re.IGNORECASE)
+_COMES_TO = re.compile(r"[^,;.]{0,40}(?<!that)(?<!which)\s(?:is|are|equals?|makes?|gives?)\s[^,;.]{0,20}")
+"""Between the last two numbers: 3 miles a day for 4 days is 12 miles."""
+
+
 def _result(sentence: str) -> str | None:
     """What a sum comes to: the number after the last "=". `NONE` where two sums that do not build on each other are
     joined by "and"."""
-    sides = [list(find_numbers(side)) for side in sentence[-CONCLUSION:].split("=")]
+    parts = sentence[-CONCLUSION:].split("=")
+    last = list(find_numbers(parts[-1]))
+    if len(last) > 1 and _UNDONE.fullmatch(parts[-1], last[0][1], last[1][0]):
+        return None
+    joined = _JOINED.search(parts[-2])
+    if last and not joined:  # most
+        return last[0][2]
+    sides = [list(find_numbers(side)) for side in parts[:-1]] + [last]
     results = [side[0][2] for side in sides[1:] if side]
-    if len(sides[-1]) > 1:
-        last = sentence.rpartition("=")[2]
-        if _UNDONE.fullmatch(last, sides[-1][0][1], sides[-1][1][0]):
-            return None
-    if len(results) > 1 and re.search(r"\band\b|&|;", sentence.rsplit("=", 2)[1]):
-        builds_on = len(sides[-2]) > 1 and sides[-2][1][2] == results[-2]
+    if len(results) > 1 and joined:
+        builds_on = (len(sides[-2]) > 1 and sides[-2][1][2] == results[-2]) or _SO.search(parts[-2])
         if not builds_on and results[-1] != results[-2]:
             return NONE
     return results[-1] if results else None
+
+
+def _asked(reading: Reading) -> frozenset[str]:
+    """The numbers of the question."""
+    asked: frozenset[str] | None = reading.__dict__.get("asked")
+    if asked is None:
+        asked = frozenset(value for _, _, value in find_numbers(reading.question[-CONCLUSION:]))
+        reading.__dict__["asked"] = asked
+    return asked
 
 
 def number_in(reading: Reading, sentence: str) -> str | None:
@@ -40,10 +72,8 @@ def number_in(reading: Reading, sentence: str) -> str | None:
     numbers = list(find_numbers(bare))
     if not numbers:
         return None
-    if len(numbers) > 1:
-        asked = {value for _, _, value in find_numbers(reading.question[-CONCLUSION:])}
-        new = [number for number in numbers if number[2] not in asked]
-        numbers = new or numbers
+    if len({value for *_, value in numbers}) > 1:
+        numbers = [number for number in numbers if number[2] not in _asked(reading)] or numbers
     if len({value for *_, value in numbers}) == 1:
         return numbers[0][2]
     if re.search(r"\bbetween\b|\beither\b", bare):
@@ -53,7 +83,7 @@ def number_in(reading: Reading, sentence: str) -> str | None:
     _, end, value = numbers[0]
     share = "/" in value or bare[end : end + 1] == "%"  # 1/4 of 48 is 12
     if not share and _OF.match(bare, end, numbers[1][0]):  # 21 books out of 30
-        return value
+        return numbers[-1][2] if _COMES_TO.fullmatch(bare, numbers[-2][1], numbers[-1][0]) else value
     joined = re.search(r"\band\b|&|,", bare[numbers[-2][1] : numbers[-1][0]])
     for cue in reversed(list((_COPULA if joined is None else _TOTAL).finditer(bare))):
         following = [number for number in numbers if number[0] >= cue.end()]
@@ -65,19 +95,28 @@ def number_in(reading: Reading, sentence: str) -> str | None:
 def statement(reading: Reading) -> str | None:
     for tail in statements(reading):
         part = first_part(tail)
-        lead = LEAD.match(part)
-        assert lead is not None
-        if REFUSAL.match(part, lead.end()) and not re.search(r"\d", part):
+        lead = lead_end(part)
+        if REFUSAL.match(part, lead) and not re.search(r"\d", part):
             return NONE
-        if NOT.match(part, lead.end()):
-            other = INSTEAD.search(part, lead.end())
+        if NOT.match(part, lead):
+            other = INSTEAD.search(part, lead)
             if other is None:
                 continue
             part = part[other.end() :]
-        value = number_in(reading, part)
+        value = stated(reading, part)
         if value is not None:
             return value
     return None
+
+
+_BEFORE = re.compile(r"(?:[\s:*≈~]|(?:approximately|about|equal to)\s)+")
+
+
+def stated(reading: Reading, part: str) -> str | None:
+    """The value of an expression that stands where the answer does, else its one number."""
+    before = _BEFORE.match(part)
+    value = expression_value(part[before.end() :] if before else part)
+    return number_in(reading, part) if value is None else value
 
 
 _CONCLUDES = re.compile(
@@ -86,19 +125,80 @@ _CONCLUDES = re.compile(
 )
 
 
+_NOT_RUN = re.compile(r"(?:return|print)\b")
+"""Code that would say the answer if it were run."""
+_SMALL_WORDS = r"(?:and|or|of|in|to|for|from|with|by|at|on|the|an?|plus|minus|per|is|are|but|about)"
+_LAST_WORDS = re.compile(r"(?:[%)]|\.0{1,3})?(?:/\w{1,12})?(?:\s[\w'’-]{1,20}){0,4}")
+_LEADS_ON = re.compile(
+    rf"(?:\b(?:{_SMALL_WORDS}(?<!is)(?<!are)|times|first|add|subtract)\s|[-+*/×÷·(]\s?)$", re.IGNORECASE
+)
+_LAST_SMALL = re.compile(rf"\s{_SMALL_WORDS}$", re.IGNORECASE)
+_SUM = re.compile(r"\d[^=]{0,200}=\s?(?:\$?<<[^<>]{1,200}>>)?$")
+"""Before the number that a sum comes to."""
+
+
+def _ends(reading: Reading, sentence: str) -> bool:
+    """Whether a last sentence without a stop is whole: a conclusion or a sum that ends with a number and few words."""
+    cue = _CONCLUDES.match(sentence)
+    if not cue and "=" not in sentence:
+        return False
+    numbers = list(find_numbers(sentence[-CONCLUSION:]))
+    if not numbers:
+        return False
+    sentence = sentence[-CONCLUSION:]
+    before, after = sentence[: numbers[-1][0]], sentence[numbers[-1][1] :]
+    if _LAST_WORDS.fullmatch(after) is None or _LAST_SMALL.search(after) or _fragment(reading, after):
+        return False
+    if cue:
+        return before[cue.end() :].strip(" ,:") != "" and _LEADS_ON.search(before[-20:]) is None
+    return _SUM.search(before) is not None
+
+
+def _broken(reading: Reading, sentence: str) -> bool:
+    """Whether a sentence stops in a word or after one that cannot be its last."""
+    if not sentence[-1].isalpha() or " " not in sentence:
+        return False
+    return _LAST_SMALL.search(sentence) is not None or _fragment(reading, sentence)
+
+
+def _fragment(reading: Reading, after: str) -> bool:
+    """Whether the last word is the beginning of one that the question or the answer holds, and no word of theirs."""
+    word = after.rpartition(" ")[2].lower()
+    if not word.isalpha():
+        return False
+    question, text = reading.question[-CONCLUSION:], reading.text[-CONCLUSION:].rpartition(" ")[0]
+    raw = f"{question} {text} ".lower()
+    if f" {word} " in raw or word not in raw:  # most
+        return False
+    said = f" {normalise(question)}{normalise(text)}"
+    beginning = " " + word.replace("y", "i")
+    return beginning in said and f"{beginning} " not in said
+
+
+def _is_asked(reading: Reading, words: str) -> bool:
+    """Whether normalised words stand in the question, which may be long: one of them is looked for first."""
+    if reading.question.isascii() and max(words.split(), key=len) not in reading.question.lower().replace("y", "i"):
+        return False
+    return words in normalise(reading.question)
+
+
 def conclusion(reading: Reading) -> str | None:
     """The number of the last sentence, if the answer was not cut off in it and it is no question."""
-    found = reading.conclusion
+    found = reading.ending
     if not found:
         return None
-    asked = normalise(reading.question)
+    unfinished = cut_off(reading) or _broken(reading, found[-1])
     for place, sentence in enumerate(reversed(found[-3:])):
         words = normalise(sentence)
-        if sentence.endswith("?") or (len(words) > 12 and words in asked):
+        if sentence.endswith("?") or (len(words) > 12 and _is_asked(reading, words)):
             return None
-        if cut_off(reading) and (place == 0 or not _CONCLUDES.match(sentence)):
+        if unfinished and not (
+            _CONCLUDES.match(sentence) or is_said_again(reading, sentence) if place else _ends(reading, sentence)
+        ):
             continue
         value = number_in(reading, sentence)
         if value is not None:
             return value
+        if _NOT_RUN.match(sentence):
+            return None
     return None

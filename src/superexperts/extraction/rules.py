@@ -13,8 +13,11 @@ from collections.abc import Callable
 from typing import Final
 
 from . import choice, number, yesno
+from .cued import lowered
+from .expression import expression_value
+from .quantity import find_numbers
 from .statements import LAST_STATEMENTS, NONE, TAIL, Choices, Kind, Reading, first_part
-from .text import find_numbers, own_turn, plain
+from .text import own_span, plain
 
 __all__ = ["RULES", "Rule", "read"]
 
@@ -24,12 +27,12 @@ __all__ = ["RULES", "Rule", "read"]
 
 def _read_marked(reading: Reading, inside: str) -> str | None:
     """Reads what stands in a tag, a box or after ####: it is a statement by itself."""
-    inner = dataclasses.replace(reading, text=inside)
+    inner = Reading(reading.kind, inside, reading.question, reading.choices)
     attempts: tuple[Callable[[], str | None], ...]
     if reading.kind == "number":
         attempts = (
             lambda: number.statement(inner),
-            lambda: number.number_in(inner, first_part(inside)),
+            lambda: number.stated(inner, first_part(inside)),
             lambda: number.conclusion(inner),
         )
     elif reading.kind == "yesno":
@@ -48,6 +51,8 @@ def _read_marked(reading: Reading, inside: str) -> str | None:
 
 
 def _tag(reading: Reading) -> str | None:
+    if "<" not in reading.text:
+        return None
     start = reading.text.rfind("<answer>")
     if start < 0:
         return None
@@ -81,13 +86,14 @@ _FOUR = re.compile(r"#{4}(?!#)")
 
 def _hashes(reading: Reading) -> str | None:
     """What stands right after the first #### that is no heading."""
-    if "####" not in reading.text:
+    if "#" not in reading.text or "####" not in reading.text:
         return None
     for found in itertools.islice(_FOUR.finditer(reading.text), LAST_STATEMENTS):
         line = reading.text[found.end() : found.end() + TAIL].split("\n", 1)[0]
         if reading.kind == "number":
             first = next(find_numbers(line), None)
             value = first[2] if first and not re.search(r"\w", line[: first[0]]) else None
+            value = expression_value(line) or value
         else:
             value = (
                 yesno.yes_no_in(reading, line) if reading.kind == "yesno" else choice.label_at(reading, line.strip(), 0)
@@ -127,23 +133,32 @@ RULES: Final = (
 )
 """Tried from top to bottom; the first that has an opinion decides."""
 
-_BY_KIND: Final = {kind: tuple(rule for rule in RULES if kind in rule.kinds) for kind in ("choice", "yesno", "number")}
+_BY_KIND: Final = {
+    kind: tuple((rule.name, rule.read) for rule in RULES if kind in rule.kinds)
+    for kind in ("choice", "yesno", "number")
+}
 
 
 def read(kind: Kind, response: str, question: str, choices: Choices) -> tuple[str | None, str]:
     """(value, rule's name) of a response; value None where no rule reads a commitment, with the name of the rule that
     said so, or "" where none had an opinion."""
-    text = own_turn(plain(response), question, choices)
+    text = plain(response)
+    lower = lowered(text)
+    start, end = own_span(text, lower, question, choices)
+    text = text[start:end]
     if "</think>" in text:  # what stands behind the thoughts is the answer, if anything there is one
         answer = _read(Reading(kind, text.partition("</think>")[2], question, choices))
         if answer[1]:
             return answer
-    return _read(Reading(kind, text, question, choices))
+    reading = Reading(kind, text, question, choices)
+    if lower is not None:
+        vars(reading)["lower"] = lower[start:end]
+    return _read(reading)
 
 
 def _read(reading: Reading) -> tuple[str | None, str]:
-    for rule in _BY_KIND[reading.kind]:
-        value = rule.read(reading)
+    for name, rule in _BY_KIND[reading.kind]:
+        value = rule(reading)
         if value is not None:
-            return value or None, rule.name
+            return value or None, name
     return None, ""

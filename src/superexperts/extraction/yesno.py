@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .statements import CONCLUSION, CUE, INSTEAD, LEAD, NONE, NOT, REFUSAL, Reading, first_part, statements
+from .statements import CONCLUSION, CUE, INSTEAD, NONE, NOT, REFUSAL, Reading, first_part, lead_end, statements
 
 # "Có thể" is maybe, "không biết" is no answer.
 _WORDS = r"yes|true|có(?!\s(?:thể|lẽ))|đúng|no|false|không(?!\s(?:rõ|biết|chắc|đủ|thể\s(?:xác|biết|kết|trả)))|sai"
@@ -14,11 +14,16 @@ _YES_NO = re.compile(
 _ACCORDING = re.compile(r"(?:according to|based on|as per|theo)\b[^,.]{1,80},\s", re.IGNORECASE)
 _SAID = re.compile(rf"[\"'“*]{{0,3}}({_WORDS})\b(?=[\"'”*]{{0,3}}[,.;:!]|\s?$)", re.IGNORECASE)
 _IT_IS = re.compile(
-    r"\b(?:the\ (?:statement|claim)|it|this|that|điều\ này|nhận\ định\ này)\s(?:is|was|là)\s"
-    r"(true|false|(?:not\ |in)?correct|not\ true|đúng|sai)\b",
+    r"\b(?:the\ (?:statement|claim)|it|this|that|(?:điều|câu|phát\ biểu|mệnh\ đề|nhận\ định)\ (?:này|trên))"
+    r"\s(?:is|was|là)\s(true|false|(?:not\ |in)?correct|not\ true|đúng|sai)\b",
     re.IGNORECASE | re.VERBOSE,
 )
 _NOT_SO = re.compile(r"(?:not|n't) (?:true|correct|the case|right)\b", re.IGNORECASE)
+_NOT_ALONE = re.compile(r"not\s?(?:[.,;!]|$)", re.IGNORECASE)
+_OF_COURSE = re.compile(
+    r"[\s*\"']{0,4}(?:absolutely|definitely|certainly|of course|indeed|chắc chắn)\s?[*\"']{0,3}(?:[.,!]|$)",
+    re.IGNORECASE,
+)
 _MAYBE = re.compile(r"maybe\b|possibly\b", re.IGNORECASE)
 _YES = frozenset(("yes", "yeah", "yep", "true", "correct", "có", "đúng"))
 
@@ -29,21 +34,22 @@ def _yes_no(word: str) -> str:
 
 def yes_no_in(reading: Reading, tail: str) -> str | None:
     part = first_part(tail)
-    lead = LEAD.match(part)
-    assert lead is not None
-    if _NOT_SO.match(part, lead.end()):
+    lead = lead_end(part)
+    if _NOT_SO.match(part, lead) or (lead and _NOT_ALONE.match(part, lead)):  # probably not
         return "no"
-    if NOT.match(part, lead.end()) and (other := INSTEAD.search(part, lead.end())):
+    if _OF_COURSE.match(part):
+        return "yes"
+    if NOT.match(part, lead) and (other := INSTEAD.search(part, lead)):
         rather = yes_no_in(reading, part[other.end() :])
         if rather is not None:
             return rather
-    found = _YES_NO.match(part, lead.end())
+    found = _YES_NO.match(part, lead)
     if found:
         other = re.match(
             r"[\"'”*]{0,3}\s?(?:/|or|and|hoặc)\s?(yes|no|true|false|có|không)\b", part[found.end() :], re.IGNORECASE
         )
         return NONE if other else _yes_no(found[1])
-    if REFUSAL.match(part, lead.end()) or _MAYBE.match(part, lead.end()):
+    if REFUSAL.match(part, lead) or _MAYBE.match(part, lead):
         return NONE
     return None
 
