@@ -32,6 +32,9 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000
 """Bytes of a header that the format allows."""
 
+MAX_NAME = 250
+"""Characters of a shard's name: file systems take 255 bytes."""
+
 MAX_ELEMENTS = 2**48
 """Of one tensor: 500 TB in bfloat16."""
 
@@ -215,6 +218,7 @@ def _refused(folder: Path, file: str, why: str) -> ModelError:
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """The index: key -> shard; None for a checkpoint of one file."""
+    _check_settings(folder)
     if not (folder / INDEX).is_file():
         if (folder / SINGLE).is_file():
             return None
@@ -234,12 +238,26 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             continue
         # A name, not a path: an index must not lead out of its folder. What a name leads to may be a link, as it is in
         # the Hub's cache.
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file:
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file or len(file) > MAX_NAME:
             raise _refused(folder, INDEX, f"says that {key!r} is in {str(file)[:80]!r}, outside its folder")
         if not file.endswith(".safetensors"):
             raise _refused(folder, INDEX, f"says that {key!r} is in {file[:80]!r}, which is no safetensors file")
         good.add(file)
+    if (folder / SINGLE).is_file() and good != {SINGLE}:
+        raise ModelError(
+            f"MODEL: {str(folder)!r} has both {SINGLE} and {INDEX}, of which transformers reads the first alone; move one away"
+        )
     return weight_map
+
+
+def _check_settings(folder: Path) -> None:
+    """Transformers reads the weights from another file where config.json names one."""
+    try:
+        settings = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # whoever needs it says what is wrong with it
+    if isinstance(settings, dict) and settings.get("transformers_weights") is not None:
+        raise _refused(folder, "config.json", "names a file of its own for the weights, which is not read here")
 
 
 def _check_index(folder: Path, weight_map: Mapping[str, str], entries: Mapping[str, Entry]) -> None:

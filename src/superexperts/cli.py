@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import io
 import json
@@ -64,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SuperExpertsError as error:
         print(f"superexperts: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"superexperts: {str(error.filename)[:60]!r}... is too long for a name; give a shorter one", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("superexperts: interrupted; what was finished is kept", file=sys.stderr)
         return 130

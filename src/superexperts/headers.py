@@ -25,6 +25,8 @@ __all__ = ["Down", "downs", "find"]
 
 NUMBERED = re.compile(r"(.+?)\.(0|[1-9][0-9]{0,5})\.(.+)", re.DOTALL)
 """The key of something in a list: the list, the number in it, the rest."""
+ATTRIBUTE = re.compile(r"self\.(\w+)\s*[:=][^=]|(?<=register_buffer\(\")\w+|(?<=register_parameter\(\")\w+")
+"""What a module's source makes a part of it."""
 SIZES = {"num", "n", "size", "dim", "rank", "heads"}
 """A setting with one of these words in its name is a whole number, or nothing."""
 
@@ -120,7 +122,7 @@ def _are_known(keys: Iterable[str], settings: Any) -> bool:
     if "@use_experts_implementation" not in model or "ForCausalLM(" not in model:
         return False
     words = {word for key in keys for word in key.split(".") if not word.isdigit()}
-    return words <= set(re.findall(r"\w+", model)) | set(re.findall(r"\w+", conversions))
+    return words <= {"weight", "bias"} | set(ATTRIBUTE.findall(model)) | set(re.findall(r"\w+", conversions))
 
 
 def _are_plain(settings: Any) -> bool:

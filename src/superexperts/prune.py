@@ -38,8 +38,8 @@ def run(config: PruneConfig) -> dict[str, Any]:
     started = time.monotonic()
     chosen = chosen_experts(config.experts, config.model)
     folder = checkpoint_folder(config.model, config.revision)
-    if config.out.resolve() == folder.resolve():
-        raise OutputError(f"--out: {config.out} is MODEL itself; choose another folder")
+    if config.out.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(f"--out: {config.out} is MODEL itself or in it; choose another folder")
     inputs = identity(config, model=fingerprint(folder), experts=chosen.experts)
     ids_SL: Tensor | None = None
     if config.mode == "mean":

@@ -87,7 +87,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{what}: cannot read {path} ({error.strerror}); check the path") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is one that json does not name
         raise DataError(f"{what}: {path} is not valid JSON ({error}); write it again") from error
 
 
@@ -242,8 +242,10 @@ def _clear(path: Path, target: Path) -> None:
 
 
 def _made_by(folder: Path, command: str) -> bool:
-    manifest = folder / MANIFEST
-    return manifest.is_file() and read_json(manifest, "manifest").get("command") == command
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest = read_json(folder / MANIFEST, "manifest")
+    return isinstance(manifest, dict) and manifest.get("command") == command
 
 
 def write_manifest(
@@ -290,7 +292,7 @@ def completed(folder: Path, command: str, inputs: Mapping[str, Any]) -> bool:
     if not manifest_path.is_file():
         return False
     manifest = read_json(manifest_path, "manifest")
-    if manifest.get("key") != input_key(command, inputs):
+    if not isinstance(manifest, dict) or manifest.get("key") != input_key(command, inputs):
         return False
     return not changed_outputs(folder)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .checkpoint import INDEX, KINDS, PIECE, Checkpoint, Entry, as_bytes
 from .console import note, progress
 from .errors import ModelError, OutputError
-from .rundir import MANIFEST, write_bytes, write_json
+from .rundir import MANIFEST, write_bytes, write_text
 
 if TYPE_CHECKING:  # torch takes 2 s to import, for which zeros do not wait
     from torch import Tensor
@@ -221,7 +221,8 @@ def _write_index(base: Checkpoint, shards: Mapping[str, Sequence[NewTensor]], re
             index["metadata"]["total_size"] = sum(nbytes for _, nbytes in sizes)
         if "total_parameters" in index["metadata"]:
             index["metadata"]["total_parameters"] = sum(nbytes // KINDS[kind][1] for kind, nbytes in sizes)
-    write_json(out / INDEX, index)
+    # Not `write_json`: its metadata may hold anything that was read, such as a NaN.
+    write_text(out / INDEX, json.dumps(index, ensure_ascii=False, indent=2) + "\n")
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
@@ -245,11 +246,11 @@ def side_files(base: Path) -> list[Path]:
     found = [file for file in base.iterdir() if file.is_file()]
     templates = base / "additional_chat_templates"  # transformers' folder for more than one
     found += [file for file in templates.iterdir() if file.is_file()] if templates.is_dir() else []
-    ours = (MANIFEST, RECORD)
+    left = (MANIFEST, RECORD, "adapter_config.json")  # ours, and what says that weights of an adapter are there
     return sorted(
         file
         for file in found
-        if not file.name.startswith(".") and file.name not in ours and not file.name.endswith(WEIGHT_FILES)
+        if not file.name.startswith(".") and file.name not in left and not file.name.endswith(WEIGHT_FILES)
     )
 
 
