@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,10 +14,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from families import tiny_model
 from superexperts import prune
-from superexperts.checkpoint import INDEX
+from superexperts.checkpoint import INDEX, SINGLE
 from superexperts.cli import main
 from superexperts.config import PruneConfig
 from superexperts.factors import Factor, Place, own_layout, save_layout
@@ -271,3 +273,93 @@ def test_no_header_index_or_record_crashes_a_command(
     every = [*commands(bad), ["restore", str(bad), f"--out={tmp_path / 'written'}"]]
     command = data.draw(st.sampled_from(every))
     ended(command, tmp_path, capsys)
+
+
+def _both(folder: Path) -> None:
+    shutil.copy(next(iter(sorted(folder.glob("model-*.safetensors")))), folder / SINGLE)
+
+
+def _named_elsewhere(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"transformers_weights": "other.safetensors"}))
+
+
+def _long_name(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    key = next(iter(index["weight_map"]))
+    index["weight_map"][key] = "a" * 5000 + ".safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(_both, "reads the first alone"), (_named_elsewhere, "names a file of its own"), (_long_name, "outside its folder")],
+)
+def test_weights_that_transformers_would_not_read_are_refused(
+    change: Callable[[Path], None],
+    message: str,
+    checkpoints: Path,
+    commands: Callable[[Path], list[list[str]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = copy_of(checkpoints / "base", tmp_path / "bad")
+    change(bad)
+    for command in commands(bad):
+        assert message in refused(command, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("text", ['{"model": ' + "9" * 5000 + "}", "[1]", '{"model": NaN}'])
+def test_strange_json_beside_the_weights_is_no_traceback(
+    text: str, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruned = copy_of(checkpoints / "out", tmp_path / "pruned")
+    (pruned / RECORD).write_text(text)
+    refused(["restore", str(pruned), f"--out={tmp_path / 'written'}"], tmp_path, capsys)
+    adapter = copy_of(checkpoints / "adapter", tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text(text)
+    refused(["export", str(adapter), "--format=merged", f"--out={tmp_path / 'written'}"], tmp_path, capsys)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "manifest.json").write_text(text)
+    assert main(["prune", str(checkpoints / "base"), "--experts=L0E1", f"--out={own}"]) == 2
+    assert [file.name for file in own.iterdir()] == ["manifest.json"]
+
+
+def test_an_index_whose_metadata_is_no_number_goes_along(checkpoints: Path, tmp_path: Path) -> None:
+    base = copy_of(checkpoints / "base", tmp_path / "base")
+    index = json.loads((base / INDEX).read_text())
+    (base / INDEX).write_text(json.dumps(index | {"metadata": {"x": float("nan")}}))
+    assert main(["prune", str(base), "--experts=L0E1", "--mode=remove", f"--out={tmp_path / 'written'}"]) == 0
+    assert math.isnan(json.loads((tmp_path / "written" / INDEX).read_text())["metadata"]["x"])
+
+
+def test_places_for_the_result_that_are_none(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = copy_of(checkpoints / "base", tmp_path / "base")
+    before = contents(base)
+    assert "or in it" in refused(["prune", str(base), "--experts=L0E1", f"--out={base / 'sub'}"], tmp_path, capsys)
+    assert "too long" in refused(["prune", str(base), "--experts=L0E1", f"--out={'a' * 300}"], tmp_path, capsys)
+    assert "too long" in refused(["prune", str(base), f"--experts={'L0E1,' * 2000}", "--out=o"], tmp_path, capsys)
+    assert contents(base) == before
+
+
+def test_an_adapter_beside_the_weights_does_not_go_along(checkpoints: Path, tmp_path: Path) -> None:
+    base = copy_of(checkpoints / "base", tmp_path / "base")
+    shutil.copy(checkpoints / "adapter" / "adapter_config.json", base)
+    assert main(["prune", str(base), "--experts=L0E1", f"--out={tmp_path / 'written'}"]) == 0
+    assert not (tmp_path / "written" / "adapter_config.json").exists()
+
+
+def test_what_both_lack_is_no_proof(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tensor that every layer lacks is not seen by headers alone."""
+    base = tmp_path / "base"
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
+    model.save_pretrained(base)
+    tensors = {key: tensor for key, tensor in load_file(base / SINGLE).items() if "q_proj" not in key}
+    save_file(tensors, base / SINGLE, {"format": "pt"})
+    assert main(["prune", str(base), "--experts=L0E1", f"--out={tmp_path / 'pruned'}"]) == 0
+    capsys.readouterr()
+    said = refused(["compare", str(base), str(tmp_path / "pruned"), "--expect-only=L0E1"], tmp_path, capsys)
+    assert "has no model.layers.0.self_attn.q_proj.weight" in said

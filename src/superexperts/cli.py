@@ -68,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"superexperts: {str(error.filename)[:60]!r}... is too long for a name; give a shorter one", file=sys.stderr)
+        print(
+            f"superexperts: {str(error.filename)[:60]!r}... is too long for a name; give a shorter one", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("superexperts: interrupted; what was finished is kept", file=sys.stderr)

@@ -50,6 +50,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
         anatomy = _anatomy(one, a, needed=is_adapter or expected is not None)
         if anatomy is not None and expected is not None:
             moe.check_experts(anatomy.banks, expected, "--expect-only")
+            anatomy.homes.check_complete(anatomy.model)  # what both lack would differ nowhere
         if is_adapter:
             assert anatomy is not None
             differences = _with_adapter(anatomy, adapter)
