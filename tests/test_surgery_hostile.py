@@ -293,7 +293,11 @@ def _long_name(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(_both, "reads the first alone"), (_named_elsewhere, "names a file of its own"), (_long_name, "outside its folder")],
+    [
+        (_both, "reads the first alone"),
+        (_named_elsewhere, "names a file of its own"),
+        (_long_name, "outside its folder"),
+    ],
 )
 def test_weights_that_transformers_would_not_read_are_refused(
     change: Callable[[Path], None],

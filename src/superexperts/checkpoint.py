@@ -245,7 +245,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         good.add(file)
     if (folder / SINGLE).is_file() and good != {SINGLE}:
         raise ModelError(
-            f"MODEL: {str(folder)!r} has {SINGLE} and {INDEX}, of which transformers reads the first alone; move one away"
+            f"MODEL: {str(folder)!r} has {SINGLE} and {INDEX}; transformers reads the first alone, so move one away"
         )
     return weight_map
 
