@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -367,3 +368,30 @@ def test_what_both_lack_is_no_proof(checkpoints: Path, tmp_path: Path, capsys: p
     capsys.readouterr()
     said = refused(["compare", str(base), str(tmp_path / "pruned"), "--expect-only=L0E1"], tmp_path, capsys)
     assert "has no model.layers.0.self_attn.q_proj.weight" in said
+
+
+def test_half_a_character_in_a_header_is_refused(
+    checkpoints: Path, commands: Callable[[Path], list[list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = copy_of(checkpoints / "base", tmp_path / "bad")
+    shard = next(iter(sorted(bad.glob("*.safetensors"))))
+    data = shard.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length]) | {"__metadata__": {"format": "\ud800"}}
+    text = json.dumps(header).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    for command in commands(bad):
+        assert "cannot be read" in refused(command, tmp_path, capsys)
+
+
+def test_large_files_beside_the_weights_count(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = copy_of(checkpoints / "base", tmp_path / "base")
+    size = sum(file.stat().st_size for file in base.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+    with (base / "notes.tar").open("wb") as notes:
+        notes.truncate(2 * size)
+    for mode in ("zero", "remove"):
+        command = ["prune", str(base), "--experts=L0E1", f"--mode={mode}", f"--out={tmp_path / 'written'}"]
+        assert "are to be written" in refused(command, tmp_path, capsys)

@@ -337,6 +337,8 @@ def _object(text: bytes) -> dict[str, Any]:
     parsed = json.loads(text.decode(), object_pairs_hook=pairs)
     if not isinstance(parsed, dict):
         raise ValueError("not an object")
+    if b"\\ud" in text.lower():  # half a character, perhaps, which no other reader takes
+        json.dumps(parsed, ensure_ascii=False).encode()
     return parsed
 
 

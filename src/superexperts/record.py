@@ -68,7 +68,9 @@ def base_files(base: Checkpoint, folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     index = [folder / INDEX] if (folder / INDEX).is_file() else []
     for file in [*side_files(folder), *index]:
-        found[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": _sha(file.read_bytes())}
+        with file.open("rb") as opened:
+            sha = hashlib.file_digest(opened, "sha256").hexdigest()
+        found[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": sha}
     for name in base.files:
         found[name] = {"bytes": base.size(name), "sha256_header": _sha(base.header(name))}
     return found

@@ -100,7 +100,8 @@ def patch_shards(base: Checkpoint, patches: Sequence[Patch | Zeros], out: Path, 
         by_file.setdefault(patch.entry.file, []).append(patch)
     rest = [file for file in base.files if file not in by_file]
     linked = not copy and _can_link(base.folder, rest, out)
-    check_room(out, sum(base.size(file) for file in (by_file if linked else base.files)))
+    beside = sum(file.stat().st_size for file in side_files(base.folder))
+    check_room(out, beside + sum(base.size(file) for file in (by_file if linked else base.files)))
 
     def patched(file: str) -> list[Change]:
         with _new_file(out / file) as target:
@@ -167,7 +168,8 @@ def rewrite_shards(base: Checkpoint, shards: Mapping[str, Sequence[NewTensor]], 
     rest = [file for file in base.files if file not in shards]
     linked = not copy and _can_link(base.folder, rest, out)
     sizes = {file: sum(_nbytes(tensor) for tensor in tensors) for file, tensors in shards.items()}
-    check_room(out, sum(sizes.values()) + sum(0 if linked else base.size(file) for file in rest))
+    beside = sum(file.stat().st_size for file in side_files(base.folder))
+    check_room(out, beside + sum(sizes.values()) + sum(0 if linked else base.size(file) for file in rest))
 
     def rewritten(file: str) -> None:
         with _new_file(out / file) as target:
@@ -236,7 +238,8 @@ def carry_along(base: Path, out: Path, skip: Sequence[str] = ()) -> list[str]:
         for file in side_files(base):
             name = str(file.relative_to(base))
             if name not in skip:
-                write_bytes(out / name, file.read_bytes())
+                (out / name).parent.mkdir(exist_ok=True)
+                link(file, out / name, copy=True)
                 names.append(name)
     return names
 
