@@ -90,10 +90,11 @@ def test_every_format_has_the_ranks_and_scalings_of_its_own(settings: dict[str, 
 
     loaded = lora.load_adapter(stock(base), adapter)
     assert torch.equal(logits(loaded), trained)
+    rounding = 1e-5 * float(trained.abs().max())  # processors differ in the order of sums
     loaded.merge_adapter()
-    assert (logits(loaded) - trained).abs().max() <= 1e-5
+    assert (logits(loaded) - trained).abs().max() <= rounding
     loaded.unmerge_adapter()
-    assert (logits(loaded) - trained).abs().max() <= 1e-5
+    assert (logits(loaded) - trained).abs().max() <= rounding
     with loaded.disable_adapter():
         assert (logits(loaded) - logits(stock(base))).abs().max() <= 1e-5
 
