@@ -99,7 +99,9 @@ def _tapped_forward(bank: nn.Module, control: Control, x_TD: Tensor, index_TK: T
     expert_R, slot_R = torch.sort(index_TK.flatten(), stable=True)
     token_R, weight_R = slot_R // index_TK.shape[1], weight_TK.flatten()[slot_R]
     silent = [expert for expert, edit in control.edits.items() if edit is None]
-    heard_R = ~torch.isin(expert_R, torch.tensor(silent, device=expert_R.device, dtype=expert_R.dtype))
+    heard_R: Tensor | slice = slice(None)
+    if silent:
+        heard_R = ~torch.isin(expert_R, torch.tensor(silent, device=expert_R.device, dtype=expert_R.dtype))
     # On a CPU an expert at a time: its rows stay in the cache, and no memory is cleared for those of all. A GPU would
     # wait for the start of each small product.
     on_cpu = x_TD.device.type == "cpu"
@@ -116,7 +118,7 @@ def _tapped_forward(bank: nn.Module, control: Control, x_TD: Tensor, index_TK: T
         done = 0
         for piece in made:
             rows = slice(done, done := done + len(piece.output_ND))
-            heard_N = slice(None) if not silent else heard_R[rows]
+            heard_N = heard_R if isinstance(heard_R, slice) else heard_R[rows]
             yield dataclasses.replace(
                 piece, inner_NF=piece.inner_NF[heard_N].detach(), output_ND=piece.output_ND[heard_N].detach()
             )
@@ -136,9 +138,9 @@ def _tapped_forward(bank: nn.Module, control: Control, x_TD: Tensor, index_TK: T
     call = BankCall(
         layer=control.layer,
         experts=tuple(range(down_weight(bank).shape[0])),
-        expert_R=expert_R[heard_R] if silent else expert_R,
-        token_R=token_R[heard_R] if silent else token_R,
-        weight_R=(weight_R[heard_R] if silent else weight_R).detach(),
+        expert_R=expert_R[heard_R],
+        token_R=token_R[heard_R],
+        weight_R=weight_R[heard_R].detach(),
         pieces=computed,
     )
     with _threads(share()) if on_cpu and control.workers else contextlib.nullcontext():

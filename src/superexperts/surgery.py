@@ -100,8 +100,7 @@ def patch_shards(base: Checkpoint, patches: Sequence[Patch | Zeros], out: Path, 
         by_file.setdefault(patch.entry.file, []).append(patch)
     rest = [file for file in base.files if file not in by_file]
     linked = not copy and _can_link(base.folder, rest, out)
-    beside = sum(file.stat().st_size for file in side_files(base.folder))
-    check_room(out, beside + sum(base.size(file) for file in (by_file if linked else base.files)))
+    check_room(base, out, sum(base.size(file) for file in (by_file if linked else base.files)))
 
     def patched(file: str) -> list[Change]:
         with _new_file(out / file) as target:
@@ -168,8 +167,7 @@ def rewrite_shards(base: Checkpoint, shards: Mapping[str, Sequence[NewTensor]], 
     rest = [file for file in base.files if file not in shards]
     linked = not copy and _can_link(base.folder, rest, out)
     sizes = {file: sum(_nbytes(tensor) for tensor in tensors) for file, tensors in shards.items()}
-    beside = sum(file.stat().st_size for file in side_files(base.folder))
-    check_room(out, beside + sum(sizes.values()) + sum(0 if linked else base.size(file) for file in rest))
+    check_room(base, out, sum(sizes.values()) + sum(0 if linked else base.size(file) for file in rest))
 
     def rewritten(file: str) -> None:
         with _new_file(out / file) as target:
@@ -284,8 +282,9 @@ def _can_link(folder: Path, files: Sequence[str], out: Path) -> bool:
     return True
 
 
-def check_room(out: Path, wanted: int) -> None:
-    """`OutputError` unless so many bytes are free where a folder is."""
+def check_room(base: Checkpoint, out: Path, weights: int) -> None:
+    """`OutputError` unless so many bytes of weights, and what goes along with them, have room where a folder is."""
+    wanted = weights + sum(file.stat().st_size for file in side_files(base.folder))
     free = shutil.disk_usage(out).free
     if wanted > free:
         raise OutputError(
