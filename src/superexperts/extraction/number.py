@@ -54,15 +54,6 @@ def _result(sentence: str) -> str | None:
     return results[-1] if results else None
 
 
-def _asked(reading: Reading) -> frozenset[str]:
-    """The numbers of the question."""
-    asked: frozenset[str] | None = reading.__dict__.get("asked")
-    if asked is None:
-        asked = frozenset(value for _, _, value in find_numbers(reading.question[-CONCLUSION:]))
-        reading.__dict__["asked"] = asked
-    return asked
-
-
 def number_in(reading: Reading, sentence: str) -> str | None:
     """The one number that a sentence states; `NONE` if it states several."""
     if "=" in sentence:
@@ -73,7 +64,7 @@ def number_in(reading: Reading, sentence: str) -> str | None:
     if not numbers:
         return None
     if len({value for *_, value in numbers}) > 1:
-        numbers = [number for number in numbers if number[2] not in _asked(reading)] or numbers
+        numbers = [number for number in numbers if number[2] not in reading.asked] or numbers
     if len({value for *_, value in numbers}) == 1:
         return numbers[0][2]
     if re.search(r"\bbetween\b|\beither\b", bare):

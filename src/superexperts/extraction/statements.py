@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from .cued import Cued, Gated, lowered
+from .quantity import find_numbers
 from .text import first_sentence, last_sentences, normalise
 
 __all__ = [
@@ -76,6 +77,11 @@ class Reading:
     def labels(self) -> str:
         """The choices' labels as a pattern's alternatives."""
         return _alternatives(tuple(label for label, _ in self.choices))
+
+    @_Once
+    def asked(self) -> frozenset[str]:
+        """The numbers of the question."""
+        return frozenset(value for _, _, value in find_numbers(self.question[-CONCLUSION:]))
 
     @_Once
     def lower(self) -> str | None:
