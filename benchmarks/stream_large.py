@@ -11,6 +11,7 @@ next run. Files are dropped from the page cache before each reading.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean, median
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,8 @@ from superexperts.checkpoint import Checkpoint
 
 LENGTH = 512
 """Tokens of a sequence."""
+SOME = 8 * 10**9
+"""Bytes that are read to know the disk's pace."""
 
 
 def needed(key: str, layers: int) -> bool:
@@ -42,7 +46,7 @@ def reading(folder: Path, layers: int, wanted: int | None = None) -> tuple[float
     with Checkpoint(folder) as checkpoint:
         entries = [entry for key, entry in checkpoint.items() if needed(key, layers)]
     buffer = memoryview(bytearray(max(entry.nbytes for entry in entries)))
-    opened = {entry.file: os.open(folder / entry.file, os.O_RDONLY) for entry in entries}
+    opened = {file: os.open(folder / file, os.O_RDONLY) for file in {entry.file for entry in entries}}
     done = 0
     begin = time.perf_counter()
     for entry in entries:
@@ -61,16 +65,16 @@ def products(shape: Shape, layers: int, tokens: int, length: int) -> float:
     kind."""
     seconds = {}
     for number in (0, 1):
-        total = _timed_attention(shape, tokens // length, length)
-        for key, size in shape.layer(number).items():
-            if len(size) == 1:
-                continue
-            rows = tokens * shape.top // shape.experts if ".experts." in key else tokens
-            x, weight = torch.randn(rows, size[1], dtype=torch.bfloat16), torch.randn(size, dtype=torch.bfloat16)
-            F.linear(x[:8], weight)
-            start = time.perf_counter()
-            F.linear(x, weight)
-            total += time.perf_counter() - start
+        for _ in range(2):  # the first time gets the products' code ready
+            total = _timed_attention(shape, tokens // length, length)
+            for key, size in shape.layer(number).items():
+                if len(size) == 1:
+                    continue
+                rows = tokens * shape.top // shape.experts if ".experts." in key else tokens
+                x, weight = torch.randn(rows, size[1], dtype=torch.bfloat16), torch.randn(size, dtype=torch.bfloat16)
+                start = time.perf_counter()
+                F.linear(x, weight)
+                total += time.perf_counter() - start
         seconds[number] = total
     return seconds[0] + (layers - 1) * seconds[1]
 
@@ -80,7 +84,7 @@ def _timed_attention(shape: Shape, sequences: int, length: int) -> float:
         torch.randn(sequences * shape.heads, length, width, dtype=torch.bfloat16)
         for width in (shape.nope + shape.rope, shape.value)
     )
-    scores = torch.bmm(query, query.transpose(1, 2))  # also gets the products' code ready
+    scores = torch.bmm(query, query.transpose(1, 2))
     start = time.perf_counter()
     torch.bmm(torch.bmm(query, query.transpose(1, 2), out=scores), value)
     return time.perf_counter() - start
@@ -118,36 +122,65 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is or shall be")
     parser.add_argument("--layers", type=int, default=27)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     shape, folder = Shape(layers=arguments.layers), arguments.folder
     made(folder, shape)
     layers = round(0.75 * shape.layers)
     size = size_of(shape) / 1e9
     print(f"{shape.layers} layers, {size:.1f} GB; {layers} are profiled; {torch.get_num_threads()} threads")
-    start = startup()
-    print(f"starting Python with its imports takes {start:.1f} s, which is taken off the times below")
-
-    quick, peak, found, said = profile(folder, folder.parent / "quick", "--quick")
-    read_bytes = round(float(said.rpartition("profile: ")[2].partition(" GB")[0]) * 1e9)
-    read, done = reading(folder, layers, read_bytes)
-    base = read * read_bytes / done
-    print(
-        f"quick: {quick - start:.1f} s, {(quick - start) / base:.2f}x of reading its {read_bytes / 1e9:.1f} GB "
-        f"({base:.1f} s), "
-        f"peak {peak:.2f} GiB; found {found}, planted {sorted(PLANTED)}"
-    )
-    read, done = reading(folder, layers)
-    for tokens in arguments.tokens:
-        streamed, peak, found, _ = profile(
-            folder, folder.parent / "streamed", "--stream", f"--tokens={tokens}", f"--seq-len={LENGTH}"
-        )
-        multiplied = products(shape, layers, tokens, LENGTH)
+    print(f"planted: {sorted(PLANTED)}; starting Python with its imports is taken off the times")
+    # A machine that others use too is not as fast in one minute as in the next: all are measured again in each round.
+    for kind, options in [*(("stream", _streamed(tokens)) for tokens in arguments.tokens)]:
+        rounds = [_round(shape, folder, layers, options) for _ in range(arguments.rounds)]
+        for number, row in enumerate(rounds, start=1):
+            print(f"{' '.join(options)}, round {number}: {row}")
         print(
-            f"stream: {streamed - start:.1f} s for {tokens} tokens, "
-            f"{(streamed - start) / max(read, multiplied):.2f}x of the larger of reading {done / 1e9:.1f} GB "
-            f"({read:.1f} s) and its matrix products ({multiplied:.1f} s), peak {peak:.2f} GiB; found {found}"
+            f"{kind}: {median(row.seconds for row in rounds):.1f} s, {median(row.ratio for row in rounds):.2f}x, peak "
+            f"{max(row.peak for row in rounds):.2f} GiB (medians, highest)"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One run of the command, and what it is compared with, measured before and after it."""
+
+    seconds: float
+    read: float
+    """Seconds that reading the same bytes takes."""
+    multiplied: float
+    """Seconds of the matrix products."""
+    peak: float
+    found: list[tuple[int, int]]
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / max(self.read, self.multiplied)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.seconds:.1f} s, {self.ratio:.2f}x of the larger of reading ({self.read:.1f} s) and products "
+            f"({self.multiplied:.1f} s), peak {self.peak:.2f} GiB, found {self.found}"
+        )
+
+
+def _streamed(tokens: int) -> list[str]:
+    return ["--stream", f"--tokens={tokens}", f"--seq-len={LENGTH}"]
+
+
+def _round(shape: Shape, folder: Path, layers: int, options: list[str]) -> Round:
+    tokens = next((int(word.removeprefix("--tokens=")) for word in options if word.startswith("--tokens=")), 0)
+
+    def bounds() -> tuple[float, float]:
+        read, done = reading(folder, layers, SOME)
+        return read / done, products(shape, layers, tokens, LENGTH) if tokens else 0.0
+
+    before, start = bounds(), startup()
+    seconds, peak, found, said = profile(folder, folder.parent / "profile", *options)
+    pace, multiplied = (fmean(pair) for pair in zip(before, bounds(), strict=True))
+    read_bytes = float(said.rpartition("profile: ")[2].partition(" GB")[0]) * 1e9
+    return Round(seconds - start, pace * read_bytes, multiplied, peak, found)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from superexperts.checkpoint import INDEX, SINGLE, Checkpoint
+from superexperts.checkpoint import INDEX, SINGLE, SPARE, Checkpoint
 from superexperts.errors import ModelError
+from superexperts.shard_file import BLOCK
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -54,6 +55,33 @@ def test_reads_what_safetensors_reads(tmp_path: Path, shards: int) -> None:
         before = checkpoint.bytes_read
         assert torch.equal(checkpoint.read(checkpoint["b"].row(2)), TENSORS["b"][2])
         assert checkpoint.bytes_read - before == TENSORS["b"][2].nbytes
+
+
+@pytest.mark.parametrize("more", [0, 1, 4])
+def test_neighbours_are_read_in_place(tmp_path: Path, more: int) -> None:
+    """As one piece, wherever the header's length puts them; not where a number would begin between its bytes."""
+    tensors = {f"{n}": torch.randn(300, 1001, generator=torch.Generator().manual_seed(n)) for n in range(4)}
+    save_file(tensors, tmp_path / SINGLE)
+    file = (tmp_path / SINGLE).read_bytes()
+    length = int.from_bytes(file[:8], "little")
+    header = file[8 : 8 + length] + b" " * more
+    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + file[8 + length :])
+    with Checkpoint(tmp_path) as checkpoint:
+        pair = [checkpoint["1"], checkpoint["2"]]
+        memory = torch.zeros(sum(entry.nbytes for entry in pair) + SPARE + BLOCK, dtype=torch.uint8)
+        memory = memory[-memory.data_ptr() % BLOCK :]
+        found = checkpoint.read_in_place(pair, memory)
+        if more == 1:
+            assert found is None
+            return
+        assert found is not None
+        assert torch.equal(found.view(torch.float32).view(600, 1001), torch.cat([tensors["1"], tensors["2"]]))
+        assert checkpoint.bytes_read == len(found)
+        assert checkpoint.read_in_place([checkpoint["2"], checkpoint["1"]], memory) is None
+        assert checkpoint.read_in_place([checkpoint["0"], checkpoint["2"]], memory) is None
+        (tmp_path / SINGLE).write_bytes(file[: checkpoint["2"].offset])
+        with pytest.raises(ModelError, match="ends inside '1'"):
+            checkpoint.read_in_place(pair, memory)
 
 
 def test_a_shard_may_be_a_link_out_of_the_folder_as_in_the_hubs_cache(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
@@ -42,6 +43,22 @@ def test_every_piece_is_what_the_file_holds(
     target = np.zeros(size, dtype=np.uint8)
     assert file.read_into(target.data, offset) == size
     assert target.tobytes() == data[offset : offset + size]
+    file.close()
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+@pytest.mark.parametrize(("offset", "size"), PLACES)
+def test_every_piece_is_read_in_place(written: tuple[Path, bytes], offset: int, size: int, forgotten: bool) -> None:
+    path, data = written
+    if forgotten:
+        _forget(path)
+    file = ShardFile(path)
+    memory = mmap.mmap(-1, size + 2 * BLOCK)
+    assert file.read_in_place(memoryview(memory), offset, size) == size
+    start = offset % BLOCK
+    assert memory[start : start + size] == data[offset : offset + size]
+    assert file.read_in_place(memoryview(memory), SIZE - 100, size) == min(100, size)
+    assert file.read_in_place(memoryview(memory), SIZE + BLOCK, size) == 0
     file.close()
 
 

@@ -58,7 +58,7 @@ cores on one would have to wait, after every operation, for the one that a reade
 ROWS = 32
 """A CPU multiplies multiples of so many rows in 16 bits: oneDNN makes code for each number of rows that it meets, which
 takes twice as long as an expert's product (docs/benchmarks.md)."""
-IN_FLIGHT = WORKERS + 1
+IN_FLIGHT = 3 * WORKERS
 """Experts of which some are computed while one is used."""
 
 Weights = Callable[[Sequence[int]], Iterator[Mapping[str, Tensor]]]

@@ -12,22 +12,26 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import ModelError
-from .shard_file import ShardFile
+from .shard_file import BLOCK, ShardFile
 
 if TYPE_CHECKING:  # torch takes 2 s to import, for which what only moves bytes does not wait
     import torch
     from torch import Tensor
 
-__all__ = ["INDEX", "KINDS", "SINGLE", "Checkpoint", "Entry", "as_bytes"]
+__all__ = ["INDEX", "KINDS", "SINGLE", "SPARE", "Checkpoint", "Entry", "as_bytes"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+SPARE = 2 * BLOCK
+"""Bytes that memory to read in place has more than what is read."""
 
 MAX_HEADER = 100_000_000
 """Bytes of a header that the format allows."""
@@ -185,6 +189,19 @@ class Checkpoint(Mapping[str, Entry]):
         if entry.nbytes:
             self._read(entry, as_bytes(target), 0)
 
+    def read_in_place(self, entries: Sequence[Entry], memory: Tensor) -> Tensor | None:
+        """Reads entries that follow each other in a shard without a copy on the way; -> their bytes within `memory`,
+        uint8 [their bytes + SPARE], which begins with a page. None where they do not follow each other, or where an
+        odd header puts them so that no tensor can begin there."""
+        first, size = entries[0], sum(entry.nbytes for entry in entries)
+        follows = ((one.file, one.offset + one.nbytes) == (two.file, two.offset) for one, two in pairwise(entries))
+        if not all(follows) or first.offset % first.itemsize:
+            return None
+        found = self._open[first.file].read_in_place(as_bytes(memory), first.offset, size)
+        self._count(first, found, size)
+        start = first.offset % BLOCK
+        return memory[start : start + size]
+
     def pieces(self, entry: Entry) -> Iterator[memoryview]:
         """An entry's bytes, which are never all in memory: piece by piece, each in the last one's place."""
         memory = memoryview(bytearray(min(PIECE, entry.nbytes)))
@@ -194,10 +211,13 @@ class Checkpoint(Mapping[str, Entry]):
             yield piece
 
     def _read(self, entry: Entry, target: memoryview, start: int) -> None:
-        if self._open[entry.file].read_into(target, entry.offset + start) < len(target):
+        self._count(entry, self._open[entry.file].read_into(target, entry.offset + start), len(target))
+
+    def _count(self, entry: Entry, found: int, wanted: int) -> None:
+        if found < wanted:
             raise _refused(self.folder, entry.file, f"ends inside {entry.key!r}")
         with self._lock:
-            self.bytes_read += len(target)
+            self.bytes_read += found
 
     def read_ahead(self, entries: Iterable[Entry]) -> None:
         """Has the kernel fetch tensors into its cache."""

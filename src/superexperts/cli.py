@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 
 from . import config, config_adapters, config_study, config_surgery, config_train
+from .allocator import keep_memory
 from .console import speaks
 from .errors import OptionError, SuperExpertsError
 
@@ -50,6 +51,7 @@ MODULES = {"import": "import_", "status": "progress"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0 done, 1 without effect or not as expected, 2 wrong input, 130
     interrupted."""
+    keep_memory()
     try:
         settings = _parse(sys.argv[1:] if arguments is None else arguments)
         command = next(name for name, kind in COMMANDS.items() if type(settings) is kind)

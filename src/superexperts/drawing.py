@@ -260,6 +260,7 @@ def put_names(
         )
         text.set_in_layout(False)
         boxes.append(box)
+    figure.set_layout_engine(None)  # names were placed in this layout; to make it again takes as long as drawing
 
 
 def _distance(box: Bbox, point: Sequence[float] | NDArray[np.float64]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,12 @@ class Float8Checkpoint(Checkpoint):
                 "again"
             )
         return scales
+
+    def read_in_place(self, entries: Sequence[Entry], memory: Tensor) -> Tensor | None:
+        """As `Checkpoint.read_in_place`; None for float8 matrices, which are made as they are read."""
+        return (
+            None if any(entry.key in self._quantized for entry in entries) else super().read_in_place(entries, memory)
+        )
 
     def read_into(self, entry: Entry, target: Tensor) -> None:
         """As `Checkpoint.read_into`; a float8 matrix into bfloat16."""

@@ -19,7 +19,12 @@ MARKERS = "osD^vPX*"
 
 
 def plot_top(
-    profile: Profile, corpus: str, chosen: Sequence[ExpertKey], path: Path, count: int = 12, theme: Theme = LIGHT
+    profile: Profile,
+    corpus: str,
+    chosen: Sequence[ExpertKey],
+    path: Path | Sequence[Path],
+    count: int = 12,
+    theme: Theme = LIGHT,
 ) -> None:
     """The `count` largest peaks as bars (log scale), the `chosen` experts in the accent colour, and the two bounds."""
     section = profile.corpora[corpus]
@@ -49,7 +54,9 @@ def plot_top(
         save(figure, path)
 
 
-def plot_corpora(profile: Profile, keys: Sequence[ExpertKey], path: Path, theme: Theme = LIGHT) -> None:
+def plot_corpora(
+    profile: Profile, keys: Sequence[ExpertKey], path: Path | Sequence[Path], theme: Theme = LIGHT
+) -> None:
     """The experts in `keys`, a row each, with a mark per corpus at its peak (log scale): do the corpora agree?
 
     A mark is filled where the expert is a super expert of that corpus by the paper's criterion; those that are one of

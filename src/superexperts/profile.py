@@ -245,7 +245,7 @@ def _profile(config: ProfileConfig, model: nn.Module, corpora: Mapping[str, Corp
 
 def _pictures(profile: Profile, folder: Path) -> list[str]:
     """Draws every picture as PNG and SVG; returns their names."""
-    drawn = []
+    drawn: list[Path] = []
     stems: set[str] = set()
     for name, corpus in profile.corpora.items():
         plain = "".join(letter if letter.isalnum() else "-" for letter in Path(name).name)
@@ -253,17 +253,20 @@ def _pictures(profile: Profile, folder: Path) -> list[str]:
         stem = next(stem for stem in itertools.chain([plain], numbered) if stem not in stems)
         stems.add(stem)
         chosen = [row.key for row in _super(profile, corpus)]
-        for suffix in ("png", "svg"):
-            heatmap, layers, top = (f"{kind}-{stem}.{suffix}" for kind in ("heatmap", "layers", "top"))
-            plot_heatmap(profile, name, chosen, folder / heatmap, depth=profile.criterion_depth)
-            plot_layers(profile, name, chosen, folder / layers, depth=profile.criterion_depth)
-            plot_top(profile, name, chosen, folder / top)
-            drawn += [heatmap, layers, top]
+        heatmap, layers, top = (_both(folder, f"{kind}-{stem}") for kind in ("heatmap", "layers", "top"))
+        plot_heatmap(profile, name, chosen, heatmap, depth=profile.criterion_depth)
+        plot_layers(profile, name, chosen, layers, depth=profile.criterion_depth)
+        plot_top(profile, name, chosen, top)
+        drawn += [*heatmap, *layers, *top]
     if len(profile.corpora) > 1:
-        for suffix in ("png", "svg"):
-            plot_corpora(profile, _largest(profile, 12), folder / f"corpora.{suffix}")
-            drawn.append(f"corpora.{suffix}")
-    return drawn
+        plot_corpora(profile, _largest(profile, 12), corpora := _both(folder, "corpora"))
+        drawn += corpora
+    return [path.name for path in drawn]
+
+
+def _both(folder: Path, stem: str) -> list[Path]:
+    """A picture's files, which are drawn at once."""
+    return [folder / f"{stem}.{suffix}" for suffix in ("png", "svg")]
 
 
 def _sinks(profile: Profile, config: ProfileConfig, model: nn.Module, sequences: Mapping[str, Tensor]) -> list[str]:
@@ -275,9 +278,8 @@ def _sinks(profile: Profile, config: ProfileConfig, model: nn.Module, sequences:
         return []
     report = compare_sinks(model, sequences[name][:SINK_SEQUENCES], experts, name=config.model, corpus=name)
     write_json(config.out / "sinks.json", report.to_json())
-    for suffix in ("png", "svg"):
-        plot_sinks(report, config.out / f"sinks.{suffix}")
-    return ["sinks.json", "sinks.png", "sinks.svg"]
+    plot_sinks(report, pictures := _both(config.out, "sinks"))
+    return ["sinks.json", *(path.name for path in pictures)]
 
 
 def _super(profile: Profile, corpus: CorpusProfile) -> tuple[ExpertStats, ...]:

@@ -73,7 +73,7 @@ def profile_streamed(
         padded_values(),
         moe.tapped(streamed.model, recorder, None if whole else streamed.experts),
         layer_by_layer(streamed.model, banks[0].path) as run,
-        streamed.running(layers, whole=whole) as loaded,
+        streamed.running(layers, whole=whole, all_wanted=not whole) as loaded,
         progress(description, len(layers) * len(batches)) as bar,
     ):
         for layer in loaded:

@@ -48,7 +48,7 @@ class ShardFile:
 
     def read_into(self, target: memoryview, offset: int) -> int:
         """Fills memory of bytes from `offset` on; -> how many there were, fewer at the end of the file."""
-        direct = self._direct if len(target) >= CHUNK // 4 and not self._cached(offset + len(target) // 2) else None
+        direct = self._direct if self._is_on_disk(offset, len(target)) else None
         done = 0
         while done < len(target):
             if direct is None:
@@ -60,16 +60,31 @@ class ShardFile:
             done += count
         return done
 
+    def read_in_place(self, memory: memoryview, offset: int, size: int) -> int:
+        """As `read_into`, but the bytes come to lie `offset % BLOCK` behind the beginning of `memory`, which is that of
+        a page and has two blocks to spare: a direct read needs no copy so."""
+        skipped, done = offset % BLOCK, 0
+        if self._direct is not None and self._is_on_disk(offset, size):
+            while done < skipped + size:
+                count = os.preadv(self._direct, [memory[done : _blocks(skipped + size)]], offset - skipped + done)
+                done += count
+                if not count or count % BLOCK:
+                    break
+        done = min(max(done - skipped, 0), size)
+        return done + self.read_into(memory[skipped + done : skipped + size], offset + done)
+
     def read_ahead(self, offset: int, size: int) -> None:
         """Has the kernel fetch a piece into its cache."""
         os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
-    def _cached(self, offset: int) -> bool:
-        """Whether a byte is in the page cache, where a direct read would not look."""
-        try:
-            return bool(os.preadv(self.descriptor, [bytearray(1)], offset, os.RWF_NOWAIT))
-        except OSError:  # EAGAIN: it is not; or the file system cannot say
+    def _is_on_disk(self, offset: int, size: int) -> bool:
+        """Whether a piece is worth a direct read: large, and not in the page cache, where that would not look."""
+        if size < CHUNK // 4:
             return False
+        try:
+            return not os.preadv(self.descriptor, [bytearray(1)], offset + size // 2, os.RWF_NOWAIT)
+        except OSError:  # EAGAIN: it is not in the cache; or the file system cannot say
+            return True
 
 
 def _read_blocks(descriptor: int, target: memoryview, offset: int) -> int:
@@ -77,8 +92,13 @@ def _read_blocks(descriptor: int, target: memoryview, offset: int) -> int:
     import numpy as np  # here, so that shards that are only copied do not wait for it; it copies without Python's lock
 
     skipped = offset % BLOCK
-    length = min(CHUNK, -(-(skipped + len(target)) // BLOCK) * BLOCK)
+    length = min(CHUNK, _blocks(skipped + len(target)))
     count = os.preadv(descriptor, [memoryview(_BUFFER.memory)[:length]], offset - skipped)
     count = max(0, min(count - skipped, len(target)))
     np.frombuffer(target, np.uint8)[:count] = np.frombuffer(_BUFFER.memory, np.uint8)[skipped : skipped + count]
     return count
+
+
+def _blocks(size: int) -> int:
+    """Bytes of the whole blocks that hold so many."""
+    return -(-size // BLOCK) * BLOCK

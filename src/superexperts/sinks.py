@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,7 +122,7 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
         cast(Any, model).set_attn_implementation(before)
 
 
-def plot_sinks(report: SinkReport, path: Path, theme: Theme = LIGHT) -> None:
+def plot_sinks(report: SinkReport, path: Path | Sequence[Path], theme: Theme = LIGHT) -> None:
     """Layers by heads: attention on the first token as it is, and with the experts silent; beside each layer its decay
     (`SinkReport.decay`, the paper's D_sink). PNG or SVG by the suffix."""
     layers = list(report.before)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -21,18 +22,18 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from . import moe
-from .bank import DOWN, IN_FLIGHT
-from .checkpoint import Checkpoint
+from .bank import DOWN
+from .checkpoint import SPARE, Checkpoint
 from .decoder import decoder_layers
 from .errors import ModelError
 from .homes import Homes
+from .read_ahead import ReadAhead
+from .shard_file import BLOCK
 
 __all__ = ["StreamedModel"]
 
 READERS = 2
-"""Threads that read experts ahead."""
-AHEAD = 6
-"""Experts read ahead of the last one that was asked for."""
+"""Threads that read a whole bank."""
 
 
 class StreamedModel:
@@ -57,13 +58,17 @@ class StreamedModel:
         }
         self._alone = {f"{self.banks[layer].path}.{name}" for layer, name in self._experts}
         """Names of the parameters that are read expert by expert."""
+        self._then: dict[int, int] = {}
+        """Layer -> the one after it whose experts are read when all of its own are."""
+        self._ahead: ReadAhead | None = None
         self._spare: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = collections.defaultdict(list)
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 
     @contextlib.contextmanager
-    def running(self, layers: Sequence[int], *, whole: bool) -> Iterator[Iterator[int]]:
+    def running(self, layers: Sequence[int], *, whole: bool, all_wanted: bool = False) -> Iterator[Iterator[int]]:
         """Within the block, iterating gives each layer's number with its weights in memory, the next one's being read
-        meanwhile. `whole`: with all its experts; else they are to be had from `experts` alone.
+        meanwhile. `whole`: with all its experts; else they are to be had from `experts` alone, which reads those of the
+        next layer before anyone asks if `all_wanted`, as they are likely to be.
         """
         with ThreadPoolExecutor(max_workers=1) as background:
 
@@ -78,12 +83,18 @@ class StreamedModel:
                     yield layer
                     self._unload(layer)
 
+            self._ahead = ReadAhead(self._memory, self._read_alone, self._give_all)
+            streamed = [layer for layer in layers if layer in self.banks and self.holds_alone(layer)]
+            self._then = dict(itertools.pairwise(streamed)) if all_wanted else {}
             try:
+                if all_wanted and streamed:
+                    self._ahead.start(self._all_experts(streamed[0]))
                 self._fill([name for name in self._homes.of if self._is_outside(name)])
                 self._check_full(name for name, _ in self.model.named_parameters() if self._is_outside(name))
                 yield one_by_one()
             finally:
                 background.shutdown(cancel_futures=True)
+                self._ahead.close()
                 for parameter_name, _ in list(self.model.named_parameters()):
                     self._empty(parameter_name)
                 self._spare.clear()
@@ -95,31 +106,17 @@ class StreamedModel:
             bank = cast(Any, self.banks[layer].module)
             yield from ({name: getattr(bank, name)[expert] for name in names} for expert in experts)
             return
-        parameters = {name: cast(Tensor, getattr(self.banks[layer].module, name)) for name in names}
-        slots = [
-            {name: self._take(parameter.shape[1:], parameter.dtype) for name, parameter in parameters.items()}
-            for _ in range(min(AHEAD + IN_FLIGHT, len(experts)))
-        ]
-
-        def read(number: int) -> dict[str, Tensor]:
-            slot = slots[number % len(slots)]
-            for name, target in slot.items():
-                self._read_expert(layer, name, experts[number], target)
-            return slot
-
-        with ThreadPoolExecutor(max_workers=READERS) as readers:
-            coming: collections.deque[Future[dict[str, Tensor]]] = collections.deque()
-            for number in range(len(experts)):
-                while len(coming) <= AHEAD and number + len(coming) < len(experts):
-                    coming.append(readers.submit(read, number + len(coming)))
-                yield coming.popleft().result()
-        for slot in slots:
-            for tensor in slot.values():
-                self._give(tensor)
+        assert self._ahead is not None
+        wanted = [(layer, expert) for expert in experts]
+        following = self._then.get(layer)
+        yield from self._ahead.get(wanted, [] if following is None else self._all_experts(following))
 
     def holds_alone(self, layer: int) -> bool:
         """Whether the checkpoint's layout lets one expert of the layer be read without the others."""
         return all((layer, name) in self._experts for name in _matrices(self.banks[layer]))
+
+    def _all_experts(self, layer: int) -> list[tuple[int, int]]:
+        return [(layer, expert) for expert in range(self.banks[layer].num_experts)]
 
     # ---- filling and emptying ----
 
@@ -182,6 +179,32 @@ class StreamedModel:
                 job.result()
             setattr(module, name, nn.Parameter(full_EUD, requires_grad=False))
 
+    def _memory(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        """Bytes for an expert's matrices."""
+        bank = self.banks[key[0]]
+        sizes = {name: cast(Tensor, getattr(bank.module, name))[0].nbytes for name in _matrices(bank)}
+        return {name: self._take(torch.Size([size + SPARE]), torch.uint8) for name, size in sizes.items()}
+
+    @torch.inference_mode()  # of this thread
+    def _read_alone(self, key: tuple[int, int], memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """An expert's matrices [U, D] within the memory."""
+        layer, expert = key
+        found = {}
+        for name, bytes_ in memory.items():
+            like_UD = cast(Tensor, getattr(self.banks[layer].module, name))[0]
+            parts, target = self._experts[layer, name][expert], None
+            if bytes_.device.type == "cpu" and all(entry.dtype == like_UD.dtype for entry in parts):
+                target = self.checkpoint.read_in_place(parts, bytes_)
+            if target is None:
+                target = bytes_[: like_UD.nbytes]
+                self._read_expert(layer, name, expert, target.view(like_UD.dtype).view(like_UD.shape))
+            found[name] = target.view(like_UD.dtype).view(like_UD.shape)
+        return found
+
+    def _give_all(self, memory: Mapping[str, Tensor]) -> None:
+        for tensor in memory.values():
+            self._give(tensor)
+
     @torch.inference_mode()  # of this thread
     def _read_expert(self, layer: int, name: str, expert: int, target_UD: Tensor) -> None:
         start = 0
@@ -205,9 +228,14 @@ class StreamedModel:
             self._give(parameter.data)
 
     def _take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Memory to read into; what another layer has used, so that the kernel need not clear new pages."""
+        """Memory to read into, which begins with a page; what another layer has used, so that the kernel need not
+        clear new pages."""
         spare = self._spare[shape, dtype]
-        return spare.pop() if spare else torch.empty(shape, dtype=dtype, device=self.device)
+        if spare:
+            return spare.pop()
+        whole = torch.empty(shape.numel() * dtype.itemsize + BLOCK, dtype=torch.uint8, device=self.device)
+        start = -whole.data_ptr() % BLOCK
+        return whole[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
     def _give(self, tensor: Tensor) -> None:
         self._spare[tensor.shape, tensor.dtype].append(tensor)

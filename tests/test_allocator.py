@@ -1,0 +1,40 @@
+"""The C library's allocator keeps what a computation frees, unless the user has said otherwise."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import resource
+import torch
+from superexperts.allocator import keep_memory
+if {keep}:
+    keep_memory()
+for _ in range(3):
+    torch.ones(10**7).sum()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(10**7).sum()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(keep: bool, **environment: str) -> int:
+    """Pages that the kernel hands out for ten tensors of 40 MB, one after the other."""
+    done = subprocess.run(
+        [sys.executable, "-c", CODE.format(keep=keep)],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is one of glibc")
+def test_memory_is_kept_unless_the_user_has_set_it_otherwise() -> None:
+    assert faults(keep=False) > 50_000
+    assert faults(keep=True) < 20_000
+    assert faults(keep=True, MALLOC_TRIM_THRESHOLD_="131072") > 50_000

@@ -1,0 +1,123 @@
+"""Experts that are read before they are wanted: order, room, and memory that nobody uses any longer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from superexperts import read_ahead
+from superexperts.bank import IN_FLIGHT
+from superexperts.read_ahead import FEWEST, Key, ReadAhead
+
+SIZE = 8
+"""Bytes of an expert here."""
+
+
+class Desk:
+    """Memory that is lent and comes back, and the experts that were read into it: layer and expert as two bytes."""
+
+    def __init__(self, fails: Key | None = None) -> None:
+        self.lent: list[Tensor] = []
+        self.read: list[Key] = []
+        self.fails = fails
+        self.lock = threading.Lock()
+
+    def take(self, _: Key) -> dict[str, Tensor]:
+        self.lent.append(torch.zeros(SIZE, dtype=torch.uint8))
+        return {"down_proj": self.lent[-1]}
+
+    def fill(self, key: Key, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if key == self.fails:
+            raise OSError("the disk is gone")
+        with self.lock:
+            self.read.append(key)
+        memory["down_proj"][:2] = torch.tensor(key)
+        return {"down_proj": memory["down_proj"][:2]}
+
+    def give(self, memory: Mapping[str, Tensor]) -> None:
+        memory["down_proj"].fill_(255)  # what the next one to be read would do
+        self.lent = [tensor for tensor in self.lent if tensor is not memory["down_proj"]]
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[[Desk], ReadAhead]]:
+    made = []
+
+    def open_(desk: Desk) -> ReadAhead:
+        made.append(ReadAhead(desk.take, desk.fill, desk.give))
+        return made[-1]
+
+    yield open_
+    for ahead in made:
+        ahead.close()
+
+
+def numbers(found: Iterator[Mapping[str, Tensor]]) -> list[Key]:
+    return [tuple(matrices["down_proj"].tolist()) for matrices in found]
+
+
+def test_the_wanted_ones_come_in_order_and_only_they_are_read(opened: Callable[[Desk], ReadAhead]) -> None:
+    desk = Desk()
+    ahead = opened(desk)
+    for layer in (1, 2):
+        wanted = [(layer, expert) for expert in (0, 3, 4, *range(9, 60))]
+        assert numbers(ahead.get(wanted)) == wanted
+    assert len(desk.read) == len(set(desk.read)) == 2 * 54
+
+
+def test_the_next_layers_are_read_before_anyone_asks_as_far_as_there_is_room(
+    opened: Callable[[Desk], ReadAhead], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_ahead, "AHEAD", SIZE * 20)
+    desk = Desk()
+    ahead = opened(desk)
+    first, second = ([(layer, expert) for expert in range(30)] for layer in (1, 2))
+    ahead.start(first)
+    assert len(desk.lent) == 20
+    highest = 0
+    for key, matrices in zip(first, ahead.get(first, second), strict=True):
+        assert tuple(matrices["down_proj"].tolist()) == key
+        highest = max(highest, len(desk.lent))
+    assert highest == len(desk.lent) == 20
+    # The router wants others: those that were read for nothing are given back, no other is read.
+    assert numbers(ahead.get(second[5:7])) == second[5:7]
+    assert [key for key in sorted(desk.read) if key[0] == 2] == second[: 20 - (IN_FLIGHT - 1)]
+
+
+def test_a_large_expert_still_has_others_read_ahead(
+    opened: Callable[[Desk], ReadAhead], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_ahead, "AHEAD", 1)
+    desk = Desk()
+    wanted = [(1, expert) for expert in range(40)]
+    ahead = opened(desk)
+    assert numbers(ahead.get(wanted)) == wanted
+    ahead.start(wanted)
+    assert len(desk.lent) == FEWEST
+
+
+def test_memory_is_let_alone_while_someone_may_compute_with_it(opened: Callable[[Desk], ReadAhead]) -> None:
+    ahead = opened(Desk())
+    wanted = [(1, expert) for expert in range(40)]
+    handed: list[Tensor] = []
+    for matrices in ahead.get(wanted, [(2, expert) for expert in range(40)]):
+        handed.append(matrices["down_proj"])
+        recent = handed[-IN_FLIGHT:]
+        assert [tensor[1].item() for tensor in recent] == [key[1] for key in wanted[: len(handed)]][-IN_FLIGHT:]
+    # The last ones may be used until the next layer asks.
+    assert [tensor[1].item() for tensor in handed[1 - IN_FLIGHT :]] == [key[1] for key in wanted[1 - IN_FLIGHT :]]
+    next(ahead.get([(2, 0)]))
+    assert {tensor[1].item() for tensor in handed} == {255}
+
+
+def test_what_goes_wrong_while_reading_is_raised_where_the_expert_is_wanted(
+    opened: Callable[[Desk], ReadAhead],
+) -> None:
+    found = opened(Desk(fails=(1, 2))).get([(1, expert) for expert in range(9)])
+    assert numbers(next(found) for _ in range(2)) == [(1, 0), (1, 1)]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(found)
