@@ -18,14 +18,14 @@ if {keep}:
 for _ in range(3):
     torch.ones(10**7).sum()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+for _ in range(20):
     torch.ones(10**7).sum()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def faults(keep: bool, **environment: str) -> int:
-    """Pages that the kernel hands out for ten tensors of 40 MB, one after the other."""
+    """Pages that the kernel hands out for twenty tensors of 40 MB, one after the other."""
     done = subprocess.run(
         [sys.executable, "-c", CODE.format(keep=keep)],
         env={**os.environ, **environment}, capture_output=True, text=True, check=True,
@@ -35,6 +35,7 @@ def faults(keep: bool, **environment: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is one of glibc")
 def test_memory_is_kept_unless_the_user_has_set_it_otherwise() -> None:
-    assert faults(keep=False) > 50_000
-    assert faults(keep=True) < 20_000
-    assert faults(keep=True, MALLOC_TRIM_THRESHOLD_="131072") > 50_000
+    plain = faults(keep=False)
+    assert plain > 180_000
+    assert faults(keep=True) < plain / 2  # a small block may come to lie where a large one was: not 0
+    assert faults(keep=True, MALLOC_TRIM_THRESHOLD_="131072") > 180_000
