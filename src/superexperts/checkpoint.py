@@ -12,7 +12,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -218,11 +218,6 @@ class Checkpoint(Mapping[str, Entry]):
             raise _refused(self.folder, entry.file, f"ends inside {entry.key!r}")
         with self._lock:
             self.bytes_read += found
-
-    def read_ahead(self, entries: Iterable[Entry]) -> None:
-        """Has the kernel fetch tensors into its cache."""
-        for entry in entries:
-            self._open[entry.file].read_ahead(entry.offset, entry.nbytes)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -74,9 +74,9 @@ def mean_outputs(
     batches = [batch_BL.to(streamed.device) for batch_BL in torch.split(ids_SL, batch_size)]
     hidden: list[Tensor | None] = [None] * len(batches)
     with (
-        moe.tapped(streamed.model, tap),
+        moe.tapped(streamed.model, tap, streamed.experts),
         layer_by_layer(streamed.model, some.path) as run,
-        streamed.running(layers, whole=True) as loaded,
+        streamed.running(layers, batches=len(batches)) as loaded,
         progress("mean outputs", len(layers)) as bar,
     ):
         for layer in loaded:

@@ -61,19 +61,18 @@ def profile_streamed(
     """As `profile.profile_corpus`, of the same int64 sequences [S, L], a decoder layer at a time.
 
     Between two layers hidden states are kept in memory, or past `budget` bytes in a file without a name in `folder`.
-    A single batch reads a layer's experts one by one while it computes; for several batches they are all kept.
+    A layer's experts are read one by one while others compute; for several batches they are kept until the last one.
     """
     banks = banks_below(streamed.model, depth)
     layers = range(banks[-1].layer + 1)
     batches = my_share(range(0, len(ids_SL), batch_size))
     recorder = Recorder(moe.expert_keys(banks), ids_SL)
-    whole = len(batches) > 1
     hidden: dict[int, Tensor] = {}
     with (
         padded_values(),
-        moe.tapped(streamed.model, recorder, None if whole else streamed.experts),
+        moe.tapped(streamed.model, recorder, streamed.experts),
         layer_by_layer(streamed.model, banks[0].path) as run,
-        streamed.running(layers, whole=whole, all_wanted=not whole) as loaded,
+        streamed.running(layers, batches=len(batches)) as loaded,
         progress(description, len(layers) * len(batches)) as bar,
     ):
         for layer in loaded:
@@ -178,7 +177,7 @@ def _one_pass(
         padded_values(),
         moe.tapped(streamed.model, tap, streamed.experts),
         layer_by_layer(streamed.model, banks[0].path) as run,
-        streamed.running(layers, whole=False) as loaded,
+        streamed.running(layers, all_wanted=False) as loaded,
         progress(description, len(layers)) as bar,
     ):
         for layer in loaded:

@@ -14,8 +14,9 @@ __all__ = ["AHEAD", "ReadAhead"]
 
 READERS = 2
 AHEAD = 2**29
-"""Bytes of experts in memory, at least `FEWEST` of them: the disk's half second, which an attention may take."""
+"""Bytes of experts in memory up to which others are read: the disk's half second, which an attention may take."""
 FEWEST = 2 * IN_FLIGHT
+"""Experts that are read or computed at least, however large they are or how many are kept."""
 
 Key = tuple[int, int]
 """Layer and expert."""
@@ -40,21 +41,26 @@ class ReadAhead:
         self._coming: dict[Key, tuple[Matrices, Future[Matrices]]] = {}
         self._used: collections.deque[Matrices] = collections.deque()
         """Handed out last; some thread may still compute with them."""
+        self._kept: dict[Key, tuple[Matrices, Future[Matrices]]] = {}
+        """Handed out, and to be wanted again."""
 
-    def get(self, wanted: Sequence[Key], then: Sequence[Key] = ()) -> Iterator[Matrices]:
-        """The wanted experts, as `bank.Weights` has it; `then` are read next, as long as there is room. When it is
-        called again, nobody uses any longer what it gave before."""
+    def get(self, wanted: Sequence[Key], then: Sequence[Key] = (), *, again: bool = False) -> Iterator[Matrices]:
+        """The wanted experts, as `bank.Weights` has it; `then` are read next, as long as there is room. Both are in the
+        order in which they will be asked for. `again`: more of this layer will be asked for, so that nothing of it is
+        given away. When `get` is called again, nobody uses any longer what it gave before.
+        """
         while self._used:
             self._give(self._used.popleft())
-        for key in self._coming.keys() - set(wanted):
-            memory, read = self._coming.pop(key)
-            read.result()
-            self._give(memory)
-        todo = collections.deque(key for key in (*wanted, *then) if key not in self._coming)
+        if not again:
+            self._drop(wanted)
+        todo = collections.deque(key for key in (*wanted, *then) if key not in self._coming | self._kept)
         for key in wanted:
             self._read(todo)
-            memory, read = self._coming.pop(key)
-            self._used.append(memory)
+            memory, read = (self._kept if key in self._kept else self._coming).pop(key)
+            if again:
+                self._kept[key] = memory, read
+            else:
+                self._used.append(memory)
             yield read.result()
             if len(self._used) == IN_FLIGHT:
                 self._give(self._used.popleft())
@@ -68,10 +74,19 @@ class ReadAhead:
         """Ends the threads; what they have read is dropped."""
         self._readers.shutdown(cancel_futures=True)
 
+    def _drop(self, wanted: Sequence[Key]) -> None:
+        """Gives back what nobody wants after all."""
+        for held in (self._coming, self._kept):
+            for key in held.keys() - set(wanted):
+                memory, read = held.pop(key)
+                read.result()
+                self._give(memory)
+
     def _read(self, todo: collections.deque[Key]) -> None:
         """Begins to read as many as there is room for."""
-        held = [*self._used, *(memory for memory, _ in self._coming.values())]
-        count, nbytes = len(held), sum(map(_nbytes, held))
+        moving = [*self._used, *(memory for memory, _ in self._coming.values())]
+        count = len(moving)
+        nbytes = sum(map(_nbytes, [*moving, *(memory for memory, _ in self._kept.values())]))
         while todo and (count < FEWEST or nbytes < AHEAD):
             key = todo.popleft()
             memory = self._take(key)

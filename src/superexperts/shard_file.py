@@ -73,10 +73,6 @@ class ShardFile:
         done = min(max(done - skipped, 0), size)
         return done + self.read_into(memory[skipped + done : skipped + size], offset + done)
 
-    def read_ahead(self, offset: int, size: int) -> None:
-        """Has the kernel fetch a piece into its cache."""
-        os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-
     def _is_on_disk(self, offset: int, size: int) -> bool:
         """Whether a piece is worth a direct read: large, and not in the page cache, where that would not look."""
         if size < CHUNK // 4:

@@ -32,9 +32,6 @@ from .shard_file import BLOCK
 
 __all__ = ["StreamedModel"]
 
-READERS = 2
-"""Threads that read a whole bank."""
-
 
 class StreamedModel:
     """A model on the meta device and the checkpoint that fills its layers, one after the other.
@@ -61,34 +58,36 @@ class StreamedModel:
         self._then: dict[int, int] = {}
         """Layer -> the one after it whose experts are read when all of its own are."""
         self._ahead: ReadAhead | None = None
-        self._spare: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = collections.defaultdict(list)
+        self._batches_left = 0
+        """Batches that will still ask for experts of the layer in memory."""
+        self._spare: dict[int, list[Tensor]] = collections.defaultdict(list)
+        """Bytes -> memory of that size that nobody uses."""
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 
     @contextlib.contextmanager
-    def running(self, layers: Sequence[int], *, whole: bool, all_wanted: bool = False) -> Iterator[Iterator[int]]:
+    def running(self, layers: Sequence[int], *, batches: int = 1, all_wanted: bool = True) -> Iterator[Iterator[int]]:
         """Within the block, iterating gives each layer's number with its weights in memory, the next one's being read
-        meanwhile. `whole`: with all its experts; else they are to be had from `experts` alone, which reads those of the
-        next layer before anyone asks if `all_wanted`, as they are likely to be.
+        meanwhile; the experts' are to be had from `experts`, which each layer asks for once a batch. Those of the next
+        layer are read before anyone asks if `all_wanted`, as they are likely to be.
         """
+        alone = [layer for layer in layers if layer in self.banks and self.holds_alone(layer)]
+        self._then = dict(itertools.pairwise(alone)) if all_wanted else {}
         with ThreadPoolExecutor(max_workers=1) as background:
 
             def one_by_one() -> Iterator[int]:
-                coming = background.submit(self._load, layers[0], whole)
+                coming = background.submit(self._load, layers[0])
                 for layer, following in zip(layers, [*layers[1:], None], strict=True):
                     coming.result()
-                    if whole:
-                        self._fill_banks(layer)
                     if following is not None:
-                        coming = background.submit(self._load, following, whole)
+                        coming = background.submit(self._load, following)
+                    self._batches_left = batches
                     yield layer
                     self._unload(layer)
 
-            self._ahead = ReadAhead(self._memory, self._read_alone, self._give_all)
-            streamed = [layer for layer in layers if layer in self.banks and self.holds_alone(layer)]
-            self._then = dict(itertools.pairwise(streamed)) if all_wanted else {}
+            self._ahead = ReadAhead(self._memory, self._read_alone, self._give)
             try:
-                if all_wanted and streamed:
-                    self._ahead.start(self._all_experts(streamed[0]))
+                if all_wanted and alone:
+                    self._ahead.start(self._all_experts(alone[0]))
                 self._fill([name for name in self._homes.of if self._is_outside(name)])
                 self._check_full(name for name, _ in self.model.named_parameters() if self._is_outside(name))
                 yield one_by_one()
@@ -107,9 +106,13 @@ class StreamedModel:
             yield from ({name: getattr(bank, name)[expert] for name in names} for expert in experts)
             return
         assert self._ahead is not None
-        wanted = [(layer, expert) for expert in experts]
-        following = self._then.get(layer)
-        yield from self._ahead.get(wanted, [] if following is None else self._all_experts(following))
+        self._batches_left -= 1
+        following = self._then.get(layer) if not self._batches_left else None
+        yield from self._ahead.get(
+            [(layer, expert) for expert in experts],
+            [] if following is None else self._all_experts(following),
+            again=self._batches_left > 0,
+        )
 
     def holds_alone(self, layer: int) -> bool:
         """Whether the checkpoint's layout lets one expert of the layer be read without the others."""
@@ -121,21 +124,12 @@ class StreamedModel:
     # ---- filling and emptying ----
 
     @torch.inference_mode()  # of this thread, as of the one that computes
-    def _load(self, layer: int, whole: bool) -> None:
-        """Fills a layer's modules but for its experts; if they will be wanted `whole`, the kernel fetches them ahead
-        into its own cache, which costs no memory that it could not have back."""
+    def _load(self, layer: int) -> None:
+        """Fills a layer's modules but for its experts."""
         prefix = f"{self._decoder}.{layer}."
         self._fill([name for name in self._homes.of if name.startswith(prefix) and name not in self._alone])
         names = (prefix + name for name, _ in self._layers[layer].named_parameters())
         self._check_full(name for name in names if name not in self._alone)
-        if whole:
-            self.checkpoint.read_ahead(
-                entry
-                for place, experts in self._experts.items()
-                if place[0] == layer
-                for parts in experts
-                for entry in parts
-            )
 
     def _check_full(self, names: Iterable[str]) -> None:
         for name in names:
@@ -164,26 +158,11 @@ class StreamedModel:
             wrong = next(iter(info.mismatched_keys or info.conversion_errors))
             raise ModelError(f"MODEL: {wrong[0] if isinstance(wrong, tuple) else wrong} does not fit; repair it")
 
-    def _fill_banks(self, layer: int) -> None:
-        """Reads every expert of a layer, each kind of matrix into one tensor [E, U, D]."""
-        for name in [name for where, name in self._experts if where == layer]:
-            module = self.banks[layer].module
-            empty = cast(Tensor, getattr(module, name))
-            full_EUD = self._take(empty.shape, empty.dtype)
-            with ThreadPoolExecutor(max_workers=READERS) as readers:
-                jobs = [
-                    readers.submit(self._read_expert, layer, name, expert, target_UD)
-                    for expert, target_UD in enumerate(full_EUD)
-                ]
-            for job in jobs:
-                job.result()
-            setattr(module, name, nn.Parameter(full_EUD, requires_grad=False))
-
     def _memory(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """Bytes for an expert's matrices."""
         bank = self.banks[key[0]]
         sizes = {name: cast(Tensor, getattr(bank.module, name))[0].nbytes for name in _matrices(bank)}
-        return {name: self._take(torch.Size([size + SPARE]), torch.uint8) for name, size in sizes.items()}
+        return {name: self._take(size + SPARE) for name, size in sizes.items()}
 
     @torch.inference_mode()  # of this thread
     def _read_alone(self, key: tuple[int, int], memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,10 +180,6 @@ class StreamedModel:
             found[name] = target.view(like_UD.dtype).view(like_UD.shape)
         return found
 
-    def _give_all(self, memory: Mapping[str, Tensor]) -> None:
-        for tensor in memory.values():
-            self._give(tensor)
-
     @torch.inference_mode()  # of this thread
     def _read_expert(self, layer: int, name: str, expert: int, target_UD: Tensor) -> None:
         start = 0
@@ -217,28 +192,27 @@ class StreamedModel:
                 rows.copy_(self.checkpoint.read(entry))
 
     def _empty(self, name: str) -> None:
-        """Puts a parameter back on the meta device; a bank's memory is kept for the next layer's."""
+        """Puts a parameter back on the meta device."""
         path, _, last = name.rpartition(".")
         module = self.model.get_submodule(path)
         parameter = cast(Tensor, getattr(module, last))
         if parameter.device.type == "meta":
             return
         setattr(module, last, nn.Parameter(parameter.to("meta"), requires_grad=False))
-        if name in self._alone:
-            self._give(parameter.data)
 
-    def _take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Memory to read into, which begins with a page; what another layer has used, so that the kernel need not
-        clear new pages."""
-        spare = self._spare[shape, dtype]
+    def _take(self, nbytes: int) -> Tensor:
+        """Bytes to read into, which begin with a page; what another expert has used, so that the kernel need not clear
+        new pages."""
+        spare = self._spare[nbytes]
         if spare:
             return spare.pop()
-        whole = torch.empty(shape.numel() * dtype.itemsize + BLOCK, dtype=torch.uint8, device=self.device)
+        whole = torch.empty(nbytes + BLOCK, dtype=torch.uint8, device=self.device)
         start = -whole.data_ptr() % BLOCK
-        return whole[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        return whole[start : start + nbytes]
 
-    def _give(self, tensor: Tensor) -> None:
-        self._spare[tensor.shape, tensor.dtype].append(tensor)
+    def _give(self, memory: Mapping[str, Tensor]) -> None:
+        for tensor in memory.values():
+            self._spare[tensor.nbytes].append(tensor)
 
     # ---- names ----
 
