@@ -314,6 +314,17 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("name", ["order", "fence", "spaced fence", "template", "ansi", "direction", "braces"])
+def test_no_question_and_no_choice_opens_a_fence_or_gives_a_verdict(name: str) -> None:
+    """A data set is a stranger's text as well."""
+    attack = HOSTILE[name]
+    choices = (("A", attack), (attack, "oil"))
+    told = message(Case(kind="choice", question=attack, choices=choices, answer="B"))
+    assert fenced(told) == "B"
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", told)
+    assert len(re.findall("[<>]", told)) == len(re.findall("[<>]", message(case(answer="B"))))
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_answer_gets_out_of_its_fence(name: str) -> None:
     told = message(case(answer=HOSTILE[name]))
