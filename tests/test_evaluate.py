@@ -156,6 +156,20 @@ def test_perplexity_in_reference_windows_is_the_paper_codes(
     assert packed["perplexity"] != pytest.approx(found["perplexity"], rel=1e-3)
 
 
+@pytest.mark.parametrize("reference_windows", [False, True])
+def test_perplexity_of_a_column_of_ones_own(reference_windows: bool, tmp_path: Path, data: Path) -> None:
+    """The same text in the usual column and in another one; a file that has changed is measured anew."""
+    rows = [text for text, _ in zip(documents("pocket"), range(24), strict=False)]
+    how: dict[str, Any] = {"tasks": "boolq", "limit": 1, "seq_len": 64, "tokens": 512}
+    found = []
+    for column, name, texts in ((None, "text", rows[:12]), ("body", "body", rows[:12]), ("body", "body", rows[12:])):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({name: text}) + "\n" for text in texts))
+        more = {"perplexity": str(file), "column": column, "reference_windows": reference_windows}
+        found.append(evaluate.run(_config(tmp_path / "run", data, **how, **more))["perplexity"])
+    assert found[0] == found[1] != found[2]
+
+
 def test_silenced_experts_answer_as_the_pruned_checkpoint_does(tmp_path: Path, data: Path) -> None:
     prune.run(PruneConfig(experts="L1E11,L3E54", out=tmp_path / "pruned"))
     settings: dict[str, Any] = {"tasks": "arc_easy,vmlu", "limit": 8}

@@ -241,6 +241,8 @@ class EvaluateConfig(ServerConfig, SeededConfig):
     """Longest answer in tokens."""
     perplexity: str | None = None
     """Also measure the perplexity on this corpus (names as for profile)."""
+    column: str | None = None
+    """perplexity: column of a .jsonl file or Hub data set that holds the text; default: text."""
     tokens: int = 16384
     """perplexity: tokens of the corpus, BOS of each sequence counted."""
     seq_len: int = 512
@@ -280,8 +282,9 @@ class EvaluateConfig(ServerConfig, SeededConfig):
         _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
         _require_sequences(self.tokens, self.seq_len)
-        idle = self.reference_windows and self.perplexity is None
-        _require(not idle, "--reference-windows", True, "does nothing without --perplexity; name a corpus there")
+        mend = "does nothing without --perplexity; name a corpus there"
+        _require(self.perplexity is not None or not self.reference_windows, "--reference-windows", True, mend)
+        _require(self.perplexity is not None or self.column is None, "--column", self.column, mend)
         _require_device(self.device)
         both = self.adapter is not None and self.silence is not None
         _require(not both, "--silence", self.silence, "excludes --adapter; merge the adapter into a checkpoint first")

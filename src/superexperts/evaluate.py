@@ -26,7 +26,7 @@ from .asking import ask, ask_one, chosen_items, finished_answers
 from .check_adapter import gate
 from .config import EvaluateConfig, identity
 from .console import note, speaks
-from .corpora import corpus_sequences, digest_ids, reference_windows
+from .corpora import corpus_texts, digest_ids, pack, reference_windows, takes_column
 from .engines import open_engine
 from .errors import OptionError
 from .folders import adapter_folder, checkpoint_folder
@@ -42,6 +42,7 @@ from .rundir import (
     input_key,
     prepare_folder,
     read_json,
+    versions,
     write_json,
     write_manifest,
     write_text,
@@ -54,7 +55,7 @@ __all__ = ["ask", "run"]
 
 PROBES, PROBE_TOKENS = 16, 256
 """Prompts on which an adapter's effect is measured before the evaluation, and the tokens kept of each."""
-NOT_OF_AN_ANSWER = ("tasks", "limit", "shuffle", "perplexity", "tokens", "seq_len", "reference_windows")
+NOT_OF_AN_ANSWER = ("tasks", "limit", "shuffle", "perplexity", "column", "tokens", "seq_len", "reference_windows")
 """Options that say what else is asked, and nothing about the answer to one item."""
 PERPLEXITY_SCHEMA = "superexperts/perplexity/1"
 
@@ -94,6 +95,7 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
         silence=silent,
         data={name: benchmark.sha for name, benchmark in benchmarks.items()},
         perplexity=None if sequences_BL is None else digest_ids(sequences_BL),
+        harness=versions()["lm_eval"],  # the few-shot prompts are in its files
     )
     if agreed(completed(out, "evaluate", inputs)):
         note(f"evaluate: {out} is up to date, nothing to do")
@@ -222,10 +224,16 @@ def _sequences(config: EvaluateConfig) -> Tensor | None:
     """Token ids [B, L] of the corpus whose perplexity is wanted, None where none is."""
     if config.perplexity is None:
         return None
-    tokenizer = load_tokenizer(config)
+    if config.column is not None and not takes_column(config.perplexity):
+        raise OptionError(
+            f"--column: {config.column!r} says nothing of {config.perplexity}; leave it out, it is for .jsonl files "
+            "and data sets given as OWNER/NAME"
+        )
+    tokenizer, column = load_tokenizer(config), config.column or "text"
     if config.reference_windows:
-        return reference_windows(config.perplexity, config.data_dir, tokenizer, seq_len=config.seq_len)
-    return corpus_sequences(config.perplexity, config.data_dir, tokenizer, tokens=config.tokens, seq_len=config.seq_len)
+        return reference_windows(config.perplexity, config.data_dir, tokenizer, seq_len=config.seq_len, column=column)
+    texts = corpus_texts(config.perplexity, config.data_dir, column)
+    return pack(texts, tokenizer, corpus=config.perplexity, tokens=config.tokens, seq_len=config.seq_len)
 
 
 def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:

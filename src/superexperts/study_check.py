@@ -139,11 +139,13 @@ def _data(plan: Plan) -> Iterator[Look]:
     quick = bool(plan.profile.get("quick"))
     for name in plan.corpus:
         yield ("corpus",), partial(_corpus, plan, name, plan.profile.get("column") or "text", "corpus", quick)
-    if plan.perplexity is not None and (plan.perplexity not in plan.corpus or "column" in plan.profile or quick):
+    column = plan.perplexity_column or "text"
+    same = plan.perplexity in plan.corpus and column == (plan.profile.get("column") or "text") and not quick
+    if plan.perplexity is not None and not same:
         field = "perplexity" if "perplexity" in plan.evaluation else "corpus"
         yield (
             ("evaluation", field) if field == "perplexity" else (field,),
-            partial(_corpus, plan, plan.perplexity, "text", field, False),
+            partial(_corpus, plan, plan.perplexity, column, field, False),
         )
 
 
