@@ -129,6 +129,7 @@ def test_a_request_that_fails_is_made_again(tmp_path: Path, data: Path) -> None:
     ("reply", "endpoint", "said"),
     [
         ((404, {"error": "no such model"}), "", "answers 404; check the URL, the name"),
+        ((400, {"error": "too long"}), "", "answers 400; a prompt may be too long for its context"),
         ((200, {"error": "busy"}), "", "answers what is no completion"),
         ((200, {"error": "busy"}), "/chat/completions", "answers what is no completion"),
         ((200, {"choices": []}), "", "answers what is no completion"),

@@ -146,6 +146,17 @@ def test_real_rows_word_for_word(shared_data: Path) -> None:
     assert all(item.gold in "1234" and "\n1. " in item.body for item in numbered)
 
 
+def test_a_folder_with_the_other_shape_only(tmp_path: Path) -> None:
+    """As lavita/medical-qa-datasets has it, which the original project asked; the usual file comes first."""
+    row = ROWS["medqa"]
+    options = [{"key": label, "value": text} for label, text in row["options"].items()]
+    (tmp_path / "medqa_lavita_test.jsonl").write_text(json.dumps(row | {"options": options}) + "\n")
+    found = load_benchmarks(["medqa"], tmp_path)["medqa"]
+    assert found.items == (read_item("medqa", row, 0),)
+    _write(tmp_path, "medqa", [row, row | {"question": "Who?"}])
+    assert len(load_benchmarks(["medqa"], tmp_path)["medqa"].items) == 2
+
+
 @pytest.mark.parametrize(
     ("task", "stem", "index", "body", "gold"),
     [

@@ -138,6 +138,11 @@ def _cut(text: str, until: Sequence[str]) -> str:
 def _fault(error: Exception, timeout: float) -> str:
     """What a server did wrong and what to do, in one line; what it said itself is none of it."""
     if isinstance(error, aiohttp.ClientResponseError) and not isinstance(error, aiohttp.ContentTypeError):
+        if error.status == 400:
+            return (
+                "answers 400; a prompt may be too long for its context, or the name not one that it gives a model; see "
+                "its log, what was answered is kept"
+            )
         return f"answers {error.status}; check the URL, the name that the server gives MODEL, and OPENAI_API_KEY"
     if isinstance(error, TimeoutError):
         return (

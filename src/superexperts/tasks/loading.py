@@ -53,6 +53,9 @@ EXAMPLE_STEMS = {
 """The same of the files that few-shot examples come from; a number behind the name says that it has so many rows only.
 """
 
+OTHER_STEMS = {"medqa": "medqa_lavita_test"}
+"""The same of files in another published shape, read where the usual one is not there."""
+
 TEST_STEMS = {"vmlu": "vmlu_test"}
 """The same of the files whose gold answers the publisher keeps."""
 
@@ -162,7 +165,7 @@ def _file(name: str, stem: str, folder: Path, *, numbered: bool = False) -> Path
 
 def _local(name: str, folder: Path, split: str) -> Benchmark:
     stem = TEST_STEMS.get(name, FILE_STEMS[name]) if split == "test" else FILE_STEMS[name]
-    file = _file(name, stem, folder)
+    file = _file(name, stem, folder) or _file(name, OTHER_STEMS.get(name, stem), folder)
     if file is not None:
         return _local_cached(name, file.resolve(), fingerprint(file))
     hint = "; fetch VMLU MQA v1.5 from github.com/ZaloAI-Jaist/VMLU" if name == "vmlu" else ""
