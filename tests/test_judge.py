@@ -304,6 +304,17 @@ def test_what_a_model_of_this_process_is_told(
         ({"judge_base_url": "http://h"}, OptionError, "--judge-base-url: 'http://h' needs a judge"),
         ({"judge": "j", "judge_base_url": "h"}, OptionError, "--judge-base-url: 'h' is no URL"),
         ({"batch_size": 0}, OptionError, "--batch-size: 0 is not positive"),
+        ({"judge_engine": "vllm"}, OptionError, "--judge-engine: 'vllm' needs a judge"),
+        (
+            {"judge": "j", "judge_engine": "vllm"},
+            OptionError,
+            "--judge-engine: 'vllm' needs the package vllm",
+        ),
+        (
+            {"judge": "j", "judge_engine": "vllm", "judge_base_url": "http://h"},
+            OptionError,
+            "--judge-engine: 'vllm' excludes --judge-base-url",
+        ),
     ],
 )
 def test_bad_options(

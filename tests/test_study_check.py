@@ -47,7 +47,7 @@ training: {{eval_data: nowhere.json}}
 experts: {{mine: L2E999, many: {{rule: routed, count: 9999}}}}
 variants: [base, prune-mine, lora-super: {{load_in_4bit: true}}]
 evaluation: {{engine: vllm}}
-extraction: {{judge: no/judge}}
+extraction: {{judge: no/judge, judge_engine: sglang}}
 max_new_tokens: 2048
 """)
     expected = [
@@ -63,6 +63,7 @@ max_new_tokens: 2048
         "line 9: evaluation.engine: 'vllm' needs the package vllm",
         "line 8: load_in_4bit: bitsandbytes is not installed",
         "line 10: extraction.judge: 'no/judge' is neither a folder nor",
+        "line 10: extraction.judge_engine: 'sglang' needs the package sglang",
     ]
     for dry_run in (False, True):
         with pytest.raises(DataError) as error:

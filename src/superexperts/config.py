@@ -325,6 +325,8 @@ class ExtractConfig(ServerConfig):
     """judge: read what the rules left unparsed, or every answer, the rules then being only compared with."""
     judge_base_url: str | None = None
     """judge: URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: a model in this process."""
+    judge_engine: Literal["hf", "vllm", "sglang"] = "hf"
+    """judge in this process: what runs it, as for evaluate."""
     batch_size: int = 8
     """judge in this process: answers per batch."""
     device: str = "auto"
@@ -345,10 +347,13 @@ class ExtractConfig(ServerConfig):
         for option, value, default in (
             ("--judge-scope", self.judge_scope, "left"),
             ("--judge-base-url", self.judge_base_url, None),
+            ("--judge-engine", self.judge_engine, "hf"),
         ):
             _require(self.judge != "off" or value == default, option, value, "needs a judge; give --judge MODEL")
         if self.judge_base_url is not None:
             _require_url("--judge-base-url", self.judge_base_url)
+            mend = "excludes --judge-base-url, whose server runs the judge; leave one of the two out"
+            _require(self.judge_engine == "hf", "--judge-engine", self.judge_engine, mend)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -145,14 +145,16 @@ def _few_shot(name: str, benchmark: Benchmark, folder: Path | None, shots: int) 
         examples, where = found.parts[0].task.eval_docs, str(file)
     elif shots > 0:
         examples, where = part.task.dataset["dev" if name == "mmlu" else "train"], f"{name}'s examples on the Hub"
-    items = () if examples is None else _items(name, examples, str(where))
+    if examples is not None:
+        _items(name, examples, str(where))  # says what is wrong with a row
     tasks = few_shot_tasks(name, benchmark.items, part.task.eval_docs, examples, shots)
     parts = tuple(Part(task=task, numbers=numbers, num_fewshot=fewest) for task, numbers, fewest in tasks)
     return Benchmark(
         parts=parts,
         items=benchmark.items,
         protocol="loglikelihood",
-        examples=digest(list(map(_values, items))),
+        # Whole rows: GSM8K's show how the answer is reached.
+        examples=digest([sorted((field, str(value)) for field, value in row.items()) for row in examples or ()]),
     )
 
 
