@@ -223,9 +223,13 @@ def test_another_limit_keeps_no_answer_of_a_killed_run(tmp_path: Path, data: Pat
     assert "are kept" not in capsys.readouterr().err
 
 
-def test_an_earlier_runs_files_are_not_left_behind(tmp_path: Path, data: Path) -> None:
+def test_an_earlier_runs_files_are_not_left_behind(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     evaluate.run(_config(tmp_path, data, tasks="mmlu,boolq", limit=1))
+    assert "removed" not in capsys.readouterr().err
     second = evaluate.run(_config(tmp_path, data, tasks="boolq", limit=1, perplexity=None))
+    assert "evaluate: mmlu: an earlier run's answers are removed" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "answers").iterdir()] == ["boolq.jsonl"]
     assert second["perplexity"] is None
     assert not (tmp_path / "perplexity.json").exists()
@@ -247,6 +251,15 @@ def test_bad_options(tmp_path: Path, data: Path, changes: dict[str, Any], error:
         evaluate.run(_config(tmp_path, data, **changes))
     assert message in str(caught.value)
     assert not (tmp_path / "answers").exists()
+
+
+def test_answers_of_somebody_elses_are_left_alone(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "mmlu.jsonl").write_text("mine")
+    monkeypatch.setattr(evaluate, "load_model", lambda _: pytest.fail("the model was loaded"))
+    with pytest.raises(OutputError, match=r"--out: .*mmlu\.jsonl was not written by `evaluate`.*choose another folder"):
+        evaluate.run(_config(tmp_path, data, perplexity=None))
+    assert (tmp_path / "answers" / "mmlu.jsonl").read_text() == "mine"
 
 
 def test_unwritable_folder(tmp_path: Path, data: Path) -> None:

@@ -28,7 +28,7 @@ from .config import EvaluateConfig, identity
 from .console import note, speaks
 from .corpora import corpus_texts, digest_ids, pack, reference_windows, takes_column
 from .engines import open_engine
-from .errors import OptionError
+from .errors import OptionError, OutputError
 from .folders import adapter_folder, checkpoint_folder
 from .journal import Journal, open_journals, remove_journals
 from .lora import load_adapter
@@ -100,6 +100,7 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
     if agreed(completed(out, "evaluate", inputs)):
         note(f"evaluate: {out} is up to date, nothing to do")
         return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"]) if speaks else {}
+    _own(out)
     model, effect = None, None
     if config.engine == "hf":
         tokenizer = load_tokenizer(config)
@@ -154,6 +155,16 @@ def _answers_key(inputs: Mapping[str, Any], name: str) -> str:
     return input_key("answers", {"options": options, "data": inputs["data"][name], **more})
 
 
+def _own(out: Path) -> None:
+    """`OutputError` for answers that no evaluation wrote: its own have a manifest, or journals until they have one."""
+    folder = out / "answers"
+    ours = (out / MANIFEST).is_file() or any(folder.glob(".*.partial"))
+    if not ours and (strange := next(folder.glob("*.jsonl"), None)) is not None:
+        raise OutputError(
+            f"--out: {strange} was not written by `evaluate`, which would remove it; choose another folder"
+        )
+
+
 def _begin(out: Path, keys: Mapping[str, str]) -> dict[str, Journal]:
     """This process' journals, with all answers that need not be asked again; an earlier run's files are gone then."""
     finished = {}
@@ -164,6 +175,11 @@ def _begin(out: Path, keys: Mapping[str, str]) -> dict[str, Journal]:
     if speaks:
         if kept := sum(len(journal.answers) for journal in journals.values()):
             note(f"evaluate: {kept} answers of an earlier run are kept")
+        gone = sorted(file.stem for file in (out / "answers").glob("*.jsonl") if file.stem not in finished)
+        if gone:
+            note(
+                f"evaluate: {', '.join(gone)}: an earlier run's answers are removed, they are not to what is asked now"
+            )
         for old in [out / MANIFEST, out / "perplexity.json", *(out / "answers").glob("*.jsonl")]:
             old.unlink(missing_ok=True)  # answers of two runs must never stand side by side
     return journals
