@@ -100,7 +100,8 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
     if agreed(completed(out, "evaluate", inputs)):
         note(f"evaluate: {out} is up to date, nothing to do")
         return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"]) if speaks else {}
-    _own(out)
+    if speaks:
+        _own(out)
     model, effect = None, None
     if config.engine == "hf":
         tokenizer = load_tokenizer(config)
