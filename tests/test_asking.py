@@ -139,6 +139,16 @@ def test_another_prompt_model_or_a_changed_file_asks_all_again(
     assert "forged" not in file.read_text()
 
 
+def test_another_harness_asks_all_again(
+    tmp_path: Path, data: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The few-shot prompts are in its files."""
+    evaluate.run(_config(tmp_path, data, limit=2))
+    monkeypatch.setattr(evaluate, "versions", lambda: {"lm_eval": "0.0.0"})
+    evaluate.run(_config(tmp_path, data, limit=2))
+    assert asked == [2, 2]
+
+
 def test_all_processes_journals_count(tmp_path: Path) -> None:
     """Of a run that was killed in two processes, what either kept is kept; other keys and benchmarks are not."""
     Journal(tmp_path / ".boolq.partial", "key").add({"a": "1"})

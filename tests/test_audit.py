@@ -25,7 +25,7 @@ def test_outcome(kind: str, label: str | None, extracted: str | None, want: str)
     assert outcome(kind, label, extracted) == want
 
 
-def row(generation: str, label: str | None, **more: Any) -> dict[str, Any]:
+def row(generation: str, label: Any, **more: Any) -> dict[str, Any]:
     base = {"id": "a", "task_type": "numeric", "question": "What is 2 + 2?", "choices": []}
     return {**base, "generation": generation, "key_answer": label, **more}
 
@@ -55,6 +55,40 @@ def test_confusion_by_hand(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("".join(json.dumps(r) + "\n" for r in rows))
     wanted = {"no": {"nothing": 1, "yes": 1}, "nothing": {"no": 1, "nothing": 1}, "yes": {"yes": 2}}
     assert audit_file(tmp_path / "f")["confusion"] == {"yesno": wanted}
+
+
+@pytest.mark.parametrize(
+    ("label", "more"),
+    [
+        (4, {}), (4.0, {}), ("4", {}), ("4.0", {}),
+        (True, {"task_type": "yesno", "generation": "Yes."}), ("Yes", {"task_type": "yesno", "generation": "Yes."}),
+        ("b", {"task_type": "mcq", "generation": "B", "choices": [{"label": x, "text": x * 3} for x in "AB"]}),
+        ("4", {"generation": "So\u2028it is\x85\x0b\x0c\x1c four.\n#### 4"}),
+    ],
+)  # fmt: skip
+def test_rows_as_people_write_them(label: Any, more: dict[str, Any], tmp_path: Path) -> None:
+    """Labels without quotes, line ends that only Python knows, a byte-order mark."""
+    text = json.dumps(row("#### 4", label) | more, ensure_ascii=False)
+    (tmp_path / "f").write_text(f"\ufeff{text}\n\n{text}\n", encoding="utf-8")
+    found = audit_file(tmp_path / "f")
+    assert (found["all"]["items"], found["all"]["right"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("label", "task_type", "said"),
+    [
+        ("many", "numeric", "row 1: .*'many', not a number or null"),
+        (True, "numeric", "row 1: .*True, not text or null"),
+        ("true", "yesno", "row 1: .*'true', not yes or no or null"),
+        ("oil", "mcq", "row 1: .*'oil', not one of the labels or null"),
+        (2, "mcq", "row 1: .*2, not text or null"),
+    ],
+)
+def test_a_label_that_nothing_can_equal_is_refused(label: Any, task_type: str, said: str, tmp_path: Path) -> None:
+    choices = [{"label": "A", "text": "oil"}] if task_type == "mcq" else []
+    (tmp_path / "f").write_text(json.dumps(row("A", label, task_type=task_type, choices=choices)))
+    with pytest.raises(DataError, match=said):
+        audit_file(tmp_path / "f")
 
 
 def test_real_labelled_generations(shared_data: Path) -> None:

@@ -243,6 +243,25 @@ def test_evaluate_asks_nothing_with_an_adapter_that_does_nothing(tmp_path: Path,
     assert json.loads((tmp_path / "base-out" / "manifest.json").read_text())["effect"] is None
 
 
+def test_no_answer_stands_for_another_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one folder: the base, an adapter, and that adapter trained on; none takes the answers of the one before."""
+    base = checkpoint(tmp_path)
+    settings: dict[str, Any] = {"tasks": "gsm8k", "data_dir": Path("pocket"), "limit": 2, "max_new_tokens": 8}
+    config = EvaluateConfig(model=str(base), out=tmp_path / "out", device="cpu", **settings)
+    evaluate.run(config)
+    adapter = adapter_on(base, tmp_path / "adapter", [(1, 1)])
+    effects = []
+    for factor in (1, 2):
+        weights = {name: tensor * factor for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+        save_file(weights, adapter / "adapter_model.safetensors")
+        evaluate.run(dataclasses.replace(config, adapter=adapter))
+        effects.append(json.loads((tmp_path / "out" / "manifest.json").read_text())["effect"]["max_logit_change"])
+    assert 0 < effects[0] < effects[1]
+    said = capsys.readouterr().err
+    assert "are kept" not in said
+    assert "up to date" not in said
+
+
 def test_another_models_adapter(tmp_path: Path) -> None:
     base = checkpoint(tmp_path)
     other = save_checkpoint(tmp_path / "other", "mixtral")

@@ -57,7 +57,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("arguments", "said"),
     [
         (["profile", "--depth", "3"], "--depth: 3.0 is out of range"),
-        (["profile", "--seq-len", "abc"], "--seq-len"),
+        (["profile", "--seq-len", "abc"], "--seq-len: 'abc' is not a whole number; give one"),
+        (["evaluate", "--limit", "x y"], "--limit: 'x y' is not a whole number; give one"),
+        (["evaluate", "--timeout", "x"], "--timeout: 'x' is not a number; give one"),
         (["profile", "--seq-len", "1"], "--seq-len: 1 is too short"),
         (["profile", "--seq-len", "4096"], "--seq-len: 4096 is over the model's context of 2048"),
         (["profile", "--tokens", "8"], "--tokens: 8 is under one sequence"),

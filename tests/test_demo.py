@@ -44,6 +44,8 @@ def _run_notebook(folder: Path, results: Any, monkeypatch: pytest.MonkeyPatch) -
     for (variant, task), score in scores.items():
         assert names["accuracy"].loc[variant, task] == pytest.approx(100 * score["accuracy"], abs=0.05)
     assert names["how"].sum().sum() == len(names["items"])
+    (folder / "rows").write_text('{"response": "one\u2028two\x85"}\n{}\n', encoding="utf-8")
+    assert names["lines"](folder / "rows") == [{"response": "one\u2028two\x85"}, {}]
     assert len(names["unparsed"]) == sum(score["unparsed"] for score in scores.values())
     pair = against_base(results, names["OTHER"])
     assert names["pairs"].lost.sum() == pair["only_base"]

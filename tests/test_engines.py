@@ -14,6 +14,7 @@ from superexperts import evaluate
 from superexperts.cli import main
 from superexperts.config import EvaluateConfig
 from superexperts.errors import OptionError
+from superexperts.journal import Journal
 from superexperts.server import request_url
 
 TASKS = "gsm8k,boolq,mmlu"
@@ -105,6 +106,15 @@ def test_a_server_that_breaks_off_is_asked_only_for_the_rest(tmp_path: Path, dat
     assert all(row["response"] == f" {len(row['prompt'])}" for rows in answers(tmp_path).values() for row in rows)
 
 
+def test_a_servers_answers_are_synced_now_and_then(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bool] = []
+    monkeypatch.setattr("superexperts.server.SYNC_EVERY", 3)
+    monkeypatch.setattr(Journal, "add", lambda self, answers, *, sync=True: synced.append(sync))
+    with scripted_server(completion) as server:
+        evaluate.run(served_config(tmp_path, data, server.base_url, tasks="gsm8k", limit=7, concurrency=1))
+    assert synced == [False, False, True, False, False, True, False]
+
+
 def test_a_request_that_fails_is_made_again(tmp_path: Path, data: Path) -> None:
     def stumbles(path: str, body: dict[str, Any]) -> tuple[int, Any]:
         return (500, b"") if len(server.bodies) == 1 else completion(path, body)
@@ -119,6 +129,7 @@ def test_a_request_that_fails_is_made_again(tmp_path: Path, data: Path) -> None:
     ("reply", "endpoint", "said"),
     [
         ((404, {"error": "no such model"}), "", "answers 404; check the URL, the name"),
+        ((400, {"error": "too long"}), "", "answers 400; a prompt may be too long for its context"),
         ((200, {"error": "busy"}), "", "answers what is no completion"),
         ((200, {"error": "busy"}), "/chat/completions", "answers what is no completion"),
         ((200, {"choices": []}), "", "answers what is no completion"),
@@ -178,6 +189,9 @@ def test_an_answer_of_null_is_empty(tmp_path: Path, data: Path) -> None:
         ({"engine": "sglang", "perplexity": "c4"}, "--perplexity: 'c4' needs --engine hf, not sglang"),
         ({"concurrency": 0}, "--concurrency: 0 is not positive"),
         ({"timeout": 0}, "--timeout: 0 is not positive"),
+        ({"timeout": float("inf")}, "--timeout: inf is not positive and finite; give some seconds"),
+        ({"column": "body"}, "--column: 'body' does nothing without --perplexity"),
+        ({"column": "body", "perplexity": "wikitext2"}, "--column: 'body' says nothing of wikitext2; leave it out"),
         ({"retries": -1}, "--retries: -1 is negative"),
     ],
 )

@@ -156,6 +156,20 @@ def test_perplexity_in_reference_windows_is_the_paper_codes(
     assert packed["perplexity"] != pytest.approx(found["perplexity"], rel=1e-3)
 
 
+@pytest.mark.parametrize("reference_windows", [False, True])
+def test_perplexity_of_a_column_of_ones_own(reference_windows: bool, tmp_path: Path, data: Path) -> None:
+    """The same text in the usual column and in another one; a file that has changed is measured anew."""
+    rows = [text for text, _ in zip(documents("pocket"), range(24), strict=False)]
+    how: dict[str, Any] = {"tasks": "boolq", "limit": 1, "seq_len": 64, "tokens": 512}
+    found = []
+    for column, name, texts in ((None, "text", rows[:12]), ("body", "body", rows[:12]), ("body", "body", rows[12:])):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({name: text}) + "\n" for text in texts))
+        more = {"perplexity": str(file), "column": column, "reference_windows": reference_windows}
+        found.append(evaluate.run(_config(tmp_path / "run", data, **how, **more))["perplexity"])
+    assert found[0] == found[1] != found[2]
+
+
 def test_silenced_experts_answer_as_the_pruned_checkpoint_does(tmp_path: Path, data: Path) -> None:
     prune.run(PruneConfig(experts="L1E11,L3E54", out=tmp_path / "pruned"))
     settings: dict[str, Any] = {"tasks": "arc_easy,vmlu", "limit": 8}
@@ -209,9 +223,13 @@ def test_another_limit_keeps_no_answer_of_a_killed_run(tmp_path: Path, data: Pat
     assert "are kept" not in capsys.readouterr().err
 
 
-def test_an_earlier_runs_files_are_not_left_behind(tmp_path: Path, data: Path) -> None:
+def test_an_earlier_runs_files_are_not_left_behind(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     evaluate.run(_config(tmp_path, data, tasks="mmlu,boolq", limit=1))
+    assert "removed" not in capsys.readouterr().err
     second = evaluate.run(_config(tmp_path, data, tasks="boolq", limit=1, perplexity=None))
+    assert "evaluate: mmlu: an earlier run's answers are removed" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "answers").iterdir()] == ["boolq.jsonl"]
     assert second["perplexity"] is None
     assert not (tmp_path / "perplexity.json").exists()
@@ -233,6 +251,15 @@ def test_bad_options(tmp_path: Path, data: Path, changes: dict[str, Any], error:
         evaluate.run(_config(tmp_path, data, **changes))
     assert message in str(caught.value)
     assert not (tmp_path / "answers").exists()
+
+
+def test_answers_of_somebody_elses_are_left_alone(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "mmlu.jsonl").write_text("mine")
+    monkeypatch.setattr(evaluate, "load_model", lambda _: pytest.fail("the model was loaded"))
+    with pytest.raises(OutputError, match=r"--out: .*mmlu\.jsonl was not written by `evaluate`.*choose another folder"):
+        evaluate.run(_config(tmp_path, data, perplexity=None))
+    assert (tmp_path / "answers" / "mmlu.jsonl").read_text() == "mine"
 
 
 def test_unwritable_folder(tmp_path: Path, data: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,20 @@ def test_half_a_line_is_dropped_and_written_again(tmp_path: Path, cut: int) -> N
     assert again.answers == {"0": "kept"}
     again.add({"1": "the second batch, cut"})
     assert (tmp_path / "j").read_bytes() == whole
+
+
+def test_batches_are_synced_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that was written before the sync is handed to it; an answer that need not be is only written."""
+    synced: list[int] = []
+    monkeypatch.setattr("superexperts.journal.os.fsync", lambda number: synced.append(os.fstat(number).st_size))
+    journal = Journal(tmp_path / "j", "key")
+    for number in range(2):
+        journal.add({str(number): "an answer"})
+        assert synced[-1] == (tmp_path / "j").stat().st_size
+    assert len(synced) == 3
+    journal.add({"2": "an answer"}, sync=False)
+    assert len(synced) == 3
+    assert (tmp_path / "j").read_bytes().endswith(b'{"answers": {"2": "an answer"}}\n')
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:

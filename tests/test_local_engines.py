@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import pytest
 from torch import nn
 from transformers import AutoTokenizer
 
+import local_engines
 from local_engines import ASKED, BUILT, CONTEXT, installed
 from superexperts import evaluate
+from superexperts.cli import main
 from superexperts.errors import OptionError
 from test_engines import answers, config
+from test_judge import write
 
 
 @pytest.fixture(scope="module", params=["vllm", "sglang"])
@@ -66,6 +70,25 @@ def test_what_is_too_long_is_cut_behind_bos_and_counted(
     bos = AutoTokenizer.from_pretrained(checkpoint).bos_token_id
     assert max(map(len, ASKED)) == (CONTEXT - 16 if protocol == "generative" else CONTEXT - 1)
     assert {ids[0] for ids in ASKED} == {bos}
+
+
+def test_a_judge_says_what_it_says_by_transformers(
+    engine: str, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_engines, "CONTEXT", 2048)
+    monkeypatch.setattr("superexperts.judge.MAX_NEW_TOKENS", 12)
+    replies = []
+    for name in ("hf", engine):
+        folder = write(tmp_path / name, ["hm", "well, who knows"])
+        assert (
+            main(["extract", str(folder), "--judge", str(checkpoint), "--device", "cpu", "--judge-engine", name]) == 0
+        )
+        replies.append(sorted((folder / "judge.jsonl").read_text().splitlines()))
+    assert replies[0] == replies[1]
+    assert all(json.loads(line)["reply"] for line in replies[0])
+    bos = AutoTokenizer.from_pretrained(checkpoint).bos_token_id
+    assert [ids.count(bos) for ids in ASKED] == [1, 1]
+    assert BUILT[0]["trust_remote_code"] is False
 
 
 def test_no_room_for_a_prompt(engine: str, tmp_path: Path, data: Path, checkpoint: Path) -> None:

@@ -171,6 +171,20 @@ def test_examples_do_not_depend_on_what_else_is_asked(data: Path) -> None:
         assert len({context.split("\n\n")[0] for context in whole}) > 5  # drawn for each item anew
 
 
+@pytest.mark.parametrize("task", ["gsm8k", "boolq"])
+def test_other_examples_make_answers_old(task: str, tmp_path: Path, data: Path) -> None:
+    """Also where only the way to GSM8K's answer is another one, or fewer rows are shown."""
+    for file in data.glob(f"{task}_*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    [train] = tmp_path.glob("*_train*")
+    seen = [load_benchmarks([task], tmp_path, protocol="loglikelihood", num_fewshot=n)[task].sha for n in (2, 3)]
+    rows = list(_rows(train))
+    rows[-1] |= {"answer": f"Well. {rows[-1]['answer']}"} if task == "gsm8k" else {"answer": not rows[-1]["answer"]}
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen.append(load_benchmarks([task], tmp_path, protocol="loglikelihood", num_fewshot=3)[task].sha)
+    assert len(set(seen)) == 3
+
+
 def test_exact_prompts_of_real_rows(shared_data: Path) -> None:
     """The first rows, word for word: MMLU after its subject's dev rows, VMLU after its own, BoolQ and ARC bare."""
     tasks = ("mmlu", "arc_easy", "boolq", "medqa", "vmlu", "gsm8k")

@@ -94,6 +94,20 @@ def test_completed_needs_the_same_inputs_and_untouched_outputs(tmp_path: Path) -
     assert not rundir.completed(tmp_path, "profile", {"x": 1})
 
 
+def test_a_changed_module_or_task_file_makes_results_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task files hold what ends an answer and what stands around a question."""
+    monkeypatch.setattr(rundir, "__file__", str(tmp_path / "rundir.py"))
+    (tmp_path / "tasks").mkdir()
+    seen = [rundir._sources.__wrapped__()]
+    for name in ("a.py", "tasks/b.yaml"):
+        for text in ("one", "two"):
+            (tmp_path / name).write_text(text)
+            seen.append(rundir._sources.__wrapped__())
+    assert len(set(seen)) == 5
+    (tmp_path / "note.txt").write_text("one")
+    assert rundir._sources.__wrapped__() == seen[-1]
+
+
 def test_fingerprint_sees_contents_names_and_the_ends_of_large_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

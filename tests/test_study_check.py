@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from superexperts import pocket, study
+from superexperts import cells, pocket, study, study_check
 from superexperts.artifacts import ExpertSet
+from superexperts.config import EvaluateConfig
 from superexperts.config_study import StudyConfig
 from superexperts.errors import DataError, UserError
 from superexperts.study_file import parse
@@ -46,7 +47,7 @@ training: {{eval_data: nowhere.json}}
 experts: {{mine: L2E999, many: {{rule: routed, count: 9999}}}}
 variants: [base, prune-mine, lora-super: {{load_in_4bit: true}}]
 evaluation: {{engine: vllm}}
-extraction: {{judge: no/judge}}
+extraction: {{judge: no/judge, judge_engine: sglang}}
 max_new_tokens: 2048
 """)
     expected = [
@@ -62,6 +63,7 @@ max_new_tokens: 2048
         "line 9: evaluation.engine: 'vllm' needs the package vllm",
         "line 8: load_in_4bit: bitsandbytes is not installed",
         "line 10: extraction.judge: 'no/judge' is neither a folder nor",
+        "line 10: extraction.judge_engine: 'sglang' needs the package sglang",
     ]
     for dry_run in (False, True):
         with pytest.raises(DataError) as error:
@@ -109,6 +111,28 @@ def test_missing_data_are_told_before_any_work(fields: str, said: str, tmp_path:
     with pytest.raises(UserError, match=said):
         study.run(StudyConfig(study=tmp_path / "s.yaml", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "column"),
+    [
+        ("corpus: ROWS, profile: {column: body}", "body"),  # the perplexity's is the profile's
+        ("evaluation: {perplexity: ROWS, column: body}", "body"),
+        ("corpus: pocket, profile: {column: body}", None),
+    ],
+)
+def test_the_perplexity_is_measured_on_the_corpus_own_column(
+    fields: str, column: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"body": "The lamp is red."}\n' * 40)
+    fields = fields.replace("ROWS", str(tmp_path / "rows.jsonl"))
+    plan = parse(f"{{name: x, data_dir: pocket, variants: [base], tokens: 64, seq_len: 32, {fields}}}")
+    for _, look in study_check._data(plan):
+        look()
+    asked: list[EvaluateConfig] = []
+    monkeypatch.setattr(cells.evaluate, "run", lambda config, load: asked.append(config))
+    cells.Worker(plan, tmp_path / "out", "cpu")._evaluate(plan.runs[0])
+    assert [config.column for config in asked] == [column]
 
 
 def test_what_a_study_reads_makes_it_old_when_it_changes(tmp_path: Path) -> None:

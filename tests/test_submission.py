@@ -112,6 +112,16 @@ def test_answers_with_and_without_gold_are_not_mixed(tmp_path: Path) -> None:
     assert not (tmp_path / "extractions").exists()
 
 
+@pytest.mark.parametrize("change", [{}, {"task": "mmlu"}, {"variant": "lora"}])
+def test_no_item_counts_twice_and_no_two_benchmarks_or_variants_as_one(change: Any, tmp_path: Path) -> None:
+    (tmp_path / "answers").mkdir()
+    rows = [_answer(1, " A", gold="A"), _answer(2 if change else 1, " A", gold="A", **change)]
+    lines = [json.dumps(row.to_json()) for row in rows]
+    (tmp_path / "answers" / "vmlu.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="line 2: a second answer to item '07-000.', or one of another benchmark"):
+        extract_folder(tmp_path)
+
+
 def test_an_answer_without_what_is_optional_is_written_as_before() -> None:
     answer = _answer(1, " A", gold="A", subject=None)
     keys = ["id", "prompt", "response", "gold", "choices", "kind", "task", "variant", "seed"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from superexperts import tasks
 from superexperts.config import TASKS
 from superexperts.errors import DataError
 from superexperts.tasks import FILE_STEMS, load_benchmarks, prompt, read_item
@@ -141,6 +144,119 @@ def test_real_rows_word_for_word(shared_data: Path) -> None:
     numbered = [item for item in benchmarks["arc_easy"].items if item.choices[0][0] == "1"]
     assert len(numbered) == 97
     assert all(item.gold in "1234" and "\n1. " in item.body for item in numbered)
+
+
+def test_a_folder_with_the_other_shape_only(tmp_path: Path) -> None:
+    """As lavita/medical-qa-datasets has it, which the original project asked; the usual file comes first."""
+    row = ROWS["medqa"]
+    options = [{"key": label, "value": text} for label, text in row["options"].items()]
+    (tmp_path / "medqa_lavita_test.jsonl").write_text(json.dumps(row | {"options": options}) + "\n")
+    found = load_benchmarks(["medqa"], tmp_path)["medqa"]
+    assert found.items == (read_item("medqa", row, 0),)
+    _write(tmp_path, "medqa", [row, row | {"question": "Who?"}])
+    assert len(load_benchmarks(["medqa"], tmp_path)["medqa"].items) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "stem", "index", "body", "gold"),
+    [
+        ("mmlu", "mmlu_all_test", 2178, "Subtract. 2,396 – 1,709\nA. 687\nB. 687\nC. 1,493\nD. 1,695", "A"),
+        (
+            *("gsm8k", "gsm8k_main_test", 610),
+            "It costs $194 per meter to repave a street. Monica's street is 150 meters long. How much more does it "
+            "cost to repave Lewis' street, which is 490 meters long?",
+            "65960",
+        ),
+        (
+            *("gsm8k", "gsm8k_main_test", 1113),
+            "The temperature was 2 degrees Celsius. It dropped 8 degrees Celsius overnight and then increased 3 "
+            "degrees Celsius in the morning. What was the temperature, in degrees Celsius, in the morning?",
+            "-3",
+        ),
+        (
+            "arc_easy",
+            "arc_easy_test",
+            1749,
+            "Earth's hydrosphere is a layer of\n1. rock\n2. air\n3. lava\n4. water",
+            "4",
+        ),
+        (
+            *("arc_easy", "arc_easy_test", 500),
+            "What gas in the air do we need to breathe in order to live?\n"
+            "A. nitrogen\nB. oxygen\nC. carbon dioxide\nD. hydrogen\nE. water vapor",
+            "B",
+        ),
+        (
+            *("arc_easy", "arc_easy_test", 1447),
+            "A male puppy inherits traits from\nA. both parents\nB. its mother, only\nC. its father, only",
+            "A",
+        ),
+        (
+            *("arc_challenge", "arc_challenge_test", 385),
+            "If the force used to push a shopping cart increases, the cart's acceleration will\n"
+            "1. decrease\n2. increase\n3. remain the same",
+            "2",
+        ),
+        (
+            *("boolq", "boolq_validation", 3127),
+            "A sequel, Allegiant, was released on March 18, 2016.\nis there going to be another insurgent movie?",
+            "yes",
+        ),
+        (
+            *("medqa", "medqa_lavita_test", 267),
+            "A 34-year-old male suffers from inherited hemophilia A. He and his wife have three unaffected daughters. "
+            "What is the probability that the second daughter is a carrier of the disease?\n"
+            "A. 0%\nB. 25%\nC. 50%\nD. 100%",
+            "D",
+        ),
+        ("vmlu", "vmlu_valid", 668, "Được giữ chức vụ cao hơn:\nA. Đề cử\nB. Đề bạt\nC. Ứng cử", "B"),
+        (
+            *("vmlu", "vmlu_dev", 76),
+            "Vai trò của bể điều hòa\nA. Điều chỉnh pH của nước thải trước khi xử lý\n"
+            "B. Là bể chứa để thu gom nước thải\nC. Để giảm bớt tải trọng cho các bể xử lý\nD. Câu A, B, C đều đúng\n"
+            "E. Không có câu đúng",
+            "E",
+        ),
+    ],
+)
+def test_exact_prompts_of_real_rows(task: str, stem: str, index: int, body: str, gold: str, shared_data: Path) -> None:
+    """Repeated choices, commas and signs, labels 1-4, three and five choices, choices that begin with their label."""
+    row = next(itertools.islice(_rows(shared_data, stem), index, None))
+    item = read_item(task, row, index)
+    assert (prompt(item), item.gold) == (f"Question: {body}\nAnswer:", gold)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "said", "gold"),
+    [
+        ("gsm8k", {"answer": "so\n#### -1,234.5"}, "How many?", "-1234.5"),
+        ("arc_easy", {"answerKey": "3"}, "1. a\n2. b\n3. c", "3"),
+        ("medqa", {"options": [{"key": "B", "value": "b"}, {"key": "A", "value": "a"}]}, "A. a\nB. b", "B"),
+        ("medqa", {"options": {"B": "C. difficile", "A": "a"}}, "A. a\nB. C. difficile", "B"),
+        ("vmlu", {"choices": ["A. 1", "B: 2", "C) 3", "D. 4", "E.5"], "answer": "E"}, "D. 4\nE. 5", "E"),
+        ("boolq", {"question": "is it so?", "answer": False}, "It is.\nis it so?", "no"),
+    ],
+)
+def test_what_real_rows_hold(task: str, change: dict[str, Any], said: str, gold: str) -> None:
+    """As above, of rows made up, for where the real ones are missing."""
+    item = read_item(task, ROWS[task] | change, 0)
+    assert item.body.endswith(said)
+    assert item.gold == gold
+
+
+PINNED = {
+    "mmlu": ("cais/mmlu", "all"), "gsm8k": ("openai/gsm8k", "main"), "arc_easy": ("allenai/ai2_arc", "ARC-Easy"),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge"), "openbookqa": ("allenai/openbookqa", "main"),
+    "boolq": ("google/boolq", None), "medqa": ("GBaker/MedQA-USMLE-4-options", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", PINNED)
+def test_every_hub_data_set_is_pinned_to_a_commit(task: str) -> None:
+    text = (Path(tasks.__file__).parent / f"{task}.yaml").read_text(encoding="utf-8")
+    field = dict(re.findall(r"^ *(dataset_path|dataset_name|revision): (.*)$", text, re.MULTILINE))
+    assert (field["dataset_path"], field.get("dataset_name")) == PINNED[task]
+    assert re.fullmatch(r"[0-9a-f]{40}", field["revision"])
 
 
 def test_pocket_rows() -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from .errors import DataError
 from .extraction import number_value, read
+from .extraction.statements import Choices
 from .judge import Case, Judge, Verdict
 from .stats import wilson
 
@@ -60,7 +61,7 @@ def audit(rows: Sequence[dict[str, Any]]) -> tuple[Reading, ...]:
         try:
             kind = KINDS[row["task_type"]]
             choices = tuple((choice["label"], choice["text"]) for choice in row["choices"])
-            label, name = row["key_answer"], str(row["id"])
+            label, name = _label(row["key_answer"], kind, choices), str(row["id"])
             extracted, rule = read(kind, row["generation"], row["question"], choices)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"--audit: row {number}: a field is missing or wrong ({error}); repair the file") from error
@@ -75,6 +76,29 @@ def audit(rows: Sequence[dict[str, Any]]) -> tuple[Reading, ...]:
             )
         )
     return tuple(readings)
+
+
+def _label(value: Any, kind: str, choices: Choices) -> str | None:
+    """A row's `key_answer` as text; people write numbers, true and false without quotes as well.
+
+    `TypeError` for one that no reading could ever equal: it would count against the extraction.
+    """
+    if isinstance(value, bool) and kind == "yesno":
+        value = "yes" if value else "no"
+    if isinstance(value, int | float) and not isinstance(value, bool) and kind == "number":
+        value = str(value)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise TypeError(f"key_answer is {value!r:.40}, not text or null")
+    if kind == "number":
+        known = number_value(value) is not None
+    else:
+        known = value.casefold() in ({label.casefold() for label, _ in choices} if kind == "choice" else ("yes", "no"))
+    if not known:
+        wanted = {"choice": "one of the labels", "number": "a number", "yesno": "yes or no"}[kind]
+        raise TypeError(f"key_answer is {value!r:.40}, not {wanted} or null")
+    return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +192,8 @@ def audit_file(path: Path, judge: Judge | None = None) -> dict[str, Any]:
     With a judge also its own audit, and its agreement with the rules.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a generation may hold U+2028, which is a line's end only to Python.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
     except OSError as error:
         raise DataError(f"--audit: cannot read {path} ({error.strerror}); check the path") from error

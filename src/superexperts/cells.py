@@ -17,6 +17,7 @@ from .artifacts import ExpertSet
 from .config import EvaluateConfig, ExtractConfig, ProfileConfig, PruneConfig, SelectConfig
 from .config_adapters import ExportConfig
 from .config_train import TrainConfig
+from .corpora import takes_column
 from .errors import OptionError
 from .judge import Judge, open_judge
 from .pocket import write_data
@@ -191,6 +192,8 @@ class Worker:
             self.shelf.clear()
         lora, pruned = run.kind == "lora" and not built, run.kind == "prune" and not built
         options: dict[str, Any] = {**plan.evaluation, "perplexity": plan.perplexity}
+        takes = plan.perplexity is not None and takes_column(plan.perplexity)
+        options["column"] = plan.perplexity_column if takes else None
         evaluate.run(
             EvaluateConfig(
                 model=str(self._folder(run) / "model") if built else plan.model,

@@ -103,7 +103,16 @@ def _parse(arguments: Sequence[str]) -> Any:
         text = re.sub(
             r"^.*?Error parsing \w+Config: |^[A-Z][a-z]+ [a-z]+ | (Argument helptext|For full helptext).*", "", text
         )
+        text = _NO_NUMBER.sub(_no_number, text)
         raise OptionError(text + ("" if ";" in text else "; see --help")) from None
+
+
+# What tyro says of a text where a number should be, of an option that may be left out in four lines.
+_NO_NUMBER = re.compile(r"^Error parsing (--[\w-]+): .*?(?:(invalid literal for int)|could not convert)[^']*('.*')$")
+
+
+def _no_number(found: re.Match[str]) -> str:
+    return f"{found[1]}: {found[3]} is not {'a whole number' if found[2] else 'a number'}; give one"
 
 
 def _with_address(arguments: Sequence[str]) -> list[str]:

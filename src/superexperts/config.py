@@ -241,6 +241,8 @@ class EvaluateConfig(ServerConfig, SeededConfig):
     """Longest answer in tokens."""
     perplexity: str | None = None
     """Also measure the perplexity on this corpus (names as for profile)."""
+    column: str | None = None
+    """perplexity: column of a .jsonl file or Hub data set that holds the text; default: text."""
     tokens: int = 16384
     """perplexity: tokens of the corpus, BOS of each sequence counted."""
     seq_len: int = 512
@@ -280,8 +282,9 @@ class EvaluateConfig(ServerConfig, SeededConfig):
         _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
         _require_sequences(self.tokens, self.seq_len)
-        idle = self.reference_windows and self.perplexity is None
-        _require(not idle, "--reference-windows", True, "does nothing without --perplexity; name a corpus there")
+        mend = "does nothing without --perplexity; name a corpus there"
+        _require(self.perplexity is not None or not self.reference_windows, "--reference-windows", True, mend)
+        _require(self.perplexity is not None or self.column is None, "--column", self.column, mend)
         _require_device(self.device)
         both = self.adapter is not None and self.silence is not None
         _require(not both, "--silence", self.silence, "excludes --adapter; merge the adapter into a checkpoint first")
@@ -322,6 +325,8 @@ class ExtractConfig(ServerConfig):
     """judge: read what the rules left unparsed, or every answer, the rules then being only compared with."""
     judge_base_url: str | None = None
     """judge: URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: a model in this process."""
+    judge_engine: Literal["hf", "vllm", "sglang"] = "hf"
+    """judge in this process: what runs it, as for evaluate."""
     batch_size: int = 8
     """judge in this process: answers per batch."""
     device: str = "auto"
@@ -342,10 +347,13 @@ class ExtractConfig(ServerConfig):
         for option, value, default in (
             ("--judge-scope", self.judge_scope, "left"),
             ("--judge-base-url", self.judge_base_url, None),
+            ("--judge-engine", self.judge_engine, "hf"),
         ):
             _require(self.judge != "off" or value == default, option, value, "needs a judge; give --judge MODEL")
         if self.judge_base_url is not None:
             _require_url("--judge-base-url", self.judge_base_url)
+            mend = "excludes --judge-base-url, whose server runs the judge; leave one of the two out"
+            _require(self.judge_engine == "hf", "--judge-engine", self.judge_engine, mend)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

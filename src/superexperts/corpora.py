@@ -313,10 +313,10 @@ def pack(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, corpus: st
     )
 
 
-def corpus_texts(corpus: str, data_dir: Path | None, *, blank: bool = False) -> Iterator[str]:
+def corpus_texts(corpus: str, data_dir: Path | None, column: str = "text", *, blank: bool = False) -> Iterator[str]:
     """`documents` for commands whose --data-dir may be `pocket`, which has benchmarks only."""
     folder = local_data(data_dir)
-    return documents(corpus, data_dir=None if str(folder) == "pocket" else folder, blank=blank)
+    return documents(corpus, column, None if str(folder) == "pocket" else folder, blank=blank)
 
 
 def corpus_sequences(
@@ -327,7 +327,7 @@ def corpus_sequences(
 
 
 def reference_windows(
-    corpus: str, data_dir: Path | None, tokenizer: PreTrainedTokenizerBase, *, seq_len: int
+    corpus: str, data_dir: Path | None, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, column: str = "text"
 ) -> Tensor:
     """A whole corpus in the windows of the paper's code -> int64 [windows, seq_len].
 
@@ -337,7 +337,7 @@ def reference_windows(
     """
     held: list[str] = []
     size = 0
-    for text in corpus_texts(corpus, data_dir, blank=True):
+    for text in corpus_texts(corpus, data_dir, column, blank=True):
         held.append(text)
         size += len(text)
         if size > WHOLE:

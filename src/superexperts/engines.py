@@ -12,7 +12,7 @@ from .errors import OptionError
 from .folders import checkpoint_folder
 from .server import api, request_url
 
-__all__ = ["EngineAsker", "open_engine"]
+__all__ = ["EngineAsker", "open_engine", "require_engine"]
 
 
 class EngineAsker(Asker):
@@ -28,6 +28,15 @@ class EngineAsker(Asker):
         return cast(Any, super())._model_generate(requests=kept, **more)
 
 
+def require_engine(engine: str, option: str = "--engine") -> None:
+    """`OptionError` where the package that an engine needs is not there."""
+    if engine != "hf" and importlib.util.find_spec(engine) is None:
+        raise OptionError(
+            f"{option}: {engine!r} needs the package {engine}, which is not installed; pip install {engine}, or use "
+            f"{option} hf"
+        )
+
+
 def open_engine(config: EvaluateConfig) -> Any:
     """The asker of every engine but hf, which needs its model for more than asking."""
     if config.engine == "api":
@@ -40,11 +49,7 @@ def open_engine(config: EvaluateConfig) -> Any:
             retries=config.retries,
             seed=config.seed,
         )
-    if importlib.util.find_spec(config.engine) is None:
-        raise OptionError(
-            f"--engine: {config.engine!r} needs the package {config.engine}, which is not installed; "
-            f"pip install {config.engine}, or use --engine hf"
-        )
+    require_engine(config.engine)
     # Both are told what the harness's defaults leave out: the tokenizer's own BOS, and no code from the checkpoint.
     settings = {
         "pretrained": str(checkpoint_folder(config.model, config.revision)),

@@ -26,9 +26,9 @@ from .asking import ask, ask_one, chosen_items, finished_answers
 from .check_adapter import gate
 from .config import EvaluateConfig, identity
 from .console import note, speaks
-from .corpora import corpus_sequences, digest_ids, reference_windows
+from .corpora import corpus_texts, digest_ids, pack, reference_windows, takes_column
 from .engines import open_engine
-from .errors import OptionError
+from .errors import OptionError, OutputError
 from .folders import adapter_folder, checkpoint_folder
 from .journal import Journal, open_journals, remove_journals
 from .lora import load_adapter
@@ -42,6 +42,7 @@ from .rundir import (
     input_key,
     prepare_folder,
     read_json,
+    versions,
     write_json,
     write_manifest,
     write_text,
@@ -54,7 +55,7 @@ __all__ = ["ask", "run"]
 
 PROBES, PROBE_TOKENS = 16, 256
 """Prompts on which an adapter's effect is measured before the evaluation, and the tokens kept of each."""
-NOT_OF_AN_ANSWER = ("tasks", "limit", "shuffle", "perplexity", "tokens", "seq_len", "reference_windows")
+NOT_OF_AN_ANSWER = ("tasks", "limit", "shuffle", "perplexity", "column", "tokens", "seq_len", "reference_windows")
 """Options that say what else is asked, and nothing about the answer to one item."""
 PERPLEXITY_SCHEMA = "superexperts/perplexity/1"
 
@@ -94,10 +95,13 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
         silence=silent,
         data={name: benchmark.sha for name, benchmark in benchmarks.items()},
         perplexity=None if sequences_BL is None else digest_ids(sequences_BL),
+        harness=versions()["lm_eval"],  # the few-shot prompts are in its files
     )
     if agreed(completed(out, "evaluate", inputs)):
         note(f"evaluate: {out} is up to date, nothing to do")
         return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"]) if speaks else {}
+    if speaks:
+        _own(out)
     model, effect = None, None
     if config.engine == "hf":
         tokenizer = load_tokenizer(config)
@@ -152,6 +156,16 @@ def _answers_key(inputs: Mapping[str, Any], name: str) -> str:
     return input_key("answers", {"options": options, "data": inputs["data"][name], **more})
 
 
+def _own(out: Path) -> None:
+    """`OutputError` for answers that no evaluation wrote: its own have a manifest, or journals until they have one."""
+    folder = out / "answers"
+    ours = (out / MANIFEST).is_file() or any(folder.glob(".*.partial"))
+    if not ours and (strange := next(folder.glob("*.jsonl"), None)) is not None:
+        raise OutputError(
+            f"--out: {strange} was not written by `evaluate`, which would remove it; choose another folder"
+        )
+
+
 def _begin(out: Path, keys: Mapping[str, str]) -> dict[str, Journal]:
     """This process' journals, with all answers that need not be asked again; an earlier run's files are gone then."""
     finished = {}
@@ -162,6 +176,11 @@ def _begin(out: Path, keys: Mapping[str, str]) -> dict[str, Journal]:
     if speaks:
         if kept := sum(len(journal.answers) for journal in journals.values()):
             note(f"evaluate: {kept} answers of an earlier run are kept")
+        gone = sorted(file.stem for file in (out / "answers").glob("*.jsonl") if file.stem not in finished)
+        if gone:
+            note(
+                f"evaluate: {', '.join(gone)}: an earlier run's answers are removed, they are not to what is asked now"
+            )
         for old in [out / MANIFEST, out / "perplexity.json", *(out / "answers").glob("*.jsonl")]:
             old.unlink(missing_ok=True)  # answers of two runs must never stand side by side
     return journals
@@ -222,10 +241,16 @@ def _sequences(config: EvaluateConfig) -> Tensor | None:
     """Token ids [B, L] of the corpus whose perplexity is wanted, None where none is."""
     if config.perplexity is None:
         return None
-    tokenizer = load_tokenizer(config)
+    if config.column is not None and not takes_column(config.perplexity):
+        raise OptionError(
+            f"--column: {config.column!r} says nothing of {config.perplexity}; leave it out, it is for .jsonl files "
+            "and data sets given as OWNER/NAME"
+        )
+    tokenizer, column = load_tokenizer(config), config.column or "text"
     if config.reference_windows:
-        return reference_windows(config.perplexity, config.data_dir, tokenizer, seq_len=config.seq_len)
-    return corpus_sequences(config.perplexity, config.data_dir, tokenizer, tokens=config.tokens, seq_len=config.seq_len)
+        return reference_windows(config.perplexity, config.data_dir, tokenizer, seq_len=config.seq_len, column=column)
+    texts = corpus_texts(config.perplexity, config.data_dir, column)
+    return pack(texts, tokenizer, corpus=config.perplexity, tokens=config.tokens, seq_len=config.seq_len)
 
 
 def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:

@@ -211,7 +211,8 @@ def _scores_json(scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def _read_answers(file: Path) -> Iterator[Answer]:
-    found, graded = 0, set()
+    found, graded, seen = 0, set(), set()
+    of: tuple[str, str] | None = None
     # A byte that is no UTF-8 becomes a replacement character: it cannot turn one answer into another's error.
     with file.open(encoding="utf-8", errors="replace") as stream:
         for number, line in enumerate(stream, start=1):
@@ -225,6 +226,13 @@ def _read_answers(file: Path) -> Iterator[Answer]:
                 raise DataError(
                     f"DIR: {file} line {number}: some answers have a gold answer, some none; evaluate again"
                 )
+            of = of or (answer.task, answer.variant)
+            if answer.id in seen or of != (answer.task, answer.variant):
+                raise DataError(
+                    f"DIR: {file} line {number}: a second answer to item {answer.id!r:.60}, or one of another "
+                    "benchmark or variant; keep one file for each benchmark of a variant"
+                )
+            seen.add(answer.id)
             yield answer
     if not found:
         raise DataError(f"DIR: {file} is empty; evaluate again")

@@ -13,9 +13,9 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from .config import ExtractConfig
+from .config import EvaluateConfig, ExtractConfig
 from .errors import ModelError, OutputError
 from .extraction import find_numbers, normalise, plain
 from .extraction.statements import Choices, Kind
@@ -231,9 +231,9 @@ def open_judge(config: ExtractConfig, cache: Path | None) -> Judge | None:
         return None
     # torch and the harness take seconds to import, and extraction by rules needs neither.
     from .asker import Asker, HfAsker
+    from .engines import open_engine, require_engine
     from .folders import checkpoint_folder
     from .model import load_model, load_tokenizer
-    from .options import ModelConfig
     from .server import api, chat_url
 
     replies = Replies(cache)
@@ -250,10 +250,20 @@ def open_judge(config: ExtractConfig, cache: Path | None) -> Judge | None:
         return Judge(config.judge, {"server": url, "name": config.judge}, _asking(lambda: server), replies)
 
     def load() -> Asker:
-        settings = ModelConfig(model=config.judge, device=config.device, dtype=config.dtype)
+        settings = EvaluateConfig(
+            model=config.judge,
+            engine=config.judge_engine,
+            device=config.device,
+            dtype=config.dtype,
+            batch_size=config.batch_size,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
         with _named():
+            if config.judge_engine != "hf":
+                return cast(Asker, open_engine(settings))
             return HfAsker(load_model(settings), load_tokenizer(settings), config.batch_size, MAX_NEW_TOKENS)
 
+    require_engine(config.judge_engine, "--judge-engine")
     with _named():
         identity = fingerprint(checkpoint_folder(config.judge))
     return Judge(config.judge, identity, _asking(load), replies)

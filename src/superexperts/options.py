@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -130,5 +131,6 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         require(self.concurrency > 0, "--concurrency", self.concurrency, "is not positive; give at least 1")
-        require(self.timeout > 0, "--timeout", self.timeout, "is not positive; give some seconds")
+        finite = 0 < self.timeout < math.inf
+        require(finite, "--timeout", self.timeout, "is not positive and finite; give some seconds")
         require(self.retries >= 0, "--retries", self.retries, "is negative; give 0 or more")

@@ -276,9 +276,10 @@ def input_key(command: str, inputs: Mapping[str, Any]) -> str:
 
 @functools.cache
 def _sources() -> str:
-    """Digest of the package's modules: a mended prompt or rule makes old results old."""
+    """Digest of the package's modules and task files: a mended prompt or rule makes old results old."""
     here = Path(__file__).parent
-    return digest([[str(file.relative_to(here)), fingerprint(file)] for file in sorted(here.rglob("*.py"))])
+    files = sorted([*here.rglob("*.py"), *here.rglob("*.yaml")])
+    return digest([[str(file.relative_to(here)), fingerprint(file)] for file in files])
 
 
 def completed(folder: Path, command: str, inputs: Mapping[str, Any]) -> bool:

@@ -125,7 +125,10 @@ def as_chat(asker: Any, messages: Sequence[str]) -> list[Any]:
     """Each text as a user's message, in the model's own template; as it is where there is no template."""
     if isinstance(asker, _Served) or asker.tokenizer.chat_template is None:
         return list(messages)
-    return [asker.apply_chat_template([{"role": "user", "content": text}]) for text in messages]
+    told = [asker.apply_chat_template([{"role": "user", "content": text}]) for text in messages]
+    # SGLang's class of the harness puts a BOS in front of whatever it is given; the others look for one first.
+    bos = asker.tokenizer.bos_token if getattr(asker, "add_bos_token", None) else None
+    return [text.removeprefix(bos) if bos else text for text in told]
 
 
 def _cut(text: str, until: Sequence[str]) -> str:
@@ -138,6 +141,11 @@ def _cut(text: str, until: Sequence[str]) -> str:
 def _fault(error: Exception, timeout: float) -> str:
     """What a server did wrong and what to do, in one line; what it said itself is none of it."""
     if isinstance(error, aiohttp.ClientResponseError) and not isinstance(error, aiohttp.ContentTypeError):
+        if error.status == 400:
+            return (
+                "answers 400; a prompt may be too long for its context, or the name not one that it gives a model; see "
+                "its log, what was answered is kept"
+            )
         return f"answers {error.status}; check the URL, the name that the server gives MODEL, and OPENAI_API_KEY"
     if isinstance(error, TimeoutError):
         return (

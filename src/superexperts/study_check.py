@@ -71,7 +71,7 @@ def _looks(plan: Plan, device: str, here: bool) -> Iterator[Look]:
         yield from _experts(plan, settings)
     if here:
         yield ("device",), partial(pick_device, device)
-        yield ("evaluation", "engine"), partial(_engine, plan)
+        yield ("evaluation", "engine"), partial(_engine, "evaluation.engine", plan.engine)
         for run in plan.runs:
             if run.kind == "lora" and plan.training_of(run).get("load_in_4bit"):
                 own = "load_in_4bit" in plan.variant(run.variant).training
@@ -139,11 +139,13 @@ def _data(plan: Plan) -> Iterator[Look]:
     quick = bool(plan.profile.get("quick"))
     for name in plan.corpus:
         yield ("corpus",), partial(_corpus, plan, name, plan.profile.get("column") or "text", "corpus", quick)
-    if plan.perplexity is not None and (plan.perplexity not in plan.corpus or "column" in plan.profile or quick):
+    column = plan.perplexity_column or "text"
+    same = plan.perplexity in plan.corpus and column == (plan.profile.get("column") or "text") and not quick
+    if plan.perplexity is not None and not same:
         field = "perplexity" if "perplexity" in plan.evaluation else "corpus"
         yield (
             ("evaluation", field) if field == "perplexity" else (field,),
-            partial(_corpus, plan, plan.perplexity, "text", field, False),
+            partial(_corpus, plan, plan.perplexity, column, field, False),
         )
 
 
@@ -199,11 +201,10 @@ def _enough(name: str, count: int, most: int) -> None:
         raise OptionError(f"STUDY experts.{name}.count: {count} of {most:,} routed experts; ask for fewer")
 
 
-def _engine(plan: Plan) -> None:
-    engine = plan.engine
+def _engine(field: str, engine: str) -> None:
     if engine != "hf" and importlib.util.find_spec(engine) is None:
         raise OptionError(
-            f"STUDY evaluation.engine: {engine!r} needs the package {engine}, which is not installed; pip install "
+            f"STUDY {field}: {engine!r} needs the package {engine}, which is not installed; pip install "
             f"{engine}, or use hf"
         )
 
@@ -221,6 +222,8 @@ def _judge(plan: Plan) -> Iterator[Look]:
         yield ("extraction", "judge_base_url"), partial(_answers, url)
     else:
         yield ("extraction", "judge"), partial(_settings, judge, None, "extraction.judge")
+        engine = plan.extraction.get("judge_engine", "hf")
+        yield ("extraction", "judge_engine"), partial(_engine, "extraction.judge_engine", engine)
 
 
 def _answers(url: str) -> None:

@@ -116,6 +116,12 @@ class Plan:
         return self.evaluation.get("perplexity", self.corpus[0]) if self.engine == "hf" else None
 
     @property
+    def perplexity_column(self) -> str | None:
+        """Its column, the profile's unless `evaluation` has one."""
+        column: str | None = self.evaluation.get("column", self.profile.get("column"))
+        return column
+
+    @property
     def engine(self) -> str:
         """What answers."""
         return str(self.evaluation.get("engine", "hf"))

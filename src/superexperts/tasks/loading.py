@@ -53,6 +53,9 @@ EXAMPLE_STEMS = {
 """The same of the files that few-shot examples come from; a number behind the name says that it has so many rows only.
 """
 
+OTHER_STEMS = {"medqa": "medqa_lavita_test"}
+"""The same of files in another published shape, read where the usual one is not there."""
+
 TEST_STEMS = {"vmlu": "vmlu_test"}
 """The same of the files whose gold answers the publisher keeps."""
 
@@ -142,14 +145,16 @@ def _few_shot(name: str, benchmark: Benchmark, folder: Path | None, shots: int) 
         examples, where = found.parts[0].task.eval_docs, str(file)
     elif shots > 0:
         examples, where = part.task.dataset["dev" if name == "mmlu" else "train"], f"{name}'s examples on the Hub"
-    items = () if examples is None else _items(name, examples, str(where))
+    if examples is not None:
+        _items(name, examples, str(where))  # says what is wrong with a row
     tasks = few_shot_tasks(name, benchmark.items, part.task.eval_docs, examples, shots)
     parts = tuple(Part(task=task, numbers=numbers, num_fewshot=fewest) for task, numbers, fewest in tasks)
     return Benchmark(
         parts=parts,
         items=benchmark.items,
         protocol="loglikelihood",
-        examples=digest(list(map(_values, items))),
+        # Whole rows: GSM8K's show how the answer is reached.
+        examples=digest([sorted((field, str(value)) for field, value in row.items()) for row in examples or ()]),
     )
 
 
@@ -162,7 +167,7 @@ def _file(name: str, stem: str, folder: Path, *, numbered: bool = False) -> Path
 
 def _local(name: str, folder: Path, split: str) -> Benchmark:
     stem = TEST_STEMS.get(name, FILE_STEMS[name]) if split == "test" else FILE_STEMS[name]
-    file = _file(name, stem, folder)
+    file = _file(name, stem, folder) or _file(name, OTHER_STEMS.get(name, stem), folder)
     if file is not None:
         return _local_cached(name, file.resolve(), fingerprint(file))
     hint = "; fetch VMLU MQA v1.5 from github.com/ZaloAI-Jaist/VMLU" if name == "vmlu" else ""
