@@ -304,7 +304,7 @@ class Extraction:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))  # all of it plain, and many of them
 
     @classmethod
     def from_json(cls, value: Any) -> Extraction:

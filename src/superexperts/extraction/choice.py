@@ -61,6 +61,7 @@ _DENIED = re.compile(
     r"[)\]}*\"'.]{0,3}(?:,\s[^,.;\n]{1,80},|\s?\([^()\n]{1,80}\))?\s?(?:is|was|are)\s(?:not|incorrect|wrong|false)\b"
 )
 _WRONG = re.compile(r"(?:is |was |are |là )?(?:also |clearly |therefore |definitely )?(?:incorrect|wrong|sai) ")
+_CLOSING = ".)]*:"
 _MARK = re.compile(r"\s?(?:[)\]}*_\"'.,:;`$\\!?—–-]|$|\()")
 
 
@@ -89,12 +90,14 @@ def label_at(reading: Reading, part: str, at: int) -> str | None:
         found = small
     label, after = found[1].upper(), part[found.end(1) :]
     marked = bracket or _MARK.match(after) is not None
-    known = label in [choice for choice, _ in reading.choices]
+    known = label in dict(reading.choices)
     if label.isdigit() and (not known or not marked):
         return None  # a number in the answer, not a label
     # "A" is a word too: without a mark, only what can be no word counts.
     if not marked and not (_GOES_ON if label in "AI" else _GOES_ON_OR_NAME).match(after):
         return NONE if _joined(reading.labels)[0].match(after) else None
+    if known and not after.strip(_CLOSING):  # nothing that could say more of it
+        return label
     if _joined(reading.labels)[1].match(after):
         return NONE
     if _DENIED.match(after):
@@ -179,6 +182,8 @@ def _named(labels: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[st
 
 def is_the_answer(reading: Reading) -> str | None:
     """ "Option B is correct", "so the roof is the most likely answer". `NONE` if several options are."""
+    if reading.lower is not None and not _IS_THE_ANSWER.matches_lower(reading.lower[-CONCLUSION:]):
+        return None  # sentence by sentence it takes longer
     values = []
     for sentence in reading.conclusion:
         found = next(iter(_IS_THE_ANSWER.matches(sentence)), None)

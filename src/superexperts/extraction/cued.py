@@ -70,13 +70,16 @@ class Cued:
         where: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """The cues are `words`, what the pattern `marks` finds, and those that need not be looked for but `where`
-        something stands: a part that they share, or what follows them."""
+        something stands: a part that they share, or what follows them. A mark with a group in it is a match already."""
         self._anywhere = re.compile(source, re.IGNORECASE | re.VERBOSE)
         self._at_cue = re.compile(source, re.VERBOSE)
         self._words = tuple(words)
         self._ascii = tuple(filter(str.isascii, words))
         self._where = tuple((sign, tuple(cues)) for sign, cues in (where or {}).items())
-        self._marks = None if marks is None else re.compile(marks)
+        self._marks = None if marks is None else re.compile(marks, re.VERBOSE)
+        # With nothing else to look for, ASCII is searched twice as fast.
+        ascii_marks = "".join(filter(str.isascii, marks or ""))
+        self._ascii_marks = None if marks is None else re.compile(ascii_marks, re.VERBOSE | re.ASCII)
 
     def matches(self, text: str) -> list[re.Match[str]]:
         """All that a pattern's `finditer` gives; what is found is in lower case."""
@@ -86,8 +89,9 @@ class Cued:
     def matches_lower(self, lower: str, begin: int = 0, stop: int | None = None) -> list[re.Match[str]]:
         """The matches that start from `begin` on and before `stop`, in a text that is `lowered` already."""
         part = lower if begin == 0 and stop is None else lower[begin : None if stop is None else stop + _LONGEST_CUE]
-        places = [] if self._marks is None else [mark.start() for mark in self._marks.finditer(part)]
-        words = self._ascii if part.isascii() else self._words
+        words, marks = (self._ascii, self._ascii_marks) if part.isascii() else (self._words, self._marks)
+        marked = {} if marks is None else {mark.start(): mark for mark in marks.finditer(part)}
+        places = [*marked]
         present = [word for word in words if word in part]  # of most there is none
         for sign, cues in self._where:
             if sign in part:
@@ -97,11 +101,17 @@ class Cued:
             while at >= 0:
                 places.append(at)
                 at = part.find(word, at + 1)
+        if not places:  # as in most
+            return []
         places.sort()
         found, passed, match_at = [], begin, self._at_cue.match
         for place in places:
             at = begin + place
-            if at >= passed and (match := match_at(lower, at)):
+            if at < passed:
+                continue
+            mark = marked.get(place)
+            match = match_at(lower, at) if mark is None or mark.lastindex is None else mark
+            if match:
                 if stop is not None and at >= stop:
                     break
                 found.append(match)

@@ -73,7 +73,7 @@ def expression_value(text: str) -> str | None:
     return _value(latex)
 
 
-def exact_value(text: str) -> Fraction | None:
+def exact_value(text: str) -> Fraction | int | None:
     """The value of a text that is one number, in figures or LaTeX, or an expression; None for anything else."""
     plain = number_value(text)
     if plain is not None or not any(map(str.isdigit, text)):

@@ -76,7 +76,7 @@ class Reading:
     @_Once
     def labels(self) -> str:
         """The choices' labels as a pattern's alternatives."""
-        return _alternatives(tuple(label for label, _ in self.choices))
+        return _alternatives(next(zip(*self.choices, strict=True), ()))
 
     @_Once
     def asked(self) -> frozenset[str]:
@@ -223,8 +223,10 @@ def statements(reading: Reading) -> Iterator[str]:
             return
     if not ends:
         lines = f"\n{text}"
-        short = _SHORTEST_STATEMENT if reading.kind == "number" else _SHORT_STATEMENT
-        ends = [found.end() - 1 for found in short.finditer(lines)][-1:]
+        if reading.kind == "number":
+            ends = [found.end() - 1 for found in _SHORTEST_STATEMENT.finditer(lines)][-1:]
+        elif lower is None or not lower.isascii() or "ans" in lower or "tl" in lower:
+            ends = [found.end() - 1 for found in _SHORT_STATEMENT.finditer(lines)][-1:]
         if not ends and ("#" in lines or "*" in lines):
             ends = [found.end() - 1 for found in _HEADING.finditer(lines)][-1:]
     for end in ends[: -LAST_STATEMENTS - 1 : -1]:

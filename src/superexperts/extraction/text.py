@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from .cued import lowered, strange
 
@@ -156,8 +156,8 @@ def _repeats(text: str, question: str) -> bool:
     return bool(words) and words in " ".join(text.split())
 
 
-def _turns(text: str, lower: str | None, start: int) -> list[tuple[int, int]]:
-    """(start, end) of the marks of templates and of the lines that begin a turn, in order."""
+def _turns(text: str, lower: str | None, start: int) -> Iterable[tuple[int, int]]:
+    """(start, end) of the marks of templates and of the lines that begin a turn, in order. Mostly one is looked at."""
     found, folded = [], text.lower() if lower is None else lower
     if ("<" in text and _TOKEN_END.search(text)) or ("[" in text and ("nst]" in folded or "ſt]" in folded)):
         marks = _ANY_TEMPLATE.finditer(text, start) if lower is None else _TEMPLATE.finditer(lower, start)
@@ -168,11 +168,16 @@ def _turns(text: str, lower: str | None, start: int) -> list[tuple[int, int]]:
         first, later, lines_of = _FIRST_TURN, _NEXT_TURN, lower
     else:
         return found
-    at_once = first.match(lines_of) if start == 0 else None
-    lines = [] if at_once is None else [at_once.span()]
-    if "\n" in text:
-        lines += [(line.start() + 1, line.end()) for line in later.finditer(lines_of, max(0, start - 1))]
-    return sorted(found + lines, key=lambda span: span[0]) if found else lines
+    lines = _lines(first.match(lines_of) if start == 0 else None, later.finditer(lines_of, max(0, start - 1)))
+    return sorted([*found, *lines], key=lambda span: span[0]) if found else lines
+
+
+def _lines(at_once: re.Match[str] | None, later: Iterable[re.Match[str]]) -> Iterator[tuple[int, int]]:
+    """(start, end) of the lines that were found: one at the beginning, and others with the end of the line before."""
+    if at_once is not None:
+        yield at_once.span()
+    for line in later:
+        yield line.start() + 1, line.end()
 
 
 # A stop and the blanks after it, or new lines; that it begins with a set of characters makes it fast.
@@ -183,8 +188,8 @@ _SENTENCE_END = re.compile(
 
 def sentences(text: str) -> list[str]:
     """Sentences and lines, stripped, without the blank ones. The period after a label (`B. west`) ends none."""
-    padded, start, found = f"\n{text}", 0, []
-    for end in _SENTENCE_END.finditer(padded):
+    padded, start, found = f"\n{text}", 1, []
+    for end in _SENTENCE_END.finditer(padded, 1):
         if part := padded[start : end.start() + 1].strip():  # a newline goes with the strip, a stop is the sentence's
             found.append(part)
         start = end.end()
@@ -195,7 +200,7 @@ def sentences(text: str) -> list[str]:
 
 def first_sentence(text: str) -> str:
     """The first of `sentences(text)`, "" where there is none."""
-    padded, start = f"\n{text}", 0
+    padded, start = f"\n{text}", 1
     while end := _SENTENCE_END.search(padded, start):
         if part := padded[start : end.start() + 1].strip():
             return part
@@ -226,13 +231,15 @@ _ARTICLES = (" the ", " a ", " an ")
 _PUNCTUATION = re.compile(r"[\W_]+")
 # Vietnamese writes i or y in the same word: Mĩ and Mỹ, lí and lý.
 _Y_TO_I = tuple(zip("yýỳỷỹỵ", "iíìỉĩị", strict=True))
-_ASCII_WORDS = "".join("i" if c == "y" else c if c.isalnum() else " " for c in map(chr, range(128)))
+_ASCII_WORDS = bytes(ord("i" if c in "yY" else c.lower() if c.isalnum() else " ") for c in map(chr, range(128))).ljust(
+    256
+)
 
 
 def normalise(text: str) -> str:
     """Words only, casefolded, without English articles, one space between and at either end, to find ` phrase `."""
     if text.isascii():
-        words = f" {' '.join(text.lower().translate(_ASCII_WORDS).split())} "
+        words = f" {' '.join(text.encode().translate(_ASCII_WORDS).decode().split())} "
     else:
         folded = text.casefold()
         for y, i in _Y_TO_I:
