@@ -132,7 +132,7 @@ def main() -> None:
     print(f"{shape.layers} layers, {size:.1f} GB; {layers} are profiled; {torch.get_num_threads()} threads")
     print(f"planted: {sorted(PLANTED)}; starting Python with its imports is taken off the times")
     # A machine that others use too is not as fast in one minute as in the next: all are measured again in each round.
-    for kind, options in [*(("stream", _streamed(tokens)) for tokens in arguments.tokens)]:
+    for kind, options in [("quick", ["--quick"]), *(("stream", _streamed(tokens)) for tokens in arguments.tokens)]:
         rounds = [_round(shape, folder, layers, options) for _ in range(arguments.rounds)]
         for number, row in enumerate(rounds, start=1):
             print(f"{' '.join(options)}, round {number}: {row}")

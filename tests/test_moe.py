@@ -268,10 +268,14 @@ def test_rows_of_all_experts_at_once_are_those_of_one_after_the_other(
     expected, expected_calls = tapped()
     pieces: list[int] = []
 
-    def at_once(module: nn.Module, x_TD: Tensor, expert_R: Tensor, token_R: Tensor, *_: Any) -> Iterator[Piece]:
-        for piece in grouped(module, x_TD, expert_R, token_R):
+    def at_once(
+        module: nn.Module, x_TD: Tensor, expert_R: Tensor, token_R: Tensor, finish: Any, **_: Any
+    ) -> Iterator[Any]:
+        def counted(piece: Piece, rows: slice) -> Any:
             pieces.append(len(piece.output_ND))
-            yield piece
+            return finish(piece, rows)
+
+        yield from grouped(module, x_TD, expert_R, token_R, counted)
 
     monkeypatch.setattr(implementation, "looped", at_once)
     found, calls = tapped()

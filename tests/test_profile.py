@@ -89,7 +89,7 @@ def test_rows_of_all_experts_at_once_give_the_same_statistics(
     model, mask_BL = tiny_model(family, dtype), torch.ones_like(IDS_BL)
     mask_BL[0, -4:] = mask_BL[3, -1:] = 0
     expected = profile_corpus(model, IDS_BL, mask_BL=mask_BL, batch_size=2)
-    monkeypatch.setattr(implementation, "looped", lambda bank, x, expert, token, *_: grouped(bank, x, expert, token))
+    monkeypatch.setattr(implementation, "looped", lambda *given, **_: grouped(*given))
     found = profile_corpus(model, IDS_BL, mask_BL=mask_BL, batch_size=2)
     assert found.tokens == expected.tokens == int(mask_BL.sum())
     for row, other in zip(found.experts, expected.experts, strict=True):
@@ -109,8 +109,8 @@ def test_a_row_of_equal_and_of_strange_values(dtype: torch.dtype) -> None:
     assert torch.equal(_peaks(values), values.abs().amax(-1).float())
     assert _peaks(torch.tensor([[1.0, math.nan]], dtype=dtype)).isnan().all()
     gathered = _Rows()
-    gathered.add(torch.tensor([4, 4]), values[:2], True)
-    gathered.add(torch.tensor([6, 6, 7]), values[[2, 2, 1]], False)
+    gathered.add(torch.tensor([4, 4]), values[:2], _peaks(values[:2]), True)
+    gathered.add(torch.tensor([6, 6, 7]), values[[2, 2, 1]], _peaks(values[[2, 2, 1]]), False)
     expert_P, peak_P, place_P, channel_P = (column.tolist() for column in gathered.highest(torch.arange(10, 15)))
     assert (expert_P, peak_P, place_P, channel_P) == ([4, 6, 7], [3.0, 7.0, 3.0], [11, 12, 14], [1, 0, 1])
 

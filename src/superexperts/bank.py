@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ __all__ = [
     "join_gate_up",
     "looped",
     "projections",
+    "ready",
     "shared_down",
     "split_gate_up",
     "split_projections",
@@ -61,6 +62,8 @@ takes twice as long as an expert's product (docs/benchmarks.md)."""
 IN_FLIGHT = 3 * WORKERS
 """Experts of which some are computed while one is used."""
 
+Made = TypeVar("Made")
+"""What is made of a piece."""
 Weights = Callable[[Sequence[int]], Iterator[Mapping[str, Tensor]]]
 """The experts that some token reached -> each one's own `up_name` and down_proj, as the bank's parameters would hold
 them; what it has yielded may be overwritten once `IN_FLIGHT` more have been asked for."""
@@ -84,8 +87,14 @@ class BankCall:
     expert."""
     weight_R: Tensor
     """Routing weight; ones for a shared expert."""
-    pieces: Iterable[Piece]
-    """All rows in order; can be gone through once. What nobody asks for is computed all the same."""
+    made: Callable[[Callable[[Piece], Any]], Iterator[Any]]
+    """Goes through all rows in order, once: what a function makes of each piece, on the thread that has computed it.
+    What nobody asks for is computed all the same."""
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        """The pieces themselves."""
+        return self.made(lambda piece: piece)
 
     def each(self) -> Iterator[ExpertCall]:
         """Every expert that some token reached, in order."""
@@ -116,6 +125,11 @@ class Piece:
     output_ND: Tensor
     """Output of down_proj, bias included, before any norm and before the routing weight; in the model's dtype."""
     is_one_expert: bool
+
+
+def ready(*pieces: Piece) -> Callable[[Callable[[Piece], Any]], Iterator[Any]]:
+    """`BankCall.made` of pieces that are there already."""
+    return lambda measure: map(measure, pieces)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,9 +202,11 @@ def _linear(bank: nn.Module, name: str, expert: int, x: Tensor, weight: Tensor |
     return y + getattr(bank, f"{name}_bias")[expert] if cast(Any, bank).has_bias else y
 
 
-def grouped(bank: nn.Module, x_TD: Tensor, expert_R: Tensor, token_R: Tensor) -> Iterator[Piece]:
+def grouped(
+    bank: nn.Module, x_TD: Tensor, expert_R: Tensor, token_R: Tensor, finish: Callable[[Piece, slice], Made]
+) -> Iterator[Made]:
     """Every expert on its own tokens, all rows as one piece, in two grouped matrix products, as the stock `grouped_mm`
-    does it; rows are sorted by expert."""
+    does it; rows are sorted by expert. Yields what `finish` makes of a piece and its rows."""
     module = cast(Any, bank)
     ends_E = torch.bincount(expert_R, minlength=down_weight(bank).shape[0]).cumsum(0).to(torch.int32)
 
@@ -200,7 +216,8 @@ def grouped(bank: nn.Module, x_TD: Tensor, expert_R: Tensor, token_R: Tensor) ->
         return cast(Tensor, _grouped_linear(x, weight, ends_E, bias=bias, is_transposed=module.is_transposed))
 
     inner_RF = expert_inner(bank, linear(up_name(bank), x_TD[token_R]))
-    yield Piece(inner_NF=inner_RF, output_ND=linear(DOWN, inner_RF), is_one_expert=False)
+    piece = Piece(inner_NF=inner_RF, output_ND=linear(DOWN, inner_RF), is_one_expert=False)
+    yield finish(piece, slice(0, len(expert_R)))
 
 
 def looped(
@@ -208,11 +225,12 @@ def looped(
     x_TD: Tensor,
     expert_R: Tensor,
     token_R: Tensor,
+    finish: Callable[[Piece, slice], Made],
     weights: Weights | None = None,
     workers: Executor | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[Made]:
     """As `grouped`, an expert and a piece at a time; the bank's own `weights` unless others are given, of which not all
-    need be in memory at once. `workers` compute the next experts while the caller uses a piece."""
+    need be in memory at once. `workers` compute and finish the next experts while the caller uses one."""
     reached, counts = (column.tolist() for column in torch.unique_consecutive(expert_R, return_counts=True))
     up = up_name(bank)
     own_weights: Iterable[Mapping[str, Tensor]]
@@ -223,18 +241,19 @@ def looped(
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     rows = ROWS if x_TD.device.type == "cpu" and x_TD.dtype.itemsize == 2 else 1
 
-    def compute(expert: int, token_N: Tensor, own: Mapping[str, Tensor]) -> Piece:
+    def compute(expert: int, end: int, token_N: Tensor, own: Mapping[str, Tensor]) -> Made:
         with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # each thread has modes of its own
             padded = F.pad(token_N, (0, -len(token_N) % rows))
             inner = expert_inner(bank, _linear(bank, up, expert, x_TD.index_select(0, padded), own[up]))
             output = _linear(bank, DOWN, expert, inner, own[DOWN])
-        return Piece(inner_NF=inner[: len(token_N)], output_ND=output[: len(token_N)], is_one_expert=True)
+            piece = Piece(inner_NF=inner[: len(token_N)], output_ND=output[: len(token_N)], is_one_expert=True)
+            return finish(piece, slice(end - len(token_N), end))
 
-    jobs = zip(reached, torch.split(token_R, counts), own_weights, strict=True)
+    jobs = zip(reached, itertools.accumulate(counts), torch.split(token_R, counts), own_weights, strict=True)
     if workers is None:
         yield from itertools.starmap(compute, jobs)
         return
-    coming: collections.deque[Future[Piece]] = collections.deque()
+    coming: collections.deque[Future[Made]] = collections.deque()
     for job in jobs:
         coming.append(workers.submit(compute, *job))
         if len(coming) == IN_FLIGHT:

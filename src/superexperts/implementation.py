@@ -15,6 +15,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from .bank import WORKERS, BankCall, Piece, down_weight, expert_norm, grouped, l
 __all__ = ["CONTROLS", "IMPLEMENTATION", "Control", "Edit", "Source", "Tap", "mask_and_add", "share"]
 
 IMPLEMENTATION = "superexperts"
+
+_Finished = tuple[Any, slice, Tensor, bool]
+"""What the tap measured of a piece, its rows, their weighted answers, and whether they are one expert's."""
 
 Edit = Callable[[Tensor], Tensor]
 """x_ND, what the router sends an expert -> y_ND, what the expert answers, before the routing weight."""
@@ -105,47 +109,58 @@ def _tapped_forward(bank: nn.Module, control: Control, x_TD: Tensor, index_TK: T
     # On a CPU an expert at a time: its rows stay in the cache, and no memory is cleared for those of all. A GPU would
     # wait for the start of each small product.
     on_cpu = x_TD.device.type == "cpu"
+    compute: Callable[[Callable[[Piece, slice], _Finished]], Iterator[_Finished]]
     if control.source is None and not on_cpu:
-        made = grouped(bank, x_TD, expert_R, token_R)
+        compute = functools.partial(grouped, bank, x_TD, expert_R, token_R)
     else:
         weights = functools.partial(control.source, control.layer) if control.source else None
-        made = looped(bank, x_TD, expert_R, token_R, weights, control.workers if on_cpu else None)
+        workers = control.workers if on_cpu else None
+        compute = functools.partial(looped, bank, x_TD, expert_R, token_R, weights=weights, workers=workers)
     # Rounded where the stock forward rounds: each weighted answer, and their sum.
     sum_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
 
-    def pieces() -> Iterator[Piece]:
+    def run(measure: Callable[[Piece], Any]) -> Iterator[Any]:
         nonlocal sum_TD
-        done = 0
-        for piece in made:
-            rows = slice(done, done := done + len(piece.output_ND))
+
+        def finish(piece: Piece, rows: slice) -> _Finished:
             heard_N = heard_R if isinstance(heard_R, slice) else heard_R[rows]
-            yield dataclasses.replace(
-                piece, inner_NF=piece.inner_NF[heard_N].detach(), output_ND=piece.output_ND[heard_N].detach()
-            )
+            inner_NF, output_ND = piece.inner_NF[heard_N].detach(), piece.output_ND[heard_N].detach()
+            measured = measure(dataclasses.replace(piece, inner_NF=inner_NF, output_ND=output_ND))
             answer_ND = expert_norm(bank, piece.output_ND)
+            if control.edits:
+                answer_ND = answer_ND.clone()  # what was measured may still be looked at
             for expert, edit in control.edits.items():
                 chosen_N = expert_R[rows] == expert
                 answer_ND[chosen_N] = 0 if edit is None else edit(x_TD[token_R[rows][chosen_N]]).to(answer_ND.dtype)
-            wide_ND = (answer_ND * weight_R[rows, None]).to(sum_TD.dtype)
-            if piece.is_one_expert:  # a token comes once in it: nothing depends on the order
+            return measured, rows, (answer_ND * weight_R[rows, None]).to(sum_TD.dtype), piece.is_one_expert
+
+        for measured, rows, wide_ND, is_one_expert in compute(finish):
+            yield measured
+            if is_one_expert:  # a token comes once in it: nothing depends on the order
                 sum_TD.index_add_(0, token_R[rows], wide_ND)
             else:
                 row_S = torch.empty_like(slot_R)
                 row_S[slot_R] = torch.arange(len(slot_R), device=slot_R.device)
                 sum_TD = F.embedding_bag(row_S.view_as(index_TK), wide_ND, mode="sum")
 
-    computed = pieces()
+    begun: list[Iterator[Any]] = []
+
+    def made(measure: Callable[[Piece], Any]) -> Iterator[Any]:
+        assert not begun, "a call can be gone through once"
+        begun.append(run(measure))
+        return begun[0]
+
     call = BankCall(
         layer=control.layer,
         experts=tuple(range(down_weight(bank).shape[0])),
         expert_R=expert_R[heard_R],
         token_R=token_R[heard_R],
         weight_R=weight_R[heard_R].detach(),
-        pieces=computed,
+        made=made,
     )
     with _threads(share()) if on_cpu and control.workers else contextlib.nullcontext():
         control.tap(call)
-        for _ in computed:  # what the tap left
+        for _ in begun[0] if begun else call.pieces:  # what the tap left
             pass
     return sum_TD.to(x_TD.dtype)
 

@@ -31,6 +31,7 @@ from .bank import (
     is_bank,
     join_gate_up,
     projections,
+    ready,
     shared_down,
     split_gate_up,
     up_name,
@@ -57,6 +58,7 @@ __all__ = [
     "join_gate_up",
     "mask_and_add",
     "projections",
+    "ready",
     "silenced",
     "split_gate_up",
     "tapped",
@@ -237,6 +239,7 @@ def set_implementation(model: nn.Module, name: str) -> None:
 def _shared_tap(tap: Tap, layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
     def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         output_TD = output.detach().flatten(0, -2)
+        piece = Piece(inner_NF=arguments[0].detach().flatten(0, -2), output_ND=output_TD, is_one_expert=True)
         token_T = torch.arange(len(output_TD), device=output.device)
         tap(
             BankCall(
@@ -245,7 +248,7 @@ def _shared_tap(tap: Tap, layer: int) -> Callable[[nn.Module, Any, Tensor], None
                 expert_R=torch.zeros_like(token_T),
                 token_R=token_T,
                 weight_R=torch.ones_like(token_T, dtype=output.dtype),
-                pieces=[Piece(inner_NF=arguments[0].detach().flatten(0, -2), output_ND=output_TD, is_one_expert=True)],
+                made=ready(piece),
             )
         )
 

@@ -158,6 +158,7 @@ def _one_pass(
         )
         for number, recorder in enumerate(rounds):
             own_R = call.token_R // length == number
+            own = moe.Piece(inner_NF=inner_RF[own_R], output_ND=output_RD[own_R], is_one_expert=False)
             recorder.start_batch(first + number, torch.ones(1, length))
             recorder(
                 dataclasses.replace(
@@ -165,7 +166,7 @@ def _one_pass(
                     expert_R=call.expert_R[own_R],
                     token_R=call.token_R[own_R] - number * length,
                     weight_R=call.weight_R[own_R],
-                    pieces=[moe.Piece(inner_NF=inner_RF[own_R], output_ND=output_RD[own_R], is_one_expert=False)],
+                    made=moe.ready(own),
                 )
             )
 

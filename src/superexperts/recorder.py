@@ -74,9 +74,8 @@ class _Rows:
         """Per piece its experts, and for each of them a row of the call and that row's values."""
         self._done = 0
 
-    def add(self, expert_N: Tensor, values: Tensor, is_one_expert: bool) -> None:
-        """Takes a piece's rows [N, channels]."""
-        peak_N = _in_parts(_peaks, values)
+    def add(self, expert_N: Tensor, values: Tensor, peak_N: Tensor, is_one_expert: bool) -> None:
+        """Takes a piece's rows [N, channels] and each one's largest |value|."""
         if is_one_expert:
             expert_P, row_P = expert_N[:1], peak_N.argmax()[None]
         else:
@@ -110,15 +109,15 @@ class _Bank:
         """Takes the rows of tokens that are no padding; `start` is the place of the batch's first token."""
         real_R = None if real_T is None else real_T[call.token_R]
         inner, output, norms, done = _Rows(), _Rows(), [], 0
-        for piece in call.pieces:
+        for piece, inner_N, output_N, norm_N in call.made(_measured):
             rows = slice(done, done := done + len(piece.output_ND))
             own_N = slice(None) if real_R is None else real_R[rows]
             expert_N = call.expert_R[rows][own_N]
             if not len(expert_N):
                 continue
-            inner.add(expert_N, piece.inner_NF[own_N], piece.is_one_expert)
-            output.add(expert_N, piece.output_ND[own_N], piece.is_one_expert)
-            norms.append(_in_parts(_norms, piece.output_ND[own_N]))
+            inner.add(expert_N, piece.inner_NF[own_N], inner_N[own_N], piece.is_one_expert)
+            output.add(expert_N, piece.output_ND[own_N], output_N[own_N], piece.is_one_expert)
+            norms.append(norm_N[own_N])
         if not norms:
             return
         columns = (call.expert_R, call.token_R, call.weight_R)
@@ -237,6 +236,12 @@ class Recorder:
         return tuple(
             dataclasses.replace(row, token_share=tokens.get(row.key), gate_share=gates.get(row.key)) for row in rows
         )
+
+
+def _measured(piece: moe.Piece) -> tuple[moe.Piece, Tensor, Tensor, Tensor]:
+    """A piece, and per row the largest |input|, the largest |output| and the output's norm, each float32 [N]."""
+    inner_N, output_N = (_in_parts(_peaks, values) for values in (piece.inner_NF, piece.output_ND))
+    return piece, inner_N, output_N, _in_parts(_norms, piece.output_ND)
 
 
 def _in_parts(measure: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class StreamedModel:
         """
         alone = [layer for layer in layers if layer in self.banks and self.holds_alone(layer)]
         self._then = dict(itertools.pairwise(alone)) if all_wanted else {}
+        self._ahead = ahead = ReadAhead(self._memory, self._read_alone, self._give)
         with ThreadPoolExecutor(max_workers=1) as background:
 
             def one_by_one() -> Iterator[int]:
@@ -80,20 +81,19 @@ class StreamedModel:
                     coming.result()
                     if following is not None:
                         coming = background.submit(self._load, following)
+                    if layer == layers[0] and all_wanted and alone:
+                        ahead.start(self._all_experts(alone[0]))
                     self._batches_left = batches
                     yield layer
                     self._unload(layer)
 
-            self._ahead = ReadAhead(self._memory, self._read_alone, self._give)
             try:
-                if all_wanted and alone:
-                    self._ahead.start(self._all_experts(alone[0]))
                 self._fill([name for name in self._homes.of if self._is_outside(name)])
                 self._check_full(name for name, _ in self.model.named_parameters() if self._is_outside(name))
                 yield one_by_one()
             finally:
                 background.shutdown(cancel_futures=True)
-                self._ahead.close()
+                ahead.close()
                 for parameter_name, _ in list(self.model.named_parameters()):
                     self._empty(parameter_name)
                 self._spare.clear()
