@@ -61,22 +61,26 @@ def reading(folder: Path, layers: int, wanted: int | None = None) -> tuple[float
 @torch.inference_mode()
 def products(shape: Shape, layers: int, tokens: int, length: int) -> float:
     """Seconds of the matrix products of the first layers on so many tokens in sequences of `length`, weights in memory,
-    an expert's tokens being an even share; the scores and sums of the attention count. Measured on one layer of each
-    kind."""
-    seconds = {}
-    for number in (0, 1):
-        for _ in range(2):  # the first time gets the products' code ready
-            total = _timed_attention(shape, tokens // length, length)
-            for key, size in shape.layer(number).items():
-                if len(size) == 1:
-                    continue
+    an expert's tokens being an even share; the scores and sums of the attention count. All layers with experts have the
+    weights of one, of which no cache holds the first when the last was used."""
+    total = 0.0
+    for number, times in ((0, 1), (1, layers - 1)):
+        matrices = []
+        for key, size in shape.layer(number).items():
+            if len(size) == 2:
                 rows = tokens * shape.top // shape.experts if ".experts." in key else tokens
-                x, weight = torch.randn(rows, size[1], dtype=torch.bfloat16), torch.randn(size, dtype=torch.bfloat16)
+                matrices.append((rows, torch.randn(size, dtype=torch.bfloat16)))
+        inputs = {(rows, weight.shape[1]) for rows, weight in matrices}
+        of = {place: torch.randn(place, dtype=torch.bfloat16) for place in inputs}
+        for turn in range(times + 1):
+            seconds = _timed_attention(shape, tokens // length, length)
+            for rows, weight in matrices:
+                x = of[rows, weight.shape[1]]
                 start = time.perf_counter()
                 F.linear(x, weight)
-                total += time.perf_counter() - start
-        seconds[number] = total
-    return seconds[0] + (layers - 1) * seconds[1]
+                seconds += time.perf_counter() - start
+            total += seconds if turn else 0.0  # the first time gets the products' code ready
+    return total
 
 
 def _timed_attention(shape: Shape, sequences: int, length: int) -> float:

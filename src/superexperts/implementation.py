@@ -100,69 +100,80 @@ def _experts_forward(bank: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK:
 def _tapped_forward(bank: nn.Module, control: Control, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """The tap sees the rows while they are made; a silenced expert is not tapped."""
     assert control.tap is not None
-    expert_R, slot_R = torch.sort(index_TK.flatten(), stable=True)
-    token_R, weight_R = slot_R // index_TK.shape[1], weight_TK.flatten()[slot_R]
-    silent = [expert for expert, edit in control.edits.items() if edit is None]
-    heard_R: Tensor | slice = slice(None)
-    if silent:
-        heard_R = ~torch.isin(expert_R, torch.tensor(silent, device=expert_R.device, dtype=expert_R.dtype))
-    # On a CPU an expert at a time: its rows stay in the cache, and no memory is cleared for those of all. A GPU would
-    # wait for the start of each small product.
-    on_cpu = x_TD.device.type == "cpu"
-    compute: Callable[[Callable[[Piece, slice], _Finished]], Iterator[_Finished]]
-    if control.source is None and not on_cpu:
-        compute = functools.partial(grouped, bank, x_TD, expert_R, token_R)
-    else:
-        weights = functools.partial(control.source, control.layer) if control.source else None
-        workers = control.workers if on_cpu else None
-        compute = functools.partial(looped, bank, x_TD, expert_R, token_R, weights=weights, workers=workers)
-    # Rounded where the stock forward rounds: each weighted answer, and their sum.
-    sum_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    routed = _Routed(bank, control, x_TD, index_TK, weight_TK)
+    call = routed.call()
+    with _threads(share()) if routed.workers else contextlib.nullcontext():
+        control.tap(call)
+        for _ in routed.begun or call.pieces:  # what the tap left
+            pass
+    return routed.sum_TD.to(x_TD.dtype)
 
-    def run(measure: Callable[[Piece], Any]) -> Iterator[Any]:
-        nonlocal sum_TD
 
-        def finish(piece: Piece, rows: slice) -> _Finished:
-            heard_N = heard_R if isinstance(heard_R, slice) else heard_R[rows]
-            inner_NF, output_ND = piece.inner_NF[heard_N].detach(), piece.output_ND[heard_N].detach()
-            measured = measure(dataclasses.replace(piece, inner_NF=inner_NF, output_ND=output_ND))
-            answer_ND = expert_norm(bank, piece.output_ND)
-            if control.edits:
-                answer_ND = answer_ND.clone()  # what was measured may still be looked at
-            for expert, edit in control.edits.items():
-                chosen_N = expert_R[rows] == expert
-                answer_ND[chosen_N] = 0 if edit is None else edit(x_TD[token_R[rows][chosen_N]]).to(answer_ND.dtype)
-            return measured, rows, (answer_ND * weight_R[rows, None]).to(sum_TD.dtype), piece.is_one_expert
+class _Routed:
+    """What a layer's routed experts do with a batch, while somebody goes through it."""
 
-        for measured, rows, wide_ND, is_one_expert in compute(finish):
+    def __init__(self, bank: nn.Module, control: Control, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
+        self.bank, self.control, self.x_TD, self.index_TK = bank, control, x_TD, index_TK
+        self.expert_R, self.slot_R = torch.sort(index_TK.flatten(), stable=True)
+        self.token_R, self.weight_R = self.slot_R // index_TK.shape[1], weight_TK.flatten()[self.slot_R]
+        silent = [expert for expert, edit in control.edits.items() if edit is None]
+        self.heard_R: Tensor | slice = slice(None)
+        if silent:
+            self.heard_R = ~torch.isin(self.expert_R, torch.tensor(silent, device=x_TD.device))
+        self.on_cpu = x_TD.device.type == "cpu"
+        self.workers = control.workers if self.on_cpu else None
+        # Rounded where the stock forward rounds: each weighted answer, and their sum.
+        self.sum_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+        self.begun: Iterator[Any] | None = None
+
+    def call(self) -> BankCall:
+        return BankCall(
+            layer=self.control.layer,
+            experts=tuple(range(down_weight(self.bank).shape[0])),
+            expert_R=self.expert_R[self.heard_R],
+            token_R=self.token_R[self.heard_R],
+            weight_R=self.weight_R[self.heard_R].detach(),
+            made=self.go_through,
+        )
+
+    def go_through(self, measure: Callable[[Piece], Any]) -> Iterator[Any]:
+        """`BankCall.made`."""
+        assert self.begun is None, "a call can be gone through once"
+        self.begun = self._measured(measure)
+        return self.begun
+
+    def _measured(self, measure: Callable[[Piece], Any]) -> Iterator[Any]:
+        finish = functools.partial(self._finish, measure)
+        for measured, rows, wide_ND, is_one_expert in self._computed(finish):
             yield measured
             if is_one_expert:  # a token comes once in it: nothing depends on the order
-                sum_TD.index_add_(0, token_R[rows], wide_ND)
+                self.sum_TD.index_add_(0, self.token_R[rows], wide_ND)
             else:
-                row_S = torch.empty_like(slot_R)
-                row_S[slot_R] = torch.arange(len(slot_R), device=slot_R.device)
-                sum_TD = F.embedding_bag(row_S.view_as(index_TK), wide_ND, mode="sum")
+                row_S = torch.empty_like(self.slot_R)
+                row_S[self.slot_R] = torch.arange(len(row_S), device=row_S.device)
+                self.sum_TD = F.embedding_bag(row_S.view_as(self.index_TK), wide_ND, mode="sum")
 
-    begun: list[Iterator[Any]] = []
+    def _computed(self, finish: Callable[[Piece, slice], _Finished]) -> Iterator[_Finished]:
+        """On a CPU an expert at a time: its rows stay in the cache, and no memory is cleared for those of all. A GPU
+        would wait for the start of each small product."""
+        source = self.control.source
+        if source is None and not self.on_cpu:
+            return grouped(self.bank, self.x_TD, self.expert_R, self.token_R, finish)
+        weights = functools.partial(source, self.control.layer) if source else None
+        return looped(self.bank, self.x_TD, self.expert_R, self.token_R, finish, weights=weights, workers=self.workers)
 
-    def made(measure: Callable[[Piece], Any]) -> Iterator[Any]:
-        assert not begun, "a call can be gone through once"
-        begun.append(run(measure))
-        return begun[0]
-
-    call = BankCall(
-        layer=control.layer,
-        experts=tuple(range(down_weight(bank).shape[0])),
-        expert_R=expert_R[heard_R],
-        token_R=token_R[heard_R],
-        weight_R=weight_R[heard_R].detach(),
-        made=made,
-    )
-    with _threads(share()) if on_cpu and control.workers else contextlib.nullcontext():
-        control.tap(call)
-        for _ in begun[0] if begun else call.pieces:  # what the tap left
-            pass
-    return sum_TD.to(x_TD.dtype)
+    def _finish(self, measure: Callable[[Piece], Any], piece: Piece, rows: slice) -> _Finished:
+        heard_N = self.heard_R if isinstance(self.heard_R, slice) else self.heard_R[rows]
+        inner_NF, output_ND = piece.inner_NF[heard_N].detach(), piece.output_ND[heard_N].detach()
+        measured = measure(dataclasses.replace(piece, inner_NF=inner_NF, output_ND=output_ND))
+        answer_ND = expert_norm(self.bank, piece.output_ND)
+        if self.control.edits:
+            answer_ND = answer_ND.clone()  # what was measured may still be looked at
+        for expert, edit in self.control.edits.items():
+            chosen_N = self.expert_R[rows] == expert
+            given_ND = self.x_TD[self.token_R[rows][chosen_N]]
+            answer_ND[chosen_N] = 0 if edit is None else edit(given_ND).to(answer_ND.dtype)
+        return measured, rows, (answer_ND * self.weight_R[rows, None]).to(self.sum_TD.dtype), piece.is_one_expert
 
 
 def share() -> int:
