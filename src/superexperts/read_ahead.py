@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from torch import Tensor
 
@@ -46,9 +46,11 @@ class ReadAhead:
         called again, nobody uses any longer what it gave before."""
         while self._used:
             self._give(self._used.popleft())
-        for key in self._coming.keys() - set(wanted):
-            memory, read = self._coming.pop(key)
-            read.result()
+        unwanted = [self._coming.pop(key) for key in self._coming.keys() - set(wanted)]
+        for _, read in unwanted:
+            read.cancel()  # unless it has begun
+        wait([read for _, read in unwanted])  # nobody asks whether they went well
+        for memory, _ in unwanted:
             self._give(memory)
         todo = collections.deque(key for key in (*wanted, *then) if key not in self._coming)
         for key in wanted:
