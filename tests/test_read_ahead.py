@@ -121,9 +121,11 @@ def test_a_large_expert_still_has_others_read_ahead(
     desk = Desk()
     wanted = [(1, expert) for expert in range(40)]
     ahead = opened(desk)
-    assert numbers(ahead.get(wanted)) == wanted
+    for key, matrices in zip(wanted, ahead.get(wanted, [(2, 0), (2, 1), (2, 2), (2, 3)]), strict=True):
+        assert tuple(matrices["down_proj"].tolist()) == key
+        assert len(desk.lent) <= 8  # a layer of Mixtral's
     ahead.start(wanted)
-    assert len(desk.lent) == FEWEST
+    assert len(desk.lent) == FEWEST == 8
 
 
 def test_memory_is_let_alone_while_someone_may_compute_with_it(opened: Callable[[Desk], ReadAhead]) -> None:

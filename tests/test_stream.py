@@ -139,6 +139,13 @@ def test_depth_batches_and_spilled_activations_change_nothing(tmp_path: Path, mo
         spilled = profile_streamed(streamed, IDS_SL, budget=4 * sequence, **more)
         assert made == [2 * sequence, 2 * sequence, sequence]
     assert kept == spilled
+    with streaming(tmp_path) as streamed:
+        threads = threading.active_count()
+        assert_same(profile_streamed(streamed, IDS_SL, depth=0.67), wanted, 1e-5)  # one batch: expert by expert
+        assert threading.active_count() == threads
+        assert not streamed._spare
+        skipped = (streamed.checkpoint[key].nbytes for key in streamed.checkpoint if "layers.2." in key or "lm_" in key)
+        assert streamed.checkpoint.bytes_read == sum(e.nbytes for e in streamed.checkpoint.values()) - sum(skipped)
     assert_same(kept, wanted, 1e-5)
     assert not list(tmp_path.glob(".hidden-*"))
     with streaming(tmp_path) as streamed, pytest.raises(OptionError, match="leaves no MoE layer"):

@@ -15,7 +15,8 @@ __all__ = ["AHEAD", "ReadAhead"]
 READERS = 2
 AHEAD = 2**29
 """Bytes of experts in memory, at least `FEWEST` of them: the disk's half second, which an attention may take."""
-FEWEST = 2 * IN_FLIGHT
+FEWEST = IN_FLIGHT + READERS
+"""Those that may be in use, and one for each reader: a layer of Mixtral's, whose experts are the largest."""
 
 Key = tuple[int, int]
 """Layer and expert."""
