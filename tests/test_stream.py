@@ -337,7 +337,7 @@ def test_quick_look_goes_on_until_the_super_experts_settle(tmp_path: Path, monke
 
 def test_command_streams_and_finds_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {"tokens": 1024, "seq_len": 128, "dtype": "float32"}
-    for name, more in {"memory": {}, "stream": {"stream": True}, "quick": {"quick": True}}.items():
+    for name, more in {"memory": {}, "stream": {"stream": True}}.items():
         profile_command.run(ProfileConfig(out=tmp_path / name, **settings, **more))
     assert Profile.load(tmp_path / "stream") == Profile.load(tmp_path / "memory")
     # Of a sequence longer than the model's context, a quick look takes the 64 tokens that it needs.
