@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from superexperts import allocator
 
 CODE = """
 import resource
@@ -39,3 +43,31 @@ def test_memory_is_kept_unless_the_user_has_set_it_otherwise() -> None:
     assert plain > 180_000
     assert faults(keep=True) < plain / 2  # a small block may come to lie where a large one was: not 0
     assert faults(keep=True, MALLOC_TRIM_THRESHOLD_="131072") > 180_000
+
+
+@pytest.mark.parametrize(
+    ("most", "set_"),
+    [
+        (2**31, {allocator.MMAP_THRESHOLD: 2**28, allocator.TRIM_THRESHOLD: 2**31 - 1}),
+        (2**25, {allocator.MMAP_THRESHOLD: 2**25, allocator.TRIM_THRESHOLD: 2**31 - 1}),
+        (2**12, {}),
+    ],
+)
+def test_an_older_glibc_gets_the_most_that_it_takes(
+    most: int, set_: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 2.35 it refuses more than 32 MiB; the other threshold alone would leave every tensor to the kernel."""
+    done: dict[int, int] = {}
+
+    def mallopt(name: int, value: int) -> int:
+        taken = name != allocator.MMAP_THRESHOLD or value <= most
+        if taken:
+            done[name] = value
+        return int(taken)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
+    for name in allocator.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    allocator.keep_memory()
+    assert done == set_

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +82,8 @@ def test_neighbours_are_read_in_place(tmp_path: Path, more: int) -> None:
         assert checkpoint.bytes_read == len(found)
         assert checkpoint.read_in_place([checkpoint["2"], checkpoint["1"]], memory) is None
         assert checkpoint.read_in_place([checkpoint["0"], checkpoint["2"]], memory) is None
+        elsewhere = dataclasses.replace(checkpoint["2"], file="another")
+        assert checkpoint.read_in_place([checkpoint["1"], elsewhere], memory) is None
         (tmp_path / SINGLE).write_bytes(file[: checkpoint["2"].offset])
         with pytest.raises(ModelError, match="ends inside '1'"):
             checkpoint.read_in_place(pair, memory)
@@ -173,6 +178,23 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
             file.truncate(last.offset + last.nbytes - 1)
         with pytest.raises(ModelError, match="ends inside"):
             checkpoint.read(last)
+
+
+def test_a_disk_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(TENSORS, tmp_path / SINGLE)
+    memory = torch.zeros(2**16, dtype=torch.uint8)
+
+    def broken(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Checkpoint(tmp_path) as checkpoint:
+        monkeypatch.setattr(os, "preadv", broken)
+        for read in (
+            lambda: checkpoint.read(checkpoint["a"]),
+            lambda: checkpoint.read_in_place([checkpoint["a"]], memory),
+        ):
+            with pytest.raises(ModelError, match="cannot be read at 'a' .*Input/output error"):
+                read()
 
 
 @settings(max_examples=300, deadline=None)

@@ -20,7 +20,7 @@ from superexperts.artifacts import CorpusProfile
 from superexperts.drawing import DARK, LIGHT, Theme
 from superexperts.errors import OutputError
 from superexperts.plots import plot_heatmap, plot_layers
-from superexperts.plots_corpora import plot_corpora
+from superexperts.plots_corpora import plot_corpora, plot_top
 from superexperts.select import considered, threshold
 
 CHOSEN = ((1, 2), (2, 5))
@@ -104,6 +104,46 @@ def test_no_name_stands_at_the_ring_of_another_layer(drawn: list[Figure], layers
         assert not [other for other in names if other is not name and box.overlaps(boxes[other])]
 
 
+def test_no_text_leaves_the_paper(drawn: list[Figure], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two corpora, whose picture is a column wide, and with long names."""
+
+    def keep(figure: Figure, _: Path) -> None:
+        figure.draw_without_rendering()
+        drawn.append(figure)
+
+    for module in (plots, plots_corpora):
+        monkeypatch.setattr(module, "save", keep)
+    long = "Magistrates and Morals: a corpus of law.jsonl"
+    section = profile().corpora["pocket"]
+    found = dataclasses.replace(
+        profile(), model="DeepSeek-Coder-V2-Lite-Instruct-MAGNUM-BF16", corpora={long: section, "b": section}
+    )
+    plot_corpora(found, CHOSEN, Path("x.png"))
+    plot_top(found, long, CHOSEN, Path("x.png"))
+    plot_layers(found, long, CHOSEN, Path("x.png"))
+    for figure in drawn:
+        numbers = figure.axes[0].get_xticklabels()  # of which some are beyond the axis and not drawn
+        for text in set(figure.findobj(Text)) - set(numbers):
+            box = text.get_window_extent()
+            assert not text.get_text() or (box.x0 >= 0 and box.x1 <= figure.bbox.x1), text
+    ticks = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
+    assert {"500", "1000"} <= set(ticks)  # peaks of one decade have more than one number below them
+
+
+def test_corpora_are_marked_by_the_criterion_however_deep_the_profile(
+    drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert in the last quarter of the layers is no super expert, as in the table and in the other pictures."""
+    monkeypatch.setattr(plots_corpora, "save", lambda figure, path: drawn.append(figure))
+    section = profile(layers=8).corpora["pocket"]
+    late = [dataclasses.replace(row, output_max=5000.0) if row.key == (7, 3) else row for row in section.experts]
+    corpora = {name: dataclasses.replace(section, experts=tuple(late)) for name in "ab"}
+    found = dataclasses.replace(profile(layers=8), depth=1.0, corpora=corpora)
+    plot_corpora(found, [(1, 2), (7, 3)], Path("x.png"))
+    filled = [line for line in drawn[0].axes[0].lines if line.get_markerfacecolor() != "none"]
+    assert [list(line.get_xdata()) for line in filled] == [[900], [900]]
+
+
 def test_seven_corpora_look_different_and_their_super_experts_are_filled(
     drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +182,7 @@ DRAW: dict[str, Callable[[Path], object]] = {
     "heatmap": lambda path: plot_heatmap(profile(), "pocket", CHOSEN, path),
     "layers": lambda path: plot_layers(profile(), "pocket", CHOSEN, path, theme=DARK),
     "corpora": lambda path: plot_corpora(profile(), CHOSEN, path),
+    "top": lambda path: plot_top(profile(), "pocket", CHOSEN, path),
 }
 
 

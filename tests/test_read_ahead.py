@@ -11,7 +11,7 @@ from torch import Tensor
 
 from superexperts import read_ahead
 from superexperts.bank import IN_FLIGHT
-from superexperts.read_ahead import FEWEST, Key, ReadAhead
+from superexperts.read_ahead import FEWEST, READERS, Key, ReadAhead
 
 SIZE = 8
 """Bytes of an expert here."""
@@ -85,7 +85,33 @@ def test_the_next_layers_are_read_before_anyone_asks_as_far_as_there_is_room(
     assert highest == len(desk.lent) == 20
     # The router wants others: those that were read for nothing are given back, no other is read.
     assert numbers(ahead.get(second[5:7])) == second[5:7]
-    assert [key for key in sorted(desk.read) if key[0] == 2] == second[: 20 - (IN_FLIGHT - 1)]
+    assert set(second[5:7]) <= {key for key in desk.read if key[0] == 2} <= set(second[: 20 - (IN_FLIGHT - 1)])
+    assert len(desk.lent) == 2
+
+
+def test_what_is_wanted_no_longer_is_not_waited_for(
+    opened: Callable[[Desk], ReadAhead], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither read if that has not begun, nor asked how it went; its memory comes back when nobody writes to it."""
+    monkeypatch.setattr(read_ahead, "AHEAD", SIZE * 40)
+    desk = Desk(fails=(1, 0))
+    begun, go_on, fill = threading.Barrier(READERS + 1), threading.Event(), desk.fill
+
+    def slow(key: Key, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if key[1] < READERS:
+            begun.wait()
+            go_on.wait()
+            assert any(memory["down_proj"] is tensor for tensor in desk.lent)
+        return fill(key, memory)
+
+    monkeypatch.setattr(desk, "fill", slow)
+    ahead = opened(desk)
+    ahead.start([(1, expert) for expert in range(40)])
+    begun.wait()
+    threading.Timer(0.05, go_on.set).start()
+    assert numbers(ahead.get([(1, 30)])) == [(1, 30)]
+    assert sorted(desk.read) == [(1, 1), (1, 30)]
+    assert len(desk.lent) == 1
 
 
 def test_a_large_expert_still_has_others_read_ahead(
@@ -95,9 +121,11 @@ def test_a_large_expert_still_has_others_read_ahead(
     desk = Desk()
     wanted = [(1, expert) for expert in range(40)]
     ahead = opened(desk)
-    assert numbers(ahead.get(wanted)) == wanted
+    for key, matrices in zip(wanted, ahead.get(wanted, [(2, 0), (2, 1), (2, 2), (2, 3)]), strict=True):
+        assert tuple(matrices["down_proj"].tolist()) == key
+        assert len(desk.lent) <= 8  # a layer of Mixtral's
     ahead.start(wanted)
-    assert len(desk.lent) == FEWEST
+    assert len(desk.lent) == FEWEST == 8
 
 
 def test_memory_is_let_alone_while_someone_may_compute_with_it(opened: Callable[[Desk], ReadAhead]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,4 +96,51 @@ def test_the_end_of_the_file_is_told(written: tuple[Path, bytes], forgotten: boo
     assert file.read_into(target.data, SIZE - 100) == 100
     assert target[:100].tobytes() == data[-100:]
     assert file.read_into(target.data, SIZE + BLOCK) == 0
+    file.close()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_file_system_that_refuses_direct_reads_is_read_the_other_way(
+    written: tuple[Path, bytes], in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it refuses after a first block."""
+    path, data = written
+    file, preadv = ShardFile(path), os.preadv
+    file._direct = file._direct or os.open(path, os.O_RDONLY)
+    asked = 0
+
+    def one_block(descriptor: int, buffers: list[memoryview], *more: int) -> int:
+        nonlocal asked
+        if descriptor != file._direct:
+            return preadv(descriptor, buffers, *more)
+        asked += 1
+        if asked > 1:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return preadv(descriptor, [buffers[0][:BLOCK]], *more)
+
+    monkeypatch.setattr(os, "preadv", one_block)
+    monkeypatch.setattr(file, "_is_on_disk", lambda *_: True)
+    memory = memoryview(mmap.mmap(-1, CHUNK + 2 * BLOCK))
+    if in_place:
+        assert file.read_in_place(memory, 7, CHUNK) == CHUNK
+        assert memory[7 : 7 + CHUNK] == data[7 : 7 + CHUNK]
+    else:
+        assert file.read_into(memory[:CHUNK], 7) == CHUNK
+        assert memory[:CHUNK] == data[7 : 7 + CHUNK]
+    assert asked > 1
+    file.close()
+
+
+def test_a_kernel_other_than_linux_has_none_of_its_calls(
+    written: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = written
+    monkeypatch.setattr(sys, "platform", "darwin")
+    for name in ("O_DIRECT", "RWF_NOWAIT"):
+        monkeypatch.delattr(os, name)
+    file, memory = ShardFile(path), memoryview(mmap.mmap(-1, CHUNK + 2 * BLOCK))
+    assert file.read_into(memory[:CHUNK], 3) == CHUNK
+    assert memory[:CHUNK] == data[3 : 3 + CHUNK]
+    assert file.read_in_place(memory, 5, CHUNK) == CHUNK
+    assert memory[5 : 5 + CHUNK] == data[5 : 5 + CHUNK]
     file.close()

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig
 
 from families import FAMILIES, MORE_FAMILIES, tiny_model, tiny_tokens
-from superexperts import bank, float8
+from superexperts import bank, float8, read_ahead
 from superexperts import profile as profile_command
 from superexperts import profile_streamed as profile_streamed_module
 from superexperts.artifacts import CorpusProfile, ExpertStats, Profile
@@ -102,6 +102,7 @@ def test_experts_are_computed_side_by_side_while_others_are_read(
     tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More experts than are read ahead, so that memory is read into again; some take long."""
+    monkeypatch.setattr(read_ahead, "AHEAD", 1)
     tiny_model("deepseek_v2", dtype, n_routed_experts=40).save_pretrained(tmp_path)
     wanted = profile_corpus(load_as_stored(ModelConfig(model=str(tmp_path))), IDS_SL, batch_size=5)
     threads, before = set(), torch.get_num_threads()
@@ -124,13 +125,27 @@ def test_experts_are_computed_side_by_side_while_others_are_read(
     assert_same(found, wanted, 1e-5 if dtype == torch.float32 else 1e-3)
 
 
-def test_depth_batches_and_spilled_activations_change_nothing(tmp_path: Path) -> None:
+def test_depth_batches_and_spilled_activations_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget is that of all batches together: each of three is spilled if four of five sequences would fit."""
+    made: list[int] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda _, __, nbytes: made.append(nbytes))
     model = saved(tmp_path, "deepseek_v2")
     wanted = profile_corpus(model, IDS_SL, batch_size=2, depth=0.67)
     with streaming(tmp_path) as streamed:
-        kept = profile_streamed(streamed, IDS_SL, batch_size=2, depth=0.67)
-        spilled = profile_streamed(streamed, IDS_SL, batch_size=2, depth=0.67, budget=0, folder=tmp_path)
+        sequence = 4 * IDS_SL.shape[1] * streamed.model.config.hidden_size
+        more: Any = {"batch_size": 2, "depth": 0.67, "folder": tmp_path}
+        kept = profile_streamed(streamed, IDS_SL, budget=5 * sequence, **more)
+        assert not made
+        spilled = profile_streamed(streamed, IDS_SL, budget=4 * sequence, **more)
+        assert made == [2 * sequence, 2 * sequence, sequence]
     assert kept == spilled
+    with streaming(tmp_path) as streamed:
+        threads = threading.active_count()
+        assert_same(profile_streamed(streamed, IDS_SL, depth=0.67), wanted, 1e-5)  # one batch: expert by expert
+        assert threading.active_count() == threads
+        assert not streamed._spare
+        skipped = (streamed.checkpoint[key].nbytes for key in streamed.checkpoint if "layers.2." in key or "lm_" in key)
+        assert streamed.checkpoint.bytes_read == sum(e.nbytes for e in streamed.checkpoint.values()) - sum(skipped)
     assert_same(kept, wanted, 1e-5)
     assert not list(tmp_path.glob(".hidden-*"))
     with streaming(tmp_path) as streamed, pytest.raises(OptionError, match="leaves no MoE layer"):
@@ -322,10 +337,12 @@ def test_quick_look_goes_on_until_the_super_experts_settle(tmp_path: Path, monke
 
 def test_command_streams_and_finds_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {"tokens": 1024, "seq_len": 128, "dtype": "float32"}
-    for name, more in {"memory": {}, "stream": {"stream": True}, "quick": {"quick": True}}.items():
+    for name, more in {"memory": {}, "stream": {"stream": True}}.items():
         profile_command.run(ProfileConfig(out=tmp_path / name, **settings, **more))
     assert Profile.load(tmp_path / "stream") == Profile.load(tmp_path / "memory")
-    quick = profile_command.run(ProfileConfig(out=tmp_path / "quick", quick=True, **settings))["corpora"]["pocket"]
+    # Of a sequence longer than the model's context, a quick look takes the 64 tokens that it needs.
+    longer = ProfileConfig(out=tmp_path / "quick", quick=True, dtype="float32", tokens=8192, seq_len=4096)
+    quick = profile_command.run(longer)["corpora"]["pocket"]
     assert (set(map(tuple, quick["super"])), quick["stable"]) == (set(PLANTED), True)
     assert "weights were read" in capsys.readouterr().err
 

@@ -17,6 +17,8 @@ __all__ = ["keep_memory"]
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 KEPT = 2**28
 """Bytes of the largest block that is kept: activations, and no weights of a whole bank."""
+KEPT_BEFORE_2_35 = 2**25
+"""The most that an older glibc takes, in 64 bits."""
 UNTRIMMED = 2**31 - 1
 """Bytes free at the heap's end that are not given back; the most that an int takes."""
 SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
@@ -28,5 +30,6 @@ def keep_memory() -> None:
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in SETTINGS):
         return
     library = ctypes.CDLL(None)
-    library.mallopt(MMAP_THRESHOLD, KEPT)
-    library.mallopt(TRIM_THRESHOLD, UNTRIMMED)
+    # Where both sizes are refused nothing is set: glibc would then no longer raise its threshold by itself.
+    if library.mallopt(MMAP_THRESHOLD, KEPT) or library.mallopt(MMAP_THRESHOLD, KEPT_BEFORE_2_35):
+        library.mallopt(TRIM_THRESHOLD, UNTRIMMED)

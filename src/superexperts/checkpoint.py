@@ -12,7 +12,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -197,8 +197,8 @@ class Checkpoint(Mapping[str, Entry]):
         follows = ((one.file, one.offset + one.nbytes) == (two.file, two.offset) for one, two in pairwise(entries))
         if not all(follows) or first.offset % first.itemsize:
             return None
-        found = self._open[first.file].read_in_place(as_bytes(memory), first.offset, size)
-        self._count(first, found, size)
+        shard = self._open[first.file]
+        self._count(first, lambda: shard.read_in_place(as_bytes(memory), first.offset, size), size)
         start = first.offset % BLOCK
         return memory[start : start + size]
 
@@ -211,9 +211,15 @@ class Checkpoint(Mapping[str, Entry]):
             yield piece
 
     def _read(self, entry: Entry, target: memoryview, start: int) -> None:
-        self._count(entry, self._open[entry.file].read_into(target, entry.offset + start), len(target))
+        shard = self._open[entry.file]
+        self._count(entry, lambda: shard.read_into(target, entry.offset + start), len(target))
 
-    def _count(self, entry: Entry, found: int, wanted: int) -> None:
+    def _count(self, entry: Entry, read: Callable[[], int], wanted: int) -> None:
+        """Reads, and says in one line what does not go well."""
+        try:
+            found = read()
+        except OSError as error:
+            raise _refused(self.folder, entry.file, f"cannot be read at {entry.key!r} ({_short(error)})") from error
         if found < wanted:
             raise _refused(self.folder, entry.file, f"ends inside {entry.key!r}")
         with self._lock:

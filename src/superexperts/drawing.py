@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column and the full width of a two-column paper
+BESIDE = 0.6
+"""Inches beside the axes, for the names at its left."""
 LETTERS = ".letters.svg"
 """An SVG whose name ends so is for a page: text is letters instead of outlines, and pixels, if any, are fewer."""
 
@@ -188,7 +190,7 @@ def save(figure: Figure, paths: Path | Sequence[Path]) -> None:
 def put_title(axes: Axes, title: str, source: str, inches: float) -> None:
     axes.set_title(f"{title}\n", loc="left", fontsize=8.5, fontweight="bold")
     axes.annotate(
-        shorten(source, int(inches * 17)),
+        shorten(source, int((inches - BESIDE) * 17)),
         (0, 1),
         xycoords="axes fraction",
         xytext=(0, 5),

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import FuncFormatter
+from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from .artifacts import ExpertKey, Profile, key_name, key_order
 from .drawing import COLUMN, LIGHT, PAGE, Theme, figure_in, put_title, save, shorten
-from .select import considered, peak, super_experts, threshold
+from .select import considered, peak, threshold
+from .stability import found_on
 
 __all__ = ["plot_corpora", "plot_top"]
 
@@ -36,7 +39,10 @@ def plot_top(
         peaks = [peak(row, profile.statistic) for row in rows]
         colours = [theme.accent if row.key in chosen else theme.gain for row in rows]
         bars = axes.barh(range(len(rows)), peaks, color=colours, height=0.68)
-        axes.bar_label(bars, [f"{value:.4g}" for value in peaks], padding=2, fontsize=6.5, color=theme.ink)
+        over: Any = [withStroke(linewidth=2.2, foreground=theme.paper)]  # the bound, which a number may lie on
+        axes.bar_label(
+            bars, [f"{value:.4g}" for value in peaks], padding=2, fontsize=6.5, color=theme.ink, path_effects=over
+        )
         axes.set_yticks(range(len(rows)), [key_name(row.key) for row in rows])
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
@@ -46,8 +52,7 @@ def plot_top(
             axes.axvline(bound.value, color=theme.ink, lw=0.8, ls=(0, (4, 2)))
             low = min(peaks[-1], bound.value)
             axes.set_xlim(low / 2, peaks[0] * (peaks[0] / low) ** 0.25 * 1.6)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.minorticks_off()
+        _label_decades(axes)
         axes.set_xlabel("peak; dashed: the criterion's bound")
         source = f"{Path(profile.model).name} on {Path(corpus).name}, {section.tokens:,} tokens"
         put_title(axes, "Largest peaks of |down_proj output|", source, COLUMN)
@@ -62,13 +67,9 @@ def plot_corpora(
     A mark is filled where the expert is a super expert of that corpus by the paper's criterion; those that are one of
     any corpus have their names in the accent colour.
     """
-    settings: Any = {"depth": profile.depth, "statistic": profile.statistic}
-    found = {
-        name: {row.key for row in super_experts(corpus.experts, profile.num_layers, **settings)}
-        for name, corpus in profile.corpora.items()
-    }
+    found = found_on(profile)
     width = COLUMN if len(profile.corpora) <= 3 else PAGE
-    with figure_in(width, 1.2 + 0.2 * max(1, len(keys)), theme) as figure:
+    with figure_in(width, 1.35 + 0.2 * max(1, len(keys)), theme) as figure:
         axes = figure.add_subplot()
         axes.grid(axis="y", color=theme.faint, lw=0.5)
         for place, (name, corpus) in enumerate(profile.corpora.items()):
@@ -79,7 +80,7 @@ def plot_corpora(
             colour, marker = theme.lines[place % len(theme.lines)], MARKERS[place % len(MARKERS)]
             style: Any = {"ls": "none", "marker": marker, "ms": 3.6, "color": colour, "mew": 0.8}
             for filled in (True, False):
-                some = [row for row in rows if (keys[row] in found[name]) == filled]
+                some = [row for row in rows if (name in found.get(keys[row], ())) == filled]
                 axes.plot(
                     [peaks[keys[row]] for row in some],
                     [row + shift for row in some],
@@ -89,14 +90,22 @@ def plot_corpora(
                 )
         axes.set_yticks(range(len(keys)), [key_name(key) for key in keys])
         for label, key in zip(axes.get_yticklabels(), keys, strict=True):
-            if any(key in some for some in found.values()):
+            if key in found:
                 label.set(color=theme.accent, fontweight="bold")
         axes.set_ylim(len(keys) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.minorticks_off()
-        axes.set_xlabel("peak |down_proj output|; filled: a super expert of that corpus")
+        _label_decades(axes)
+        axes.set_xlabel("peak |down_proj output|;\nfilled: a super expert of that corpus")
         figure.legend(loc="outside lower center", ncols=4 if width == PAGE else 3)
         put_title(axes, "The largest peaks, corpus by corpus", Path(profile.model).name, width)
         save(figure, path)
+
+
+def _label_decades(axes: Axes) -> None:
+    """Numbers at powers of ten of a logarithmic axis, and between them where there would be hardly two."""
+    low, high = axes.get_xlim()
+    if high < 30 * low:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()

@@ -127,8 +127,8 @@ def run(config: ProfileConfig) -> dict[str, Any]:
 
 
 def _settled(config: ProfileConfig) -> ProfileConfig:
-    """Whether the model is streamed and in which dtype it runs, where the options leave it open: the numbers depend on
-    it."""
+    """Whether the model is streamed, in which dtype it runs and on how much text, where the options leave it open: the
+    numbers depend on it."""
     folder = checkpoint_folder(config.model, config.revision)
     settings = settings_of(config, folder)
     if config.quick and several():
@@ -144,6 +144,10 @@ def _settled(config: ProfileConfig) -> ProfileConfig:
             note(f"profile: the model {why}, so it is streamed a layer at a time (--stream)")
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype=dtype_to_run(config, streamed=config.stream or config.quick))
+    if config.quick:
+        seq_len = min(config.seq_len, QUICK_LENGTH)
+        tokens = min(config.tokens, QUICK_SEQUENCES * seq_len)
+        config = dataclasses.replace(config, seq_len=seq_len, tokens=tokens)
     return config
 
 
@@ -302,11 +306,7 @@ def _sequences(config: ProfileConfig, name: str, tokenizer: PreTrainedTokenizerB
             "is for .jsonl files and data sets given as OWNER/NAME"
         )
     texts = documents(name, config.column or "text", local_data(config.data_dir))
-    tokens, seq_len = config.tokens, config.seq_len
-    if config.quick:
-        seq_len = min(seq_len, QUICK_LENGTH)
-        tokens = min(tokens, QUICK_SEQUENCES * seq_len)
-    return pack(texts, tokenizer, corpus=name, tokens=tokens, seq_len=seq_len)
+    return pack(texts, tokenizer, corpus=name, tokens=config.tokens, seq_len=config.seq_len)
 
 
 def summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

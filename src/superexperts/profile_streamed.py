@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,7 +95,8 @@ def _room(made_BLD: Tensor, sequences: int, budget: int, folder: Path | None) ->
         return torch.empty_like(made_BLD, device="cpu")
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden-") as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, made_BLD.nbytes)  # a full disk says so now, not by a signal later
+            if sys.platform == "linux":  # a full disk says so now, not by a signal later
+                os.posix_fallocate(file.fileno(), 0, made_BLD.nbytes)
         except OSError as error:
             raise OutputError(
                 f"--activation-budget: {made_BLD.nbytes / 2**30:.1f} GiB more cannot be kept in {folder} "

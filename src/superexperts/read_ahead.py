@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from torch import Tensor
 
@@ -15,8 +15,9 @@ __all__ = ["AHEAD", "ReadAhead"]
 READERS = 2
 AHEAD = 2**29
 """Bytes of experts in memory up to which others are read: the disk's half second, which an attention may take."""
-FEWEST = 2 * IN_FLIGHT
-"""Experts that are read or computed at least, however large they are or how many are kept."""
+FEWEST = IN_FLIGHT + READERS
+"""Experts at least, beside those that are kept: as many as may be in use, and one for each reader. Eight are a layer of
+Mixtral's, whose experts are the largest."""
 
 Key = tuple[int, int]
 """Layer and expert."""
@@ -76,11 +77,12 @@ class ReadAhead:
 
     def _drop(self, wanted: Sequence[Key]) -> None:
         """Gives back what nobody wants after all."""
-        for held in (self._coming, self._kept):
-            for key in held.keys() - set(wanted):
-                memory, read = held.pop(key)
-                read.result()
-                self._give(memory)
+        unwanted = [held.pop(key) for held in (self._coming, self._kept) for key in held.keys() - set(wanted)]
+        for _, read in unwanted:
+            read.cancel()  # unless it has begun
+        wait([read for _, read in unwanted])  # nobody asks whether they went well
+        for memory, _ in unwanted:
+            self._give(memory)
 
     def _read(self, todo: collections.deque[Key]) -> None:
         """Begins to read as many as there is room for."""

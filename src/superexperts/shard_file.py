@@ -54,7 +54,11 @@ class ShardFile:
             if direct is None:
                 count = os.preadv(self.descriptor, [target[done:]], offset + done)
             else:
-                count = _read_blocks(direct, target[done:], offset + done)
+                try:
+                    count = _read_blocks(direct, target[done:], offset + done)
+                except OSError:  # a file system with other blocks; what is broken fails the other way as well
+                    direct = None
+                    continue
             if not count:
                 break
             done += count
@@ -66,7 +70,10 @@ class ShardFile:
         skipped, done = offset % BLOCK, 0
         if self._direct is not None and self._is_on_disk(offset, size):
             while done < skipped + size:
-                count = os.preadv(self._direct, [memory[done : _blocks(skipped + size)]], offset - skipped + done)
+                try:
+                    count = os.preadv(self._direct, [memory[done : _blocks(skipped + size)]], offset - skipped + done)
+                except OSError:  # as above; the rest is read below
+                    break
                 done += count
                 if not count or count % BLOCK:
                     break
@@ -75,7 +82,7 @@ class ShardFile:
 
     def _is_on_disk(self, offset: int, size: int) -> bool:
         """Whether a piece is worth a direct read: large, and not in the page cache, where that would not look."""
-        if size < CHUNK // 4:
+        if self._direct is None or size < CHUNK // 4:
             return False
         try:
             return not os.preadv(self.descriptor, [bytearray(1)], offset + size // 2, os.RWF_NOWAIT)
