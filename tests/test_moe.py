@@ -290,6 +290,32 @@ def test_rows_of_all_experts_at_once_are_those_of_one_after_the_other(
 
 
 @torch.no_grad()
+def test_a_tap_hears_what_experts_write_and_not_what_edits_make_of_it() -> None:
+    model = tiny_model("deepseek_v2")
+    layer = moe.find_banks(model)[-1].layer
+
+    def heard() -> list[Tensor]:
+        calls: list[moe.ExpertCall] = []
+        with moe.tapped(model, lambda call: calls.extend(call.each())):
+            logits(model)
+        return [call.output_ND for call in calls if call.layer == layer]
+
+    expected = heard()
+    with moe.edited(model, {(layer, 1): torch.zeros_like, (layer, 2): torch.ones_like}):
+        found = heard()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+def test_a_call_is_gone_through_once() -> None:
+    with (
+        moe.tapped(model := tiny_model("deepseek_v2"), lambda call: [*call.pieces, *call.pieces]),
+        pytest.raises(AssertionError, match="gone through once"),
+    ):
+        logits(model)
+
+
+@torch.no_grad()
 def test_what_a_tap_does_not_ask_for_is_computed_all_the_same() -> None:
     model = tiny_model("deepseek_v2")
     expected = logits(model)

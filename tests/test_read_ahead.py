@@ -149,3 +149,17 @@ def test_what_goes_wrong_while_reading_is_raised_where_the_expert_is_wanted(
     assert numbers(next(found) for _ in range(2)) == [(1, 0), (1, 1)]
     with pytest.raises(OSError, match="the disk is gone"):
         next(found)
+
+
+def test_what_several_batches_want_is_read_once_and_kept_until_the_last(opened: Callable[[Desk], ReadAhead]) -> None:
+    desk = Desk()
+    ahead = opened(desk)
+    first, second, last = ([(1, expert) for expert in experts] for experts in ((0, 2, 3), (1, 2, 9), (2, 9, 12)))
+    ahead.start([(1, expert) for expert in range(5)])  # of which nobody wants the fourth
+    assert numbers(ahead.get(first, again=True)) == first
+    assert numbers(ahead.get(second, again=True)) == second
+    assert not any(tensor[0].item() == 255 for tensor in desk.lent)
+    assert numbers(ahead.get(last, [(2, 0)])) == last
+    assert numbers(ahead.get([(2, 0)])) == [(2, 0)]
+    assert sorted(desk.read) == [(1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (1, 9), (1, 12), (2, 0)]
+    assert len(desk.lent) == 1  # the last one, which may be in use

@@ -135,6 +135,7 @@ def test_depth_batches_and_spilled_activations_change_nothing(tmp_path: Path, mo
         sequence = 4 * IDS_SL.shape[1] * streamed.model.config.hidden_size
         more: Any = {"batch_size": 2, "depth": 0.67, "folder": tmp_path}
         kept = profile_streamed(streamed, IDS_SL, budget=5 * sequence, **more)
+        read = streamed.checkpoint.bytes_read
         assert not made
         spilled = profile_streamed(streamed, IDS_SL, budget=4 * sequence, **more)
         assert made == [2 * sequence, 2 * sequence, sequence]
