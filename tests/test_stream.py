@@ -147,6 +147,7 @@ def test_depth_batches_and_spilled_activations_change_nothing(tmp_path: Path, mo
         assert not streamed._spare
         skipped = (streamed.checkpoint[key].nbytes for key in streamed.checkpoint if "layers.2." in key or "lm_" in key)
         assert streamed.checkpoint.bytes_read == sum(e.nbytes for e in streamed.checkpoint.values()) - sum(skipped)
+        assert streamed.checkpoint.bytes_read == read  # of three batches, too
     assert_same(kept, wanted, 1e-5)
     assert not list(tmp_path.glob(".hidden-*"))
     with streaming(tmp_path) as streamed, pytest.raises(OptionError, match="leaves no MoE layer"):
