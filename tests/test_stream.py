@@ -359,6 +359,12 @@ def test_a_disk_too_full_for_the_hidden_states_is_an_error(tmp_path: Path, monke
         profile_streamed(streamed, IDS_SL, budget=0, folder=tmp_path)
 
 
+def test_a_quick_look_needs_no_more_tokens_than_one_of_its_own_sequences() -> None:
+    ProfileConfig(quick=True, tokens=64)
+    with pytest.raises(OptionError, match="--tokens: 63 is under one sequence of 64"):
+        ProfileConfig(quick=True, tokens=63)
+
+
 def test_no_process_of_several_takes_a_quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(OptionError, match="--quick: True is for one process"):

@@ -19,6 +19,7 @@ from .options import require_sequences as _require_sequences
 from .options import require_url as _require_url
 
 __all__ = [
+    "QUICK_LENGTH",
     "TASKS",
     "CheckpointConfig",
     "EvaluateConfig",
@@ -49,6 +50,10 @@ def identity(config: Any, **contents: Any) -> dict[str, Any]:
     """What a stage's result depends on: its options but paths, and the contents (hashes) that the paths lead to."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
     return {"options": {name: str(value) for name, value in options.items()}, **contents}
+
+
+QUICK_LENGTH = 64
+"""Tokens of a sequence of the quick look: attention sinks and with them super experts show on the first ones."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +98,7 @@ class ProfileConfig(ModelConfig):
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        _require_sequences(self.tokens, self.seq_len)
+        _require_sequences(self.tokens, min(self.seq_len, QUICK_LENGTH) if self.quick else self.seq_len)
         _require_device(self.device)
         _require(self.batch_size >= 1, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")

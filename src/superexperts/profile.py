@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from . import float8, moe
 from .artifacts import CorpusProfile, ExpertKey, ExpertStats, Profile, key_order
 from .attention import padded_values
-from .config import ProfileConfig, identity
+from .config import QUICK_LENGTH, ProfileConfig, identity
 from .console import note, progress, speaks
 from .corpora import digest_ids, documents, local_data, pack, takes_column
 from .decoder import num_layers, stopped_after, text_config
@@ -40,7 +40,7 @@ from .model import (
 from .plots import plot_heatmap, plot_layers
 from .plots_corpora import plot_corpora, plot_top
 from .processes import agreed, merged, my_share, several
-from .profile_streamed import QUICK_LENGTH, QUICK_SEQUENCES, banks_below, profile_streamed, quick_look
+from .profile_streamed import QUICK_SEQUENCES, banks_below, profile_streamed, quick_look
 from .recorder import Recorder
 from .rundir import (
     completed,

@@ -32,8 +32,6 @@ __all__ = ["banks_below", "profile_streamed", "quick_look"]
 
 QUICK_SEQUENCES = 32
 """Sequences of the quick look at most."""
-QUICK_LENGTH = 64
-"""Tokens of a sequence of the quick look: attention sinks and with them super experts show on the first ones."""
 FIRST_ROUNDS = 4
 SAME_ROUNDS = 3
 """Rounds after which the super experts must have stayed the same."""
