@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -138,6 +139,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_wrong_input_is_one_line(arguments: list[str], said: str, here: Path, capsys: Any) -> None:
     assert said in wrong(capsys, *arguments)
     assert list(here.rglob("*")) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_whatever_lines_are_drawn_with_the_error_has_none(
+    encoding: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert main(["evaluate", "--timeout", "x"]) == 2
+    assert capsys.readouterr().err == "superexperts: --timeout: 'x' is not a number; give one\n"
 
 
 @pytest.mark.parametrize(

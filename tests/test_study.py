@@ -229,7 +229,7 @@ def test_workers_end_with_the_study_that_is_killed(finished: Path, plan: Path, t
         os.kill(worker, signal.SIGCONT)
         process.communicate()  # the workers hold its pipe until they end
     events = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
-    assert not any(event["pid"] == worker for event in events if event["event"] == "end")
+    assert not any(event["cell"] == "evaluate base" for event in events if event["event"] == "end")
 
 
 def test_an_interrupted_study_ends_its_workers_in_peace(finished: Path, plan: Path, tmp_path: Path) -> None:

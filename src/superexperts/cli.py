@@ -99,7 +99,8 @@ def _parse(arguments: Sequence[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", said.getvalue()).split())
+        # Lines are drawn with these, or with others where standard output is not UTF-8.
+        text = " ".join(re.sub(r"[╭╮╰╯│─]+|-{5,}", " ", said.getvalue()).split())
         text = re.sub(
             r"^.*?Error parsing \w+Config: |^[A-Z][a-z]+ [a-z]+ | (Argument helptext|For full helptext).*", "", text
         )
