@@ -136,13 +136,14 @@ def main() -> None:
     print(f"{shape.layers} layers, {size:.1f} GB; {layers} are profiled; {torch.get_num_threads()} threads")
     print(f"planted: {sorted(PLANTED)}; starting Python with its imports is taken off the times")
     # A machine that others use too is not as fast in one minute as in the next: all are measured again in each round.
-    for kind, options in [("quick", ["--quick"]), *(("stream", _streamed(tokens)) for tokens in arguments.tokens)]:
-        rounds = [_round(shape, folder, layers, options) for _ in range(arguments.rounds)]
+    for tokens in (None, *arguments.tokens):
+        options = ["--quick"] if tokens is None else ["--stream", f"--tokens={tokens}", f"--seq-len={LENGTH}"]
+        rounds = [_round(shape, folder, layers, tokens, options) for _ in range(arguments.rounds)]
         for number, row in enumerate(rounds, start=1):
             print(f"{' '.join(options)}, round {number}: {row}")
         print(
-            f"{kind}: {median(row.seconds for row in rounds):.1f} s, {median(row.ratio for row in rounds):.2f}x, peak "
-            f"{max(row.peak for row in rounds):.2f} GiB (medians, highest)"
+            f"{options[0]}: {median(row.seconds for row in rounds):.1f} s, {median(row.ratio for row in rounds):.2f}x, "
+            f"peak {max(row.peak for row in rounds):.2f} GiB (medians, highest)"
         )
 
 
@@ -169,13 +170,7 @@ class Round:
         )
 
 
-def _streamed(tokens: int) -> list[str]:
-    return ["--stream", f"--tokens={tokens}", f"--seq-len={LENGTH}"]
-
-
-def _round(shape: Shape, folder: Path, layers: int, options: list[str]) -> Round:
-    tokens = next((int(word.removeprefix("--tokens=")) for word in options if word.startswith("--tokens=")), 0)
-
+def _round(shape: Shape, folder: Path, layers: int, tokens: int | None, options: list[str]) -> Round:
     def bounds() -> tuple[float, float]:
         read, done = reading(folder, layers, SOME)
         return read / done, products(shape, layers, tokens, LENGTH) if tokens else 0.0

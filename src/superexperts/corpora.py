@@ -9,7 +9,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .errors import DataError
+from .errors import DataError, OptionError
 from .pocket import heldout_documents
 
 __all__ = [
     "HUB_CORPORA",
     "HubCorpus",
     "bos_prefix",
+    "check_column",
     "corpus_sequences",
     "corpus_texts",
     "digest_ids",
@@ -142,6 +143,15 @@ def takes_column(corpus: str) -> bool:
     """Whether `column` says anything of a corpus: not where there is none, nor where the name stands for it."""
     hub = named_corpus(corpus)
     return corpus != "pocket" and not corpus.endswith(".txt") and (hub is None or hub.stem is None)
+
+
+def check_column(column: str | None, corpora: Sequence[str]) -> None:
+    """`OptionError` for a --column that says nothing of any of the corpora."""
+    if column is not None and not any(map(takes_column, corpora)):
+        raise OptionError(
+            f"--column: {column!r} says nothing of {', '.join(corpora)}; leave it out, it is for .jsonl files and data "
+            "sets given as OWNER/NAME"
+        )
 
 
 def documents(corpus: str, column: str = "text", data_dir: Path | None = None, *, blank: bool = False) -> Iterator[str]:
@@ -320,10 +330,16 @@ def corpus_texts(corpus: str, data_dir: Path | None, column: str = "text", *, bl
 
 
 def corpus_sequences(
-    corpus: str, data_dir: Path | None, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seq_len: int
+    corpus: str,
+    data_dir: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    seq_len: int,
+    column: str = "text",
 ) -> Tensor:
     """`pack` of `corpus_texts`."""
-    return pack(corpus_texts(corpus, data_dir), tokenizer, corpus=corpus, tokens=tokens, seq_len=seq_len)
+    return pack(corpus_texts(corpus, data_dir, column), tokenizer, corpus=corpus, tokens=tokens, seq_len=seq_len)
 
 
 def reference_windows(

@@ -26,7 +26,7 @@ from .asking import ask, ask_one, chosen_items, finished_answers
 from .check_adapter import gate
 from .config import EvaluateConfig, identity
 from .console import note, speaks
-from .corpora import corpus_texts, digest_ids, pack, reference_windows, takes_column
+from .corpora import check_column, corpus_sequences, digest_ids, reference_windows
 from .engines import open_engine
 from .errors import OptionError, OutputError
 from .folders import adapter_folder, checkpoint_folder
@@ -241,16 +241,12 @@ def _sequences(config: EvaluateConfig) -> Tensor | None:
     """Token ids [B, L] of the corpus whose perplexity is wanted, None where none is."""
     if config.perplexity is None:
         return None
-    if config.column is not None and not takes_column(config.perplexity):
-        raise OptionError(
-            f"--column: {config.column!r} says nothing of {config.perplexity}; leave it out, it is for .jsonl files "
-            "and data sets given as OWNER/NAME"
-        )
+    check_column(config.column, [config.perplexity])
     tokenizer, column = load_tokenizer(config), config.column or "text"
+    where: Any = (config.perplexity, config.data_dir, tokenizer)
     if config.reference_windows:
-        return reference_windows(config.perplexity, config.data_dir, tokenizer, seq_len=config.seq_len, column=column)
-    texts = corpus_texts(config.perplexity, config.data_dir, column)
-    return pack(texts, tokenizer, corpus=config.perplexity, tokens=config.tokens, seq_len=config.seq_len)
+        return reference_windows(*where, seq_len=config.seq_len, column=column)
+    return corpus_sequences(*where, tokens=config.tokens, seq_len=config.seq_len, column=column)
 
 
 def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:

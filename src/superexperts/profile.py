@@ -24,7 +24,7 @@ from .artifacts import CorpusProfile, ExpertKey, ExpertStats, Profile, key_order
 from .attention import padded_values
 from .config import QUICK_LENGTH, ProfileConfig, identity
 from .console import note, progress, speaks
-from .corpora import digest_ids, documents, local_data, pack, takes_column
+from .corpora import check_column, digest_ids, documents, local_data, pack
 from .decoder import num_layers, stopped_after, text_config
 from .errors import OptionError
 from .folders import checkpoint_folder
@@ -300,11 +300,7 @@ def _largest(profile: Profile, count: int) -> list[ExpertKey]:
 
 
 def _sequences(config: ProfileConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    if config.column is not None and not any(map(takes_column, config.corpus)):
-        raise OptionError(
-            f"--column: {config.column!r} says nothing of {', '.join(config.corpus) or 'pocket'}; leave it out, it "
-            "is for .jsonl files and data sets given as OWNER/NAME"
-        )
+    check_column(config.column, config.corpus or ("pocket",))
     texts = documents(name, config.column or "text", local_data(config.data_dir))
     return pack(texts, tokenizer, corpus=name, tokens=config.tokens, seq_len=config.seq_len)
 

@@ -171,13 +171,12 @@ class StreamedModel:
         found = {}
         for name, bytes_ in memory.items():
             like_UD = cast(Tensor, getattr(self.banks[layer].module, name))[0]
-            parts, target = self._experts[layer, name][expert], None
-            if bytes_.device.type == "cpu" and all(entry.dtype == like_UD.dtype for entry in parts):
-                target = self.checkpoint.read_in_place(parts, bytes_)
-            if target is None:
-                target = bytes_[: like_UD.nbytes]
-                self._read_expert(layer, name, expert, target.view(like_UD.dtype).view(like_UD.shape))
-            found[name] = target.view(like_UD.dtype).view(like_UD.shape)
+            parts = self._experts[layer, name][expert]
+            as_stored = bytes_.device.type == "cpu" and all(entry.dtype == like_UD.dtype for entry in parts)
+            read = self.checkpoint.read_in_place(parts, bytes_) if as_stored else None
+            found[name] = (bytes_[: like_UD.nbytes] if read is None else read).view(like_UD.dtype).view(like_UD.shape)
+            if read is None:
+                self._read_expert(layer, name, expert, found[name])
         return found
 
     @torch.inference_mode()  # of this thread
