@@ -2,10 +2,11 @@
 
     python benchmarks/extraction_speed.py --labelled extraction_dev.jsonl
 
-The rules read the labelled generations (or, without a file, the pocket model's answers) again and again; the fastest of
-the rounds counts, for others may use the machine. `evaluate` asks the pocket model its six benchmarks, or those of
---data-dir, in a folder that is thrown away; what is spent inside `HFLM.generate_until` is generation, all else is not:
-prompts, order, journal and answers of each item; the model's loading, the data and the manifest once.
+The rules read the labelled generations (or, without a file, the pocket model's answers) again and again, on one core
+and as `extract` does, on all; the fastest of the rounds counts, for others may use the machine. `evaluate` asks the
+pocket model its six benchmarks, or those of --data-dir, in a folder that is thrown away; what is spent inside
+`HFLM.generate_until` is generation, all else is not: prompts, order, journal and answers of each item; the model's
+loading, the data and the manifest once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from superexperts import evaluate
 from superexperts.artifacts import Answer
 from superexperts.audit import KINDS
 from superexperts.config import TASKS, EvaluateConfig
-from superexperts.extract import extract
+from superexperts.extract import extract, extract_all
 from superexperts.prompting import prompt_of
 
 
@@ -42,24 +43,32 @@ def labelled(path: Path) -> list[Answer]:
     return answers
 
 
-def rate(answers: Sequence[Answer], rounds: int) -> float:
-    """Answers a second in the fastest round; a round is at least 5,000 readings."""
-    repeats = -(-5000 // len(answers))
+def rate(answers: Sequence[Answer], rounds: int, read: Callable[[Sequence[Answer]], object]) -> float:
+    """Answers a second in the fastest round."""
     best = float("inf")
     for _ in range(rounds):
         begin = time.perf_counter()
-        for _ in range(repeats):
-            for answer in answers:
-                extract(answer)
+        read(answers)
         best = min(best, time.perf_counter() - begin)
-    return repeats * len(answers) / best
+    return len(answers) / best
+
+
+def by_one(answers: Sequence[Answer]) -> None:
+    """What `extract_all` does where there is one core."""
+    for answer in answers:
+        extract(answer)
 
 
 def show_rates(name: str, answers: Sequence[Answer], rounds: int) -> None:
     kinds = sorted({answer.kind for answer in answers})
     for kind, mine in [("all", list(answers)), *((k, [a for a in answers if a.kind == k]) for k in kinds)]:
         length = sum(len(answer.response) for answer in mine) / len(mine)
-        print(f"{name}, {kind}: {rate(mine, rounds):,.0f} answers a second ({len(mine)} of {length:.0f} characters)")
+        one = rate(mine * -(-5000 // len(mine)), rounds, by_one)
+        every = rate(mine * -(-50_000 // len(mine)), rounds, extract_all)
+        print(
+            f"{name}, {kind}: {one:,.0f} answers a second by one core, {every:,.0f} by all "
+            f"({len(mine)} of {length:.0f} characters)"
+        )
 
 
 class Timed:

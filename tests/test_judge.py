@@ -295,11 +295,27 @@ def test_what_a_model_of_this_process_is_told(
     assert json.loads((tmp_path / "scores.json").read_text())["judge"]["asked"] == 1
 
 
+@pytest.mark.parametrize(("scope", "asked"), [("left", 3), ("all", 5)])
+def test_the_judge_that_nobody_named(scope: str, asked: int, tmp_path: Path) -> None:
+    write(tmp_path, RESPONSES)
+    with scripted_server(reader) as server:
+        options = ["--judge", scope, "--judge-base-url", server.base_url]
+        assert main(["extract", str(tmp_path), *options]) == 0
+        assert [body["model"] for body in server.bodies] == ["Qwen/Qwen2.5-32B-Instruct"] * asked
+    told = json.loads((tmp_path / "scores.json").read_text())["judge"]
+    assert (told["model"], told["scope"]) == ("Qwen/Qwen2.5-32B-Instruct", scope)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
         ({"judge": "no/such"}, ModelError, "--judge: 'no/such' is neither a folder nor a model"),
         ({"judge": ""}, OptionError, "--judge: '' names no model"),
+        (
+            {"judge": "left", "judge_scope": "all"},
+            OptionError,
+            "--judge-scope: 'all' is not that of --judge left; leave one of the two out",
+        ),
         ({"judge_scope": "all"}, OptionError, "--judge-scope: 'all' needs a judge; give --judge MODEL"),
         ({"judge_base_url": "http://h"}, OptionError, "--judge-base-url: 'http://h' needs a judge"),
         ({"judge": "j", "judge_base_url": "h"}, OptionError, "--judge-base-url: 'h' is no URL"),

@@ -52,6 +52,9 @@ def identity(config: Any, **contents: Any) -> dict[str, Any]:
     return {"options": {name: str(value) for name, value in options.items()}, **contents}
 
 
+DEFAULT_JUDGE = "Qwen/Qwen2.5-32B-Instruct"
+"""The original project's."""
+
 QUICK_LENGTH = 64
 """Tokens of a sequence of the quick look: attention sinks and with them super experts show on the first ones."""
 
@@ -316,7 +319,7 @@ class ExtractConfig(ServerConfig):
 
     Example: superexperts extract runs/base
 
-    Example: superexperts extract runs/base --judge Qwen/Qwen2.5-32B-Instruct --judge-base-url http://localhost:8000/v1
+    Example: superexperts extract runs/base --judge all --judge-base-url http://localhost:8000/v1
     """
 
     folder: Positional[Annotated[Path | None, tyro.conf.arg(metavar="DIR")]] = None
@@ -325,7 +328,7 @@ class ExtractConfig(ServerConfig):
     """Measure the extraction itself instead, on labelled generations (JSONL)."""
     judge: str = "off"
     """Model that reads what the rules cannot: checkpoint folder, Hub name, or its name on --judge-base-url's server;
-    Qwen/Qwen2.5-32B-Instruct is the one to take. It never sees the right answer."""
+    `left` and `all`: Qwen/Qwen2.5-32B-Instruct, with that --judge-scope. It never sees the right answer."""
     judge_scope: Literal["left", "all"] = "left"
     """judge: read what the rules left unparsed, or every answer, the rules then being only compared with."""
     judge_base_url: str | None = None
@@ -349,6 +352,11 @@ class ExtractConfig(ServerConfig):
         _require(not both, "--audit", str(self.audit), "excludes DIR; give one of the two")
         _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
         _require(bool(self.judge), "--judge", self.judge, "names no model; give one, or off")
+        if self.judge in ("left", "all"):
+            mend = f"is not that of --judge {self.judge}; leave one of the two out"
+            _require(self.judge_scope in ("left", self.judge), "--judge-scope", self.judge_scope, mend)
+            object.__setattr__(self, "judge_scope", self.judge)
+            object.__setattr__(self, "judge", DEFAULT_JUDGE)
         for option, value, default in (
             ("--judge-scope", self.judge_scope, "left"),
             ("--judge-base-url", self.judge_base_url, None),

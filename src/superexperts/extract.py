@@ -18,6 +18,7 @@ from .artifacts import Answer, Extraction, Score
 from .audit import JudgeReport, audit_file, joined, judge_report
 from .config import MORE_TASKS, TASKS, ExtractConfig
 from .console import note
+from .cores import by_all_cores
 from .errors import DataError
 from .extraction import exact_value, number_value, read
 from .judge import Case, Judge, Verdict, open_judge
@@ -25,8 +26,10 @@ from .original import raw_files, read_raw, task_of
 from .rundir import MANIFEST, completed, fingerprint, prepare_folder, read_json, write_json, write_manifest, write_text
 from .subjects import by_subject
 
-__all__ = ["extract", "extract_folder", "judged", "normalized", "run", "submission"]
+__all__ = ["extract", "extract_all", "extract_folder", "judged", "normalized", "run", "submission"]
 
+WORTH = 2000
+"""Answers that take the rules several times as long as it takes to start a process."""
 SCORES_SCHEMA = "superexperts/scores/1"
 NORMALIZED = ("arc_easy", "arc_challenge", "openbookqa", "medqa")
 """Benchmarks for which lm-evaluation-harness has acc_norm beside acc."""
@@ -45,6 +48,11 @@ def extract(answer: Answer) -> Extraction:
     if value is None:
         return _unparsed(answer)
     return Extraction(id=answer.id, extracted=value, how=f"rule:{rule}", correct=_right(answer, value))
+
+
+def extract_all(answers: Sequence[Answer]) -> list[Extraction]:
+    """`extract` of each, on all cores where there are many."""
+    return by_all_cores(extract, answers, worth=WORTH)
 
 
 def _unparsed(answer: Answer) -> Extraction:
@@ -76,7 +84,7 @@ def normalized(answer: Answer) -> bool | None:
 
 def judged(answers: Sequence[Answer], judge: Judge, scope: str) -> tuple[list[Extraction], JudgeReport]:
     """As `extract`, with a judge for what the rules left unparsed, or for all; and how the judge did."""
-    by_rules = [extract(answer) for answer in answers]
+    by_rules = extract_all(answers)
     read_all = scope == "all"
     asked = [
         i
@@ -132,7 +140,7 @@ def extract_folder(folder: Path, judge: Judge | None = None, scope: str = "left"
     written = []
     for task, rows in answers.items():
         if judge is None:
-            extractions = [extract(answer) for answer in rows]
+            extractions = extract_all(rows)
         else:
             extractions, report = judged(rows, judge, scope)
             reports.append(report)

@@ -13,19 +13,18 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from .config import EvaluateConfig, ExtractConfig
 from .errors import ModelError, OutputError
 from .extraction import find_numbers, normalise, plain
 from .extraction.statements import Choices, Kind
-from .journal import Given, Keeper
 from .rundir import digest, fingerprint
 
-__all__ = ["DEFAULT_JUDGE", "Case", "Judge", "Replies", "Verdict", "message", "open_judge", "verdict"]
+if TYPE_CHECKING:  # torch takes 2 s to import, for which rules do not wait
+    from .journal import Given, Keeper
 
-DEFAULT_JUDGE = "Qwen/Qwen2.5-32B-Instruct"
-"""The judge that the documentation names, the original project's."""
+__all__ = ["Case", "Judge", "Replies", "Verdict", "message", "open_judge", "verdict"]
 
 LONGEST_ANSWER = 8000
 LONGEST_QUESTION = 12000
@@ -198,7 +197,7 @@ class _Keeping:
             self.replies.put(self.keys[number], str(reply))
 
 
-Ask = Callable[[Sequence[str], Keeper], Iterable[str]]
+Ask = Callable[[Sequence[str], "Keeper"], Iterable[str]]
 """Messages -> replies, in order; each goes to the keeper as soon as it is there."""
 
 
