@@ -20,7 +20,7 @@ from superexperts.artifacts import ExpertKey, key_name
 from superexperts.cli import main
 from superexperts.config import EvaluateConfig
 from superexperts.config_adapters import CheckAdapterConfig, ExportConfig
-from superexperts.errors import DataError, ModelError
+from superexperts.errors import DataError, ModelError, OptionError
 from superexperts.exposure import adapted_experts, counting
 from test_export import save_adapter, stock, without
 from test_lora import attach, chosen_experts, randomise
@@ -130,6 +130,18 @@ def probe_text(base: Path) -> Path:
     file = base.parent / "probe.txt"
     file.write_text("The rain in Spain stays mainly in the plain, but Đà Lạt is cool. " * 9, encoding="utf-8")
     return file
+
+
+def test_the_probe_text_may_be_a_column(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path)
+    adapter = adapter_on(base, tmp_path / "adapter", [(1, 1)])
+    wanted = check_adapter.run(settings(base, adapter))
+    rows = tmp_path / "probe.jsonl"
+    rows.write_text(json.dumps({"body": probe_text(base).read_text(encoding="utf-8")}), encoding="utf-8")
+    found = check_adapter.run(dataclasses.replace(settings(base, adapter), corpus=str(rows), column="body"))
+    assert found == {**wanted, "corpus": str(rows)}
+    with pytest.raises(OptionError, match="--column: 'body' says nothing of pocket"):
+        check_adapter.run(dataclasses.replace(settings(base, adapter), corpus="pocket", column="body"))
 
 
 def command_line(base: Path, adapter: Path) -> list[str]:

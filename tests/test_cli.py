@@ -35,6 +35,43 @@ def test_help_does_not_wait_for_torch() -> None:
     assert done.stdout.endswith("False\n")
 
 
+def test_rules_do_not_wait_for_torch(tmp_path: Path) -> None:
+    answer = Answer(
+        id="1", prompt="Question: 1 + 1?\nAnswer:", response="2", gold="2", choices=(), kind="number", task="gsm8k",
+        variant="base", seed=0,
+    )  # fmt: skip
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "gsm8k.jsonl").write_text(json.dumps(answer.to_json()) + "\n")
+    code = "import sys; from superexperts.cli import main; code = main(sys.argv[1:])\n"
+    code += "print(code, 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "extract", str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("0 False\n")
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"][0]["correct"] == 1
+
+
+INTERRUPTED = """
+import signal, sys, time, types, weakref
+from superexperts import cli
+
+def run(_):
+    held = set()
+    weakly = weakref.ref(held, lambda _: signal.raise_signal(signal.SIGINT))
+    del held
+    time.sleep(60)
+    return {}
+
+cli._imported = lambda _: types.SimpleNamespace(run=run)
+sys.exit(cli.main(["pocket", "--out=x"]))
+"""
+
+
+def test_an_interrupt_that_falls_into_a_callback_is_not_lost() -> None:
+    """Python prints what a callback raises, and goes on."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130
+    assert done.stderr == "superexperts: interrupted; what was finished is kept\n"
+
+
 def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Runs a command that must fail as bad input does: exit code 2, one line on standard error, nothing else."""
     assert main(arguments) == 2
@@ -86,6 +123,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["prune", "--experts", "L0E0"], "--experts: L0E0 is not in the model (MoE layers are"),
         (["prune", "--experts", "nonsense"], "--experts: 'nonsense' is neither a file nor like L2E54"),
         (["prune", "--experts", "L1E11", "--mode", "mean"], "--mode: 'mean' needs a bias of down_proj"),
+        (["prune", "--experts", "L1E11", "--column", "x"], "--column: 'x' does nothing without --mode mean"),
         (["prune", "--experts", "L1E11", "--mode", "remove"], "as many experts from every MoE layer"),
         (["prune", "--experts", "L1E11", "--tokens", "8"], "--tokens: 8 is under one sequence"),
         (["restore"], "DIR"),

@@ -548,6 +548,16 @@ def test_bad_answers(tmp_path: Path, line: str, message: str) -> None:
     assert not (tmp_path / "scores.json").exists()
 
 
+@pytest.mark.parametrize("field", ["task", "variant"])
+def test_a_name_that_a_terminal_would_obey_is_refused(field: str, tmp_path: Path) -> None:
+    (tmp_path / "answers").mkdir()
+    row = _answer("choice", "B", "B", choices=LETTERS).to_json() | {field: "\x1b[2Jx"}
+    (tmp_path / "answers" / "mmlu.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match="line 1 is no answer") as caught:
+        extract_folder(tmp_path)
+    assert str(caught.value).isprintable()
+
+
 def test_order_of_items_changes_nothing() -> None:
     """One item's text has no effect on another's reading."""
     answers = [_answer("choice", said, "B", choices=LETTERS, id=str(n)) for n, (said, _) in enumerate(CHOICE_CASES)]

@@ -60,7 +60,7 @@ def test_heatmap_puts_each_expert_on_its_own_layer(drawn: list[Figure]) -> None:
     dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
     assert dashed == [3.5]  # round(0.75 * 5) = 4 layers are considered
     legend = [text.get_text() for text in drawn[0].legends[0].texts]
-    assert legend == ["chosen", "no experts", "no token", "depth 0.75"]
+    assert legend == ["super expert", "no experts", "no token", "depth 0.75"]
 
 
 def test_layers_plot_shows_the_criterion(drawn: list[Figure]) -> None:

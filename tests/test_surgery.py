@@ -253,6 +253,11 @@ def test_a_new_text_is_a_new_mean(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert torch.equal(biases[0], biases[1])
     assert not torch.equal(biases[0], biases[2])
     assert capsys.readouterr().err.count("is up to date") == 1
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"body": "another one" * 20}))
+    settings |= {"corpus": str(rows), "column": "body"}
+    prune.run(PruneConfig(model=str(tmp_path / "base"), experts="L0E1", out=tmp_path / "rows", **settings))
+    assert torch.equal(tensors(tmp_path / "rows")["model.layers.0.mlp.experts.down_proj_bias"][1], biases[2])
 
 
 def test_a_checkpoint_in_fp8_is_zeroed_and_nothing_else(tmp_path: Path) -> None:

@@ -280,6 +280,9 @@ class Answer:
             answer = cls(**{**needed, **optional, "choices": choices})
             if not isinstance(answer.response, str) or answer.kind not in ("choice", "number", "yesno"):
                 raise TypeError(f"response {answer.response!r:.40}, kind {answer.kind!r:.40}")
+            for name in (answer.task, answer.variant):
+                if not (isinstance(name, str) and name.isprintable()):  # a terminal shows it
+                    raise TypeError(f"task or variant {name!r:.40}")
             if not isinstance(answer.gold, str | None):
                 raise TypeError(f"gold {answer.gold!r:.40}")
             return answer

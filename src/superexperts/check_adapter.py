@@ -43,7 +43,7 @@ def run(config: CheckAdapterConfig) -> dict[str, Any]:
     _, tensors = lora.read_adapter(folder, "ADAPTER")
     tokenizer = load_tokenizer(config)
     sequences_BL = corpus_sequences(
-        config.corpus, config.data_dir, tokenizer, tokens=config.tokens, seq_len=config.seq_len
+        config.corpus, config.data_dir, tokenizer, tokens=config.tokens, seq_len=config.seq_len, column=config.column
     )
     adapted = lora.load_adapter(load_model(config), folder, "ADAPTER")
     effect = gate(adapted, list(sequences_BL), folder, "ADAPTER")
@@ -58,7 +58,7 @@ def run(config: CheckAdapterConfig) -> dict[str, Any]:
 
 def _served(config: CheckAdapterConfig, url: str) -> dict[str, Any]:
     """What a server makes of the adapter: greedy continuations under both names; `DataError` where all are the same."""
-    texts = corpus_texts(config.corpus, config.data_dir)
+    texts = corpus_texts(config.corpus, config.data_dir, config.column)
     beginnings = [text[:CHARACTERS] for text in itertools.islice((t for t in texts if t.strip()), config.prompts)]
     replies = []
     for name in (config.model, str(config.adapter)):

@@ -9,12 +9,15 @@ import gc
 import importlib
 import io
 import json
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -22,6 +25,9 @@ from . import config, config_adapters, config_study, config_surgery, config_trai
 from .allocator import keep_memory
 from .console import speaks
 from .errors import OptionError, SuperExpertsError
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 __all__ = ["main"]
 
@@ -54,8 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0 done, 1 without effect or not as expected, 2 wrong input, 130
     interrupted."""
     keep_memory()
+    with _no_interrupt_lost():
+        return _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
-        settings = _parse(sys.argv[1:] if arguments is None else arguments)
+        settings = _parse(arguments)
         command = next(name for name, kind in COMMANDS.items() if type(settings) is kind)
         module = MODULES.get(command, command.replace("-", "_"))
         result = _imported(module).run(settings)
@@ -79,6 +90,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("superexperts: interrupted; what was finished is kept", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Within the block, an interrupt that falls into a callback, where Python would print it and go on, comes again: a
+    moment later, for one that has come cannot wake what waits after it."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: UnraisableHookArgs) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _imported(name: str) -> ModuleType:

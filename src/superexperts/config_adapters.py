@@ -86,6 +86,8 @@ class CheckAdapterConfig(ServerConfig, SeededConfig):
     """Adapter folder, or the folder of `train` that holds it."""
     corpus: str = "pocket"
     """Probe text; names as for profile."""
+    column: str | None = None
+    """Column of a .jsonl file or Hub data set that holds the text; default: text."""
     tokens: int = 2048
     """Probe tokens, BOS of each sequence counted."""
     seq_len: int = 256

@@ -32,6 +32,8 @@ class PruneConfig(CheckpointConfig):
     """Copy the shards without a change, which otherwise are hard links (symbolic ones into the Hub's cache)."""
     corpus: str = "pocket"
     """mean: names as for profile."""
+    column: str | None = None
+    """mean: column of a .jsonl file or Hub data set that holds the text; default: text."""
     tokens: int = 16384
     """mean: tokens of the corpus, BOS of each sequence counted."""
     seq_len: int = 512
@@ -48,6 +50,8 @@ class PruneConfig(CheckpointConfig):
     def __post_init__(self) -> None:
         require_sequences(self.tokens, self.seq_len)
         require(self.batch_size >= 1, "--batch-size", self.batch_size, "is not positive; give at least 1")
+        mend = "does nothing without --mode mean; leave it out"
+        require(self.mode == "mean" or self.column is None, "--column", self.column, mend)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

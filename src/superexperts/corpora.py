@@ -323,10 +323,14 @@ def pack(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, corpus: st
     )
 
 
-def corpus_texts(corpus: str, data_dir: Path | None, column: str = "text", *, blank: bool = False) -> Iterator[str]:
-    """`documents` for commands whose --data-dir may be `pocket`, which has benchmarks only."""
+def corpus_texts(
+    corpus: str, data_dir: Path | None, column: str | None = None, *, blank: bool = False
+) -> Iterator[str]:
+    """`documents` for commands of one corpus whose --data-dir may be `pocket`, which has benchmarks only. `OptionError`
+    for a column that says nothing of the corpus."""
+    check_column(column, [corpus])
     folder = local_data(data_dir)
-    return documents(corpus, column, None if str(folder) == "pocket" else folder, blank=blank)
+    return documents(corpus, column or "text", None if str(folder) == "pocket" else folder, blank=blank)
 
 
 def corpus_sequences(
@@ -336,14 +340,14 @@ def corpus_sequences(
     *,
     tokens: int,
     seq_len: int,
-    column: str = "text",
+    column: str | None = None,
 ) -> Tensor:
     """`pack` of `corpus_texts`."""
     return pack(corpus_texts(corpus, data_dir, column), tokenizer, corpus=corpus, tokens=tokens, seq_len=seq_len)
 
 
 def reference_windows(
-    corpus: str, data_dir: Path | None, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, column: str = "text"
+    corpus: str, data_dir: Path | None, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, column: str | None = None
 ) -> Tensor:
     """A whole corpus in the windows of the paper's code -> int64 [windows, seq_len].
 

@@ -26,7 +26,7 @@ from .asking import ask, ask_one, chosen_items, finished_answers
 from .check_adapter import gate
 from .config import EvaluateConfig, identity
 from .console import note, speaks
-from .corpora import check_column, corpus_sequences, digest_ids, reference_windows
+from .corpora import corpus_sequences, digest_ids, reference_windows
 from .engines import open_engine
 from .errors import OptionError, OutputError
 from .folders import adapter_folder, checkpoint_folder
@@ -241,12 +241,10 @@ def _sequences(config: EvaluateConfig) -> Tensor | None:
     """Token ids [B, L] of the corpus whose perplexity is wanted, None where none is."""
     if config.perplexity is None:
         return None
-    check_column(config.column, [config.perplexity])
-    tokenizer, column = load_tokenizer(config), config.column or "text"
-    where: Any = (config.perplexity, config.data_dir, tokenizer)
+    where: Any = (config.perplexity, config.data_dir, load_tokenizer(config))
     if config.reference_windows:
-        return reference_windows(*where, seq_len=config.seq_len, column=column)
-    return corpus_sequences(*where, tokens=config.tokens, seq_len=config.seq_len, column=column)
+        return reference_windows(*where, seq_len=config.seq_len, column=config.column)
+    return corpus_sequences(*where, tokens=config.tokens, seq_len=config.seq_len, column=config.column)
 
 
 def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:

@@ -29,7 +29,12 @@ __all__ = ["mean_outputs", "means", "sequences"]
 def sequences(config: PruneConfig) -> Tensor:
     """The corpus that the options name, as int64 token ids [S, L]."""
     return corpus_sequences(
-        config.corpus, config.data_dir, load_tokenizer(config), tokens=config.tokens, seq_len=config.seq_len
+        config.corpus,
+        config.data_dir,
+        load_tokenizer(config),
+        tokens=config.tokens,
+        seq_len=config.seq_len,
+        column=config.column,
     )
 
 

@@ -34,12 +34,13 @@ def plot_heatmap(
     depth: float = 0.75,
     width: float | None = None,
     theme: Theme = LIGHT,
+    ring: str = "super expert",
 ) -> Spots:
     """Every expert's peak |down_proj output| (log scale): a row per decoder layer, under its true number.
 
-    `chosen` experts are ringed and named. PNG or SVG by the suffix of `path`, or several; layers without experts are
-    hatched, and layers that the criterion leaves out for their `depth` are washed out. `width` is in inches; by default
-    a column's up to 24 experts, else a page's. Returns the cells.
+    `chosen` experts are ringed and named, in the legend `ring`. PNG or SVG by the suffix of `path`, or several; layers
+    without experts are hatched, and layers that the criterion leaves out for their `depth` are washed out. `width` is
+    in inches; by default a column's up to 24 experts, else a page's. Returns the cells.
     """
     section = profile.corpora[corpus]
     routed = sorted({row.expert for row in section.experts if row.expert != "shared"}, key=int)
@@ -93,11 +94,11 @@ def plot_heatmap(
         if shared:
             axes.axvline(experts - 0.5, color=theme.paper, lw=1.5)
         points = [(experts if expert == "shared" else expert, layer) for layer, expert in chosen]
-        ring: Any = {"marker": "o", "mfc": "none", "mec": theme.accent, "mew": 1.4, "ms": 7.5, "ls": "none"}
+        mark: Any = {"marker": "o", "mfc": "none", "mec": theme.accent, "mew": 1.4, "ms": 7.5, "ls": "none"}
         if points:
             for x, y in points:
-                axes.plot(x, y, path_effects=[withStroke(linewidth=3, foreground=theme.paper)], clip_on=False, **ring)
-            marks.insert(0, Line2D([], [], label="chosen", **ring))
+                axes.plot(x, y, path_effects=[withStroke(linewidth=3, foreground=theme.paper)], clip_on=False, **mark)
+            marks.insert(0, Line2D([], [], label=ring, **mark))
         axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="expert", ylabel="layer")
         axes.yaxis.set_major_locator(MaxNLocator(min(12, layers), integer=True, steps=[1, 2, 5, 10]))
         _expert_ticks(axes, experts, shared, theme)

@@ -181,7 +181,7 @@ def _of_corpora(profile: Profile, chosen: ExpertSet | None) -> list[Picture]:
                 alt=f"Heatmap of every expert's peak on {name}, a row per layer. Largest: {largest}. {ringed}",
                 caption="Each cell is one expert's largest |down_proj output| over all tokens of the corpus, on a log "
                 "scale.",
-                draw=_heatmap(profile, name, keys, rule),
+                draw=_heatmap(profile, name, keys, rule, "super expert" if chosen is None else "chosen"),
                 section="experts",
                 on_page=number < MAX_HEATMAPS,
             ),
@@ -198,8 +198,10 @@ def _of_corpora(profile: Profile, chosen: ExpertSet | None) -> list[Picture]:
     return found
 
 
-def _heatmap(profile: Profile, corpus: str, keys: Sequence[ExpertKey], rule: Mapping[str, Any]) -> Draw:
-    return lambda paths, theme: plot_heatmap(profile, corpus, keys, paths, depth=rule["depth"], width=PAGE, theme=theme)
+def _heatmap(profile: Profile, corpus: str, keys: Sequence[ExpertKey], rule: Mapping[str, Any], ring: str) -> Draw:
+    return lambda paths, theme: plot_heatmap(
+        profile, corpus, keys, paths, depth=rule["depth"], width=PAGE, theme=theme, ring=ring
+    )
 
 
 def _layers(profile: Profile, corpus: str, keys: Sequence[ExpertKey], rule: Mapping[str, Any]) -> Draw:

@@ -44,7 +44,8 @@ def show(command: str, result: dict[str, Any]) -> None:
             stdout.print(f"vLLM needs --enable-lora --max-lora-rank {result['max_lora_rank']}", soft_wrap=True)
     elif command == "import":
         stdout.print(f"layout {result['layout']}: {result['why']}", soft_wrap=True)
-        stdout.print(f"{len(result['experts'])} experts, rank {result['r']}", soft_wrap=True)
+        count = len(result["experts"])
+        stdout.print(f"{count} expert{'s' * (count != 1)}, rank {result['r']}", soft_wrap=True)
     elif command == "check-adapter":
         _show_check(result)
     elif command == "evaluate":
@@ -81,7 +82,7 @@ def _show_profile(result: dict[str, Any]) -> None:
     peak = "output_max" if result["statistic"] == "all" else "first_token_output_max"
     for name, corpus in result["corpora"].items():
         found = {tuple(key) for key in corpus["super"]}
-        told = f"{len(found)} super experts; {corpus['unreached']} experts were reached by no token"
+        told = f"{len(found)} super expert{'s' * (len(found) != 1)}; experts reached by no token: {corpus['unreached']}"
         if corpus["stable"] is not None:
             told += f"; {'the same' if corpus['stable'] else 'not the same'} over the last rounds of the quick look"
         if result["layers_run"] < result["num_layers"]:
