@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import subprocess
@@ -65,11 +66,35 @@ sys.exit(cli.main(["pocket", "--out=x"]))
 """
 
 
-def test_an_interrupt_that_falls_into_a_callback_is_not_lost() -> None:
+@pytest.mark.parametrize("seconds", [60, 0])
+def test_an_interrupt_that_falls_into_a_callback_is_not_lost(seconds: int) -> None:
     """Python prints what a callback raises, and goes on."""
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=50)
+    code = INTERRUPTED.replace("60", str(seconds))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert done.returncode == 130
     assert done.stderr == "superexperts: interrupted; what was finished is kept\n"
+
+
+def test_a_command_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The collector of cycles at work, and what others raise in callbacks told."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    hook = sys.unraisablehook
+
+    class Bad:
+        def __del__(self) -> None:
+            raise ValueError
+
+    def run(_: object) -> dict[str, str]:
+        assert gc.isenabled()
+        Bad()
+        return {"out": "x"}
+
+    monkeypatch.setattr("superexperts.pocket.run", run)
+    assert main(["pocket", f"--out={tmp_path}", "--json"]) == 0
+    assert [unraisable.exc_type for unraisable in told] == [ValueError]
+    assert sys.unraisablehook is hook
+    assert gc.isenabled()
 
 
 def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

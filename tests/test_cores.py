@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import multiprocessing.context
@@ -18,7 +19,7 @@ import pytest
 from superexperts import extract as module
 from superexperts.artifacts import Answer, Extraction
 from superexperts.cores import by_all_cores
-from superexperts.errors import SuperExpertsError
+from superexperts.errors import DataError, SuperExpertsError
 from superexperts.extract import extract
 
 ME = os.getpid()
@@ -59,7 +60,7 @@ def test_a_killed_process_is_an_error() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return item
 
-    with pytest.raises(SuperExpertsError, match="was killed; run the command again"):
+    with pytest.raises(SuperExpertsError, match="was killed, for its memory perhaps"):
         by_all_cores(die, range(100), worth=1)
     assert not multiprocessing.active_children()
 
@@ -102,6 +103,52 @@ def test_answers_are_read_alike_by_one_and_by_several(tmp_path: Path, monkeypatc
     assert score.correct == sum(bool(row.correct) for row in by_one) == 5
 
 
+@pytest.mark.usefixtures("four_cores")
+def test_the_first_error_is_raised_whoever_met_it() -> None:
+    bad = [0, 60, 90]
+
+    def refuse(item: int) -> int:
+        if item in bad:
+            raise DataError(f"{item} is bad")
+        return item
+
+    while bad:
+        with pytest.raises(DataError, match=f"^{bad[0]} is bad"):
+            by_all_cores(refuse, range(100), worth=1)
+        del bad[0]
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_no_room_for_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def fork() -> int:
+        tried.append(1)
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    assert by_all_cores(lambda item: item, range(100), worth=1) == list(range(100))
+    assert len(tried) == 3
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_a_process_that_may_have_no_children_does_all() -> None:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    own = context.Process(
+        target=lambda: sender.send(len(set(by_all_cores(lambda _: os.getpid(), range(9), worth=1)))), daemon=True
+    )
+    own.start()
+    assert receiver.poll(30)
+    assert receiver.recv() == 1
+    own.join()
+
+
+def test_ten_thousand_answers_are_worth_it() -> None:
+    assert 10_000 // module.WORTH > 2
+
+
 SCRIPT = """
 import os, pathlib, sys, time
 from superexperts.cores import by_all_cores
@@ -114,6 +161,37 @@ def work(item):
     return "x" * 10**6
 by_all_cores(work, range(3), worth=1)
 """
+
+
+GROUP = """
+import os, signal, sys, time
+from superexperts.cores import by_all_cores
+os.sched_getaffinity = lambda _: range(4)
+if sys.argv[1] == "ignores":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+me = os.getpid()
+def work(item):
+    if os.getpid() == me:
+        time.sleep(0.3)
+        os.killpg(me, signal.SIGINT)
+    else:
+        time.sleep(0.6)
+    return item
+print(by_all_cores(work, range(4), worth=1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux copies a process")
+@pytest.mark.parametrize("how", ["ends", "ignores"])
+def test_an_interrupt_of_all_is_the_first_process_alone(how: str) -> None:
+    """As Ctrl-C in a terminal, and as a script's `command &`, which ignores it."""
+    command = [sys.executable, "-c", GROUP, how]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=60)
+    if how == "ignores":
+        assert (done.stdout, done.stderr) == ("[0, 1, 2, 3]\n", "")
+    else:
+        assert done.returncode == -signal.SIGINT
+        assert done.stderr.count("Traceback") == 1  # the first one's own, which the command line makes a line of
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux copies a process")

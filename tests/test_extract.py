@@ -558,6 +558,14 @@ def test_a_name_that_a_terminal_would_obey_is_refused(field: str, tmp_path: Path
     assert str(caught.value).isprintable()
 
 
+def test_a_folder_with_such_a_name_is_refused_as_a_variant(tmp_path: Path) -> None:
+    folder = tmp_path / "a\x1b[31mb"
+    folder.mkdir()
+    (folder / "raw_result_gsm8k.json").write_text(json.dumps([{"question": "1 + 1?", "gold": "2", "answer": "2"}]))
+    with pytest.raises(DataError, match="is no name of a benchmark or variant; rename it"):
+        extract_folder(folder)
+
+
 def test_order_of_items_changes_nothing() -> None:
     """One item's text has no effect on another's reading."""
     answers = [_answer("choice", said, "B", choices=LETTERS, id=str(n)) for n, (said, _) in enumerate(CHOICE_CASES)]

@@ -40,7 +40,7 @@ def texts(figure: Figure) -> dict[str, tuple[float, float]]:
 
 def test_heatmap_puts_each_expert_on_its_own_layer(drawn: list[Figure]) -> None:
     found = profile(layers=5, experts=8, dense=1)
-    plot_heatmap(found, "pocket", CHOSEN, Path("x.png"))
+    plot_heatmap(found, "pocket", CHOSEN, Path("x.png"), ring="super expert")
     axes = drawn[0].axes[0]
     image = axes.images[-1]
     values = np.ma.filled(image.get_array(), np.nan)

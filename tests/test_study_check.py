@@ -98,6 +98,10 @@ max_new_tokens: 2048
             '{data_dir: pocket, extraction: {judge: x, judge_base_url: "http://127.0.0.1:1/v1"}}',
             "line 1: extraction.judge_base_url: .* cannot be reached .ConnectionRefusedError.; start the server",
         ),
+        (
+            "{data_dir: pocket, extraction: {judge: all}}",
+            "line 1: extraction.judge: 'Qwen/Qwen2.5-32B-Instruct' is neither a folder nor",
+        ),
         ("{data_dir: pocket, corpus: c4}", "line 1: corpus: data_dir pocket has no 'c4'"),
     ],
 )

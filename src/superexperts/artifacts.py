@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from .console import note
+from .console import is_shown, note
 from .errors import DataError, ExpertsError
 from .rundir import read_json
 
@@ -253,6 +253,11 @@ class Answer:
     the choices were compared and nothing was generated; `response` is the label of the most probable one, the first of
     equals."""
 
+    def __post_init__(self) -> None:
+        for name in (self.task, self.variant):
+            if not is_shown(name):
+                raise DataError(f"answers: {name!r:.60} is no name of a benchmark or variant; rename it")
+
     @property
     def question(self) -> str:
         """What was asked, without the examples in front of it and the words around it."""
@@ -280,9 +285,6 @@ class Answer:
             answer = cls(**{**needed, **optional, "choices": choices})
             if not isinstance(answer.response, str) or answer.kind not in ("choice", "number", "yesno"):
                 raise TypeError(f"response {answer.response!r:.40}, kind {answer.kind!r:.40}")
-            for name in (answer.task, answer.variant):
-                if not (isinstance(name, str) and name.isprintable()):  # a terminal shows it
-                    raise TypeError(f"task or variant {name!r:.40}")
             if not isinstance(answer.gold, str | None):
                 raise TypeError(f"gold {answer.gold!r:.40}")
             return answer

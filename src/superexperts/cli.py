@@ -60,23 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0 done, 1 without effect or not as expected, 2 wrong input, 130
     interrupted."""
     keep_memory()
-    with _no_interrupt_lost():
-        return _run(sys.argv[1:] if arguments is None else arguments)
-
-
-def _run(arguments: Sequence[str]) -> int:
     try:
-        settings = _parse(arguments)
-        command = next(name for name, kind in COMMANDS.items() if type(settings) is kind)
-        module = MODULES.get(command, command.replace("-", "_"))
-        result = _imported(module).run(settings)
-        if not speaks:
-            return 0
-        if "json" in vars(settings) and settings.json:
-            print(json.dumps(result, ensure_ascii=False))
-        else:
-            importlib.import_module(".show", __package__).show(command, result)
-        return int(result.get("exit_code", 0)) if command == "compare" else 0
+        with _no_interrupt_lost():
+            return _run(sys.argv[1:] if arguments is None else arguments)
     except SuperExpertsError as error:
         print(f"superexperts: {error}", file=sys.stderr)
         return error.exit_code
@@ -92,15 +78,31 @@ def _run(arguments: Sequence[str]) -> int:
         return 130
 
 
+def _run(arguments: Sequence[str]) -> int:
+    settings = _parse(arguments)
+    command = next(name for name, kind in COMMANDS.items() if type(settings) is kind)
+    module = MODULES.get(command, command.replace("-", "_"))
+    result = _imported(module).run(settings)
+    if not speaks:
+        return 0
+    if "json" in vars(settings) and settings.json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        importlib.import_module(".show", __package__).show(command, result)
+    return int(result.get("exit_code", 0)) if command == "compare" else 0
+
+
 @contextlib.contextmanager
 def _no_interrupt_lost() -> Iterator[None]:
     """Within the block, an interrupt that falls into a callback, where Python would print it and go on, comes again: a
-    moment later, for one that has come cannot wake what waits after it."""
+    moment later, for one that has come cannot wake what waits after it; at the latest at the block's end."""
     before = sys.unraisablehook
+    again: list[threading.Timer] = []
 
     def hook(unraisable: UnraisableHookArgs) -> None:
         if unraisable.exc_type is KeyboardInterrupt:
-            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            again.append(threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)))
+            again[-1].start()
         else:
             before(unraisable)
 
@@ -109,20 +111,23 @@ def _no_interrupt_lost() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+        coming = [timer for timer in again if timer.is_alive()]
+        for timer in coming:
+            timer.cancel()
+    if coming:
+        raise KeyboardInterrupt
 
 
 def _imported(name: str) -> ModuleType:
-    """A command's module. The collector of cycles, which finds none in what is imported, does not look for any: that is
-    a fifth of the time that torch and transformers take, and again some of each time that it would look later."""
-    path = f"{__package__}.{name}"
-    if path in sys.modules or not gc.isenabled():
-        return importlib.import_module(path)
+    """A command's module. The collector of cycles, which finds next to none in what is imported, does not look: that is
+    a fifth of the time that torch and transformers take."""
+    collects = gc.isenabled()
     gc.disable()
     try:
-        return importlib.import_module(path)
+        return importlib.import_module(f".{name}", __package__)
     finally:
-        gc.freeze()
-        gc.enable()
+        if collects:
+            gc.enable()
 
 
 def _parse(arguments: Sequence[str]) -> Any:

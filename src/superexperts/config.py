@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from .config_surgery import PruneConfig
+from .console import is_shown
 from .options import CheckpointConfig, ModelConfig, SeededConfig, ServerConfig, Switch
 from .options import require as _require
 from .options import require_device as _require_device
@@ -268,6 +269,7 @@ class EvaluateConfig(ServerConfig, SeededConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_seed(self.seed)
+        _require(is_shown(self.variant), "--variant", self.variant, "has characters that no terminal shows; rename it")
         known = ",".join(TASKS + MORE_TASKS)
         unknown = [task for task in self.task_names if task not in TASKS + MORE_TASKS]
         _require(not unknown, "--tasks", ",".join(unknown), f"is unknown; choose from {known}")
@@ -329,8 +331,9 @@ class ExtractConfig(ServerConfig):
     judge: str = "off"
     """Model that reads what the rules cannot: checkpoint folder, Hub name, or its name on --judge-base-url's server;
     `left` and `all`: Qwen/Qwen2.5-32B-Instruct, with that --judge-scope. It never sees the right answer."""
-    judge_scope: Literal["left", "all"] = "left"
-    """judge: read what the rules left unparsed, or every answer, the rules then being only compared with."""
+    judge_scope: Literal["left", "all"] | None = None
+    """judge: read what the rules left unparsed, or every answer, the rules then being only compared with; default:
+    left."""
     judge_base_url: str | None = None
     """judge: URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: a model in this process."""
     judge_engine: Literal["hf", "vllm", "sglang"] = "hf"
@@ -354,11 +357,11 @@ class ExtractConfig(ServerConfig):
         _require(bool(self.judge), "--judge", self.judge, "names no model; give one, or off")
         if self.judge in ("left", "all"):
             mend = f"is not that of --judge {self.judge}; leave one of the two out"
-            _require(self.judge_scope in ("left", self.judge), "--judge-scope", self.judge_scope, mend)
+            _require(self.judge_scope in (None, self.judge), "--judge-scope", self.judge_scope, mend)
             object.__setattr__(self, "judge_scope", self.judge)
             object.__setattr__(self, "judge", DEFAULT_JUDGE)
         for option, value, default in (
-            ("--judge-scope", self.judge_scope, "left"),
+            ("--judge-scope", self.judge_scope, None),
             ("--judge-base-url", self.judge_base_url, None),
             ("--judge-engine", self.judge_engine, "hf"),
         ):

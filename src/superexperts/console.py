@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import Progress
 
-__all__ = ["note", "progress", "speaks", "stderr", "stdout"]
+__all__ = ["is_shown", "note", "progress", "speaks", "stderr", "stdout"]
 
 speaks = os.environ.get("RANK", "0") == "0"
 """Whether this process is the only one, or the first of several that a launcher has started: only that one writes."""
 stdout = Console(highlight=False, quiet=not speaks)
 stderr = Console(stderr=True, highlight=False, quiet=not speaks)
+
+
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def is_shown(text: str) -> bool:
+    """Whether a terminal shows all of a text and obeys none of it; half a character it cannot show."""
+    return not _OBEYED.search(text)
 
 
 def note(text: str) -> None:

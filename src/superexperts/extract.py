@@ -255,5 +255,5 @@ def run(config: ExtractConfig, judge: Judge | None = None) -> dict[str, Any]:
         return audit_file(config.audit, open_judge(config, None))  # a labelled file has no run folder to remember in
     assert config.folder is not None
     judge = judge or open_judge(config, config.folder / "judge.jsonl")
-    extract_folder(config.folder, judge, config.judge_scope)
+    extract_folder(config.folder, judge, config.judge_scope or "left")
     return {"out": str(config.folder), **read_json(config.folder / "scores.json", "DIR")}

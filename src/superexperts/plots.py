@@ -34,7 +34,7 @@ def plot_heatmap(
     depth: float = 0.75,
     width: float | None = None,
     theme: Theme = LIGHT,
-    ring: str = "super expert",
+    ring: str = "chosen",
 ) -> Spots:
     """Every expert's peak |down_proj output| (log scale): a row per decoder layer, under its true number.
 

@@ -258,7 +258,7 @@ def _pictures(profile: Profile, folder: Path) -> list[str]:
         stems.add(stem)
         chosen = [row.key for row in _super(profile, corpus)]
         heatmap, layers, top = (_both(folder, f"{kind}-{stem}") for kind in ("heatmap", "layers", "top"))
-        plot_heatmap(profile, name, chosen, heatmap, depth=profile.criterion_depth)
+        plot_heatmap(profile, name, chosen, heatmap, depth=profile.criterion_depth, ring="super expert")
         plot_layers(profile, name, chosen, layers, depth=profile.criterion_depth)
         plot_top(profile, name, chosen, top)
         drawn += [*heatmap, *layers, *top]

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from transformers import AutoConfig
 
 from .artifacts import ExpertSet
+from .config import ExtractConfig
 from .corpora import documents, local_data, named_corpus, pack
 from .errors import DataError, ModelError, OptionError, UserError
 from .folders import checkpoint_folder
@@ -215,15 +216,14 @@ def _four_bits() -> None:
 
 
 def _judge(plan: Plan) -> Iterator[Look]:
-    judge, url = plan.extraction.get("judge", "off"), plan.extraction.get("judge_base_url")
-    if judge == "off":
+    asked = ExtractConfig(folder=Path(), **plan.extraction)
+    if asked.judge == "off":
         return
-    if url is not None:
-        yield ("extraction", "judge_base_url"), partial(_answers, url)
+    if asked.judge_base_url is not None:
+        yield ("extraction", "judge_base_url"), partial(_answers, asked.judge_base_url)
     else:
-        yield ("extraction", "judge"), partial(_settings, judge, None, "extraction.judge")
-        engine = plan.extraction.get("judge_engine", "hf")
-        yield ("extraction", "judge_engine"), partial(_engine, "extraction.judge_engine", engine)
+        yield ("extraction", "judge"), partial(_settings, asked.judge, None, "extraction.judge")
+        yield ("extraction", "judge_engine"), partial(_engine, "extraction.judge_engine", asked.judge_engine)
 
 
 def _answers(url: str) -> None:
