@@ -120,7 +120,7 @@ def startup() -> float:
             sys.executable,
             "-c",
             "import gc; gc.disable(); import superexperts.cli, superexperts.profile, "  # as the command imports them
-            "transformers.models.deepseek_v2.modeling_deepseek_v2",
+            "transformers.models.deepseek_v2.modeling_deepseek_v2; gc.freeze()",
         ],
         check=True,
     )

@@ -91,10 +91,34 @@ def test_a_command_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch,
         return {"out": "x"}
 
     monkeypatch.setattr("superexperts.pocket.run", run)
+    frozen = gc.get_freeze_count()
     assert main(["pocket", f"--out={tmp_path}", "--json"]) == 0
+    assert gc.get_freeze_count() == frozen
     assert [unraisable.exc_type for unraisable in told] == [ValueError]
     assert sys.unraisablehook is hook
     assert gc.isenabled()
+
+
+IMPORTED = """
+import gc, sys
+import superexperts.cli as cli
+imported = cli._imported
+def told(name):
+    module = imported(name)
+    module.run = lambda _: print(gc.get_freeze_count()) or {"out": gc.isenabled()}
+    print(gc.isenabled())
+    return module
+cli._imported = told
+sys.argv = ["superexperts", "select", "x", "--json"]
+sys.exit(cli.main())
+"""
+
+
+def test_a_command_of_its_own_process_imports_without_the_collector() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
+    before, frozen, result = done.stdout.splitlines()
+    assert (before, json.loads(result)) == ("False", {"out": True})
+    assert int(frozen) > 10_000
 
 
 def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_memory()
     try:
         with _no_interrupt_lost():
-            return _run(sys.argv[1:] if arguments is None else arguments)
+            return _run(sys.argv[1:], _imported_once) if arguments is None else _run(arguments, _imported)
     except SuperExpertsError as error:
         print(f"superexperts: {error}", file=sys.stderr)
         return error.exit_code
@@ -78,11 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(arguments: Sequence[str], imported: Callable[[str], Any]) -> int:
     settings = _parse(arguments)
     command = next(name for name, kind in COMMANDS.items() if type(settings) is kind)
     module = MODULES.get(command, command.replace("-", "_"))
-    result = _imported(module).run(settings)
+    result = imported(module).run(settings)
     if not speaks:
         return 0
     if "json" in vars(settings) and settings.json:
@@ -118,16 +117,19 @@ def _no_interrupt_lost() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _imported(name: str) -> ModuleType:
-    """A command's module. The collector of cycles, which finds next to none in what is imported, does not look: that is
-    a fifth of the time that torch and transformers take."""
-    collects = gc.isenabled()
+def _imported(name: str) -> Any:
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _imported_once(name: str) -> Any:
+    """As `_imported`, in a process that runs this command and ends. The collector of cycles, which finds next to none
+    in what is imported, never looks at it: that is a fifth of the time that torch and transformers take."""
     gc.disable()
     try:
-        return importlib.import_module(f".{name}", __package__)
+        return _imported(name)
     finally:
-        if collects:
-            gc.enable()
+        gc.freeze()
+        gc.enable()
 
 
 def _parse(arguments: Sequence[str]) -> Any:
