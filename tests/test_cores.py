@@ -167,8 +167,7 @@ GROUP = """
 import os, signal, sys, time
 from superexperts.cores import by_all_cores
 os.sched_getaffinity = lambda _: range(4)
-if sys.argv[1] == "ignores":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "ignores" else signal.default_int_handler)
 me = os.getpid()
 def work(item):
     if os.getpid() == me:

@@ -168,7 +168,14 @@ def test_a_lost_cell_is_made_again_and_the_others_are_kept(finished: Path, plan:
 def start(plan: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "superexperts", "study", str(plan), "--out", str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may ignore it
+    )
 
 
 def started(out: Path, cell: str, process: subprocess.Popen[str]) -> dict[str, Any]:
