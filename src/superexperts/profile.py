@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import operator
 import re
 import shutil
 import time
@@ -24,6 +26,7 @@ from .artifacts import CorpusProfile, ExpertKey, ExpertStats, Profile, key_order
 from .attention import padded_values
 from .config import QUICK_LENGTH, ProfileConfig, identity
 from .console import note, progress, speaks
+from .cores import by_all_cores
 from .corpora import check_column, digest_ids, documents, local_data, pack
 from .decoder import num_layers, stopped_after, text_config
 from .errors import OptionError
@@ -249,6 +252,7 @@ def _profile(config: ProfileConfig, model: nn.Module, corpora: Mapping[str, Corp
 
 def _pictures(profile: Profile, folder: Path) -> list[str]:
     """Draws every picture as PNG and SVG; returns their names."""
+    drawings: list[Callable[[], object]] = []
     drawn: list[Path] = []
     stems: set[str] = set()
     for name, corpus in profile.corpora.items():
@@ -258,13 +262,18 @@ def _pictures(profile: Profile, folder: Path) -> list[str]:
         stems.add(stem)
         chosen = [row.key for row in _super(profile, corpus)]
         heatmap, layers, top = (_both(folder, f"{kind}-{stem}") for kind in ("heatmap", "layers", "top"))
-        plot_heatmap(profile, name, chosen, heatmap, depth=profile.criterion_depth, ring="super expert")
-        plot_layers(profile, name, chosen, layers, depth=profile.criterion_depth)
-        plot_top(profile, name, chosen, top)
+        depth = profile.criterion_depth
+        drawings += [
+            functools.partial(plot_heatmap, profile, name, chosen, heatmap, depth=depth, ring="super expert"),
+            functools.partial(plot_layers, profile, name, chosen, layers, depth=depth),
+            functools.partial(plot_top, profile, name, chosen, top),
+        ]
         drawn += [*heatmap, *layers, *top]
     if len(profile.corpora) > 1:
-        plot_corpora(profile, _largest(profile, 12), corpora := _both(folder, "corpora"))
+        corpora = _both(folder, "corpora")
+        drawings.append(functools.partial(plot_corpora, profile, _largest(profile, 12), corpora))
         drawn += corpora
+    by_all_cores(operator.call, drawings, worth=1)
     return [path.name for path in drawn]
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -62,6 +63,8 @@ class StreamedModel:
         """Batches that will still ask for experts of the layer in memory."""
         self._spare: dict[int, list[Tensor]] = collections.defaultdict(list)
         """Bytes -> memory of that size that nobody uses."""
+        self._converting = threading.Lock()
+        """transformers' conversion is not made for two threads."""
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 
     @contextlib.contextmanager
@@ -75,8 +78,7 @@ class StreamedModel:
         self._ahead = ahead = ReadAhead(self._memory, self._read_alone, self._give)
         with ThreadPoolExecutor(max_workers=1) as background:
 
-            def one_by_one() -> Iterator[int]:
-                coming = background.submit(self._load, layers[0])
+            def one_by_one(coming: Future[None]) -> Iterator[int]:
                 for layer, following in zip(layers, [*layers[1:], None], strict=True):
                     coming.result()
                     if following is not None:
@@ -88,9 +90,10 @@ class StreamedModel:
                     self._unload(layer)
 
             try:
+                first = background.submit(self._load, layers[0])  # two readers, while nothing can be computed
                 self._fill([name for name in self._homes.of if self._is_outside(name)])
                 self._check_full(name for name, _ in self.model.named_parameters() if self._is_outside(name))
-                yield one_by_one()
+                yield one_by_one(first)
             finally:
                 background.shutdown(cancel_futures=True)
                 ahead.close()
@@ -152,7 +155,7 @@ class StreamedModel:
             dtype_plan=model._get_dtype_plan(self._dtype),
             weight_mapping=self._homes.mapping,
         )
-        with _silent():
+        with self._converting, _silent():
             info, _ = convert_and_load_state_dict_in_model(model, state, settings, None)
         if info.mismatched_keys or info.conversion_errors:
             wrong = next(iter(info.mismatched_keys or info.conversion_errors))
