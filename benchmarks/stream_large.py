@@ -14,10 +14,10 @@ import argparse
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import fmean, median
@@ -98,18 +98,31 @@ def profile(folder: Path, out: Path, *options: str) -> tuple[float, float, list[
     """Runs the command in a process of its own: seconds, peak GiB resident, super experts, what it said."""
     shutil.rmtree(out, ignore_errors=True)
     forget(folder)
-    begin = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", "superexperts", "profile", str(folder), "--json", f"--out={out}", *options],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as child:  # fmt: skip
-        said, errors = child.communicate()
-    seconds = time.perf_counter() - begin
-    if child.returncode:
-        raise SystemExit(errors)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    (corpus,) = json.loads(said)["corpora"].values()
-    return seconds, peak, [tuple(key) for key in corpus["super"]], errors.strip()
+    command = [sys.executable, "-m", "superexperts", "profile", str(folder), "--json", f"--out={out}", *options]
+    peak = 0.0
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+        begin = time.perf_counter()
+        with subprocess.Popen(command, stdout=said, stderr=errors) as child:
+            while child.poll() is None:
+                peak = max(peak, resident(child.pid))
+                time.sleep(0.02)
+        seconds = time.perf_counter() - begin
+        said.seek(0)
+        errors.seek(0)
+        if child.returncode:
+            raise SystemExit(errors.read())
+        (corpus,) = json.load(said)["corpora"].values()
+        return seconds, peak, [tuple(key) for key in corpus["super"]], errors.read().strip()
+
+
+def resident(process: int) -> float:
+    """GiB that a process had resident at most so far; what `getrusage` says of a child is never less than its parent's
+    own peak at the start."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0.0
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def startup() -> float:
