@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 import torch
 from large_checkpoint import Shape, made, size_of
+from watching import watched
 
 from superexperts import compare, export, prune, restore
 from superexperts.bank import DOWN, GATE, UP
@@ -52,24 +53,21 @@ print(f"loading: {time.perf_counter() - begin:.2f} s once everything is imported
 """
 
 
-def watched(command: list[str]) -> tuple[float, float]:
+def timed(command: list[str]) -> tuple[float, float]:
     """Runs a command: seconds, and the most MiB at a time that were no pages of a file."""
-    begin, peak = time.perf_counter(), 0
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
-        process = psutil.Process(child.pid)
-        while child.poll() is None:
-            with contextlib.suppress(psutil.Error):
-                memory = process.memory_info()
-                peak = max(peak, memory.rss - memory.shared)
-            time.sleep(0.01)
-        seconds = time.perf_counter() - begin
-        said = child.stderr.read() if child.stderr else ""
-        if child.returncode:
-            raise SystemExit(said)
-        for line in said.splitlines():
-            if line.startswith("loading: "):
-                print(line)
-    return seconds, peak / 2**20
+    ran = watched(command, _own)
+    for line in ran.errors.splitlines():
+        if line.startswith("loading: "):
+            print(line)
+    return ran.seconds, ran.peak / 2**20
+
+
+def _own(process: int) -> int:
+    """Bytes resident that are no pages of a file."""
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        memory = psutil.Process(process).memory_info()
+        return int(memory.rss - memory.shared)
+    return 0
 
 
 def superexperts(*arguments: str) -> list[str]:
@@ -180,7 +178,7 @@ def main() -> None:
     every: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for _ in range(arguments.rounds):
         for name, command in commands.items():
-            every[name].append(watched(command))
+            every[name].append(timed(command))
         for folder in (pruning.out, restoring.out):
             shutil.rmtree(folder)
         os.sync()
@@ -193,7 +191,7 @@ def main() -> None:
         if psutil.virtual_memory().available < needed:
             print(f"the model is not loaded: that takes {needed / 2**30:.0f} GiB, which are not free")
         else:
-            whole["original"] = watched([sys.executable, "-c", ORIGINAL, str(base), str(work / "original"), names])
+            whole["original"] = timed([sys.executable, "-c", ORIGINAL, str(base), str(work / "original"), names])
     for name, (seconds, memory) in whole.items():
         print(f"{name:9} {seconds:6.2f} s with the start of Python (median), {memory:6.0f} MiB (the most)")
     if "original" in whole:

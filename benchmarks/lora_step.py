@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import watching
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV2Config
@@ -148,14 +148,14 @@ def peak_mib(device: str) -> float:
     """Peak of the memory since `forget_peak`."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
+    return watching.resident("VmHWM") / 2**20
 
 
 def forget_peak(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        watching.forget_peak()
 
 
 def now(device: str) -> float:

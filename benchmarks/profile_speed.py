@@ -17,7 +17,6 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
 )
+from watching import forget_peak, resident
 
 from superexperts.profile import profile_corpus
 
@@ -121,7 +121,7 @@ def memory(name: str, backend: str, depth: float | None, options: argparse.Names
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew
+        forget_peak()
     before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     with torch.inference_mode():
         if depth is None:
@@ -131,12 +131,6 @@ def memory(name: str, backend: str, depth: float | None, options: argparse.Names
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     kind = "plain" if depth is None else f"profile at depth {depth}"
     print(f"  {kind}: {(peak - before) / GIB:.2f} GiB beside {before / GIB:.2f} GiB of weights", flush=True)
-
-
-def resident(field: str) -> int:
-    """Bytes of this process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import fmean, median
@@ -25,6 +24,7 @@ from statistics import fmean, median
 import torch
 import torch.nn.functional as F
 from large_checkpoint import PLANTED, Shape, forget, made, size_of
+from watching import resident, watched
 
 from superexperts.checkpoint import Checkpoint
 
@@ -98,31 +98,12 @@ def profile(folder: Path, out: Path, *options: str) -> tuple[float, float, list[
     """Runs the command in a process of its own: seconds, peak GiB resident, super experts, what it said."""
     shutil.rmtree(out, ignore_errors=True)
     forget(folder)
-    command = [sys.executable, "-m", "superexperts", "profile", str(folder), "--json", f"--out={out}", *options]
-    peak = 0.0
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
-        begin = time.perf_counter()
-        with subprocess.Popen(command, stdout=said, stderr=errors) as child:
-            while child.poll() is None:
-                peak = max(peak, resident(child.pid))
-                time.sleep(0.02)
-        seconds = time.perf_counter() - begin
-        said.seek(0)
-        errors.seek(0)
-        if child.returncode:
-            raise SystemExit(errors.read())
-        (corpus,) = json.load(said)["corpora"].values()
-        return seconds, peak, [tuple(key) for key in corpus["super"]], errors.read().strip()
-
-
-def resident(process: int) -> float:
-    """GiB that a process had resident at most so far; what `getrusage` says of a child is never less than its parent's
-    own peak at the start."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:  # it has just ended
-        return 0.0
-    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")), 0.0)
+    ran = watched(
+        [sys.executable, "-m", "superexperts", "profile", str(folder), "--json", f"--out={out}", *options],
+        lambda process: resident("VmHWM", process),
+    )
+    (corpus,) = json.loads(ran.said)["corpora"].values()
+    return ran.seconds, ran.peak / 2**30, [tuple(key) for key in corpus["super"]], ran.errors.strip()
 
 
 def startup() -> float:
