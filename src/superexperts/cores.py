@@ -1,4 +1,4 @@
-"""A pure function of many items, computed by as many processes as the machine has cores."""
+"""A function of many items, none of which needs another, computed by as many processes as the machine has cores."""
 
 from __future__ import annotations
 

@@ -255,6 +255,7 @@ def _pictures(profile: Profile, folder: Path) -> list[str]:
     drawings: list[Callable[[], object]] = []
     drawn: list[Path] = []
     stems: set[str] = set()
+    depth = profile.criterion_depth
     for name, corpus in profile.corpora.items():
         plain = "".join(letter if letter.isalnum() else "-" for letter in Path(name).name)
         numbered = (f"{plain}-{number}" for number in itertools.count(2))
@@ -262,7 +263,6 @@ def _pictures(profile: Profile, folder: Path) -> list[str]:
         stems.add(stem)
         chosen = [row.key for row in _super(profile, corpus)]
         heatmap, layers, top = (_both(folder, f"{kind}-{stem}") for kind in ("heatmap", "layers", "top"))
-        depth = profile.criterion_depth
         drawings += [
             functools.partial(plot_heatmap, profile, name, chosen, heatmap, depth=depth, ring="super expert"),
             functools.partial(plot_layers, profile, name, chosen, layers, depth=depth),
