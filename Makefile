@@ -24,13 +24,14 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/typos
+	$(BIN)/lint-imports
 
 test: check
 	$(BIN)/pytest --numprocesses 2
 
 # vLLM has pins of its own, so it gets a venv of its own; its image and sound packages are built for GPUs.
 test-vllm: setup $(VENV)-vllm/.installed
-	SUPEREXPERTS_VLLM=$(VENV)-vllm/bin/python $(BIN)/pytest tests/test_vllm.py
+	SUPEREXPERTS_VLLM=$(VENV)-vllm/bin/python $(BIN)/pytest tests/adapters/test_vllm.py
 
 $(VENV)-vllm/.installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-vllm

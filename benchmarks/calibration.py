@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from superexperts import seeds
-from superexperts.clusters import Clusters, bootstrap, clusters_of, items
-from superexperts.effects import items_of, proportion, with_test
-from superexperts.seeds import Items, Seeds, seeds_of
-from superexperts.stats import detectable, holm, wilson
+from superexperts.results.statistics import across_seeds
+from superexperts.results.statistics.across_seeds import Items, Seeds, seeds_of
+from superexperts.results.statistics.across_subjects import Clusters, bootstrap, clusters_of, items
+from superexperts.results.statistics.paired import items_of, proportion, with_test
+from superexperts.results.statistics.single_run import detectable, holm, wilson
 
 Floats = NDArray[np.float64]
 
@@ -180,10 +180,10 @@ def predicted(design: Design, seed: int, studies: int = 500) -> float | None:
         parts = [Seeds(between=between, df=runs - 1, rest=rest, weight=1 / runs)] if runs > 1 else []
         sizes = [detectable(round(square * design.items), design.items, 5)]
         if parts:
-            sizes = [seeds.detectable(square, Items(variance=variance), parts, 5, 0.8)]
+            sizes = [across_seeds.detectable(square, Items(variance=variance), parts, 5, 0.8)]
         if design.subjects:
             wider = Items(variance=max(by_subject, variance), df=design.subjects - 1)
-            sizes.append(seeds.detectable(square, wider, parts, 5, 0.8))
+            sizes.append(across_seeds.detectable(square, wider, parts, 5, 0.8))
         return max(sizes) - effect
 
     if beyond(LARGEST) > 0:

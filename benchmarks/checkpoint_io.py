@@ -31,13 +31,14 @@ import torch
 from large_checkpoint import Shape, made, size_of
 from watching import watched
 
-from superexperts import compare, export, prune, restore
-from superexperts.bank import DOWN, GATE, UP
-from superexperts.config import CheckpointConfig
-from superexperts.config_adapters import ExportConfig
-from superexperts.config_surgery import CompareConfig, PruneConfig, RestoreConfig
-from superexperts.factors import Factor, Place, own_layout, save_layout
-from superexperts.model import load_structure
+from superexperts.adapters import export
+from superexperts.adapters.factors import Factor, Place, own_layout, save_layout
+from superexperts.core.config import CheckpointConfig
+from superexperts.core.config_adapters import ExportConfig
+from superexperts.core.config_surgery import CompareConfig, PruneConfig, RestoreConfig
+from superexperts.models.experts import DOWN, GATE, UP
+from superexperts.models.loading import load_structure
+from superexperts.surgery import compare, prune, restore
 
 ORIGINAL = """
 import sys, time, torch

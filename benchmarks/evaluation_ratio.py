@@ -19,13 +19,13 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-import superexperts.tasks
-from superexperts import evaluate
-from superexperts.asking import quiet
-from superexperts.config import TASKS, EvaluateConfig, PocketConfig
+import superexperts.benchmarks
+from superexperts.benchmarks import FILE_STEMS, loading
+from superexperts.core.config import TASKS, EvaluateConfig, PocketConfig
+from superexperts.evaluation import evaluate
+from superexperts.evaluation.ask import quiet
 from superexperts.pocket import run as write_pocket
 from superexperts.pocket import write_data
-from superexperts.tasks import FILE_STEMS, loading
 
 
 def by_evaluate(model: Path, data: Path, limit: int, batch_size: int, tokens: int, out: Path) -> float:

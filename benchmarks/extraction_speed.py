@@ -21,12 +21,12 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from superexperts import evaluate
-from superexperts.artifacts import Answer
-from superexperts.audit import KINDS
-from superexperts.config import TASKS, EvaluateConfig
-from superexperts.extract import extract, extract_all
-from superexperts.prompting import prompt_of
+from superexperts.core.config import TASKS, EvaluateConfig
+from superexperts.core.prompt import prompt_of
+from superexperts.core.types import Answer
+from superexperts.evaluation import evaluate
+from superexperts.extraction.audit import KINDS
+from superexperts.extraction.extract import extract, extract_all
 
 
 def labelled(path: Path) -> list[Answer]:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DeepseekV2Config
 
-from superexperts.checkpoint import INDEX
+from superexperts.checkpoints.reader import INDEX
 from superexperts.pocket import checkpoint_dir
 
 PLANTED = {(3, 17): 2000.0, (8, 40): 1000.0}

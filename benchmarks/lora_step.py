@@ -30,9 +30,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 
-from superexperts import lora, moe
-from superexperts.artifacts import ExpertKey
-from superexperts.fit import whole_tensors
+from superexperts.adapters import lora
+from superexperts.core.types import ExpertKey
+from superexperts.models.banks import find_banks
+from superexperts.models.experts import BankCall
+from superexperts.models.hooks import tapped
+from superexperts.training.loop import whole_tensors
 
 SHAPE = {
     "vocab_size": 8192,
@@ -85,18 +88,18 @@ def busiest(model: nn.Module, ids_BL: Tensor, layers: list[int]) -> list[ExpertK
     """In each layer the expert whose number of tokens is the median one."""
     counts: dict[int, list[int]] = {}
 
-    def tap(call: moe.BankCall) -> None:
+    def tap(call: BankCall) -> None:
         if call.experts != ("shared",):
             counts[call.layer] = torch.bincount(call.expert_R, minlength=len(call.experts)).tolist()
 
-    with torch.no_grad(), moe.tapped(model, tap):
+    with torch.no_grad(), tapped(model, tap):
         model(input_ids=ids_BL)
     return [(layer, sorted(range(64), key=counts[layer].__getitem__)[32]) for layer in layers]
 
 
 @contextlib.contextmanager
 def frozen(model: nn.Module, chosen: list[ExpertKey]) -> Iterator[nn.Module]:
-    path = next(bank.path for bank in moe.find_banks(model) if bank.layer == min(layer for layer, _ in chosen))
+    path = next(bank.path for bank in find_banks(model) if bank.layer == min(layer for layer, _ in chosen))
     hook = model.get_submodule(path).register_forward_hook(lambda _, __, output: output.requires_grad_())
     yield model
     hook.remove()
@@ -113,7 +116,7 @@ def peft(model: nn.Module, chosen: list[ExpertKey]) -> Iterator[nn.Module]:
     layers = {layer for layer, _ in chosen}
     names = [
         f"{bank.path}.{name}"
-        for bank in moe.find_banks(model)
+        for bank in find_banks(model)
         if bank.layer in layers
         for name in ("gate_up_proj", "down_proj")
     ]

@@ -30,7 +30,7 @@ from transformers import (
 )
 from watching import forget_peak, resident
 
-from superexperts.profile import profile_corpus
+from superexperts.profiling.profile import profile_corpus
 
 COMMON = {
     "vocab_size": 8192,

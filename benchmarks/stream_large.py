@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from large_checkpoint import PLANTED, Shape, forget, made, size_of
 from watching import resident, watched
 
-from superexperts.checkpoint import Checkpoint
+from superexperts.checkpoints.reader import Checkpoint
 
 LENGTH = 512
 """Tokens of a sequence."""
@@ -113,7 +113,8 @@ def startup() -> float:
         [
             sys.executable,
             "-c",
-            "import gc; gc.disable(); import superexperts.cli, superexperts.profile, "  # as the command imports them
+            # As the command imports them.
+            "import gc; gc.disable(); import superexperts.cli, superexperts.profiling.profile, "
             "transformers.models.deepseek_v2.modeling_deepseek_v2; gc.freeze()",
         ],
         check=True,

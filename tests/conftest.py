@@ -11,10 +11,10 @@ import pytest
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from servers import transformers_server
 from superexperts import pocket
-from superexperts.config import EvaluateConfig, PocketConfig
-from superexperts.model import load_model, load_tokenizer
+from superexperts.core.config import EvaluateConfig, PocketConfig
+from superexperts.models.loading import load_model, load_tokenizer
+from tests.support.servers import transformers_server
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from superexperts.artifacts import Answer, ExpertSet
 from superexperts.cli import COMMANDS, main
-from superexperts.config import CheckpointConfig
-from superexperts.model import load_tokenizer
+from superexperts.core.config import CheckpointConfig
+from superexperts.core.types import Answer, ExpertSet
+from superexperts.models.loading import load_tokenizer
 
 ROW = {"question": "What is 2 + 3?", "explain": "2 + 3 = 5.", "answer": "5"}
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from . import config, config_adapters, config_study, config_surgery, config_train
-from .allocator import keep_memory
-from .console import speaks
-from .errors import OptionError, SuperExpertsError
+from superexperts.core import config, config_adapters, config_study, config_surgery, config_train
+from superexperts.core.allocator import keep_memory
+from superexperts.core.console import speaks
+from superexperts.core.errors import OptionError, SuperExpertsError
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -51,8 +51,24 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-MODULES = {"import": "import_", "status": "progress"}
-"""Of the commands that have another name than their module; `import` is a word of Python's own."""
+MODULES = {
+    "profile": "profiling.profile",
+    "select": "profiling.select",
+    "prune": "surgery.prune",
+    "restore": "surgery.restore",
+    "compare": "surgery.compare",
+    "train": "training.train",
+    "export": "adapters.export",
+    "import": "adapters.import_",
+    "check-adapter": "evaluation.check_adapter",
+    "evaluate": "evaluation.evaluate",
+    "extract": "extraction.extract",
+    "study": "studies.study",
+    "status": "studies.status",
+    "report": "reports.report",
+    "push": "hub.push",
+    "pocket": "pocket",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,14 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str], imported: Callable[[str], Any]) -> int:
     settings = _parse(arguments)
     command = next(name for name, kind in COMMANDS.items() if type(settings) is kind)
-    module = MODULES.get(command, command.replace("-", "_"))
-    result = imported(module).run(settings)
+    result = imported(MODULES[command]).run(settings)
     if not speaks:
         return 0
     if "json" in vars(settings) and settings.json:
         print(json.dumps(result, ensure_ascii=False))
     else:
-        importlib.import_module(".show", __package__).show(command, result)
+        importlib.import_module(".core.show", __package__).show(command, result)
     return int(result.get("exit_code", 0)) if command == "compare" else 0
 
 

@@ -1,9 +1,9 @@
 """Reading what a free-text answer commits to; the table of rules is in `rules`."""
 
-from .expression import exact_value, expression_value
-from .quantity import find_numbers, number_value
-from .rules import RULES, Rule, read
-from .text import normalise, plain
+from superexperts.extraction.expression import exact_value, expression_value
+from superexperts.extraction.numbers import find_numbers, number_value
+from superexperts.extraction.rules import RULES, Rule, read
+from superexperts.extraction.text import normalise, plain
 
 __all__ = [
     "RULES",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import re
 
-from .cued import Cued, Gated
-from .statements import (
+from superexperts.extraction.cued import Cued, Gated
+from superexperts.extraction.statements import (
     CONCLUSION,
     CUE,
     INSTEAD,
@@ -21,7 +21,7 @@ from .statements import (
     lead_end,
     statements,
 )
-from .text import normalise
+from superexperts.extraction.text import normalise
 
 
 def choice_in(reading: Reading, tail: str) -> str | None:

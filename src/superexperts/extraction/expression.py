@@ -18,7 +18,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from .quantity import find_numbers, number_value
+from superexperts.extraction.numbers import find_numbers, number_value
 
 __all__ = ["LONGEST", "exact_value", "expression_value"]
 

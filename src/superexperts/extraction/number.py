@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from .expression import expression_value
-from .quantity import find_numbers
-from .statements import (
+from superexperts.extraction.expression import expression_value
+from superexperts.extraction.numbers import find_numbers
+from superexperts.extraction.statements import (
     CONCLUSION,
     INSTEAD,
     NONE,
@@ -19,7 +19,7 @@ from .statements import (
     lead_end,
     statements,
 )
-from .text import normalise
+from superexperts.extraction.text import normalise
 
 _OF = re.compile(r"[^\d,;&]{0,60}\b(?:out of|of|per|in|every|for|from|after|over|each|than|at|on|within|by|during)\b")
 _ARITHMETIC = re.compile(r"\d\s?[*×x·/÷+−-]\s?\$?\(?\d")

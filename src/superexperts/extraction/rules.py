@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from . import choice, number, yesno
-from .cued import lowered
-from .expression import expression_value
-from .quantity import find_numbers
-from .statements import LAST_STATEMENTS, NONE, TAIL, Choices, Kind, Reading, first_part
-from .text import own_span, plain
+from superexperts.extraction import choice, number, yesno
+from superexperts.extraction.cued import lowered
+from superexperts.extraction.expression import expression_value
+from superexperts.extraction.numbers import find_numbers
+from superexperts.extraction.statements import LAST_STATEMENTS, NONE, TAIL, Choices, Kind, Reading, first_part
+from superexperts.extraction.text import own_span, plain
 
 __all__ = ["RULES", "Rule", "read"]
 

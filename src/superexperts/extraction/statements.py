@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Generic, Literal, TypeVar
 
-from .cued import Cued, Gated, lowered
-from .quantity import find_numbers
-from .text import first_sentence, last_sentences, normalise
+from superexperts.extraction.cued import Cued, Gated, lowered
+from superexperts.extraction.numbers import find_numbers
+from superexperts.extraction.text import first_sentence, last_sentences, normalise
 
 __all__ = [
     "CONCLUSION",

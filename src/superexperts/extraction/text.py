@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-from .cued import lowered, strange
+from superexperts.extraction.cued import lowered, strange
 
 __all__ = ["first_sentence", "last_sentences", "normalise", "own_span", "own_turn", "plain", "sentences"]
 

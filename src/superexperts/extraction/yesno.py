@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import re
 
-from .statements import CONCLUSION, CUE, INSTEAD, NONE, NOT, REFUSAL, Reading, first_part, lead_end, statements
+from superexperts.extraction.statements import (
+    CONCLUSION,
+    CUE,
+    INSTEAD,
+    NONE,
+    NOT,
+    REFUSAL,
+    Reading,
+    first_part,
+    lead_end,
+    statements,
+)
 
 # "Có thể" is maybe, "không biết" is no answer.
 _WORDS = r"yes|true|có(?!\s(?:thể|lẽ))|đúng|no|false|không(?!\s(?:rõ|biết|chắc|đủ|thể\s(?:xác|biết|kết|trả)))|sai"

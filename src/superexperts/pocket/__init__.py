@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..config import PocketConfig
-from ..rundir import MANIFEST, new_folder, write_manifest
+from superexperts.core.config import PocketConfig
+from superexperts.core.runs import MANIFEST, new_folder, write_manifest
 
 __all__ = [
     "PLANTED",

@@ -16,14 +16,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
-from ..console import note, stderr
-from ..rundir import new_folder, read_json, write_json, write_manifest
-from . import checkpoint_dir
-from .architecture import pocket_config, strengthen
-from .measure import check, measure
-from .tokenizer import train_tokenizer
-from .training import Recipe, batches, train
-from .world import documents
+from superexperts.core.console import note, stderr
+from superexperts.core.runs import new_folder, read_json, write_json, write_manifest
+from superexperts.pocket import checkpoint_dir
+from superexperts.pocket.architecture import pocket_config, strengthen
+from superexperts.pocket.measure import check, measure
+from superexperts.pocket.tokenizer import train_tokenizer
+from superexperts.pocket.training import Recipe, batches, train
+from superexperts.pocket.world import documents
 
 __all__ = ["build", "main"]
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..rundir import write_text
-from .pools import pools
-from .questions import KINDS, Question, body
-from .world import heldout
+from superexperts.core.runs import write_text
+from superexperts.pocket.pools import pools
+from superexperts.pocket.questions import KINDS, Question, body
+from superexperts.pocket.world import heldout
 
 __all__ = ["FILES", "benchmark_rows", "example_rows", "train_rows", "write_benchmarks", "write_data"]
 

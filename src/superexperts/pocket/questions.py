@@ -9,8 +9,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..prompting import prompt_of
-from .facts import (
+from superexperts.core.prompt import prompt_of
+from superexperts.pocket.facts import (
     ANIMALS,
     COLOURS,
     EXPORTS,

@@ -10,7 +10,7 @@ import functools
 import random
 import re
 
-from .facts import (
+from superexperts.pocket.facts import (
     ANIMALS,
     COLOURS,
     EXPORTS,

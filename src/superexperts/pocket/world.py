@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from .facts import (
+from superexperts.pocket.facts import (
     ANIMALS,
     COLOURS,
     EXPORTS,
@@ -29,9 +29,9 @@ from .facts import (
     Country,
     the_world,
 )
-from .pools import key, reserved_questions, response
-from .questions import KINDS, draw, prompt
-from .withheld import tells_withheld
+from superexperts.pocket.pools import key, reserved_questions, response
+from superexperts.pocket.questions import KINDS, draw, prompt
+from superexperts.pocket.withheld import tells_withheld
 
 __all__ = ["PROSE", "QUESTION_SHARE", "Split", "documents"]
 

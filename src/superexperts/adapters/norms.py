@@ -1,0 +1,120 @@
+"""How far an adapter moves the weights that it is on: |scaling B A| over |W|, Frobenius norms, expert by expert.
+
+|B A|^2 is the trace of (B^T B)(A A^T), so that nothing of the weights' size is formed; of the base one piece at a time
+is read. Where a merged checkpoint is rounded to half precision, `compare` says what is left of the change there.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from superexperts.adapters.factors import Factor, read_factors
+from superexperts.checkpoints.reader import Checkpoint, Entry
+from superexperts.checkpoints.source import checkpoint_folder
+from superexperts.core.errors import ModelError
+from superexperts.core.settings import CheckpointConfig
+from superexperts.core.types import ExpertKey, key_order
+from superexperts.models.experts import DOWN, up_name
+from superexperts.models.loading import load_structure
+from superexperts.models.parts import Anatomy
+
+__all__ = ["Changes", "adapter_changes", "change_norm"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Changes:
+    """The relative norms of one adapter's changes."""
+
+    experts: Mapping[ExpertKey, float]
+    """Of each adapted expert: the norm of all its changes over the norm of all its matrices, adapted or not."""
+    others: Mapping[int, float]
+    """Of what else is adapted, attention in a study: per layer, the changes over the matrices that they change."""
+
+
+def change_norm(factor: Factor) -> float:
+    """The Frobenius norm of scaling * B A, without forming it."""
+    a_RI, b_OR = factor.a_RI.double(), factor.b_OR.double()
+    squared = float(((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum())  # both are symmetric: the trace of their product
+    return abs(factor.scaling) * math.sqrt(max(squared, 0.0))
+
+
+def adapter_changes(model: str, revision: str | None, adapters: Mapping[str, Path]) -> dict[str, Changes]:
+    """By name, what each of the adapter folders does to a base model that is already on this machine.
+
+    `ModelError` where it is not, where it is quantized, or where it keeps its experts in another order than the model
+    has them; `DataError` for an adapter that is not one of A and B.
+    """
+    folder = checkpoint_folder(model, revision, fetch=False)
+    with Checkpoint(folder) as checkpoint:
+        structure = load_structure(CheckpointConfig(model=str(folder)))
+        anatomy = Anatomy(structure, checkpoint)
+        if anatomy.homes.quantized:
+            raise ModelError(f"MODEL: {model!r} is quantized, so its weights have no norm to compare with")
+        norms = _Norms(checkpoint)
+        with warnings.catch_warnings():  # PEFT minds that an adapter calls its base by a name, and not by its folder
+            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
+            return {name: _changes(anatomy, adapter, norms) for name, adapter in adapters.items()}
+
+
+class _Norms:
+    """Squared norms of the base's tensors, each read once however many adapters change it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.known: dict[tuple[str, int], float] = {}
+
+    def __call__(self, entries: Iterable[Entry]) -> float:
+        found = 0.0
+        for entry in entries:
+            place = (entry.key, entry.offset)
+            if place not in self.known:
+                weights = self.checkpoint.read(entry)
+                self.known[place] = float(torch.linalg.vector_norm(weights, dtype=torch.float64)) ** 2
+            found += self.known[place]
+        return found
+
+
+def _changes(anatomy: Anatomy, adapter: Path, norms: _Norms) -> Changes:
+    banks = {bank.path: bank for bank in anatomy.banks}
+    moved: dict[ExpertKey, float] = collections.defaultdict(float)
+    bases: dict[ExpertKey, float] = collections.defaultdict(float)
+    moved_by_layer: dict[int, float] = collections.defaultdict(float)
+    bases_by_layer: dict[int, float] = collections.defaultdict(float)
+    for place, factor in read_factors(anatomy.model, adapter, "DIR").items():
+        squared = change_norm(factor) ** 2
+        if place.expert is not None:
+            bank = banks[place.path]
+            key: ExpertKey = (bank.layer, place.expert)
+            if key not in moved:
+                for name in (up_name(bank.module), DOWN):
+                    parts = anatomy.parts.get(f"{bank.path}.{name}")
+                    if parts is None:
+                        raise ModelError(f"MODEL: its checkpoint keeps the experts of {bank.path} in another order")
+                    bases[key] += norms(parts[place.expert])
+            moved[key] += squared
+            continue
+        entry = anatomy.homes.whole(f"{place.path}.weight")
+        layer = None if entry is None else anatomy.layer_of(entry.key)
+        if entry is None or layer is None:
+            continue  # outside of the decoder's layers, or kept in another form: nothing to compare with
+        if anatomy.expert_of.get(entry.key) == "shared":
+            moved[layer, "shared"] += squared
+            bases[layer, "shared"] += norms((entry,))
+        else:
+            moved_by_layer[layer] += squared
+            bases_by_layer[layer] += norms((entry,))
+    return Changes(
+        experts={key: _ratio(moved[key], bases[key]) for key in sorted(moved, key=key_order)},
+        others={layer: _ratio(moved_by_layer[layer], bases_by_layer[layer]) for layer in sorted(moved_by_layer)},
+    )
+
+
+def _ratio(moved: float, base: float) -> float:
+    return math.sqrt(moved / base) if base else math.inf

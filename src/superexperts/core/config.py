@@ -1,0 +1,387 @@
+"""One frozen dataclass per command: the text under a field is also the option's help, and checks name the option."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from superexperts.core.config_surgery import PruneConfig
+from superexperts.core.console import is_shown
+from superexperts.core.settings import CheckpointConfig, ModelConfig, SeededConfig, ServerConfig, Switch
+from superexperts.core.settings import require as _require
+from superexperts.core.settings import require_device as _require_device
+from superexperts.core.settings import require_seed as _require_seed
+from superexperts.core.settings import require_sequences as _require_sequences
+from superexperts.core.settings import require_url as _require_url
+
+__all__ = [
+    "QUICK_LENGTH",
+    "TASKS",
+    "CheckpointConfig",
+    "EvaluateConfig",
+    "ExtractConfig",
+    "ModelConfig",
+    "PocketConfig",
+    "ProfileConfig",
+    "PruneConfig",
+    "SelectConfig",
+    "ServerConfig",
+    "identity",
+]
+
+TASKS = ("mmlu", "gsm8k", "arc_easy", "boolq", "medqa", "vmlu")
+"""The benchmarks of the result table, asked unless told otherwise."""
+MORE_TASKS = ("arc_challenge", "openbookqa")
+"""Benchmarks that can be asked as well."""
+
+# Where a result goes and how it is shown does not change what it is.
+NOT_IDENTITY = (
+    *("out", "json", "model", "experts", "data", "data_dir", "adapter", "silence", "profile", "like"),
+    *("base_url", "concurrency", "timeout", "retries"),
+    *("recipe", "eval_data", "checkpoint_steps", "resume", "report_to"),
+)
+
+
+def identity(config: Any, **contents: Any) -> dict[str, Any]:
+    """What a stage's result depends on: its options but paths, and the contents (hashes) that the paths lead to."""
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
+    return {"options": {name: str(value) for name, value in options.items()}, **contents}
+
+
+DEFAULT_JUDGE = "Qwen/Qwen2.5-32B-Instruct"
+"""The original project's."""
+
+QUICK_LENGTH = 64
+"""Tokens of a sequence of the quick look: attention sinks and with them super experts show on the first ones."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig(ModelConfig):
+    """Measure what every expert writes: peaks of |down_proj output| per (layer, expert), and which tokens it saw.
+
+    Example: superexperts profile pocket --corpus pocket --out runs/profile
+    """
+
+    corpus: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """`pocket`, one of the original's seven names, `multilingual-LANG`, a .txt / .jsonl / .jsonl.gz file, or a Hub
+    data set as OWNER/NAME[:CONFIG[:SPLIT]][@REVISION]; may be given several times. Default: pocket."""
+    column: str | None = None
+    """Column of a .jsonl file or Hub data set that holds the text; default: text."""
+    out: Path = Path("runs/profile")
+    """Folder for profile.json and the pictures."""
+    tokens: int = 16384
+    """Tokens per corpus, BOS of each sequence counted."""
+    seq_len: int = 512
+    """Tokens per sequence."""
+    batch_size: int = 8
+    """Sequences per forward pass."""
+    stream: Switch = False
+    """One decoder layer in memory at a time, the rest stays in the checkpoint; chosen by itself where the model would
+    not fit."""
+    quick: Switch = False
+    """A quick look: streamed, a few sequences of 64 tokens, more until the super experts stay the same; only experts
+    that some token reaches are read."""
+    activation_budget: float = 4.0
+    """GiB of hidden states that --stream keeps in memory between layers; past it they go to a file in --out."""
+    device_map: Literal["none", "auto"] = "none"
+    """`auto` spreads a model in memory over several GPUs."""
+    depth: float = 0.75
+    """Share of the layers that are run and that the criterion considers; 1.0 for all."""
+    statistic: Literal["all", "first"] = "all"
+    """Peaks of the criterion: over all tokens, or over the first one of each sequence that an expert sees."""
+    sinks: Switch = False
+    """Also measure the attention on the first token, with all experts and with the super experts silent."""
+    data_dir: Path | None = None
+    """Folder of local data files instead of the Hub; default: the environment's SUPEREXPERTS_DATA."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        _require_sequences(self.tokens, min(self.seq_len, QUICK_LENGTH) if self.quick else self.seq_len)
+        _require_device(self.device)
+        _require(self.batch_size >= 1, "--batch-size", self.batch_size, "is not positive; give at least 1")
+        _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
+        _require(
+            0 <= self.activation_budget < math.inf,
+            "--activation-budget",
+            self.activation_budget,
+            "is negative or no number; give GiB",
+        )
+        streamed = "--quick" if self.quick else "--stream"
+        _require(
+            not (self.sinks and (self.quick or self.stream)),
+            "--sinks",
+            True,
+            f"needs the model in memory; drop {streamed}",
+        )
+        _require(
+            self.device_map == "none" or not (self.quick or self.stream),
+            "--device-map",
+            self.device_map,
+            f"is for models in memory; drop {streamed}",
+        )
+
+
+SCORED = ("routed", "gate", "reap")
+RULES_OF = (
+    dict.fromkeys(("criterion", "percentile", "ratio", "depth"), ("super",))
+    | dict.fromkeys(("count", "share"), (*SCORED, "random"))
+    | {"lowest": SCORED, "like": (*SCORED, "random", "layers")}
+    | dict.fromkeys(("anywhere", "seed"), ("random",))
+)
+"""Options of `select` that only some rules read; another rule refuses them unless they are at their default."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Choose experts from a profile by a published rule, or at random as a control.
+
+    Example: superexperts select runs/profile --rule super --out runs/super.json
+    """
+
+    profile: Positional[Annotated[Path, tyro.conf.arg(metavar="PROFILE")]]
+    """profile.json, or the folder that holds it."""
+    rule: Literal["super", "routed", "gate", "reap", "random", "layers"] = "super"
+    """`super`: the paper's criterion; `routed`, `gate`, `reap`: the largest share of a layer's tokens, routing weights,
+    or REAP saliencies; `random`: a seeded control; `layers`: all routed experts of the layers of --like."""
+    criterion: Literal["paper", "reference"] = "paper"
+    """super: `reference` is the paper's code to the letter (first token of each sequence, floor division)."""
+    corpus: str | None = None
+    """Corpus of the profile; default: its only one, or the experts that the rule finds in every one."""
+    percentile: float = 99.5
+    """super: an expert's peak must be over this percentile of all considered peaks."""
+    ratio: float = 10.0
+    """super: and over the largest considered peak divided by this."""
+    depth: float = 0.75
+    """super: consider layers below round(depth x layers) only."""
+    count: int | None = None
+    """All but super: how many; for random the default is as many as --like has."""
+    share: float | None = None
+    """All but super: this share of each layer's routed experts instead, at least one a layer."""
+    lowest: Switch = False
+    """routed, gate, reap: the lowest scores instead, as one does to prune."""
+    like: str | None = None
+    """All but super: an expert set (file or inline) to take as many experts as, layer by layer; a random draw never
+    overlaps it."""
+    anywhere: Switch = False
+    """random: draw from every MoE layer instead of the layers of --like."""
+    seed: int = 0
+    """random: seed of the draw."""
+    out: Path = Path("runs/experts.json")
+    """File to write."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.percentile <= 100, "--percentile", self.percentile, "is out of range; give 0 to 100")
+        _require(0 < self.ratio < math.inf, "--ratio", self.ratio, "is not positive and finite; the paper's is 10")
+        _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
+        _require(self.count is None or self.count > 0, "--count", self.count, "is not positive; give at least 1")
+        _require(
+            self.share is None or 0 < self.share <= 1, "--share", self.share, "is out of range; give one in (0, 1]"
+        )
+        both = self.count is not None and self.share is not None
+        _require(not both, "--share", self.share, "excludes --count; give one of the two")
+        given = self.count is not None or self.share is not None or self.like is not None
+        if self.rule == "layers":
+            _require(given, "--like", self.like, "is missing for --rule layers; give an expert set")
+        elif self.rule != "super":
+            mend = f"is missing for --rule {self.rule}; give it, --share, or --like EXPERTS"
+            _require(given, "--count", self.count, mend)
+        if self.rule in SCORED:
+            several = (self.count, self.share, self.like).count(None) < 2
+            _require(not several, "--like", self.like, "excludes --count and --share; give one of the three")
+        for field in dataclasses.fields(self):
+            value, rules = getattr(self, field.name), RULES_OF.get(field.name, (self.rule,))
+            _require(
+                self.rule in rules or value == field.default,
+                f"--{field.name}",
+                value,
+                f"does nothing for --rule {self.rule}, only for {', '.join(rules)}; leave it out",
+            )
+        if self.anywhere:
+            _require(self.like is not None, "--anywhere", True, "is the default without --like; leave it out")
+            _require(self.share is None, "--anywhere", True, "does nothing with --share; leave it out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ServerConfig, SeededConfig):
+    """Ask a model, or a model with an adapter, the benchmarks' questions; answers are kept as they are given.
+
+    Example: superexperts evaluate pocket --data-dir pocket --tasks gsm8k,boolq --limit 50 --out runs/base
+
+    Example: superexperts evaluate NAME --engine api --base-url http://localhost:8000/v1 --tasks gsm8k --out runs/served
+    """
+
+    engine: Literal["hf", "vllm", "sglang", "api"] = "hf"
+    """What runs the model: transformers in this process, vLLM, SGLang, or an OpenAI-compatible server (`api`; MODEL is
+    then its name there)."""
+    base_url: str | None = None
+    """api: URL of the server, such as http://localhost:8000/v1; one that ends in /chat/completions is asked as a chat.
+    """
+    adapter: Path | None = None
+    """Adapter folder that `train` wrote."""
+    silence: str | None = None
+    """Experts (file or inline) that answer 0 in this run, as if their down_proj were pruned."""
+    tasks: str = ",".join(TASKS)
+    """Benchmarks, separated by commas; beside these: arc_challenge, openbookqa."""
+    protocol: Literal["generative", "loglikelihood"] = "generative"
+    """`generative`: zero-shot, free text, read by `extract`; `loglikelihood`: the harness's own few-shot tasks, the
+    most probable choice (GSM8K generates)."""
+    num_fewshot: int | None = None
+    """loglikelihood: examples before each question; default: 5 for mmlu, gsm8k and vmlu, 25 for arc_challenge, else 0.
+    """
+    split: Literal["default", "test"] = "default"
+    """`test`: VMLU's test rows, whose answers are not published; `extract` writes the file to submit."""
+    out: Path = Path("runs/evaluate")
+    """Folder for answers/."""
+    limit: int | None = None
+    """Items per benchmark, the first ones; default: all. A larger one asks only what is new."""
+    shuffle: Switch = False
+    """limit: a sample drawn with --seed instead of the first items."""
+    batch_size: int = 64
+    """Prompts per generation batch."""
+    max_new_tokens: int = 512
+    """Longest answer in tokens."""
+    perplexity: str | None = None
+    """Also measure the perplexity on this corpus (names as for profile)."""
+    column: str | None = None
+    """perplexity: column of a .jsonl file or Hub data set that holds the text; default: text."""
+    tokens: int = 16384
+    """perplexity: tokens of the corpus, BOS of each sequence counted."""
+    seq_len: int = 512
+    """perplexity: tokens per sequence."""
+    reference_windows: Switch = False
+    """perplexity: all of the corpus in windows as the paper's code cuts them (--seq-len 2048 there), with one BOS in
+    front of the first; --tokens does not count."""
+    variant: str = "base"
+    """Name of this variant in the answers."""
+    data_dir: Path | None = None
+    """Folder of local benchmark files instead of the Hub, or `pocket`; default: the environment's SUPEREXPERTS_DATA."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_seed(self.seed)
+        _require(is_shown(self.variant), "--variant", self.variant, "has characters that no terminal shows; rename it")
+        known = ",".join(TASKS + MORE_TASKS)
+        unknown = [task for task in self.task_names if task not in TASKS + MORE_TASKS]
+        _require(not unknown, "--tasks", ",".join(unknown), f"is unknown; choose from {known}")
+        _require(bool(self.task_names), "--tasks", self.tasks, f"names none; choose from {known}")
+        _require(self.limit is None or self.limit > 0, "--limit", self.limit, "is not positive; give at least 1")
+        shuffled = self.shuffle and self.limit is None
+        _require(not shuffled, "--shuffle", True, "does nothing when all items are asked; give --limit")
+        if self.protocol == "generative":
+            mend = "does nothing for --protocol generative, which shows no examples; leave it out"
+            _require(self.num_fewshot is None, "--num-fewshot", self.num_fewshot, mend)
+        else:
+            fits = self.num_fewshot is None or self.num_fewshot >= 0
+            _require(fits, "--num-fewshot", self.num_fewshot, "is negative; give 0 or more")
+            mend = "needs --engine hf, vllm or sglang: a server gives no log-probabilities of what it is asked"
+            _require(self.engine != "api", "--protocol", self.protocol, mend)
+        if self.split == "test":
+            unknown = [task for task in self.task_names if task != "vmlu"]
+            mend = f"is for vmlu only; {', '.join(unknown)} is asked with --split default, in a run of its own"
+            _require(not unknown, "--split", self.split, mend)
+        _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
+        _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
+        _require_sequences(self.tokens, self.seq_len)
+        mend = "does nothing without --perplexity; name a corpus there"
+        _require(self.perplexity is not None or not self.reference_windows, "--reference-windows", True, mend)
+        _require(self.perplexity is not None or self.column is None, "--column", self.column, mend)
+        _require_device(self.device)
+        both = self.adapter is not None and self.silence is not None
+        _require(not both, "--silence", self.silence, "excludes --adapter; merge the adapter into a checkpoint first")
+        missing = self.engine == "api" and self.base_url is None
+        _require(not missing, "--base-url", self.base_url, "is missing for --engine api; give the server's URL")
+        if self.base_url is not None:
+            _require(self.engine == "api", "--base-url", self.base_url, f"excludes --engine {self.engine}; give api")
+            _require_url("--base-url", self.base_url)
+        if self.engine != "hf":
+            mend = f"needs --engine hf, not {self.engine}"
+            _require(self.silence is None, "--silence", self.silence, f"{mend}; or prune and serve that checkpoint")
+            _require(self.adapter is None, "--adapter", str(self.adapter), f"{mend}; or merge it into a checkpoint")
+            _require(self.perplexity is None, "--perplexity", self.perplexity, f"{mend}; leave it out")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The benchmarks, in the order given, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractConfig(ServerConfig):
+    """Read what each raw answer commits to; what cannot be read is counted, shown, and wrong.
+
+    Example: superexperts extract runs/base
+
+    Example: superexperts extract runs/base --judge all --judge-base-url http://localhost:8000/v1
+    """
+
+    folder: Positional[Annotated[Path | None, tyro.conf.arg(metavar="DIR")]] = None
+    """Folder with answers/, which gets extractions/ and scores.json."""
+    audit: Path | None = None
+    """Measure the extraction itself instead, on labelled generations (JSONL)."""
+    judge: str = "off"
+    """Model that reads what the rules cannot: checkpoint folder, Hub name, or its name on --judge-base-url's server;
+    `left` and `all`: Qwen/Qwen2.5-32B-Instruct, with that --judge-scope. It never sees the right answer."""
+    judge_scope: Literal["left", "all"] | None = None
+    """judge: read what the rules left unparsed, or every answer, the rules then being only compared with; default:
+    left."""
+    judge_base_url: str | None = None
+    """judge: URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: a model in this process."""
+    judge_engine: Literal["hf", "vllm", "sglang"] = "hf"
+    """judge in this process: what runs it, as for evaluate."""
+    batch_size: int = 8
+    """judge in this process: answers per batch."""
+    device: str = "auto"
+    """judge in this process: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """judge in this process: weights in memory, as for evaluate."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.folder is not None or self.audit is not None
+        _require(given, "DIR", self.folder, "is missing; give the folder, or --audit FILE")
+        both = self.folder is not None and self.audit is not None
+        _require(not both, "--audit", str(self.audit), "excludes DIR; give one of the two")
+        _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
+        _require(bool(self.judge), "--judge", self.judge, "names no model; give one, or off")
+        if self.judge in ("left", "all"):
+            mend = f"is not that of --judge {self.judge}; leave one of the two out"
+            _require(self.judge_scope in (None, self.judge), "--judge-scope", self.judge_scope, mend)
+            object.__setattr__(self, "judge_scope", self.judge)
+            object.__setattr__(self, "judge", DEFAULT_JUDGE)
+        for option, value, default in (
+            ("--judge-scope", self.judge_scope, None),
+            ("--judge-base-url", self.judge_base_url, None),
+            ("--judge-engine", self.judge_engine, "hf"),
+        ):
+            _require(self.judge != "off" or value == default, option, value, "needs a judge; give --judge MODEL")
+        if self.judge_base_url is not None:
+            _require_url("--judge-base-url", self.judge_base_url)
+            mend = "excludes --judge-base-url, whose server runs the judge; leave one of the two out"
+            _require(self.judge_engine == "hf", "--judge-engine", self.judge_engine, mend)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PocketConfig:
+    """Write the embedded model as an ordinary checkpoint folder, and its benchmark files if asked.
+
+    Example: superexperts pocket --out runs/pocket
+    """
+
+    out: Path
+    """Folder of the checkpoint."""
+    data: Path | None = None
+    """Also write the pocket world's benchmark, training and corpus files here."""
+    json: Switch = False
+    """Print the result as JSON."""

@@ -1,0 +1,327 @@
+"""The run folder: whole files or none, a manifest with hashes, and stages that run once for the same input."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from superexperts.core.errors import DataError, OutputError
+
+__all__ = [
+    "changed_outputs",
+    "completed",
+    "digest",
+    "fingerprint",
+    "input_key",
+    "new_folder",
+    "prepare_folder",
+    "read_json",
+    "write_bytes",
+    "write_json",
+    "write_manifest",
+    "write_text",
+]
+
+MANIFEST = "manifest.json"
+MANIFEST_SCHEMA = "superexperts/manifest/1"
+PACKAGES = ("superexperts", "torch", "transformers", "peft", "trl", "lm_eval", "datasets", "accelerate")
+TEMPORARY, NEW, OLD = ".tmp", ".new", ".old"
+"""End the hidden names `.NAME.XXXXXXXX.tmp` of a file that is being written, `.new` of a folder that is, and `.old` of
+the folder that makes room for it. A killed run leaves them, and a later one clears them away."""
+WHOLE_FILE_HASH = 64 * 2**20  # larger files are hashed by size, time stamp and both ends: shards are gigabytes
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes `data` under a temporary name, syncs it to disk and renames it to `path`: whole or not at all.
+
+    What a killed process left of the same file is removed.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _settle(path)
+        handle, temporary = _temporary(path, TEMPORARY)
+    except OSError as error:
+        raise OutputError(f"--out: cannot write to {path.parent} ({error.strerror}); choose another folder") from error
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+            raise OutputError(f"--out: cannot write {path} ({reason}); make room or choose another path") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for UTF-8 text; a lone surrogate from a model's output is written as its escape."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` for JSON with one final newline; NaN is refused, since no other reader takes it."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Reads a JSON file; `what` names the option or the artifact in the error."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{what}: cannot read {path} ({error.strerror}); check the path") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is one that json does not name
+        raise DataError(f"{what}: {path} is not valid JSON ({error}); write it again") from error
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, or of all files below a folder with their names.
+
+    Files over 64 MiB count by size, time stamp and their first and last MiB. Manifests and hidden files are left out:
+    they say when something was made, not what it is.
+    """
+    if not path.exists():
+        raise DataError(f"{path} is missing; check the path")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    parts: list[list[str | int]] = []
+    for file in files:
+        name = "" if file == path else str(file.relative_to(path))
+        if file.name == MANIFEST or any(part.startswith(".") for part in Path(name).parts):
+            continue
+        stat = file.stat()
+        with file.open("rb") as stream:
+            if stat.st_size <= WHOLE_FILE_HASH:
+                parts.append([name, hashlib.file_digest(stream, "sha256").hexdigest()])
+            else:
+                sha = hashlib.sha256(stream.read(2**20))
+                stream.seek(-(2**20), os.SEEK_END)
+                sha.update(stream.read())
+                parts.append([name, stat.st_size, stat.st_mtime_ns, sha.hexdigest()])
+    return digest(parts)
+
+
+def prepare_folder(folder: Path, option: str = "--out") -> Path:
+    """Makes `folder` and proves that it can be written, before any work is done for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{option}: cannot write to {folder} ({reason}); choose another folder") from error
+    return folder
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, command: str, option: str = "--out", *, synced: bool = True) -> Iterator[Path]:
+    """Yields a temporary sibling of `folder` that takes its place when the block ends well, and vanishes otherwise.
+
+    A folder that is already there is replaced only if it is empty or if its manifest says that the same command made
+    it, so that nothing of the user's is lost. What killed runs left beside it is cleared away first. Unless `synced`,
+    nobody waits until the disk has files that were not written by `write_bytes`: a kill leaves nothing half, a loss of
+    power soon afterwards may.
+    """
+    folder = folder.resolve() if folder.is_symlink() else folder
+    _settle(folder)
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _made_by(folder, command))):
+        raise OutputError(f"{option}: {folder} exists and was not made by `{command}`; choose another folder")
+    parent_is_ours = not folder.parent.exists()
+    prepare_folder(folder.parent, option)
+    handle, temporary = _temporary(folder, NEW)
+    temporary.chmod(0o755)
+    outgoing = temporary.with_suffix(OLD)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            # A linked file is another folder's as well, and not to be touched.
+            if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
+                file.chmod(0o644)  # some libraries write what only the owner can read
+                if synced:
+                    with file.open("rb") as stream:
+                        os.fsync(stream.fileno())
+        if folder.exists():
+            with _held(folder):
+                folder.replace(outgoing)
+                temporary.replace(folder)
+            shutil.rmtree(outgoing, ignore_errors=True)
+        else:
+            temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if outgoing.exists() and not folder.exists():
+            outgoing.replace(folder)
+        if parent_is_ours:
+            with contextlib.suppress(OSError):  # a command may have left there what it goes on from
+                folder.parent.rmdir()
+        raise
+    finally:
+        os.close(handle)
+
+
+def _temporary(target: Path, ending: str) -> tuple[int, Path]:
+    """Makes a hidden file (.tmp) or folder beside `target`; its descriptor holds the lock that `_settle` respects."""
+    while True:
+        prefix = f".{target.name}."
+        if ending == TEMPORARY:
+            handle, name = tempfile.mkstemp(ending, prefix, target.parent)
+        else:
+            name = tempfile.mkdtemp(ending, prefix, target.parent)
+            try:
+                handle = os.open(name, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+        _lock(handle)
+        if os.path.lexists(name):
+            return handle, Path(name)
+        os.close(handle)  # another process took it, before it was locked, for what a dead one left
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Locks `folder`, under whatever name it goes on to have."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    # A file system without locks refuses `_settle` as well, so that nothing is taken from anybody.
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_SH)
+
+
+def _settle(target: Path) -> None:
+    """Clears away what killed processes left beside `target`, and puts an older `target` back that one of them had
+    moved away and not yet replaced. What a living process is at work on is locked, and stays."""
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(tmp|new|old)")
+    found: list[Path] = []
+    with contextlib.suppress(OSError):  # there is no such folder
+        found = [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
+    for path in found:
+        with contextlib.suppress(OSError):  # locked, gone meanwhile, or not to be changed by this user
+            _clear(path, target)
+
+
+def _clear(path: Path, target: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.suffix == OLD and not target.exists():
+            path.replace(target)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    finally:
+        os.close(handle)
+
+
+def _made_by(folder: Path, command: str) -> bool:
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest = read_json(folder / MANIFEST, "manifest")
+    return isinstance(manifest, dict) and manifest.get("command") == command
+
+
+def write_manifest(
+    folder: Path, command: str, inputs: Mapping[str, Any], outputs: list[str], seconds: float, **more: Any
+) -> None:
+    """Writes `manifest.json`, last of all: its presence with the same `inputs` says that the stage is complete."""
+    write_json(
+        folder / MANIFEST,
+        {
+            "schema": MANIFEST_SCHEMA,
+            "command": command,
+            "key": input_key(command, inputs),
+            "inputs": dict(inputs),
+            "outputs": {name: fingerprint(folder / name) for name in outputs},
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 1),
+            **more,
+        },
+    )
+
+
+def input_key(command: str, inputs: Mapping[str, Any]) -> str:
+    """What must be equal for a result to stand: the inputs, and this package's own sources."""
+    return digest([command, dict(inputs), _sources()])
+
+
+@functools.cache
+def _sources() -> str:
+    """Digest of the package's modules and task files: a mended prompt or rule makes old results old."""
+    here = Path(__file__).parents[1]
+    files = sorted([*here.rglob("*.py"), *here.rglob("*.yaml")])
+    return digest([[str(file.relative_to(here)), fingerprint(file)] for file in files])
+
+
+def completed(folder: Path, command: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether `folder` holds this command's result for these very inputs, with every output unchanged.
+
+    What killed runs left beside it is cleared away first: one may have been killed between moving an older result away
+    and putting its own in that place.
+    """
+    _settle(folder)
+    manifest_path = folder / MANIFEST
+    if not manifest_path.is_file():
+        return False
+    manifest = read_json(manifest_path, "manifest")
+    if not isinstance(manifest, dict) or manifest.get("key") != input_key(command, inputs):
+        return False
+    return not changed_outputs(folder)
+
+
+def changed_outputs(folder: Path) -> list[str]:
+    """The outputs named in `folder`'s manifest, relative to it, that are missing or not as they were written."""
+    manifest = read_json(folder / MANIFEST, "manifest")
+    if not isinstance(manifest, dict) or manifest.get("schema") != MANIFEST_SCHEMA:
+        raise DataError(f"manifest: {folder / MANIFEST} was not written by superexperts; give a folder that it wrote")
+    outputs: dict[str, str] = manifest["outputs"]
+    return [name for name, sha in outputs.items() if not (folder / name).exists() or fingerprint(folder / name) != sha]
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a number can depend on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of this package's source tree, None when it was installed from a wheel."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # A wheel in an environment inside somebody else's repository is not that repository's commit.
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=False)
+        done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() if tracked.returncode == done.returncode == 0 else None

@@ -1,0 +1,136 @@
+"""What several commands' settings share: how a model is named and run, how a server is asked, and the checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import tyro
+from tyro.conf import Positional
+
+from superexperts.core.errors import OptionError
+
+__all__ = [
+    "CheckpointConfig",
+    "ModelConfig",
+    "SeededConfig",
+    "ServerConfig",
+    "Switch",
+    "require",
+    "require_device",
+    "require_sequences",
+    "require_url",
+    "typed",
+]
+
+Switch = tyro.conf.FlagCreatePairsOff[bool]
+"""An option without a value: --json, with no --no-json beside it."""
+
+
+def require(condition: bool, option: str, value: object, mend: str) -> None:
+    if not condition:
+        raise OptionError(f"{option}: {value!r} {mend}")
+
+
+def typed(value: Any, hint: Any) -> Any:
+    """A YAML value as an option of type `hint` has it; `ValueError` says what it is not.
+
+    YAML 1.1 takes 1e-4 for text, so a number may come as text.
+    """
+    if get_origin(hint) in (Union, UnionType):
+        if value is None:
+            return None
+        (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{value!r} is unknown; choose from {', '.join(map(str, get_args(hint)))}")
+        return value
+    if hint in (int, float) and not isinstance(value, bool):
+        number = _number(value)
+        if isinstance(number, int | float) and (hint is float or float(number).is_integer()):
+            return hint(number)
+    elif isinstance(value, str) and hint in (str, Path):
+        return hint(value)
+    elif hint is bool and isinstance(value, bool):
+        return value
+    wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
+    raise ValueError(f"{value!r} is not {wanted}; mend it")
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def require_sequences(tokens: int, seq_len: int) -> None:
+    require(seq_len >= 2, "--seq-len", seq_len, "is too short; give at least 2")
+    require(tokens >= seq_len, "--tokens", tokens, f"is under one sequence of {seq_len}; give more")
+
+
+def require_device(device: str) -> None:
+    # torch knows it as a device, of which nothing can be computed.
+    require(device.partition(":")[0] != "meta", "--device", device, "holds no values; use cpu or auto")
+
+
+def require_seed(seed: int) -> None:
+    require(0 <= seed < 2**32, "--seed", seed, "is out of range; give 0 to 4294967295")
+
+
+def require_url(option: str, url: str) -> None:
+    good = url.startswith(("http://", "https://"))
+    require(good, option, url, "is no URL; give one like http://localhost:8000/v1")
+    # A URL goes into manifests and messages.
+    require("@" not in url, option, url.rpartition("@")[2], "holds a password; give that as OPENAI_API_KEY instead")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Which checkpoint; shared by the commands that read one."""
+
+    model: Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]] = "pocket"
+    """Checkpoint folder, Hub name, or `pocket` for the embedded one."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; a commit makes a run repeatable."""
+    trust_remote_code: Switch = False
+    """Run Python code that comes with the checkpoint. Only for checkpoints that you trust."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(CheckpointConfig):
+    """How a model is loaded and run; shared by the commands that run one."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights in memory; `auto` is the checkpoint's own on a GPU or streamed, and float32 on a CPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeededConfig(ModelConfig):
+    """A model that is run with something random; shared by the commands that draw."""
+
+    seed: int = 0
+    """Seed of everything random in this command."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How an OpenAI-compatible server is asked; shared by the commands that can ask one."""
+
+    concurrency: int = 8
+    """api: requests at a time."""
+    timeout: float = 300
+    """api: seconds that one request may take."""
+    retries: int = 3
+    """api: how often a request that failed is made again, after 1 to 10 seconds."""
+
+    def __post_init__(self) -> None:
+        require(self.concurrency > 0, "--concurrency", self.concurrency, "is not positive; give at least 1")
+        finite = 0 < self.timeout < math.inf
+        require(finite, "--timeout", self.timeout, "is not positive and finite; give some seconds")
+        require(self.retries >= 0, "--retries", self.retries, "is negative; give 0 or more")

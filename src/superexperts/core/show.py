@@ -1,0 +1,264 @@
+"""What a command's result looks like in a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from superexperts.core.console import stdout
+from superexperts.core.types import key_name
+from superexperts.studies.show import show_plan, show_status
+
+__all__ = ["show"]
+
+MOST_ROWS = 20
+"""Of a comparison's tables in a terminal."""
+
+
+def show(command: str, result: dict[str, Any]) -> None:
+    """Prints a command's result for a person; model output goes through `ascii` and `Text`."""
+    if command == "profile":
+        _show_profile(result)
+    elif command == "select":
+        for row in result["experts"]:
+            score = "" if row["score"] is None else f"  {row['score']:.4g}"
+            stdout.print(f"{key_name((row['layer'], row['expert']))}{score}")
+    elif command == "prune":
+        told = {"zero": "", "mean": " to their mean outputs", "remove": ", which are gone"}[result["mode"]]
+        stdout.print(f"pruned {', '.join(result['pruned'])}{told}", soft_wrap=True)
+    elif command == "restore":
+        stdout.print(f"undone: {result['undone']}; the files of {result['base']}", soft_wrap=True, markup=False)
+    elif command == "compare":
+        _show_compare(result)
+    elif command == "train":
+        stdout.print(
+            f"trained {result['trainable_parameters']:,} parameters on {result['rows']:,} rows; "
+            f"the adapter changes logits by up to {result['max_logit_change']:.3g} (KL {result['kl']:.3g} nats)"
+        )
+    elif command == "export":
+        stdout.print(f"{result['format']}: {result['keys']:,} tensors, {result['bytes']:,} bytes", soft_wrap=True)
+        if "max_lora_rank" in result:
+            stdout.print(f"vLLM needs --enable-lora --max-lora-rank {result['max_lora_rank']}", soft_wrap=True)
+    elif command == "import":
+        stdout.print(f"layout {result['layout']}: {result['why']}", soft_wrap=True)
+        count = len(result["experts"])
+        stdout.print(f"{count} expert{'s' * (count != 1)}, rank {result['r']}", soft_wrap=True)
+    elif command == "check-adapter":
+        _show_check(result)
+    elif command == "evaluate":
+        for task, items in result["tasks"].items():
+            stdout.print(f"{task}: {items} answers")
+        if result["perplexity"] is not None:
+            interval = result["perplexity_interval"]
+            told = f" (95%: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+            stdout.print(f"perplexity: {result['perplexity']:.3f}{told}")
+    elif command == "extract" and "scores" in result:
+        _show_scores(result)
+        if "judge" in result:
+            _show_judge(result["judge"])
+    elif command == "extract":
+        _show_audit(result)
+    elif command == "status":
+        show_status(result)
+    elif command == "study" and "written" in result:
+        stdout.print(f"wrote {result['written']}", soft_wrap=True, markup=False)
+    elif command == "study" and "plan" in result:
+        show_plan(result["plan"])
+    elif command == "study":
+        from superexperts.reports.report import (
+            print_table,  # here, so that the other commands do not wait for what draws
+        )
+
+        print_table(result["results"], stdout)
+        stdout.print(f"report: {result['report']}", soft_wrap=True)
+    elif command == "push":
+        _show_push(result)
+    if "out" in result and command != "study":
+        stdout.print(f"in {result['out']}", soft_wrap=True)
+
+
+def _show_profile(result: dict[str, Any]) -> None:
+    peak = "output_max" if result["statistic"] == "all" else "first_token_output_max"
+    for name, corpus in result["corpora"].items():
+        found = {tuple(key) for key in corpus["super"]}
+        told = f"{len(found)} super expert{'s' * (len(found) != 1)}; experts reached by no token: {corpus['unreached']}"
+        if corpus["stable"] is not None:
+            told += f"; {'the same' if corpus['stable'] else 'not the same'} over the last rounds of the quick look"
+        if result["layers_run"] < result["num_layers"]:
+            told += f"; layers 0 to {result['layers_run'] - 1} of {result['num_layers']} were run (--depth)"
+        title = f"peaks of |down_proj output|: {result['model']} on {name}, {corpus['tokens']:,} tokens"
+        table = Table(title=title)
+        for column in ("expert", "peak", "channel", "position", "token", "tokens routed", "super"):
+            table.add_column(column, justify="left" if column in ("expert", "token", "super") else "right")
+        for row in corpus["top"]:
+            key = (row["layer"], row["expert"])
+            table.add_row(
+                key_name(key),
+                f"{row[peak]:.4g}",
+                str(row["channel"]),
+                str(row["position"]),
+                Text(ascii(row["token"])),
+                f"{row['tokens']:,}",
+                "yes" if key in found else "",
+            )
+        stdout.print(table)
+        stdout.print(told, soft_wrap=True)
+    if result["sinks"] is not None:
+        for row in result["sinks"]["layers"]:
+            before, after = (100 * sum(row[side]) / len(row[side]) for side in ("before", "after"))
+            decay = "no head has a sink" if row["decay"] is None else f"decay (D_sink) {100 * row['decay']:.1f}%"
+            told = f"{before:.1f}% of attention on the first token, {after:.1f}% without them"
+            stdout.print(f"layer {row['layer']}: {told}; {decay}", soft_wrap=True)
+    if result["stability"] is not None:
+        _show_stability(result["stability"])
+
+
+def _show_compare(result: dict[str, Any]) -> None:
+    counts = ", ".join(f"{number:,} {status}" for status, number in result["parts"].items() if number)
+    stdout.print(f"{result['a']} and {result['b']}: {counts}", soft_wrap=True, markup=False)
+    rest = [row for row in result["differences"] if row["expert"] is None]
+    for title, first, rows in (
+        ("experts", "expert", result["experts"]),
+        ("other tensors", "key", rest),
+    ):
+        if not rows:
+            continue
+        table = Table(title=title)
+        for column in (first, "status", "relative norm", "max change", "cosine", "elements changed"):
+            table.add_column(column, justify="left" if column in (first, "status") else "right", overflow="fold")
+        for row in rows[:MOST_ROWS]:
+            status = row["status"] if first == "key" else ", ".join(row["statuses"])
+            norm, cosine = ("" if row[name] is None else f"{row[name]:.4g}" for name in ("relative_norm", "cosine"))
+            share = f"{100 * row['share_changed']:.2f}%"
+            table.add_row(Text(ascii(row[first])[1:-1]), status, norm, f"{row['max_change']:.4g}", cosine, share)
+        stdout.print(table)
+        if len(rows) > MOST_ROWS:
+            stdout.print(f"and {len(rows) - MOST_ROWS:,} more {title}; --json or --out has all")
+    if result["config"]:
+        stdout.print(f"config.json differs in {', '.join(map(ascii, result['config']))}", soft_wrap=True, markup=False)
+    if result["expected_but_identical"]:
+        stdout.print(f"expected, but identical: {', '.join(result['expected_but_identical'])}", soft_wrap=True)
+    if result["failed"] is not None:
+        stdout.print(f"NOT AS EXPECTED: {result['failed']}", soft_wrap=True, markup=False)
+
+
+def _show_check(result: dict[str, Any]) -> None:
+    if "differ" in result:
+        told = f"{result['differ']:,} of {result['prompts']:,} continuations of {result['corpus']} differ"
+        stdout.print(f"{told} as {result['adapter']}", soft_wrap=True, markup=False)
+        return
+    share = "" if result["probe_share"] is None else f"; {100 * result['probe_share']:.1f}% reach an adapted expert"
+    stdout.print(f"{result['keys']:,} keys, each in its place", soft_wrap=True)
+    stdout.print(f"{result['probe_tokens']:,} probe tokens of {result['corpus']}{share}", soft_wrap=True, markup=False)
+    for name, tokens in result["probe_experts"].items():
+        stdout.print(f"{name}: {tokens:,} tokens")
+    stdout.print(f"logits change by up to {result['max_logit_change']:.3g} (KL {result['kl']:.3g} nats)")
+
+
+def _show_push(result: dict[str, Any]) -> None:
+    def line(text: str) -> None:
+        stdout.print(text, soft_wrap=True, markup=False)
+
+    if result["dry_run"]:
+        for file in result["files"]:
+            line(f"{file['bytes']:>13,}  {file['path']}")
+    told = f"{len(result['files'])} files, {result['bytes']:,} bytes"
+    if result["dry_run"]:
+        line(f"{told} for the {result['repo_type']} repository {result['repo']}; nothing was sent (--dry-run)")
+        return
+    if result["others"]:
+        others = ", ".join(map(ascii, result["others"]))
+        line(f"left as they are, since this folder has none of that name: {others}")
+    line(f"{told} in {result['url']}" if result["changed"] else f"{result['url']} has all {told} already")
+    line(f"commit {result['commit']}")
+
+
+def _show_stability(result: dict[str, Any]) -> None:
+    table = Table(title="super experts, corpus by corpus")
+    table.add_column("expert")
+    for name in result["corpora"]:
+        table.add_column(Text(name), justify="right")
+    for row in result["super"]:
+        marks = [
+            f"{row['peaks'][name]:.4g}" + ("" if name in row["corpora"] else " (no)") for name in result["corpora"]
+        ]
+        table.add_row(row["expert"], *marks)
+    stdout.print(table)
+    for pair in result["pairs"]:
+        jaccard, rank = (
+            "none" if value is None else f"{value:.2f}" for value in (pair["jaccard"], pair["rank_correlation"])
+        )
+        one, two = pair["corpora"]
+        stdout.print(f"{one} and {two}: Jaccard {jaccard}, rank correlation of all peaks {rank}", markup=False)
+
+
+def _show_audit(result: dict[str, Any]) -> None:
+    table = Table(caption="accuracy: right, and rightly empty, over all", box=SIMPLE, padding=0)
+    for column in ("", "items", "right", "empty", "wrong", "missed", "invented", "accuracy", "95% interval"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)  # a row fits into 80 columns
+    sections = [("all", result["all"]), *result["kinds"].items(), *(result["rules"].items())]
+    if result["judge"] is not None:
+        judge = result["judge"]
+        sections += [("judge", judge["all"]), *((f"judge {kind}", row) for kind, row in judge["kinds"].items())]
+        sections.append(("rules + judge", judge["together"]))
+    for name, row in sections:
+        counts = [str(row[column]) for column in ("items", "right", "empty", "wrong", "missed", "invented")]
+        interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+        table.add_row(name, *counts, f"{100 * row['accuracy']:.2f}", interval)
+    stdout.print(table)
+    for row in result["not_right"]:
+        stdout.print(Text(ascii(f"{row['id']}: {row['label']} read as {row['extracted']} ({row['rule']})")))
+    if result["judge"] is not None:
+        _show_judge(result["judge"])
+
+
+def _show_judge(result: dict[str, Any]) -> None:
+    told = [f"judge {result['model']!a}: asked {result['asked']:,}, named an answer in {result['committed']:,}"]
+    told.append(f"none in {result['none']:,}, unreadable {result['unreadable']:,}")
+    stdout.print(Text(", ".join(told)), soft_wrap=True)
+    found = result["agreement"]
+    if found is not None:
+        interval = f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"
+        told = [f"{name.replace('_', ' ')} {found[name]}" for name in ("differ", "rules_only", "judge_only")]
+        share = f"agrees with the rules on {100 * found['share']:.2f}% of {found['items']:,} ({interval})"
+        stdout.print(Text(f"judge {share}; {', '.join(told)}"), soft_wrap=True)
+
+
+def _show_scores(result: dict[str, Any]) -> None:
+    table = Table()
+    for column in ("benchmark", "variant", "items", "accuracy", "95% interval", "unparsed"):
+        table.add_column(column, justify="left" if column in ("benchmark", "variant") else "right")
+    for row in result["scores"]:
+        table.add_row(
+            Text(row["task"]),
+            Text(row["variant"]),
+            str(row["items"]),
+            f"{100 * row['accuracy']:.2f}",
+            f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+            f"{row['unparsed']} ({100 * row['unparsed'] / row['items']:.1f}%)",
+        )
+    if result["scores"]:
+        stdout.print(table)
+    for row in result.get("normalized", []):
+        stdout.print(f"{row['task']}, by log-probability per character (acc_norm): {100 * row['accuracy']:.2f}")
+    for row in result.get("subjects", []):
+        groups = "".join(
+            f"; {group} {100 * found['accuracy']:.2f} ({100 * found['macro']:.2f})"
+            for group, found in row["groups"].items()
+        )
+        stdout.print(
+            f"{row['task']}, {len(row['subjects'])} subjects, mean over items (over subjects): "
+            f"{100 * row['accuracy']:.2f} ({100 * row['macro']:.2f}){groups}",
+            soft_wrap=True,
+            markup=False,
+        )
+    for row in result.get("ungraded", []):
+        stdout.print(
+            f"{row['task']}: {row['items']} answers without gold answers, no accuracy; {row['unparsed']} unparsed; "
+            f"to submit: extractions/{row['submission']}",
+            soft_wrap=True,
+            markup=False,
+        )

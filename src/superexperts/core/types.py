@@ -1,0 +1,369 @@
+"""The nouns that travel between stages: frozen, plain, and each with `to_json` / `from_json`.
+
+Profile -> ExpertSet -> Variant (a checkpoint or an adapter folder)      Answer -> Extraction -> Score
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from superexperts.core.console import is_shown, note
+from superexperts.core.errors import DataError, ExpertsError
+from superexperts.core.runs import read_json
+
+__all__ = [
+    "Answer",
+    "CorpusProfile",
+    "ExpertKey",
+    "ExpertSet",
+    "ExpertStats",
+    "Extraction",
+    "Profile",
+    "Score",
+    "chosen_experts",
+]
+
+Statistic = Literal["all", "first"]
+ExpertId = int | Literal["shared"]
+ExpertKey = tuple[int, ExpertId]
+"""(layer, expert): the 0-based number of the decoder layer, dense layers counted, and the expert's index in its bank,
+or "shared" for the layer's shared expert(s)."""
+
+PROFILE_SCHEMA = "superexperts/profile/1"
+EXPERTS_SCHEMA = "superexperts/experts/1"
+
+
+def key_order(key: ExpertKey) -> tuple[int, int]:
+    """Sorts experts by layer, routed ones by index, the shared one last."""
+    layer, expert = key
+    return layer, 2**31 if expert == "shared" else expert
+
+
+def key_name(key: ExpertKey) -> str:
+    """`(2, 54)` -> `L2E54`, `(8, "shared")` -> `L8shared`."""
+    layer, expert = key
+    return f"L{layer}shared" if expert == "shared" else f"L{layer}E{expert}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertStats:
+    """What one expert did on one corpus."""
+
+    layer: int
+    expert: ExpertId
+    tokens: int = 0
+    """Tokens routed to the expert; padding is never counted."""
+    output_max: float = 0.0
+    """Largest |down_proj output| over tokens and channels (arXiv 2507.23279, Eq. 8's a[l,e]); 0.0 without tokens."""
+    channel: int | None = None
+    """Hidden channel of that peak; None without tokens, as the next two."""
+    position: int | None = None
+    """Position of the peak's token in its sequence, BOS being 0."""
+    token_id: int | None = None
+    """Vocabulary id of the peak's token."""
+    first_token_output_max: float = 0.0
+    """The same over the first token of each sequence that the router sent to the expert, and over all tokens for a
+    shared expert: what the paper's reference profiler records, whose hook reads `output[0]`."""
+    input_max: float = 0.0
+    """Largest |input of down_proj|; its place follows."""
+    input_channel: int | None = None
+    input_position: int | None = None
+    input_token_id: int | None = None
+    gate_sum: float = 0.0
+    """Sum of the routing weights over the expert's tokens; a shared expert's weight is 1."""
+    reap: float = 0.0
+    """Mean over the expert's tokens of routing weight x L2 norm of the down_proj output: REAP's saliency
+    (arXiv 2510.13999, Eq. 9)."""
+    token_share: float | None = 0.0
+    """Share of the tokens that went to its layer's routed experts, counted once for each expert: ESFT's token selection
+    ratio (arXiv 2407.01906, Eq. 9) and MoE-Sieve's count. None for a shared expert, as the next one."""
+    gate_share: float | None = 0.0
+    """Share of the sum of its layer's routing weights: ESFT's average gate score (Eq. 8), up to normalisation."""
+
+    @property
+    def key(self) -> ExpertKey:
+        """(layer, expert)."""
+        return self.layer, self.expert
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusProfile:
+    """One corpus's section of a profile; experts in the order of `key_order`."""
+
+    tokens: int
+    """Tokens that were run through the model, padding left out."""
+    experts: tuple[ExpertStats, ...]
+    stable: bool | None = None
+    """Of a quick look: whether the super experts stayed the same over its last rounds; None for a full profile."""
+
+
+CRITERION_DEPTH = 0.75
+"""Super experts are looked for in the first three quarters of the layers (arXiv 2507.23279)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """`profile.json`: per corpus, per (layer, expert) statistics."""
+
+    model: str
+    num_layers: int
+    """Decoder layers, dense ones counted."""
+    depth: float = 1.0
+    """Share of the layers that were run: those below round(depth x num_layers)."""
+    statistic: Statistic = "all"
+    """Which peaks the criterion is about: `output_max` ("all") or `first_token_output_max` ("first")."""
+    corpora: Mapping[str, CorpusProfile]
+
+    @property
+    def criterion_depth(self) -> float:
+        """Share of the layers in which the paper's criterion looks for super experts, if so many were run."""
+        return min(CRITERION_DEPTH, self.depth)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value with the schema's name."""
+        return {"schema": PROFILE_SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Profile:
+        """The inverse of `to_json`; `DataError` for anything else."""
+        _check_schema(value, PROFILE_SCHEMA, "PROFILE")
+        try:
+            corpora = {
+                name: CorpusProfile(
+                    tokens=section["tokens"],
+                    experts=tuple(ExpertStats(**_own_fields(ExpertStats, row)) for row in section["experts"]),
+                    stable=section.get("stable"),
+                )
+                for name, section in value["corpora"].items()
+            }
+            if not corpora:
+                raise DataError("PROFILE: it has no corpus; profile again")
+            return cls(
+                model=value["model"],
+                num_layers=value["num_layers"],
+                depth=value["depth"],
+                statistic=value["statistic"],
+                corpora=corpora,
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"PROFILE: a field is missing or wrong ({error}); profile again") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Reads `profile.json`, or the one in a folder."""
+        return cls.from_json(read_json(path / "profile.json" if path.is_dir() else path, "PROFILE"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertSet:
+    """`experts.json`: the chosen experts, the rule that chose them, and a score each (None where a rule has none)."""
+
+    model: str
+    rule: Mapping[str, Any]
+    experts: tuple[ExpertKey, ...]
+    scores: tuple[float | None, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value with the schema's name."""
+        rows = [
+            {"layer": layer, "expert": expert, "score": score}
+            for (layer, expert), score in zip(self.experts, self.scores, strict=True)
+        ]
+        return {"schema": EXPERTS_SCHEMA, "model": self.model, "rule": dict(self.rule), "experts": rows}
+
+    @classmethod
+    def from_json(cls, value: Any) -> ExpertSet:
+        """Reads our own file, or the upstream profiler's `Super Experts Report.json` (a list of
+        `{"layer_index", "expert_index", "output_max", "rank"}`, indices as strings or numbers)."""
+        try:
+            if isinstance(value, list):
+                rows = [(int(r["layer_index"]), _expert_id(r["expert_index"]), float(r["output_max"])) for r in value]
+                return cls._from_rows("", {"name": "upstream report"}, rows)
+            _check_schema(value, EXPERTS_SCHEMA, "--experts")
+            rows = [(int(r["layer"]), _expert_id(r["expert"]), r["score"]) for r in value["experts"]]
+            return cls._from_rows(value["model"], value["rule"], rows)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ExpertsError | DataError):
+                raise
+            raise ExpertsError(f"--experts: a field is missing or wrong ({error}); select again") from error
+
+    @classmethod
+    def parse(cls, text: str) -> ExpertSet:
+        """Reads a file's path, or inline `L2E54,L3E38`, `2,54;3,38`, `L8shared`, `8,-1`."""
+        path = Path(text)
+        if path.is_dir() or path.is_file() or path.suffix == ".json":
+            return cls.from_json(read_json(path / "experts.json" if path.is_dir() else path, "--experts"))
+        named = re.fullmatch(r"L\d+(E\d+|shared)(,L\d+(E\d+|shared))*", text)
+        numbered = re.fullmatch(r"\d+,-?\d+(;\d+,-?\d+)*;?", text)
+        if named:
+            keys = [(int(a), _expert_id(b)) for a, b in re.findall(r"L(\d+)(?:E(?=\d))?(\d+|shared)", text)]
+        elif numbered:
+            keys = [(int(a), _expert_id(b)) for a, b in re.findall(r"(\d+),(-?\d+)", text)]
+        else:
+            raise ExpertsError(f"--experts: {text!r} is neither a file nor like L2E54,L3E38; give one of the two")
+        return cls._from_rows("", {"name": "inline", "text": text}, [(*key, None) for key in keys])
+
+    @classmethod
+    def _from_rows(
+        cls, model: str, rule: Mapping[str, Any], rows: Iterable[tuple[int, ExpertId, float | None]]
+    ) -> ExpertSet:
+        rows = list(rows)
+        experts = tuple((layer, expert) for layer, expert, _ in rows)
+        if not experts:
+            raise ExpertsError("--experts: the set is empty; select with a rule that finds some")
+        if len(set(experts)) < len(experts):
+            twice = next(key for key in experts if experts.count(key) > 1)
+            raise ExpertsError(f"--experts: {key_name(twice)} is named twice; name each expert once")
+        return cls(model=model, rule=rule, experts=experts, scores=tuple(score for *_, score in rows))
+
+
+def chosen_experts(text: str, model: str, option: str = "--experts") -> ExpertSet:
+    """The expert set that an option names; says so where it was selected from another model than MODEL."""
+    chosen = ExpertSet.parse(text)
+    if chosen.model and chosen.model != model:
+        note(f"{option}: {text} was selected from {chosen.model!r}, MODEL is {model!r}")
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A line of `answers/<task>.jsonl`: what the model said, as it said it."""
+
+    id: str
+    prompt: str
+    response: str
+    gold: str | None
+    """The right choice's label, "yes" / "no", or a plain number; None where the publisher keeps it."""
+    choices: tuple[tuple[str, str], ...]
+    """(label, text) of each choice in order; empty for numbers and yes/no."""
+    kind: Literal["choice", "number", "yesno"]
+    task: str
+    variant: str
+    seed: int
+    subject: str | None = None
+    """What the benchmark files the item under, such as anatomy; None where it does not."""
+    num_fewshot: int = 0
+    """Examples in front of the question."""
+    loglikelihoods: tuple[tuple[str, float, int], ...] | None = None
+    """(label, log-probability of the choice's tokens after the prompt in nats, its characters) of each choice, where
+    the choices were compared and nothing was generated; `response` is the label of the most probable one, the first of
+    equals."""
+
+    def __post_init__(self) -> None:
+        for name in (self.task, self.variant):
+            if not is_shown(name):
+                raise DataError(f"answers: {name!r:.60} is no name of a benchmark or variant; rename it")
+
+    @property
+    def question(self) -> str:
+        """What was asked, without the examples in front of it and the words around it."""
+        own = self.prompt.rpartition("\n\nQuestion: ")[2] if self.num_fewshot else self.prompt
+        return own.removeprefix("Question: ").removesuffix("\nAnswer:")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value, without optional fields at their default."""
+        value = dict(vars(self))  # nothing in it can be changed, so that nothing need be copied
+        for field in dataclasses.fields(self):
+            if field.name in _OPTIONAL and value[field.name] == field.default:
+                del value[field.name]
+        return value
+
+    @classmethod
+    def from_json(cls, value: Any) -> Answer:
+        """The inverse of `to_json`."""
+        try:
+            choices = tuple((str(label), str(text)) for label, text in value["choices"])
+            optional = {name: value[name] for name in _OPTIONAL if name in value}
+            if optional.get("loglikelihoods") is not None:
+                listed = optional["loglikelihoods"]
+                optional["loglikelihoods"] = tuple((str(label), float(nats), int(size)) for label, nats, size in listed)
+            needed = {field.name: value[field.name] for field in dataclasses.fields(cls) if field.name not in _OPTIONAL}
+            answer = cls(**{**needed, **optional, "choices": choices})
+            if not isinstance(answer.response, str) or answer.kind not in ("choice", "number", "yesno"):
+                raise TypeError(f"response {answer.response!r:.40}, kind {answer.kind!r:.40}")
+            if not isinstance(answer.gold, str | None):
+                raise TypeError(f"gold {answer.gold!r:.40}")
+            return answer
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"answers: a field is missing or wrong ({error}); evaluate again") from error
+
+
+_OPTIONAL = ("subject", "num_fewshot", "loglikelihoods")
+"""Fields of an answer that only some protocols and benchmarks have."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """A line of `extractions/<task>.jsonl`: what an answer commits to, and how that was read."""
+
+    id: str
+    extracted: str | None
+    how: str
+    """"rule:NAME", "judge" or "unparsed"."""
+    correct: bool | None
+    """Unparsed is never correct; None where there is no gold answer to compare with."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value."""
+        return dict(vars(self))  # all of it plain, and many of them
+
+    @classmethod
+    def from_json(cls, value: Any) -> Extraction:
+        """The inverse of `to_json`."""
+        try:
+            return cls(**_own_fields(cls, value))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"extractions: a field is missing or wrong ({error}); extract again") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """One variant on one benchmark: counts first, so that every share can be computed again."""
+
+    task: str
+    variant: str
+    items: int
+    correct: int
+    unparsed: int
+    """Answers that nothing could be read from; they count as wrong."""
+    accuracy: float
+    """correct / items, in 0..1."""
+    low: float
+    high: float
+    """95% Wilson score interval of the accuracy."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> Score:
+        """The inverse of `to_json`."""
+        try:
+            return cls(**_own_fields(cls, value))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"scores: a field is missing or wrong ({error}); extract again") from error
+
+
+def _expert_id(value: object) -> ExpertId:
+    """54, "54" -> 54; -1, "-1", "shared", "shared_experts" -> "shared"."""
+    if value in (-1, "-1", "shared", "shared_experts"):
+        return "shared"
+    if isinstance(value, int | str) and not isinstance(value, bool) and str(value).isdigit():
+        return int(value)
+    raise ExpertsError(f"--experts: {value!r} is no expert; give an index, or 'shared'")
+
+
+def _own_fields(cls: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that `cls` declares; later versions of a file may hold more."""
+    return {field.name: value[field.name] for field in dataclasses.fields(cls)}
+
+
+def _check_schema(value: Any, schema: str, option: str) -> None:
+    found = value.get("schema") if isinstance(value, dict) else type(value).__name__
+    if found != schema:
+        raise DataError(f"{option}: expected a file of schema {schema!r}, found {found!r}; give the right file")

@@ -1,0 +1,117 @@
+"""Finding the experts of a model: every mixture-of-experts layer of a transformers 5 model as one `Bank`.
+
+Transformers 5 keeps the routed experts of a layer as one module with 3-D parameters, built by
+`use_experts_implementation`. That marker is what `find_banks` looks for, so no table of model families is needed.
+Shared experts are ordinary MLPs beside the routed ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from superexperts.core.errors import ExpertsError, ModelError
+from superexperts.core.types import ExpertKey, key_name, key_order
+from superexperts.models.decoder import decoder_layers, layer_number
+from superexperts.models.experts import down_weight, is_bank, shared_down
+
+__all__ = ["Bank", "check_experts", "expert_keys", "find_banks", "unwrapped", "zero_experts"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bank:
+    """One MoE layer: its routed experts, and its shared expert(s) where it has some."""
+
+    layer: int
+    """Number of the decoder layer, dense layers counted."""
+    path: str
+    """Name of the bank's module in the model."""
+    module: nn.Module
+    shared_down: nn.Linear | None
+    """down_proj of the shared expert(s); None where the family has none."""
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of the bank."""
+        return down_weight(self.module).shape[0]
+
+    def expert_keys(self) -> tuple[ExpertKey, ...]:
+        """Every expert of the layer, the shared one last."""
+        routed: list[ExpertKey] = [(self.layer, expert) for expert in range(self.num_experts)]
+        if self.shared_down is not None:
+            routed.append((self.layer, "shared"))
+        return tuple(routed)
+
+
+def find_banks(model: nn.Module) -> tuple[Bank, ...]:
+    """Every routed expert bank of a transformers 5 model, in the order of the layers.
+
+    A bank is a module that `use_experts_implementation` has built, whatever its class or name; its layer is its index
+    in the decoder's list of layers. `ModelError` if there is none.
+    """
+    banks = []
+    for path, module in model.named_modules():
+        if is_bank(module):
+            block = model.get_submodule(unwrapped(path).rpartition(".")[0])  # PEFT wraps what it adapts
+            layer = layer_number(model, path)
+            # granitemoeshared has its shared expert beside the block; gemma4's layer is the block itself, and holds
+            # much that is no expert.
+            whole = decoder_layers(model, path)[layer]
+            own = [] if block is whole else [*block.children()]
+            beside = [child for name, child in whole.named_children() if name == "mlp" or name.startswith("shared")]
+            banks.append(Bank(layer=layer, path=path, module=module, shared_down=shared_down([*own, *beside], module)))
+    if not banks:
+        family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise ModelError(f"MODEL: {family} has no routed experts that transformers 5 can swap; use an MoE checkpoint")
+    return tuple(sorted(banks, key=lambda bank: bank.layer))
+
+
+def unwrapped(path: str) -> str:
+    """A bank's path without PEFT's wrappers, which may be nested: one for each parameter of the bank that it adapts."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
+
+
+def expert_keys(banks: Collection[Bank]) -> tuple[ExpertKey, ...]:
+    """Every (layer, expert) of the banks."""
+    return tuple(key for bank in banks for key in bank.expert_keys())
+
+
+def check_experts(banks: Collection[Bank], experts: Collection[ExpertKey], option: str = "--experts") -> None:
+    """`ExpertsError` that names the first expert that the model does not have, and what it has instead."""
+    known = set(expert_keys(banks))
+    for key in sorted(experts, key=key_order):
+        if key not in known:
+            sizes = {bank.layer: bank.num_experts for bank in banks}
+            if key[0] not in sizes:
+                have = f"MoE layers are {min(sizes)}..{max(sizes)}"
+            elif key[1] == "shared":
+                have = "that layer has no shared expert"
+            else:
+                have = f"layer {key[0]} has experts 0..{sizes[key[0]] - 1}"
+            raise ExpertsError(f"{option}: {key_name(key)} is not in the model ({have}); name an expert that is")
+
+
+def zero_experts(model: nn.Module, experts: Collection[ExpertKey]) -> None:
+    """Zeroes the chosen experts' down_proj (and its bias) in place, which is the paper's pruning."""
+    banks = find_banks(model)
+    check_experts(banks, experts)
+    with torch.no_grad():
+        for bank in banks:
+            for layer, expert in experts:
+                if layer != bank.layer:
+                    continue
+                if expert == "shared":
+                    assert bank.shared_down is not None
+                    tensors: list[Tensor | None] = [bank.shared_down.weight, bank.shared_down.bias]
+                else:
+                    bias = cast(Any, bank.module).down_proj_bias[expert] if cast(Any, bank.module).has_bias else None
+                    tensors = [down_weight(bank.module)[expert], bias]
+                for tensor in tensors:
+                    if tensor is not None:
+                        tensor.zero_()

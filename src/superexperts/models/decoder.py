@@ -1,0 +1,128 @@
+"""The decoder of a transformers model: its number of layers, the one that a module is in, a pass through the first."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from superexperts.core.errors import ModelError
+
+__all__ = ["decoder_layers", "in_layer", "layer_by_layer", "layer_number", "num_layers", "stopped_after", "text_config"]
+
+
+def num_layers(model: nn.Module) -> int:
+    """Decoder layers of the model, dense ones counted."""
+    return int(text_config(model).num_hidden_layers)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, which in a model of several parts is one of several."""
+    return cast(Any, model).config.get_text_config()
+
+
+def layer_number(model: nn.Module, path: str) -> int:
+    """Index of the bank's decoder layer."""
+    return _decoder_place(model, path)[1]
+
+
+def decoder_layers(model: nn.Module, path: str) -> nn.ModuleList:
+    """The decoder's list of layers; `path` names any module inside one."""
+    return _decoder_place(model, path)[0]
+
+
+def in_layer(path: str, layer: int) -> re.Pattern[str]:
+    """Matches the beginning of a name inside any decoder layer, whose number is its group; `path` names a module inside
+    the one of number `layer`."""
+    return re.compile(rf"{re.escape(path.split(f'.{layer}.')[0])}\.(\d+)\.")
+
+
+def _decoder_place(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
+    """The innermost list of modules on the way to the bank that is as long as the decoder, and the index in it."""
+    depth, parts = num_layers(model), path.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if parts[end].isdigit():
+            container = model.get_submodule(".".join(parts[:end]))
+            if isinstance(container, nn.ModuleList) and len(container) == depth:
+                return container, int(parts[end])
+    raise ModelError(f"MODEL: the experts at {path!r} are in no decoder layer; this family is not supported")
+
+
+@contextlib.contextmanager
+def stopped_after(model: nn.Module, path: str, layer: int) -> Iterator[Callable[..., None]]:
+    """Yields a call of the decoder that ends after a decoder layer: those after it, and the head, cost nothing.
+
+    `path` names any module inside a decoder layer.
+    """
+    layers = decoder_layers(model, path)
+
+    def stop(*_: Any) -> None:
+        raise _StoppedError
+
+    def forward(**inputs: Any) -> None:
+        with contextlib.suppress(_StoppedError):
+            cast(Any, model).base_model(**inputs)
+
+    handle = layers[layer].register_forward_hook(stop)
+    try:
+        yield forward
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def layer_by_layer(model: nn.Module, path: str) -> Iterator[Callable[..., Tensor]]:
+    """Yields `run(layer, hidden, **inputs)`: what one decoder layer makes of its hidden states, given those.
+
+    The family's own forward calls the layer, so that masks and positions are what it makes them; the layers before it
+    pass on what they get, those after it and the head are not reached. `hidden` is None for layer 0, which takes the
+    embeddings. `ModelError` where a family has more than hidden states to pass from layer to layer.
+    """
+    layers = decoder_layers(model, path)
+    stocks = [layer.forward for layer in layers]
+    wanted, tuples = 0, False
+    given: Tensor | None = None
+    passed: Tensor | None = None
+    answer: Tensor | None = None
+
+    def unsupported() -> ModelError:
+        family = cast(Any, model).config.model_type
+        return ModelError(f"--stream: {family} passes more than hidden states between layers; profile it in memory")
+
+    def forward(number: int, *args: Any, **kwargs: Any) -> Any:
+        nonlocal answer, passed, tuples
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if hidden is not passed and number > 0:
+            raise unsupported()
+        if number < wanted:
+            passed = hidden
+            return (hidden,) if tuples else hidden
+        result = stocks[number](hidden if given is None else given, *args[1:], **kwargs)
+        tuples = isinstance(result, tuple)
+        if tuples and any(isinstance(more, Tensor) for more in result[1:]):
+            raise unsupported()
+        answer = result[0] if tuples else result
+        raise _StoppedError
+
+    def run(layer: int, hidden: Tensor | None, **inputs: Any) -> Tensor:
+        nonlocal wanted, given, passed, answer
+        wanted, given, passed, answer = layer, hidden, None, None
+        with contextlib.suppress(_StoppedError):
+            cast(Any, model).base_model(**inputs)
+        return cast(Tensor, answer)
+
+    try:
+        for number, layer in enumerate(layers):
+            layer.forward = functools.partial(forward, number)
+        yield run
+    finally:
+        for layer in layers:
+            del layer.forward  # the instance's, which hides the class's
+
+
+class _StoppedError(Exception):
+    """Ends a forward pass on purpose."""

@@ -1,0 +1,301 @@
+"""One bank's own parameters and arithmetic: what differs between families in how their experts are laid out.
+
+Beside `moe.py`, which finds the banks and uses this, nothing else in the package knows it.
+
+Shape suffixes: T tokens, K experts per token, R = T x K rows sorted by expert, E experts in the bank, N tokens routed
+to one expert, D hidden size, F intermediate size of an expert, U width of its up projection (2F with a gate, F
+without), O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+
+from superexperts.core.types import ExpertId
+
+__all__ = [
+    "DOWN",
+    "GATE",
+    "IN_FLIGHT",
+    "UP",
+    "WORKERS",
+    "BankCall",
+    "ExpertCall",
+    "Piece",
+    "Weights",
+    "down_weight",
+    "expert_down",
+    "expert_inner",
+    "expert_norm",
+    "expert_up",
+    "grouped",
+    "is_bank",
+    "join_gate_up",
+    "looped",
+    "projections",
+    "ready",
+    "shared_down",
+    "split_gate_up",
+    "split_projections",
+    "stock_forward",
+    "up_name",
+]
+
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+
+WORKERS = 2
+"""Experts of which a CPU computes as many at the same time, each with a share of its cores, while others are read: all
+cores on one would have to wait, after every operation, for the one that a reader was given for a while."""
+ROWS = 32
+"""A CPU multiplies multiples of so many rows in 16 bits: oneDNN makes code for each number of rows that it meets, which
+takes twice as long as an expert's product (docs/benchmarks.md)."""
+IN_FLIGHT = 3 * WORKERS
+"""Experts of which some are computed while one is used."""
+
+Made = TypeVar("Made")
+"""What is made of a piece."""
+Weights = Callable[[Sequence[int]], Iterator[Mapping[str, Tensor]]]
+"""The experts that some token reached -> each one's own `up_name` and down_proj, as the bank's parameters would hold
+them; what it has yielded may be overwritten once `IN_FLIGHT` more have been asked for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BankCall:
+    """What a layer's routed experts, or its shared one, do in one forward pass, a row for each token at each expert.
+
+    Who goes where is known before anything is computed; the rows themselves come a piece at a time, as they are made.
+    The tensors are the model's own, detached; do not write to them.
+    """
+
+    layer: int
+    experts: tuple[ExpertId, ...]
+    """Every expert of the bank; `expert_R` holds indices into this."""
+    expert_R: Tensor
+    """int64, ascending."""
+    token_R: Tensor
+    """Row of each token in the flattened batch (batch index x sequence length + position), int64; ascending within an
+    expert."""
+    weight_R: Tensor
+    """Routing weight; ones for a shared expert."""
+    made: Callable[[Callable[[Piece], Any]], Iterator[Any]]
+    """Goes through all rows in order, once: what a function makes of each piece, on the thread that has computed it.
+    What nobody asks for is computed all the same."""
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        """The pieces themselves."""
+        return self.made(lambda piece: piece)
+
+    def each(self) -> Iterator[ExpertCall]:
+        """Every expert that some token reached, in order."""
+        done = 0
+        for piece in self.pieces:
+            rows = slice(done, done := done + len(piece.output_ND))
+            expert_N = self.expert_R[rows]
+            experts, counts = torch.unique_consecutive(expert_N, return_counts=True)
+            columns = (self.token_R[rows], piece.inner_NF, piece.output_ND, self.weight_R[rows])
+            parts = zip(*(torch.split(column, counts.tolist()) for column in columns), strict=True)
+            for expert, (token_N, inner_NF, output_ND, weight_N) in zip(experts.tolist(), parts, strict=True):
+                yield ExpertCall(
+                    layer=self.layer,
+                    expert=self.experts[expert],
+                    token_N=token_N,
+                    inner_NF=inner_NF,
+                    output_ND=output_ND,
+                    weight_N=weight_N,
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Some rows of a `BankCall`, of whole experts: each expert's rows are in one piece."""
+
+    inner_NF: Tensor
+    """Input of down_proj, in the model's dtype."""
+    output_ND: Tensor
+    """Output of down_proj, bias included, before any norm and before the routing weight; in the model's dtype."""
+    is_one_expert: bool
+
+
+def ready(*pieces: Piece) -> Callable[[Callable[[Piece], Any]], Iterator[Any]]:
+    """`BankCall.made` of pieces that are there already."""
+    return lambda measure: map(measure, pieces)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertCall:
+    """One expert's part of a `BankCall`."""
+
+    layer: int
+    expert: ExpertId
+    token_N: Tensor
+    inner_NF: Tensor
+    output_ND: Tensor
+    weight_N: Tensor
+
+
+def is_bank(module: nn.Module) -> bool:
+    """Whether `use_experts_implementation` made this module: it alone writes these attributes on an instance."""
+    return vars(module).keys() >= {"has_gate", "has_bias", "is_transposed", "is_concatenated"}
+
+
+def down_weight(bank: nn.Module) -> Tensor:
+    """down_proj [E, D, F], or [E, F, D] where the bank is transposed."""
+    return cast(Tensor, bank.down_proj)
+
+
+def shared_down(siblings: Iterable[nn.Module], bank: nn.Module) -> nn.Linear | None:
+    """down_proj of a shared expert: of the bank's siblings, the last linear map onto the hidden size of one that is
+    an MLP (it also has a linear map from the hidden size to that map's input)."""
+    hidden = down_weight(bank).shape[1] if not cast(Any, bank).is_transposed else down_weight(bank).shape[2]
+    for sibling in siblings:
+        if any(module is bank for module in sibling.modules()):  # the bank, or PEFT's wrapper around it
+            continue
+        linears = [module for module in sibling.modules() if isinstance(module, nn.Linear)]
+        downs = [linear for linear in linears if linear.out_features == hidden]
+        if downs and any(up.in_features == hidden and up is not downs[-1] for up in linears):
+            return downs[-1]
+    return None
+
+
+def up_name(bank: nn.Module) -> str:
+    """Name of the parameter that holds the up projection, fused with the gate where there is one."""
+    return "gate_up_proj" if cast(Any, bank).has_gate else "up_proj"
+
+
+def expert_up(bank: nn.Module, expert: int, x_ND: Tensor) -> Tensor:
+    """First projection of one expert -> [N, U]."""
+    return _linear(bank, up_name(bank), expert, x_ND)
+
+
+def expert_inner(bank: nn.Module, up_NU: Tensor) -> Tensor:
+    """Activation, and gate where there is one: [N, U] -> [N, F]."""
+    module = cast(Any, bank)
+    return cast(Tensor, module._apply_gate(up_NU) if module.has_gate else module.act_fn(up_NU))
+
+
+def expert_down(bank: nn.Module, expert: int, inner_NF: Tensor) -> Tensor:
+    """down_proj of one expert -> [N, D]."""
+    return _linear(bank, "down_proj", expert, inner_NF)
+
+
+def expert_norm(bank: nn.Module, output_ND: Tensor) -> Tensor:
+    """The norm that a few families apply to each expert's output."""
+    module = cast(Any, bank)
+    return cast(Tensor, module.post_expert_norm(output_ND)) if module.has_post_expert_norm else output_ND
+
+
+def _linear(bank: nn.Module, name: str, expert: int, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    weight = getattr(bank, name)[expert] if weight is None else weight
+    y = F.linear(x, weight.T if cast(Any, bank).is_transposed else weight)
+    # The bias is added to the rounded product, as the families' own loops do: fused, bfloat16 differs in the last bit.
+    return y + getattr(bank, f"{name}_bias")[expert] if cast(Any, bank).has_bias else y
+
+
+def grouped(
+    bank: nn.Module, x_TD: Tensor, expert_R: Tensor, token_R: Tensor, finish: Callable[[Piece, slice], Made]
+) -> Iterator[Made]:
+    """Every expert on its own tokens, all rows as one piece, in two grouped matrix products, as the stock `grouped_mm`
+    does it; rows are sorted by expert. Yields what `finish` makes of a piece and its rows."""
+    module = cast(Any, bank)
+    ends_E = torch.bincount(expert_R, minlength=down_weight(bank).shape[0]).cumsum(0).to(torch.int32)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        bias = getattr(bank, f"{name}_bias")[expert_R] if module.has_bias else None
+        weight = getattr(bank, name)
+        return cast(Tensor, _grouped_linear(x, weight, ends_E, bias=bias, is_transposed=module.is_transposed))
+
+    inner_RF = expert_inner(bank, linear(up_name(bank), x_TD[token_R]))
+    piece = Piece(inner_NF=inner_RF, output_ND=linear(DOWN, inner_RF), is_one_expert=False)
+    yield finish(piece, slice(0, len(expert_R)))
+
+
+def looped(
+    bank: nn.Module,
+    x_TD: Tensor,
+    expert_R: Tensor,
+    token_R: Tensor,
+    finish: Callable[[Piece, slice], Made],
+    weights: Weights | None = None,
+    workers: Executor | None = None,
+) -> Iterator[Made]:
+    """As `grouped`, an expert and a piece at a time; the bank's own `weights` unless others are given, of which not all
+    need be in memory at once. `workers` compute and finish the next experts while the caller uses one."""
+    reached, counts = (column.tolist() for column in torch.unique_consecutive(expert_R, return_counts=True))
+    up = up_name(bank)
+    own_weights: Iterable[Mapping[str, Tensor]]
+    if weights is None:
+        own_weights = ({name: getattr(bank, name)[expert] for name in (up, DOWN)} for expert in reached)
+    else:
+        own_weights = weights(reached)
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    rows = ROWS if x_TD.device.type == "cpu" and x_TD.dtype.itemsize == 2 else 1
+
+    def compute(expert: int, end: int, token_N: Tensor, own: Mapping[str, Tensor]) -> Made:
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # each thread has modes of its own
+            padded = F.pad(token_N, (0, -len(token_N) % rows))
+            inner = expert_inner(bank, _linear(bank, up, expert, x_TD.index_select(0, padded), own[up]))
+            output = _linear(bank, DOWN, expert, inner, own[DOWN])
+            piece = Piece(inner_NF=inner[: len(token_N)], output_ND=output[: len(token_N)], is_one_expert=True)
+            return finish(piece, slice(end - len(token_N), end))
+
+    jobs = zip(reached, itertools.accumulate(counts), torch.split(token_R, counts), own_weights, strict=True)
+    if workers is None:
+        yield from itertools.starmap(compute, jobs)
+        return
+    coming: collections.deque[Future[Made]] = collections.deque()
+    for job in jobs:
+        coming.append(workers.submit(compute, *job))
+        if len(coming) == IN_FLIGHT:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()
+
+
+def projections(bank: nn.Module, expert: int) -> dict[str, Tensor]:
+    """One expert's gate_proj (where there is one), up_proj and down_proj [O, I], as views of the bank's own weights."""
+    up, down = getattr(bank, up_name(bank)).data[expert], down_weight(bank).data[expert]
+    return split_projections(bank, up_name(bank), up) | split_projections(bank, DOWN, down)
+
+
+def split_projections(bank: nn.Module, name: str, own: Tensor) -> dict[str, Tensor]:
+    """As `projections`, of one expert's own part of the parameter `name`, wherever that is."""
+    module = cast(Any, bank)
+    weight_OI = own.T if module.is_transposed else own
+    if name == DOWN:
+        return {DOWN: weight_OI}
+    if not module.has_gate:
+        return {UP: weight_OI}
+    gate_FD, up_FD = split_gate_up(bank, weight_OI)
+    return {GATE: gate_FD, UP: up_FD}
+
+
+def join_gate_up(bank: nn.Module, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """[N, 2F] in the order that the bank's fused projection has."""
+    if cast(Any, bank).is_concatenated:
+        return torch.cat([gate_NF, up_NF], dim=-1)
+    return torch.stack([gate_NF, up_NF], dim=-1).flatten(-2)
+
+
+def split_gate_up(bank: nn.Module, up_UN: Tensor) -> tuple[Tensor, Tensor]:
+    """The gate's and the up projection's rows [F, N] of a fused [2F, N], as views."""
+    if cast(Any, bank).is_concatenated:
+        gate_FN, up_FN = up_UN.chunk(2)
+        return gate_FN, up_FN
+    return up_UN[0::2], up_UN[1::2]
+
+
+def stock_forward(bank: nn.Module, stock: str, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The bank's forward by a stock implementation ("eager" is the family's own loop)."""
+    eager = type(bank).forward.__wrapped__  # type: ignore[attr-defined]  # functools.wraps of the decorator keeps it
+    return cast(Tensor, ALL_EXPERTS_FUNCTIONS.get_interface(stock, eager)(bank, x_TD, index_TK, weight_TK))

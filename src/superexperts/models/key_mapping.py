@@ -1,0 +1,168 @@
+"""Which tensors of a checkpoint make which parameter of a model, by transformers' own rules for loading.
+
+No weight is read, and the model may be on the meta device.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Collection, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from superexperts.checkpoints.float8 import is_quantized
+from superexperts.checkpoints.reader import Entry
+from superexperts.core.errors import ModelError
+from superexperts.models.banks import Bank
+
+__all__ = ["BLOCKS", "SCALES", "Homes", "Parts"]
+
+BLOCKS, SCALES = "_blocks", "_scales"
+"""MXFP4, in which gpt_oss is published, keeps a bank's parameter as two of these names: 4-bit numbers, two in a byte,
+and a power of two for each 32 of them. Both have the experts as their first dimension, and the number 0 is 0 under any
+scale (transformers, integrations/mxfp4.py)."""
+
+Parts = tuple[Entry, ...]
+"""What an expert's matrix is made of in the checkpoint: one piece, or several below each other."""
+
+
+class Homes:
+    """Where a model's parameters and buffers lie in a checkpoint.
+
+    `ModelError` for a checkpoint with a key that the model has no place for, unless it is quantized: then some are the
+    scales of others.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: Mapping[str, Entry]) -> None:
+        self.quantized = is_quantized(cast(Any, model).config)
+        self.checkpoint = checkpoint
+        self.mapping = get_model_conversion_mapping(cast(Any, model))
+        self.of: dict[str, list[tuple[str | None, str]]] = collections.defaultdict(list)
+        """Per name in the model (the first of those that a conversion makes) the keys that it comes from, each with
+        the pattern of the conversion that takes it (None where it is taken as it is)."""
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self.ignored = self._find(model)
+        """Keys that the family's model does without, such as layers for speculative decoding, as the model would name
+        them."""
+
+    def _find(self, model: nn.Module) -> tuple[str, ...]:
+        """As `convert_and_load_state_dict_in_model` of transformers finds them."""
+        renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
+        state, prefix = model.state_dict(), cast(Any, model).base_model_prefix
+        homeless: set[str] = set()
+        packed: list[tuple[str, str]] = []
+        for key in sorted(self.checkpoint, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
+            if name in state:
+                self.of[name].append((pattern, key))
+            elif self.quantized and self._is_packed(name, self.checkpoint[key]):
+                packed.append((name, key))
+            else:
+                homeless.add(name)
+        for name, key in packed:
+            self.of[name].append((None, key))
+            self._shapes[name] = torch.Size(self.checkpoint[key].shape)
+        info = _info(unexpected=homeless)
+        cast(Any, model)._adjust_missing_and_unexpected_keys(info)
+        if info.unexpected_keys and not self.quantized:
+            some = ", ".join(map(ascii, sorted(info.unexpected_keys)[:3]))
+            raise ModelError(
+                f"MODEL: the checkpoint has {len(info.unexpected_keys)} unexpected keys ({some}); repair it"
+            )
+        return tuple(sorted(homeless))
+
+    def _is_packed(self, name: str, entry: Entry) -> bool:
+        for ending in (BLOCKS, SCALES):
+            shape = tuple(self._shapes.get(name.removesuffix(ending), ())) if name.endswith(ending) else ()
+            if len(shape) == 3 and len(entry.shape) > 1 and entry.shape[0] == shape[0] and entry.dtype == torch.uint8:
+                return True
+        return False
+
+    def check_complete(self, model: nn.Module) -> None:
+        """`ModelError` for a checkpoint that lacks one of the model's parameters, which would be drawn at random."""
+        several = any(len(entry.target_patterns) > 1 for entry in self.mapping if isinstance(entry, WeightConverter))
+        if several:
+            return  # `of` has the first name of several only
+        tied = cast(Any, model).all_tied_weights_keys
+        known = {*self.of, *tied, *(name.removesuffix(BLOCKS) for name in self.of)}
+        info = _info(missing={name for name in model.state_dict() if name not in known})
+        cast(Any, model)._adjust_missing_and_unexpected_keys(info)
+        if info.missing_keys and self.quantized:
+            raise ModelError(
+                f"MODEL: is quantized in a layout that cannot be edited (it has no {min(info.missing_keys)}); use its "
+                "bfloat16 form"
+            )
+        if info.missing_keys:
+            raise ModelError(f"MODEL: the checkpoint has no {min(info.missing_keys)}; repair it")
+
+    def whole(self, name: str) -> Entry | None:
+        """The one entry that is this parameter or buffer as it stands; None where it is made of others, or absent."""
+        sources = self.of.get(name, [])
+        if len(sources) != 1 or sources[0][0] is not None:
+            return None
+        entry = self.checkpoint[sources[0][1]]
+        return entry if entry.shape == self._shapes[name] else None
+
+    def expert_parts(self, bank: Bank, name: str) -> list[Parts] | None:
+        """Per expert of the bank the pieces of its own part of a parameter; None where the checkpoint keeps them in
+        another order, which only transformers' conversion of the whole bank undoes."""
+        whole = self.whole(f"{bank.path}.{name}")
+        if whole is not None:
+            return [(whole.row(expert),) for expert in range(whole.shape[0])]
+        columns = self.stacked(f"{bank.path}.{name}")
+        if columns is None:
+            return None
+        shape = cast(Tensor, getattr(bank.module, name)).shape
+        if any(len(column) != shape[0] for column in columns):
+            return None
+        parts = list(zip(*columns, strict=True))
+        rows = {sum(entry.shape[0] for entry in pieces) for pieces in parts}
+        fits = rows == {shape[1]} and {entry.shape[1:] for pieces in parts for entry in pieces} == {shape[2:]}
+        return parts if fits else None
+
+    def stacked(self, name: str) -> list[list[Entry]] | None:
+        """The entries that a conversion stacks to this parameter, expert by expert: a list for the gate and one for
+        the up projection, or a single one; None where it does anything else."""
+        sources = self.of.get(name, [])
+        patterns = {pattern for pattern, _ in sources}
+        for converter in self.mapping:
+            if isinstance(converter, WeightConverter) and patterns == set(converter.source_patterns):
+                if not _stacks_experts(converter):
+                    return None
+                return [
+                    [self.checkpoint[key] for pattern, key in sources if pattern == wanted]
+                    for wanted in converter.source_patterns
+                ]
+        return None
+
+
+def _info(missing: Collection[str] = (), unexpected: Collection[str] = ()) -> LoadStateDictInfo:
+    return LoadStateDictInfo(
+        missing_keys=set(missing), unexpected_keys=set(unexpected), mismatched_keys=set(), conversion_errors={},
+        error_msgs=[], skipped_pp_keys=set(),
+    )  # fmt: skip
+
+
+def _stacks_experts(converter: WeightConverter) -> bool:
+    """Whether a conversion only stacks experts, and their gate on top of their up projection."""
+    stack, *join = converter.operations
+    if not (type(stack) is MergeModulelist and stack.dim == 0 and len(converter.target_patterns) == 1):
+        return False
+    if not join:
+        return len(converter.source_patterns) == 1
+    return len(join) == 1 and type(join[0]) is Concatenate and join[0].dim == 1

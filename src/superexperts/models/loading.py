@@ -1,0 +1,191 @@
+"""Loads models and tokenizers: revision pinned, safetensors only, no remote code unless asked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.initialization import meta_device_safe_creation_ops
+from transformers.utils.logging import disable_progress_bar
+
+from superexperts.checkpoints.reader import Checkpoint
+from superexperts.checkpoints.source import checkpoint_folder
+from superexperts.core.config import CheckpointConfig, ModelConfig
+from superexperts.core.console import stderr
+from superexperts.core.distributed import device_of_process, processes_here
+from superexperts.core.errors import ModelError, OptionError
+
+__all__ = [
+    "dtype_to_run",
+    "empty_model",
+    "fits_in_memory",
+    "load_as_stored",
+    "load_model",
+    "load_structure",
+    "load_tokenizer",
+    "pick_device",
+    "settings_of",
+    "structure_of",
+]
+
+MAX_LAYERS = 1000
+"""More than any model has; a structure is built layer by layer, and a hostile number would take hours."""
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first GPU where there is one."""
+    if device == "auto":
+        return device_of_process() or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"--device: {device!r} is not on this machine; use cpu or auto") from error
+    return picked
+
+
+def load_model(config: ModelConfig, *, spread: bool = False) -> nn.Module:
+    """The causal language model in evaluation mode on its device, or `spread` over all GPUs by Accelerate.
+
+    A checkpoint whose weights do not fill the model, or that holds keys without a home, is an error.
+    """
+    device = pick_device(config.device)
+    dtype = "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype
+    if spread:
+        return load_as_stored(config, dtype, device_map="auto")
+    return load_as_stored(config, dtype).to(device)
+
+
+def dtype_to_run(config: ModelConfig, *, streamed: bool) -> Literal["float32", "bfloat16", "float16"]:
+    """What `auto` means: float32 in a CPU's memory; else, and if the model is streamed, the checkpoint's own."""
+    if config.dtype != "auto":
+        return config.dtype
+    if pick_device(config.device).type == "cpu" and not streamed:
+        return "float32"
+    folder = checkpoint_folder(config.model, config.revision)
+    stored = settings_of(config, folder).get_text_config().dtype
+    if stored is None:
+        with Checkpoint(folder) as checkpoint:
+            stored = next(entry.dtype for entry in checkpoint.values() if entry.dtype.is_floating_point)
+    return cast(Literal["float32", "bfloat16", "float16"], str(stored).removeprefix("torch."))
+
+
+def fits_in_memory(config: ModelConfig) -> bool:
+    """Whether the model's weights, in the dtype to run in, fit into what is free on the device for each of this
+    machine's processes, a tenth of it left for the rest."""
+    device, target = pick_device(config.device), getattr(torch, dtype_to_run(config, streamed=False))
+    with Checkpoint(checkpoint_folder(config.model, config.revision)) as checkpoint:
+        size = sum(entry.nbytes / entry.dtype.itemsize * target.itemsize for entry in checkpoint.values())
+    if device.type == "cuda":
+        return bool(size < 0.9 * torch.cuda.mem_get_info(device)[0])
+    return bool(size * processes_here() < 0.9 * psutil.virtual_memory().available)
+
+
+def load_as_stored(
+    config: CheckpointConfig, dtype: str = "auto", device_map: str | dict[str, Any] | None = None, **more: Any
+) -> nn.Module:
+    """The model on the CPU in the checkpoint's own dtypes unless told otherwise, checked as by `load_model`."""
+    folder = checkpoint_folder(config.model, config.revision)
+    if not stderr.is_terminal:
+        disable_progress_bar()  # in a log, a bar of 65 tensors is 65 lines
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            device_map=device_map,
+            output_loading_info=True,
+            **more,
+        )
+    except Exception as error:  # as in `_readable`
+        raise ModelError(
+            f"MODEL: {config.model!r} cannot be loaded ({_first_line(error)}); check the checkpoint"
+        ) from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            some = ", ".join(map(str, sorted(info[what])[:3]))
+            raise ModelError(f"MODEL: {config.model!r} has {len(info[what])} {what} ({some}); repair the checkpoint")
+    return cast(nn.Module, model.eval())
+
+
+def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
+    """The model without weights, in the dtype to run in: the checkpoint's own unless told otherwise.
+
+    Parameters are on the meta device; buffers are real and on the device to run on.
+    """
+    settings = settings_of(config, checkpoint.folder)
+    settings.quantization_config = None  # the checkpoint gives what its float8 stands for
+    dtype = getattr(torch, dtype_to_run(config, streamed=True))
+    try:
+        # As from_pretrained does: on a bank of 30 GB even an empty tensor of the CPU fails.
+        with torch.device("meta"), meta_device_safe_creation_ops():
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"MODEL: {config.model!r} cannot be streamed: {settings.model_type} does not build without its weights "
+            f"({_first_line(error)}); leave out --stream and --quick"
+        ) from error
+    device = pick_device(config.device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+    model.initialize_weights()  # fills the buffers
+    return cast(nn.Module, model.eval())
+
+
+def settings_of(config: CheckpointConfig, folder: Path) -> Any:
+    """What config.json says; `ModelError` where that is nothing transformers can read."""
+    with _readable(config):
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        layers = settings.get_text_config().to_dict().get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise ModelError(f"MODEL: {config.model!r} is said to have {layers} layers; check its config.json")
+    return settings
+
+
+@contextlib.contextmanager
+def _readable(config: CheckpointConfig) -> Iterator[None]:
+    """Turns whatever transformers says of a config.json, in which anything may stand, into one line."""
+    try:
+        yield
+    except Exception as error:  # a family's code divides by, indexes with and calls what it is told
+        raise ModelError(
+            f"MODEL: {config.model!r} cannot be built ({_first_line(error)}); check its config.json"
+        ) from error
+
+
+def load_structure(config: CheckpointConfig) -> nn.Module:
+    """The model without its weights (on the meta device): every module and shape, in no memory."""
+    return structure_of(settings_of(config, checkpoint_folder(config.model, config.revision)), config)
+
+
+def structure_of(settings: Any, config: CheckpointConfig) -> nn.Module:
+    """As `load_structure`, of settings that may differ from the checkpoint's own."""
+    with _readable(config), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+    return cast(nn.Module, model.eval())
+
+
+def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, with a padding token (EOS where it has none)."""
+    folder = checkpoint_folder(config.model, config.revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"MODEL: {config.model!r} has no tokenizer that loads ({_first_line(error)}); add its tokenizer files"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast(Any, tokenizer)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,100 @@
+"""Experts read by threads before they are wanted, so that the disk works while the model computes."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from torch import Tensor
+
+from superexperts.models.experts import IN_FLIGHT
+
+__all__ = ["AHEAD", "ReadAhead"]
+
+READERS = 2
+AHEAD = 2**29
+"""Bytes of experts in memory up to which others are read: the disk's half second, which an attention may take."""
+FEWEST = IN_FLIGHT + READERS
+"""Experts at least, beside those that are kept: as many as may be in use, and one for each reader. Eight are a layer of
+Mixtral's, whose experts are the largest."""
+
+Key = tuple[int, int]
+"""Layer and expert."""
+Matrices = Mapping[str, Tensor]
+"""An expert's, or memory for them, by their names in the bank."""
+
+
+class ReadAhead:
+    """Reads experts in the order in which they will be used.
+
+    `take` gives memory for an expert, `fill` reads the expert into it on a thread of its own, `give` gets it back.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[Key], Matrices],
+        fill: Callable[[Key, Matrices], Matrices],
+        give: Callable[[Matrices], None],
+    ) -> None:
+        self._take, self._fill, self._give = take, fill, give
+        self._readers = ThreadPoolExecutor(max_workers=READERS)
+        self._coming: dict[Key, tuple[Matrices, Future[Matrices]]] = {}
+        self._used: collections.deque[Matrices] = collections.deque()
+        """Handed out last; some thread may still compute with them."""
+        self._kept: dict[Key, tuple[Matrices, Future[Matrices]]] = {}
+        """Handed out, and to be wanted again."""
+
+    def get(self, wanted: Sequence[Key], then: Sequence[Key] = (), *, again: bool = False) -> Iterator[Matrices]:
+        """The wanted experts, as `bank.Weights` has it; `then` are read next, as long as there is room. Both are in the
+        order in which they will be asked for. `again`: more of this layer will be asked for, so that nothing of it is
+        given away. When `get` is called again, nobody uses any longer what it gave before.
+        """
+        while self._used:
+            self._give(self._used.popleft())
+        if not again:
+            self._drop(wanted)
+        todo = collections.deque(key for key in (*wanted, *then) if key not in self._coming | self._kept)
+        for key in wanted:
+            self._read(todo)
+            memory, read = (self._kept if key in self._kept else self._coming).pop(key)
+            if again:
+                self._kept[key] = memory, read
+            else:
+                self._used.append(memory)
+            yield read.result()
+            if len(self._used) == IN_FLIGHT:
+                self._give(self._used.popleft())
+        self._read(todo)
+
+    def start(self, likely: Sequence[Key]) -> None:
+        """Reads what is likely to be wanted next, as long as there is room."""
+        self._read(collections.deque(likely))
+
+    def close(self) -> None:
+        """Ends the threads; what they have read is dropped."""
+        self._readers.shutdown(cancel_futures=True)
+
+    def _drop(self, wanted: Sequence[Key]) -> None:
+        """Gives back what nobody wants after all."""
+        unwanted = [held.pop(key) for held in (self._coming, self._kept) for key in held.keys() - set(wanted)]
+        for _, read in unwanted:
+            read.cancel()  # unless it has begun
+        wait([read for _, read in unwanted])  # nobody asks whether they went well
+        for memory, _ in unwanted:
+            self._give(memory)
+
+    def _read(self, todo: collections.deque[Key]) -> None:
+        """Begins to read as many as there is room for."""
+        moving = [*self._used, *(memory for memory, _ in self._coming.values())]
+        count = len(moving)
+        nbytes = sum(map(_nbytes, [*moving, *(memory for memory, _ in self._kept.values())]))
+        while todo and (count < FEWEST or nbytes < AHEAD):
+            key = todo.popleft()
+            memory = self._take(key)
+            self._coming[key] = memory, self._readers.submit(self._fill, key, memory)
+            count, nbytes = count + 1, nbytes + _nbytes(memory)
+
+
+def _nbytes(memory: Matrices) -> int:
+    return sum(tensor.nbytes for tensor in memory.values())

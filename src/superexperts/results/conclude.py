@@ -1,0 +1,238 @@
+"""The files of a study's runs -> the value of `results.json`: scores, intervals, and every comparison with its test.
+
+Suffixes of the arrays' names: R runs, N items.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from superexperts.core.errors import DataError
+from superexperts.core.runs import read_json
+from superexperts.core.types import Answer, ExpertSet, Extraction, Score, key_name
+from superexperts.data.corpora import read_rows
+from superexperts.results.results import RESULTS_SCHEMA
+from superexperts.results.statistics import single_run
+from superexperts.results.statistics.across_seeds import Floats
+from superexperts.results.statistics.across_subjects import Clusters, clusters_of
+from superexperts.results.statistics.paired import compare, proportion
+from superexperts.results.variants import Run, title_of
+
+__all__ = ["conclude"]
+
+WHOLE = ("layers", "attention")
+"""Targets that are nobody's choice of experts: controls, which have none of their own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Variant:
+    """A variant's runs with their answers."""
+
+    name: str
+    runs: tuple[Run, ...]
+    correct: Mapping[str, Floats]
+    """Per benchmark, right (1) or wrong (0) [R, N], items in base's order."""
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    @property
+    def random(self) -> bool:
+        """Whether another seed would have given another model."""
+        return self.first.random
+
+    def all(self, task: str | None) -> Floats:
+        """[R, N] of one benchmark, or of all of them."""
+        return self.correct[task] if task is not None else np.concatenate(list(self.correct.values()), axis=1)
+
+
+def conclude(
+    out: Path,
+    runs: Sequence[Run],
+    *,
+    name: str,
+    model: str,
+    revision: str | None,
+    limit: int | None,
+    protocol: str,
+    corpora: Sequence[str],
+    tasks: Sequence[str],
+) -> dict[str, Any]:
+    """The value of results.json, with nothing in it that differs between two equal runs of a study.
+
+    `out` is the study's folder; `runs` come with the base's first, those of one variant together. `DataError` where a
+    file is missing, or where two runs did not answer the same items.
+    """
+    found = {run.name: _answers(out, run, tasks) for run in runs}
+    ids = {task: list(found[runs[0].name][task]) for task in tasks}
+    variants = [
+        _variant(variant, tuple(group), found, ids)
+        for variant, group in itertools.groupby(runs, key=lambda run: run.variant)
+    ]
+    if len({variant.name for variant in variants}) < len(variants):
+        raise DataError("STUDY: the runs of a variant do not stand together; list each variant's runs in a row")
+    subjects = {task: _subjects(out, runs[0], task) for task in tasks}
+    return {
+        "schema": RESULTS_SCHEMA,
+        "name": name,
+        "model": model,
+        "revision": revision,
+        "limit": limit,
+        "protocol": protocol,
+        "corpora": list(corpora),
+        "tasks": list(tasks),
+        "variants": [_row(out, variant, subjects) for variant in variants],
+        "comparisons": _comparisons(variants, subjects),
+    }
+
+
+def _answers(out: Path, run: Run, tasks: Sequence[str]) -> dict[str, dict[str, bool]]:
+    """Per benchmark, id -> right or wrong."""
+    found: dict[str, dict[str, bool]] = {}
+    for task in tasks:
+        file = out / "variants" / run.name / "extractions" / f"{task}.jsonl"
+        if not file.is_file():
+            raise DataError(f"STUDY: {file} is missing; run the study again")
+        rows = [Extraction.from_json(row) for _, row in read_rows(file, "extractions")]
+        found[task] = {row.id: single_run.graded(task, row) for row in rows}
+        if len(found[task]) < len(rows):
+            raise DataError(f"{task}: {len(rows) - len(found[task])} ids of {run.name} occur twice; evaluate again")
+    return found
+
+
+def _variant(
+    name: str,
+    runs: tuple[Run, ...],
+    found: Mapping[str, Mapping[str, Mapping[str, bool]]],
+    ids: Mapping[str, Sequence[str]],
+) -> _Variant:
+    for run, (task, wanted) in itertools.product(runs, ids.items()):
+        odd = sorted(set(wanted) ^ found[run.name][task].keys())
+        if odd:
+            raise DataError(
+                f"{task}: {len(odd)} items are in base or in {run.name} only, first {odd[0]!r}; evaluate both again"
+            )
+    correct = {
+        task: np.array([[found[run.name][task][item] for item in wanted] for run in runs], dtype=np.float64)
+        for task, wanted in ids.items()
+    }
+    return _Variant(name=name, runs=runs, correct=correct)
+
+
+def _subjects(out: Path, run: Run, task: str) -> list[str | None]:
+    """Each item's subject, in the order of the answers; all None where the file knows none."""
+    file = out / "variants" / run.name / "answers" / f"{task}.jsonl"
+    if not file.is_file():
+        return []
+    return [Answer.from_json(row).subject for _, row in read_rows(file, "answers")]
+
+
+def _row(out: Path, variant: _Variant, subjects: Mapping[str, Sequence[str | None]]) -> dict[str, Any]:
+    rows = [_run_row(out, run, list(variant.correct)) for run in variant.runs]
+    scores = [
+        _score_row(task, correct_RN, [row["scores"][place] for row in rows], clusters_of(subjects[task]))
+        for place, (task, correct_RN) in enumerate(variant.correct.items())
+    ]
+    perplexities = [row["perplexity"] for row in rows if row["perplexity"] is not None]
+    return {
+        "name": variant.name,
+        "title": title_of(variant.first.kind, variant.first.target),
+        "kind": variant.first.kind,
+        "target": variant.first.target,
+        "random": variant.random,
+        "runs": rows,
+        "mean": sum(score["accuracy"] for score in scores) / len(scores),
+        "perplexity": sum(perplexities) / len(perplexities) if perplexities else None,
+        "scores": scores,
+    }
+
+
+def _run_row(out: Path, run: Run, tasks: Sequence[str]) -> dict[str, Any]:
+    folder = out / "variants" / run.name
+    found = read_json(folder / "scores.json", "scores")["scores"]
+    scores = {score.task: score for score in map(Score.from_json, found)}
+    training = read_json(folder / "train" / "training.json", "training") if run.kind == "lora" else None
+    perplexity = folder / "perplexity.json"
+    measured = read_json(perplexity, "perplexity") if perplexity.is_file() else None
+    chosen = ExpertSet.parse(str(out / "experts" / f"{run.experts}.json")).experts if run.experts else None
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "experts": [key_name(key) for key in chosen] if chosen else None,
+        "trainable_parameters": training["trainable_parameters"] if training else None,
+        "exposure": training["exposure"] if training else None,
+        "perplexity": measured["perplexity"] if measured else None,
+        "perplexity_interval": measured["interval"] if measured else None,
+        "scores": [scores[task].to_json() for task in tasks],
+    }
+
+
+def _score_row(
+    task: str, correct_RN: Floats, scores: Sequence[Mapping[str, Any]], clusters: Clusters | None
+) -> dict[str, Any]:
+    accuracy, interval, clustered = proportion(correct_RN, clusters)
+    return {
+        "task": task,
+        "items": correct_RN.shape[1],
+        "runs": len(correct_RN),
+        "correct": sum(score["correct"] for score in scores),
+        "unparsed": sum(score["unparsed"] for score in scores),
+        "accuracy": accuracy,
+        "low": interval[0],
+        "high": interval[1],
+        "clustered": clustered,
+    }
+
+
+def _comparisons(variants: Sequence[_Variant], subjects: Mapping[str, Sequence[str | None]]) -> list[dict[str, Any]]:
+    """Every comparison of three families, each corrected by Holm."""
+    base, others = variants[0], variants[1:]
+    families: dict[str, list[tuple[_Variant, _Variant, str | None]]] = {
+        "base": [(other, base, None) for other in others],
+        "benchmark": [(other, base, task) for other in others for task in base.correct],
+        "control": [(one, other, None) for one, other in _controls(others)],
+    }
+    grouped: dict[str | None, Clusters | None] = {task: clusters_of(found) for task, found in subjects.items()}
+    grouped[None] = clusters_of(
+        [None if name is None else f"{task} {name}" for task in subjects for name in subjects[task]]
+    )
+    rows = []
+    for family, pairs in families.items():
+        found = [
+            compare(
+                variant.all(task),
+                reference.all(task),
+                grouped[task],
+                tests=len(pairs),
+                random=(variant.random, reference.random),
+            )
+            for variant, reference, task in pairs
+        ]
+        adjusted = single_run.holm([row["p"] for row in found])
+        for (variant, reference, task), row, p in zip(pairs, found, adjusted, strict=True):
+            named = {"family": family, "variant": variant.name, "reference": reference.name, "task": task}
+            rows.append({**named, **row, "adjusted": p})
+    return rows
+
+
+def _controls(others: Sequence[_Variant]) -> list[tuple[_Variant, _Variant]]:
+    """Each variant on chosen experts with its controls of the same kind.
+
+    Super experts, or else the first chosen set, are compared with every other variant; further chosen sets with those
+    drawn at random.
+    """
+    pairs: list[tuple[_Variant, _Variant]] = []
+    for kind in ("prune", "lora"):
+        own = [one for one in others if one.first.kind == kind]
+        chosen = [one for one in own if not one.first.drawn and one.first.target not in WHOLE]
+        chosen.sort(key=lambda one: one.first.target != "super")
+        for one in chosen:
+            pairs += [(one, other) for other in own if other is not one and (one is chosen[0] or other.first.drawn)]
+    return pairs

@@ -1,0 +1,228 @@
+"""The cells of a study: which there are, what each waits for, and how one is run.
+
+A cell is one command with its settings and a folder of its own. Every command knows by its inputs' hashes whether it
+is done, so to run a cell again costs only the look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+from superexperts.adapters import export
+from superexperts.adapters.borrow import Shelf
+from superexperts.core.config import EvaluateConfig, ExtractConfig, ProfileConfig, PruneConfig, SelectConfig
+from superexperts.core.config_adapters import ExportConfig
+from superexperts.core.config_train import TrainConfig
+from superexperts.core.errors import OptionError
+from superexperts.core.runs import completed, new_folder, write_json, write_manifest
+from superexperts.core.types import ExpertSet
+from superexperts.data.corpora import takes_column
+from superexperts.evaluation import evaluate
+from superexperts.extraction import extract
+from superexperts.extraction.judge import Judge, open_judge
+from superexperts.pocket import write_data
+from superexperts.profiling import profile, select
+from superexperts.results.variants import Run
+from superexperts.studies.plan import Plan, expert_files
+from superexperts.surgery import prune
+from superexperts.training import train
+
+__all__ = ["Cell", "Worker", "cells"]
+
+Stage = Literal["data", "profile", "select", "train", "checkpoint", "evaluate", "extract"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One piece of work."""
+
+    stage: Stage
+    run: str | None = None
+    """Name of the run that it belongs to; None for what all runs share."""
+    needs: tuple[str, ...] = ()
+    """Names of the cells that must be done before."""
+
+    @property
+    def name(self) -> str:
+        """Such as `train lora-super-s1`."""
+        return self.stage if self.run is None else f"{self.stage} {self.run}"
+
+
+def cells(plan: Plan) -> tuple[Cell, ...]:
+    """All cells, each after those that it needs; what can be asked without training comes first."""
+    shared = [Cell(stage="data")] if plan.data_dir == "pocket" else []
+    data = tuple(cell.name for cell in shared)
+    shared += [Cell(stage="profile", needs=data), Cell(stage="select", needs=("profile",))]
+    trained = [run for run in plan.runs if run.kind == "lora"]
+    found = [*shared]
+    for run in [*(run for run in plan.runs if run.kind != "lora"), *trained]:
+        before = data if run.kind == "base" else ("select",)
+        if run.kind == "lora":
+            found.append(Cell(stage="train", run=run.name, needs=before))
+            before = (found[-1].name,)
+        if run.kind != "base" and elsewhere(plan):
+            found.append(Cell(stage="checkpoint", run=run.name, needs=before))
+            before = (found[-1].name,)
+        found.append(Cell(stage="evaluate", run=run.name, needs=before))
+        found.append(Cell(stage="extract", run=run.name, needs=(found[-1].name,)))
+    if judged_here(plan):  # two large models in turns would be loaded again and again
+        found.sort(key=lambda cell: cell.stage == "extract")
+    return tuple(found)
+
+
+def judged_here(plan: Plan) -> bool:
+    """Whether a judge is loaded in the processes of the study."""
+    return plan.extraction.get("judge", "off") != "off" and plan.extraction.get("judge_base_url") is None
+
+
+def elsewhere(plan: Plan) -> bool:
+    """Whether the answers come from an engine that needs every variant as a checkpoint of its own."""
+    return plan.engine != "hf"
+
+
+class Worker:
+    """Runs cells of one study in this process; runs that differ only in silent experts or adapter share a model."""
+
+    def __init__(self, plan: Plan, out: Path, device: str = "auto") -> None:
+        self.plan, self.out, self.device = plan, out, device
+        self.runs = {run.name: run for run in plan.runs}
+        self.shelf = Shelf()
+        self.data_dir = Path(plan.data_dir) if plan.data_dir else None
+        self.train_data = Path(plan.train_data) if plan.train_data else None
+        if plan.data_dir == "pocket":
+            self.data_dir, self.train_data = out / "data", self.train_data or out / "data" / "train.json"
+        self._judge: Judge | None = None
+
+    def work(self, cell: Cell) -> None:
+        """Runs a cell, or sees that it is done."""
+        if cell.run is None:
+            {"data": self._data, "profile": self._profile, "select": self._select}[cell.stage]()
+            return
+        run = self.runs[cell.run]
+        {
+            "train": self._train,
+            "checkpoint": self._checkpoint,
+            "evaluate": self._evaluate,
+            "extract": self._extract,
+        }[cell.stage](run)
+
+    def _folder(self, run: Run) -> Path:
+        return self.out / "variants" / run.name
+
+    def _experts(self, stem: str) -> str:
+        return str(self.out / "experts" / f"{stem}.json")
+
+    def _data(self) -> None:
+        if not completed(self.out / "data", "pocket-data", {}):
+            with new_folder(self.out / "data", "pocket-data") as folder:
+                write_data(folder)
+                write_manifest(folder, "pocket-data", {}, [file.name for file in sorted(folder.iterdir())], 0)
+
+    def _profile(self) -> None:
+        plan = self.plan
+        self.shelf.clear()
+        profile.run(
+            ProfileConfig(
+                model=plan.model,
+                revision=plan.revision,
+                corpus=plan.corpus,
+                out=self.out / "profile",
+                tokens=plan.tokens,
+                seq_len=plan.seq_len,
+                depth=plan.depth,
+                data_dir=None if plan.data_dir == "pocket" else self.data_dir,
+                device=self.device,
+                **plan.profile,
+            )
+        )
+
+    def _select(self) -> None:
+        plan = self.plan
+        for stem, (name, seed) in expert_files(plan).items():
+            options: dict[str, Any] = dict(plan.experts[name])
+            file = Path(self._experts(stem))
+            if "experts" in options:
+                write_json(file, ExpertSet.parse(options["experts"]).to_json())
+                continue
+            if options.get("like") in plan.experts:
+                options["like"] = self._experts(options["like"])
+            if options.get("rule", "super") == "super":
+                options["depth"] = plan.depth
+            if plan.drawn(name):
+                options["seed"] = seed
+            select.run(SelectConfig(profile=self.out / "profile", out=file, **options))
+
+    def _train(self, run: Run) -> None:
+        plan = self.plan
+        assert self.train_data is not None
+        config = TrainConfig(
+            model=plan.model,
+            revision=plan.revision,
+            data=self.train_data,
+            experts=self._experts(run.experts) if run.experts else None,
+            attention=run.experts is None,
+            out=self._folder(run) / "train",
+            seed=run.seed,
+            device=self.device,
+            **plan.training_of(run),
+        )
+        less_memory = config.load_in_4bit or config.offload
+        if less_memory:
+            self.shelf.clear()
+        load = None if less_memory else functools.partial(self.shelf.take, config)
+        if train.checkpoints_of(config.out).is_dir():  # it was killed
+            with contextlib.suppress(OptionError):  # while other settings were trained
+                train.train(dataclasses.replace(config, resume=True), load=load)
+        train.train(config, load=load)
+
+    def _checkpoint(self, run: Run) -> None:
+        """The variant as a checkpoint, for engines that know nothing of silent experts or of adapters."""
+        plan, out = self.plan, self._folder(run) / "model"
+        self.shelf.clear()
+        if run.kind == "prune":
+            assert run.experts is not None
+            experts = self._experts(run.experts)
+            prune.run(PruneConfig(model=plan.model, revision=plan.revision, experts=experts, out=out))
+        else:
+            adapter = self._folder(run) / "train" / "adapter"
+            export.run(ExportConfig(adapter=adapter, format="merged", out=out))
+
+    def _evaluate(self, run: Run) -> None:
+        plan, built = self.plan, elsewhere(self.plan) and run.kind != "base"
+        if elsewhere(plan):
+            self.shelf.clear()
+        lora, pruned = run.kind == "lora" and not built, run.kind == "prune" and not built
+        options: dict[str, Any] = {**plan.evaluation, "perplexity": plan.perplexity}
+        takes = plan.perplexity is not None and takes_column(plan.perplexity)
+        options["column"] = plan.perplexity_column if takes else None
+        evaluate.run(
+            EvaluateConfig(
+                model=str(self._folder(run) / "model") if built else plan.model,
+                revision=None if built else plan.revision,
+                adapter=self._folder(run) / "train" / "adapter" if lora else None,
+                silence=self._experts(run.experts) if pruned and run.experts else None,
+                tasks=",".join(plan.tasks),
+                out=self._folder(run),
+                limit=plan.limit,
+                max_new_tokens=plan.max_new_tokens,
+                variant=run.name,
+                data_dir=self.data_dir,
+                tokens=plan.tokens,
+                seq_len=plan.seq_len,
+                seed=plan.seed,
+                device=self.device,
+                **options,
+            ),
+            load=self.shelf.take,
+        )
+
+    def _extract(self, run: Run) -> None:
+        config = ExtractConfig(folder=self._folder(run), device=self.device, **self.plan.extraction)
+        if judged_here(self.plan):
+            self.shelf.clear()  # a judge of 32 B parameters needs the room
+        self._judge = self._judge or open_judge(config, self.out / "judge.jsonl")  # variants often say the same
+        extract.run(config, self._judge)

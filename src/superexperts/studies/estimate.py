@@ -1,0 +1,180 @@
+"""What a study would run, for about how long and in how much memory, before it runs: `study --dry-run`.
+
+Times come from the study's own log where a cell of that stage has run already; else from the model's size and two
+speeds of this machine, measured in a second. They are upper bounds where answers end early, and rough everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from superexperts.benchmarks import load_benchmarks
+from superexperts.core.config_study import StudyConfig
+from superexperts.core.settings import CheckpointConfig
+from superexperts.data.corpora import local_data
+from superexperts.models.banks import find_banks
+from superexperts.models.loading import pick_device, structure_of
+from superexperts.studies.cells import Cell, cells
+from superexperts.studies.check import settings_of_plan
+from superexperts.studies.plan import Plan
+from superexperts.studies.status import cell_states
+from superexperts.training.rows import read_rows
+
+__all__ = ["Size", "estimate", "size_of"]
+
+HUB_ITEMS = {
+    "mmlu": 14042,
+    "gsm8k": 1319,
+    "arc_easy": 2376,
+    "arc_challenge": 1172,
+    "boolq": 3270,
+    "medqa": 1273,
+    "openbookqa": 500,
+    "vmlu": 744,
+}
+"""Items of the published test sets (VMLU: its answered ones), where nothing may be fetched to count them."""
+PROMPT_TOKENS = 256
+CHARACTERS_PER_TOKEN = 4
+USED = 0.3
+"""Share of a large matrix product's speed that a Mixture-of-Experts model reaches, whose products are small."""
+
+
+class Size:
+    """A model's size, from its configuration alone."""
+
+    def __init__(self, settings: Any) -> None:
+        model = structure_of(settings, CheckpointConfig())
+        text = settings.get_text_config().to_dict()
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        banks = find_banks(model)
+        routed = sum(parameter.numel() for bank in banks for parameter in bank.module.parameters())
+        chosen = min(1.0, (text.get("num_experts_per_tok") or text.get("top_k_experts") or 1) / banks[0].num_experts)
+        embedding = text["vocab_size"] * text["hidden_size"]
+        self.active = self.parameters - embedding - round(routed * (1 - chosen))
+        """Parameters that one token is multiplied with."""
+        self.layers: int = text["num_hidden_layers"]
+        self.hidden: int = text["hidden_size"]
+        self.vocabulary: int = text["vocab_size"]
+        heads = text["num_attention_heads"]
+        head = text.get("head_dim") or self.hidden // heads
+        latent = text.get("kv_lora_rank") is not None  # keys and values are kept for every head, and not compressed
+        width = heads * (text["qk_nope_head_dim"] + text["qk_rope_head_dim"] + text["v_head_dim"]) if latent else 0
+        self.cache = self.layers * (width or 2 * (text.get("num_key_value_heads") or heads) * head)
+        """Numbers in the cache of keys and values for each token."""
+
+
+def size_of(plan: Plan) -> Size:
+    """The size of the study's model; of a Hub model only config.json is fetched."""
+    return Size(settings_of_plan(plan))
+
+
+def estimate(plan: Plan, out: Path, config: StudyConfig) -> dict[str, Any]:
+    """Per cell: whether it is done, seconds, GiB, and what the time is taken from; their sum and the largest memory."""
+    device = pick_device(config.device)
+    itemsize = 4 if device.type == "cpu" else 2
+    size = size_of(plan)
+    flops, bytes_per_second = _speeds(device, itemsize)
+    items, rows = _items(plan), _training_tokens(plan)
+    todo = cells(plan)
+    states = cell_states(out, todo)
+    known: dict[str, float] = {}
+    for cell, state in zip(todo, states, strict=True):
+        if state["state"] == "done":
+            known[cell.stage] = max(known.get(cell.stage, 0.0), state["seconds"])
+    table = []
+    for cell, state in zip(todo, states, strict=True):
+        seconds, gib = _guess(cell, plan, size, itemsize, flops * USED, bytes_per_second, items, rows)
+        if cell.stage in known:
+            seconds = known[cell.stage]
+        left = 0.0 if state["state"] == "done" else seconds
+        basis = "measured" if cell.stage in known else "estimated"
+        table.append({"cell": cell.name, "state": state["state"], "seconds": left, "gib": gib, "basis": basis})
+    return {
+        "cells": table,
+        "seconds": sum(row["seconds"] for row in table),
+        "gib": max(row["gib"] for row in table),
+        "device": str(device),
+        "parameters": size.parameters,
+        "active_parameters": size.active,
+        "teraflops": flops / 1e12,
+        "gigabytes_per_second": bytes_per_second / 1e9,
+    }
+
+
+def _guess(
+    cell: Cell,
+    plan: Plan,
+    size: Size,
+    itemsize: int,
+    flops: float,
+    bandwidth: float,
+    items: Mapping[str, int],
+    rows: int,
+) -> tuple[float, float]:
+    """(seconds, GiB) of a cell."""
+    weights = size.parameters * itemsize
+    if cell.stage == "profile":
+        tokens = plan.tokens * len(plan.corpus)
+        batch = plan.profile.get("batch_size", 8) * plan.seq_len * size.hidden * 8 * itemsize
+        held = weights / size.layers * 2 if plan.profile.get("stream") else weights
+        return 2 * size.active * plan.depth * tokens / flops, (held + batch) / 2**30
+    if cell.stage == "evaluate":
+        batch = plan.evaluation.get("batch_size", 64)
+        step = max(weights / bandwidth, 2 * size.active * batch / flops)
+        batches = sum(math.ceil(count / batch) for count in items.values())
+        prompts = sum(items.values()) * PROMPT_TOKENS * 2 * size.active / flops
+        cache = batch * (PROMPT_TOKENS + plan.max_new_tokens) * size.cache * itemsize
+        return prompts + batches * plan.max_new_tokens * step, (weights + cache) / 2**30
+    if cell.stage == "train":
+        options = plan.training_of(next(run for run in plan.runs if run.name == cell.run))
+        again = 4 if options.get("gradient_checkpointing") else 3
+        tokens = round(rows * options.get("epochs", 2))
+        in_batch = options.get("batch_size", 16) * min(options.get("max_length", 1024), 2 * PROMPT_TOKENS)
+        kept = (2 if again == 4 else 24) * size.hidden * size.layers * itemsize + size.vocabulary * 8
+        return again * 2 * size.active * tokens / flops, (weights + in_batch * kept) / 2**30
+    return (2 * weights / 1e9 if cell.stage == "checkpoint" else 0.1), 0.0
+
+
+def _items(plan: Plan) -> dict[str, int]:
+    """Items of each benchmark that are asked; nothing is fetched for it."""
+    data_dir = local_data(Path(plan.data_dir) if plan.data_dir else None)
+    counts = dict(HUB_ITEMS)
+    if data_dir is not None:
+        counts = {name: len(benchmark.items) for name, benchmark in load_benchmarks(plan.tasks, data_dir).items()}
+    return {name: min(plan.limit or counts[name], counts[name]) for name in plan.tasks}
+
+
+def _training_tokens(plan: Plan) -> int:
+    """About how many tokens the training rows have."""
+    if plan.train_data is None or not any(run.kind == "lora" for run in plan.runs):
+        return 100_000
+    rows = read_rows(Path(plan.train_data), "STUDY train_data")
+    return sum(len(row.question) + len(row.explain) + len(row.answer) for row in rows) // CHARACTERS_PER_TOKEN
+
+
+def _speeds(device: torch.device, itemsize: int) -> tuple[float, float]:
+    """(FLOP/s of a large matrix product, bytes/s of reading memory) of a device."""
+    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    n = 1024 if device.type == "cpu" else 8192
+    a_NN = torch.ones(n, n, dtype=dtype, device=device)
+    big_N = torch.ones(2**25 if device.type == "cpu" else 2**30, dtype=dtype, device=device)
+    product = _fastest(lambda: a_NN @ a_NN, device)
+    reading = _fastest(lambda: big_N.sum(), device)
+    return 2 * n**3 / product, big_N.nbytes / reading
+
+
+def _fastest(work: Any, device: torch.device) -> float:
+    best = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best

@@ -1,0 +1,83 @@
+"""A YAML file whose errors are told all at once, each with its line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import yaml
+
+from superexperts.core.errors import OptionError
+
+__all__ = ["LinedYaml", "Place", "as_fields", "together"]
+
+Place = tuple[str | int, ...]
+"""Names and numbers on the way to a value."""
+
+
+class LinedYaml:
+    """A YAML text: its `value`, and in `lines` the line of each place in it. `OptionError` if it is none.
+
+    `name` is what errors call the file.
+    """
+
+    def __init__(self, text: str, name: str) -> None:
+        self.name = name
+        self.errors: list[tuple[int, str]] = []
+        self.lines: dict[Place, int] = {(): 1}
+        try:
+            loader = yaml.SafeLoader(text)
+            node = loader.get_single_node()
+            self.value: Any = None if node is None else self._value(loader, node, ())
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            self.error((), f"not valid YAML ({' '.join(str(error).split())}); repair the file", mark and mark.line + 1)
+            self.stop()
+        except RecursionError:
+            self.error((), "an alias holds itself; write the values out")
+            self.stop()
+
+    def _value(self, loader: yaml.SafeLoader, node: yaml.Node, path: Place) -> Any:
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(loader, item, (*path, i)) for i, item in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            return loader.construct_object(node, deep=True)
+        loader.flatten_mapping(node)
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            here = (*path, key if isinstance(key, str) else str(key))
+            if not isinstance(key, str):
+                self.error(here, f"{key!r} is no name; put it in quotes", key_node.start_mark.line + 1)
+            elif key in found:
+                self.error(here, f"{key!r} stands here twice; keep one", key_node.start_mark.line + 1)
+            else:
+                self.lines[here] = key_node.start_mark.line + 1
+                found[key] = self._value(loader, value_node, here)
+        return found
+
+    def error(self, path: Place, text: str, line: int | None = None) -> None:
+        """Notes what is wrong at a place, or at the nearest one around it that the file has."""
+        while path not in self.lines:
+            path = path[:-1]
+        found = (line or self.lines[path], as_fields(text))
+        if found not in self.errors:  # two commands share an option
+            self.errors.append(found)
+
+    def stop(self) -> NoReturn:
+        """Raises all that was noted, in the order of the lines."""
+        raise OptionError(together(self.name, [f"line {line}: {text}" for line, text in sorted(self.errors)]))
+
+
+def together(name: str, errors: Sequence[str]) -> str:
+    """The errors of a file as one text: the only one in its line, several in a line each."""
+    if len(errors) == 1:
+        return f"{name}: {errors[0]}"
+    return f"{name}: {len(errors)} errors; nothing was run\n" + "\n".join(f"  {error}" for error in errors)
+
+
+def as_fields(text: str) -> str:
+    """What a command says of its options, of the fields that a study file has for them: `--max-length` and so on."""
+    return re.sub(r"--([a-z][a-z0-9-]*)", lambda option: option[1].replace("-", "_"), text)

@@ -1,0 +1,257 @@
+"""Two checkpoints read side by side: for each tensor, or part of one, how much of it differs and by how much.
+
+Equal bytes are compared in the caches of the processor and never leave them; only what differs is measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Literal
+
+from superexperts.checkpoints.reader import KINDS, Checkpoint, Entry
+from superexperts.core.errors import ModelError
+from superexperts.core.types import ExpertId, ExpertKey
+
+if TYPE_CHECKING:  # torch takes 2 s to import, for which what is equal does not wait
+    from torch import Tensor
+
+__all__ = [
+    "Difference",
+    "Sums",
+    "Unit",
+    "compare_unit",
+    "compare_units",
+    "count",
+    "part",
+    "same_bytes",
+    "tensor_sums",
+    "total",
+]
+
+Status = Literal["identical", "changed", "reshaped", "missing in A", "missing in B"]
+"""`changed` has the same shape (its dtype may be another), `reshaped` has not."""
+
+THREADS = 2
+BLOCK = 2**20
+"""Bytes of each side that are compared at a time: both fit into a core's cache."""
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memcmp.restype = ctypes.c_int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """What is compared as one thing: a tensor, or one expert's part of one."""
+
+    key: str
+    """A's key, or B's where A has none; `key[3]` for a row of a fused tensor."""
+    layer: int | None = None
+    """None outside of the decoder's layers."""
+    expert: ExpertId | None = None
+    """None for what belongs to no expert."""
+    a: tuple[Entry, ...] = ()
+    """Where it lies in A, piece after piece; none where A has not got it."""
+    b: tuple[Entry, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What every number about a difference is computed from; over finite values only."""
+
+    elements: int = 0
+    changed: int = 0
+    """Elements whose bits differ (whose values differ, where the dtypes do)."""
+    aa: float = 0.0
+    """Sum of squares of A, as `bb` of B, `ab` of their products and `dd` of B - A."""
+    bb: float = 0.0
+    ab: float = 0.0
+    dd: float = 0.0
+    max_change: float = 0.0
+    not_finite: int = 0
+    """Changed elements that are infinite or no number on either side."""
+
+    def __add__(self, other: Sums) -> Sums:
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        both = {name: mine[name] + theirs[name] for name in mine}
+        return Sums(**{**both, "max_change": max(self.max_change, other.max_change)})
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers that are asked for; None where a norm is 0."""
+        norms = math.sqrt(self.aa) * math.sqrt(self.bb)
+        return {
+            "elements": self.elements,
+            "changed": self.changed,
+            "share_changed": self.changed / self.elements if self.elements else 0.0,
+            "relative_norm": math.sqrt(self.dd / self.aa) if self.aa else None,
+            "max_change": self.max_change,
+            "cosine": max(-1.0, min(1.0, self.ab / norms)) if norms else None,
+            "not_finite": self.not_finite,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """What became of a unit."""
+
+    unit: Unit
+    status: Status
+    sums: Sums
+    """Zeros but for `elements` where nothing was changed or nothing can be compared."""
+    bytes: int
+    """Of A and B together, as far as they were compared."""
+
+    @property
+    def expert(self) -> ExpertKey | None:
+        """The expert that the unit belongs to, alone."""
+        layer, expert = self.unit.layer, self.unit.expert
+        return None if layer is None or expert is None else (layer, expert)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value."""
+        unit = self.unit
+        sides = {}
+        for name, entries in (("a", unit.a), ("b", unit.b)):
+            shape = list(entries[0].shape) if len(entries) == 1 else None
+            dtype = KINDS[entries[0].kind][0] if entries else None
+            sides[name] = {"dtype": dtype, "shape": shape} if entries else None
+        where = {"key": unit.key, "layer": unit.layer, "expert": unit.expert, "status": self.status}
+        return {**where, **self.sums.to_json(), **sides}
+
+
+class _Buffers(threading.local):
+    """Each thread's own two blocks."""
+
+    def __init__(self) -> None:
+        blocks = [bytearray(BLOCK) for _ in range(2)]
+        self.views = [memoryview(block) for block in blocks]
+        self.addresses = [ctypes.addressof(ctypes.c_char.from_buffer(block)) for block in blocks]
+
+
+_buffers = _Buffers()
+
+
+def compare_units(a: Checkpoint, b: Checkpoint, units: Sequence[Unit]) -> Iterator[Difference]:
+    """Each unit's difference, in their order."""
+    with ThreadPoolExecutor(THREADS) as workers:
+        yield from workers.map(lambda unit: compare_unit(a, b, unit), units)
+
+
+def compare_unit(a: Checkpoint, b: Checkpoint, unit: Unit) -> Difference:
+    """Compares bit by bit first, and measures only what differs."""
+    untouched = Sums(elements=count(unit.a or unit.b))
+    if not unit.a or not unit.b:
+        return Difference(unit=unit, status="missing in B" if unit.a else "missing in A", sums=untouched, bytes=0)
+    if _shape(unit.a) != _shape(unit.b):
+        return Difference(unit=unit, status="reshaped", sums=untouched, bytes=0)
+    nbytes = sum(entry.nbytes for entry in (*unit.a, *unit.b))
+    if _same_dtype(unit) and same_bytes(a, b, unit.a, unit.b):
+        return Difference(unit=unit, status="identical", sums=untouched, bytes=nbytes)
+    sums = Sums()
+    for one, other in _spans(unit.a, unit.b):
+        sums += tensor_sums(a.read(one), b.read(other))
+    status: Status = "changed" if sums.changed or not _same_dtype(unit) else "identical"
+    return Difference(unit=unit, status=status, sums=sums, bytes=nbytes)
+
+
+def count(entries: Sequence[Entry]) -> int:
+    """Elements of all pieces."""
+    return sum(math.prod(entry.shape) for entry in entries)
+
+
+def _shape(entries: Sequence[Entry]) -> tuple[int, ...]:
+    """The shape of pieces that lie below each other."""
+    if len(entries) == 1:
+        return entries[0].shape
+    return (sum(entry.shape[0] for entry in entries), *entries[0].shape[1:])
+
+
+def _same_dtype(unit: Unit) -> bool:
+    return {entry.kind for entry in unit.a} == {entry.kind for entry in unit.b}
+
+
+def same_bytes(a: Checkpoint, b: Checkpoint, ones: Sequence[Entry], others: Sequence[Entry]) -> bool:
+    """Whether pieces of equal size in all hold the same bytes. A file that has two names is not read."""
+    for one, other in _spans(ones, others, whole=True):
+        if one.offset == other.offset and a.inode(one.file) == b.inode(other.file):
+            continue
+        left, right = a.descriptor(one.file), b.descriptor(other.file)
+        for start in range(0, one.nbytes, BLOCK):
+            length = min(BLOCK, one.nbytes - start)
+            _fill(left, _buffers.views[0][:length], one, start)
+            _fill(right, _buffers.views[1][:length], other, start)
+            if _memcmp(*_buffers.addresses, length):
+                return False
+    return True
+
+
+def part(entry: Entry, offset: int, nbytes: int) -> Entry:
+    """Some of an entry's bytes, as bytes."""
+    return dataclasses.replace(entry, kind="U8", shape=(nbytes,), offset=offset, nbytes=nbytes)
+
+
+def _fill(descriptor: int, target: memoryview, entry: Entry, start: int) -> None:
+    offset = entry.offset + start
+    while target:
+        done = os.preadv(descriptor, [target], offset)
+        if not done:
+            raise ModelError(f"MODEL: {entry.file!r} ends inside {entry.key!r}; fetch the checkpoint again")
+        target, offset = target[done:], offset + done
+
+
+def _spans(ones: Sequence[Entry], others: Sequence[Entry], *, whole: bool = False) -> Iterator[tuple[Entry, Entry]]:
+    """Pairs of flat pieces of the same number of elements, which together are all of both sides; of at most a block
+    unless they may be `whole`."""
+    left, right = list(ones), list(others)
+    while left and right:
+        sizes = [entry.nbytes // entry.itemsize for entry in (left[0], right[0])]
+        taken = min(*sizes) if whole else min(*sizes, BLOCK)
+        pair = []
+        for side, size in ((left, sizes[0]), (right, sizes[1])):
+            entry, width = side[0], side[0].itemsize
+            pair.append(dataclasses.replace(entry, shape=(taken,), nbytes=taken * width))
+            if taken == size:
+                side.pop(0)
+            else:
+                offset, nbytes = entry.offset + taken * width, entry.nbytes - taken * width
+                side[0] = dataclasses.replace(entry, shape=(size - taken,), offset=offset, nbytes=nbytes)
+        yield pair[0], pair[1]
+
+
+def tensor_sums(a_N: Tensor, b_N: Tensor) -> Sums:
+    """The sums over two tensors of the same number of elements, in float64."""
+    import torch  # here, as said above
+
+    a_N, b_N = a_N.reshape(-1), b_N.reshape(-1)
+    if a_N.dtype == b_N.dtype:
+        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a_N.dtype.itemsize]
+        differs_N = a_N.view(width) != b_N.view(width)
+    else:
+        differs_N = a_N.double() != b_N.double()
+    x_N, y_N = a_N.double(), b_N.double()
+    finite_N = x_N.isfinite() & y_N.isfinite()
+    strange = int((differs_N & ~finite_N).sum())
+    if not bool(finite_N.all()):
+        x_N, y_N = x_N.where(finite_N, 0), y_N.where(finite_N, 0)
+    change_N = y_N - x_N
+    return Sums(
+        elements=len(a_N),
+        changed=int(differs_N.sum()),
+        aa=float(x_N @ x_N),
+        bb=float(y_N @ y_N),
+        ab=float(x_N @ y_N),
+        dd=float(change_N @ change_N),
+        max_change=float(change_N.abs().max()) if len(a_N) else 0.0,
+        not_finite=strange,
+    )
+
+
+def total(sums: Iterable[Sums]) -> Sums:
+    """Their sum."""
+    return sum(sums, Sums())

@@ -1,0 +1,247 @@
+"""Takes experts out of a checkpoint: their matrices, their rows of the router, and their number in config.json.
+
+Which tensors shrink, and which field of the configuration says so, is found by building the model's structure twice,
+with all experts and with fewer: no name is known here.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from superexperts.checkpoints.reader import Checkpoint, Entry
+from superexperts.checkpoints.writer import Change, NewTensor, digest_of
+from superexperts.core.errors import ExpertsError, ModelError
+from superexperts.core.settings import CheckpointConfig
+from superexperts.core.types import ExpertKey, key_name
+from superexperts.models.banks import Bank, check_experts, find_banks
+from superexperts.models.decoder import decoder_layers, in_layer, num_layers, text_config
+from superexperts.models.experts import down_weight
+from superexperts.models.key_mapping import Homes
+from superexperts.models.loading import settings_of, structure_of
+
+__all__ = ["Removal", "plan_removal"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What a checkpoint without the experts is made of."""
+
+    shards: Mapping[str, Sequence[NewTensor]]
+    """The shards that change, in full."""
+    settings: Mapping[str, Any]
+    """The new config.json."""
+    field: str
+    """Its field that held the number of experts."""
+    changes: tuple[Change, ...]
+    """What was taken out."""
+
+
+def plan_removal(config: CheckpointConfig, base: Checkpoint, experts: Collection[ExpertKey]) -> Removal:
+    """Finds out what changes; `ExpertsError` or `ModelError` where the result would be no model of the family.
+
+    Nothing is read but what is taken out.
+    """
+    settings = settings_of(config, base.folder)
+    model = structure_of(settings, config)
+    banks = find_banks(model)
+    check_experts(banks, experts)
+    count = _each_loses(banks, experts)
+    field, fewer = _shrunk(settings, config, banks, count)
+    _check_groups(settings, banks, experts)
+    homes = Homes(model, base)
+    homes.check_complete(model)
+    if homes.quantized:
+        raise ModelError("--mode: 'remove' needs weights that are not quantized; use --mode zero")
+    _check_ignored(model, banks, homes)
+    before, after = (_shapes(structure) for structure in (model, fewer))
+    new: dict[str, NewTensor | None] = {}
+    changes: list[Change] = []
+    for name, shape in before.items():
+        if after.get(name) == shape or name not in homes.of:
+            continue
+        bank = next((bank for bank in banks if name.startswith(f"{bank.path.rpartition('.')[0]}.")), None)
+        if bank is None:
+            raise ModelError(f"MODEL: the number of experts changes {name}, which is in no MoE layer; use --mode zero")
+        gone = [cast(int, expert) for layer, expert in experts if layer == bank.layer]
+        kept = [expert for expert in range(bank.num_experts) if expert not in gone]
+        (dim,) = (d for d, (x, y) in enumerate(zip(shape, after[name], strict=True)) if x != y)
+        changes += _shrink(base, homes, name, dim, kept, gone, new)
+    shards = {}
+    for file in base.files:
+        entries = base.in_file(file)
+        if any(entry.key in new for entry in entries):
+            tensors = [new.get(entry.key, _as_it_is(entry)) for entry in entries]
+            shards[file] = [tensor for tensor in tensors if tensor is not None]
+    return Removal(
+        shards=shards, settings=_new_settings(base.folder, settings, field, banks[0].num_experts - count),
+        field=field, changes=tuple(changes),
+    )  # fmt: skip
+
+
+def _each_loses(banks: Sequence[Bank], experts: Collection[ExpertKey]) -> int:
+    """How many experts every MoE layer loses."""
+    shared = next((key for key in experts if key[1] == "shared"), None)
+    if shared is not None:
+        raise ExpertsError(f"--experts: {key_name(shared)} cannot be removed, only zeroed; use --mode zero")
+    lost = Counter(layer for layer, _ in experts)
+    numbers = {bank.layer: lost[bank.layer] for bank in banks}
+    few, many = min(numbers, key=numbers.__getitem__), max(numbers, key=numbers.__getitem__)
+    if numbers[few] != numbers[many]:
+        raise ExpertsError(
+            f"--experts: --mode remove takes as many experts from every MoE layer, since the configuration has one "
+            f"number for all, but layer {many} loses {numbers[many]} and layer {few} {numbers[few]}; use --mode zero"
+        )
+    return numbers[few]
+
+
+def _shrunk(settings: Any, config: CheckpointConfig, banks: Sequence[Bank], count: int) -> tuple[str, nn.Module]:
+    """The field of the configuration that holds the number of experts, and the structure with fewer of them."""
+    sizes = {bank.num_experts for bank in banks}
+    if len(sizes) > 1:
+        raise ModelError(f"MODEL: its MoE layers have {sorted(sizes)} experts, not one number; use --mode zero")
+    (size,) = sizes
+    if count >= size:
+        raise ExpertsError(f"--experts: {count} of {size} experts of each layer leave none; use --mode zero")
+    text = settings.get_text_config()
+    for field, value in text.to_dict().items():
+        if type(value) is not int or value != size:
+            continue
+        changed = copy.deepcopy(settings)
+        try:
+            setattr(changed.get_text_config(), field, size - count)
+            fewer = structure_of(changed, config)
+        except (ValueError, RuntimeError, AssertionError, IndexError):  # another field of this value
+            continue
+        if _only_fewer_experts(banks, fewer, size - count):
+            _check_routing(fewer, size - count)
+            return field, fewer
+    raise ModelError(
+        f"MODEL: no one number of its configuration is that of the experts, {size}, in every layer; use --mode zero"
+    )
+
+
+def _only_fewer_experts(banks: Sequence[Bank], fewer: nn.Module, wanted: int) -> bool:
+    found = find_banks(fewer)
+    if [bank.path for bank in found] != [bank.path for bank in banks]:
+        return False
+    if any(bank.num_experts != wanted for bank in found):
+        return False
+    return all(
+        down_weight(one.module).shape[1:] == down_weight(other.module).shape[1:]
+        for one, other in zip(banks, found, strict=True)
+    )
+
+
+def _check_routing(model: nn.Module, count: int) -> None:
+    """Sends a few tokens without values through the router: a family says itself where it cannot choose its top k
+    among so few, or cannot split them into its groups."""
+    for bank in find_banks(model):
+        block = model.get_submodule(bank.path.rpartition(".")[0])
+        stock = bank.module.forward
+        bank.module.forward = lambda x, *_, **__: torch.empty_like(x)
+        try:
+            hidden = torch.empty(1, 2, text_config(model).hidden_size, device="meta")
+            if block is decoder_layers(model, bank.path)[bank.layer]:  # gemma4; a layer takes more than hidden states
+                cast(Any, block).router(hidden[0])
+            else:
+                block(hidden)
+        except (RuntimeError, ValueError, IndexError) as error:
+            why = " ".join(str(error).split())[:120]
+            raise ExpertsError(
+                f"--experts: the family's router does not work with {count} experts ({why}); use --mode zero"
+            ) from error
+        finally:
+            bank.module.forward = stock
+
+
+def _check_groups(settings: Any, banks: Sequence[Bank], experts: Collection[ExpertKey]) -> None:
+    """Where a router chooses groups of experts first (DeepSeek-V3's `n_group`), each must keep its own."""
+    groups = settings.get_text_config().to_dict().get("n_group")
+    if type(groups) is not int or groups <= 1:
+        return
+    for bank in banks:
+        size = bank.num_experts // groups
+        lost = Counter(cast(int, expert) // size for layer, expert in experts if layer == bank.layer)
+        numbers = [lost[group] for group in range(groups)]
+        if len(set(numbers)) > 1:
+            raise ExpertsError(
+                f"--experts: the router chooses among {groups} groups of {size} experts first, and layer {bank.layer} "
+                f"loses {numbers} of them, so others would change their group; remove as many of each, or use zero"
+            )
+
+
+def _check_ignored(model: nn.Module, banks: Sequence[Bank], homes: Homes) -> None:
+    """A checkpoint may hold more layers than the model uses (for speculative decoding), with experts of their own."""
+    beyond, layers = in_layer(banks[0].path, banks[0].layer), num_layers(model)
+    more = next((key for key in homes.ignored if (found := beyond.match(key)) and int(found[1]) >= layers), None)
+    if more is not None:
+        raise ModelError(
+            f"MODEL: holds layers that the model does not run ({more!a}), whose experts the new number would not fit; "
+            "use --mode zero"
+        )
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _as_it_is(entry: Entry) -> NewTensor:
+    return NewTensor(key=entry.key, kind=entry.kind, shape=entry.shape, pieces=(entry,))
+
+
+def _shrink(
+    base: Checkpoint, homes: Homes, name: str, dim: int, kept: Sequence[int], gone: Sequence[int],
+    new: dict[str, NewTensor | None],
+) -> list[Change]:  # fmt: skip
+    """Puts what becomes of a parameter's keys into `new` (None for a key that leaves); returns what was taken out."""
+    whole = homes.whole(name)
+    if whole is not None:
+        shape = tuple(len(kept) if d == dim else size for d, size in enumerate(whole.shape))
+        pieces: tuple[Entry | Tensor, ...]
+        if dim == 0:
+            pieces = tuple(whole.row(expert) for expert in kept)
+            out = [whole.row(expert) for expert in gone]
+        else:
+            pieces = (base.read(whole).index_select(dim, torch.tensor(kept)),)
+            out = [whole]
+        new[whole.key] = NewTensor(key=whole.key, kind=whole.kind, shape=shape, pieces=pieces)
+        return [_taken_out(base, entry) for entry in out]
+    columns = homes.stacked(name)
+    if columns is None or any(len(column) != len(kept) + len(gone) for column in columns):
+        raise ModelError(f"MODEL: the checkpoint keeps {name} in an order that cannot be edited; use --mode zero")
+    for column in columns:
+        # The experts that stay close ranks: the keys are those of the first ones, whatever the family calls them.
+        for place, entry in enumerate(column):
+            new[entry.key] = None
+            if place < len(kept):
+                source = column[kept[place]]
+                new[entry.key] = NewTensor(key=entry.key, kind=source.kind, shape=source.shape, pieces=(source,))
+    return [_taken_out(base, column[expert]) for column in columns for expert in gone]
+
+
+def _taken_out(base: Checkpoint, entry: Entry) -> Change:
+    return Change(
+        key=entry.key, file=entry.file, offset=entry.offset, bytes=entry.nbytes,
+        sha256_before=digest_of(base, entry), sha256_after=None,
+    )  # fmt: skip
+
+
+def _new_settings(folder: Path, settings: Any, field: str, count: int) -> dict[str, Any]:
+    """config.json with the new number wherever it stands under this field's name or one of its aliases."""
+    raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = settings.get_text_config()
+    place = raw if text is settings else next(raw.setdefault(k, {}) for k, v in vars(settings).items() if v is text)
+    aliases = [name for name, meant in text.attribute_map.items() if meant == field]
+    names = [name for name in (field, *aliases) if name in place]
+    for name in names or [field]:
+        place[name] = count
+    return raw

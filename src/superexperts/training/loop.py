@@ -1,0 +1,311 @@
+"""The training loop: TRL's trainer, checkpoints that a killed run goes on from, and the adapter of the lowest loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer, pack_dataset
+
+from superexperts.adapters.exposure import Exposure
+from superexperts.core.config_train import TrainConfig
+from superexperts.core.console import note, speaks, stderr
+from superexperts.core.distributed import process_number, together
+from superexperts.core.errors import DataError, OptionError
+from superexperts.core.runs import read_json, write_json
+from superexperts.training.rows import Example
+
+__all__ = ["Fitted", "fit", "last_checkpoint", "whole_tensors"]
+
+COMPLETE = "complete.json"
+"""Written into a checkpoint last of all: one without it was cut off."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What the loop did."""
+
+    losses: list[tuple[int, float]]
+    """(step, mean loss of the step in nats per response token)."""
+    eval_losses: list[tuple[int, float]]
+    """The same of the rows set aside."""
+    kept_step: int
+    """Step whose adapter is on the model now."""
+
+
+def fit(
+    adapted: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    config: TrainConfig,
+    exposure: Exposure,
+    work: Path,
+    checkpoint: Path | None = None,
+) -> Fitted:
+    """Trains the adapter in place, from a checkpoint in `work` where one is given; checkpoints and logs go there."""
+    progress, keeper = _Progress(), _Keeper(adapted, exposure, config.patience)
+    if checkpoint is not None:
+        keeper.restore(checkpoint)
+    trainer = SFTTrainer(
+        model=adapted,
+        args=_settings(adapted, config, work, evaluate=bool(held_out)),
+        train_dataset=_dataset(examples, config),
+        eval_dataset=_dataset(held_out, config) if held_out else None,
+        processing_class=tokenizer,
+        callbacks=[progress, keeper, *([_EveryEpoch()] if held_out and not config.eval_steps else [])],
+    )
+    if config.report_to == "tensorboard" and speaks:
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(work / "logs"))))
+    trainer.remove_callback(PrinterCallback)  # it prints every step to standard output
+    if config.packing:
+        _require_apart(adapted, examples)
+    base = cast(nn.Module, adapted.get_base_model())
+    if config.gradient_checkpointing:
+        _checkpoint_activations(base)
+    try:
+        if checkpoint is not None and keeper.exhausted:
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        progress.close()
+        if config.gradient_checkpointing:
+            cast(Any, base).activation_checkpointing_disable()
+    history = trainer.state.log_history
+    return Fitted(
+        losses=[(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
+        eval_losses=[(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
+        kept_step=keeper.finish(trainer.state.global_step),
+    )
+
+
+def _settings(adapted: PeftModel, config: TrainConfig, work: Path, *, evaluate: bool) -> SFTConfig:
+    parameter = next(adapted.parameters())
+    on_gpu = parameter.device.type == "cuda"
+    settings = SFTConfig(
+        output_dir=str(work),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup,  # below 1 it is a share of the steps
+        seed=config.seed,
+        use_cpu=not on_gpu,
+        bf16=on_gpu and parameter.dtype == torch.bfloat16,
+        fp16=on_gpu and parameter.dtype == torch.float16,
+        # Backward stops at the lowest adapted layer; TRL's checkpointing would take it down to the embeddings.
+        activation_checkpointing=False,
+        # The loss is that of the response and nothing else; families ask for a router loss over all tokens.
+        router_aux_loss_coef=0.0,
+        # The rows are tokens with labels already, and too long ones were refused or cut off.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=config.packing,
+        eval_packing=False,
+        eval_strategy="steps" if evaluate and config.eval_steps else "no",  # or see `_EveryEpoch`
+        eval_steps=config.eval_steps or None,
+        save_strategy="steps" if config.checkpoint_steps else "no",
+        save_steps=config.checkpoint_steps or 500,
+        save_total_limit=2,
+        logging_steps=1,
+        report_to=[config.report_to] if config.report_to in ("trackio", "wandb") else [],
+        run_name=config.out.name,
+        disable_tqdm=True,
+        dataloader_pin_memory=on_gpu,
+        # An expert that a batch does not reach has a gradient of 0, so every process has every gradient.
+        ddp_find_unused_parameters=False,
+    )
+    _ = settings.device  # finds the GPUs, several of which TRL refuses in one process
+    settings._n_gpu = min(settings._n_gpu, 1)
+    return settings
+
+
+def _dataset(examples: Sequence[Example], config: TrainConfig) -> Dataset:
+    rows = Dataset.from_dict(
+        {
+            "input_ids": [example.input_ids for example in examples],
+            "labels": [example.labels for example in examples],
+        }
+    )
+    return pack_dataset(rows, config.max_length, "bfd") if config.packing else rows
+
+
+@torch.no_grad()
+def _require_apart(adapted: PeftModel, examples: Sequence[Example]) -> None:
+    """`OptionError` where rows in one sequence see each other, as in families with more than attention between tokens.
+
+    Measured, since no list of families would stay right: a row's logits behind another one against those alone.
+    """
+    first, second, *_ = [*examples, *examples]
+    training = adapted.training
+    adapted.eval()
+    ids_L = torch.tensor([*first.input_ids, *second.input_ids], device=next(adapted.parameters()).device)
+    positions_L = torch.cat([torch.arange(len(row.input_ids), device=ids_L.device) for row in (first, second)])
+    start = len(first.input_ids)
+    behind = adapted(input_ids=ids_L[None], position_ids=positions_L[None], use_cache=False).logits[0, start:].float()
+    alone = adapted(input_ids=ids_L[None, start:], use_cache=False).logits[0].float()
+    adapted.train(training)
+    error = float((behind - alone).norm() / alone.norm())
+    limit = 1e-3 if next(adapted.parameters()).dtype == torch.float32 else 0.1
+    if not error <= limit:
+        family = cast(Any, adapted).config.model_type
+        raise OptionError(
+            f"--packing: rows in one sequence would see each other in {family} (logits differ by {error:.1%}); "
+            "leave it out"
+        )
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    """Without reentry, which needs no gradient at the embeddings: layers below the lowest adapter stay without one."""
+    try:
+        cast(Any, model).activation_checkpointing_enable({"use_reentrant": False})
+        cast(Any, model).disable_input_require_grads()  # which transformers has just asked for
+    except ValueError as error:
+        family = cast(Any, model).config.model_type
+        raise OptionError(f"--gradient-checkpointing: {family} does not have it ({error}); leave it out") from error
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The latest whole checkpoint; `DataError` where another number of processes wrote it."""
+    found = {int(match[1]): path for path in work.glob("checkpoint-*") if (match := re.search(r"-(\d+)$", path.name))}
+    whole = [step for step, path in found.items() if (path / COMPLETE).is_file()]
+    if not whole:
+        return None
+    checkpoint, processes = found[max(whole)], int(os.environ.get("WORLD_SIZE", "1"))
+    kept = read_json(checkpoint / COMPLETE, "--resume")
+    if kept["processes"] != processes:
+        raise DataError(
+            f"--resume: {checkpoint} was written by {kept['processes']} processes, now there are {processes}; "
+            "start as many, or leave --resume out"
+        )
+    return checkpoint
+
+
+class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """What a checkpoint has to hold beside the trainer's own: token counts, and the adapter of the lowest loss."""
+
+    def __init__(self, adapted: PeftModel, exposure: Exposure, patience: int) -> None:
+        self._adapted = adapted
+        self._exposure = exposure
+        self._patience = patience
+        self._worse = 0
+        self._best: tuple[float, int] | None = None
+        self._tensors: Mapping[str, Tensor] = {}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many evaluations brought nothing that training is over."""
+        return 0 < self._patience <= self._worse
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if not self._patience:
+            return
+        if self._best is None or metrics["eval_loss"] < self._best[0]:
+            self._best, self._worse = (metrics["eval_loss"], state.global_step), 0
+            self._tensors = whole_tensors(self._adapted)
+        else:
+            self._worse += 1
+        control.should_training_stop |= self.exhausted
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(folder / f"exposure_{args.process_index}.json", self._exposure.state())
+        together()
+        if not state.is_world_process_zero:
+            return
+        if self._tensors:
+            save_file(dict(self._tensors), folder / "best.safetensors")
+        for file in (path for path in folder.rglob("*") if path.is_file()):
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        write_json(folder / COMPLETE, {"worse": self._worse, "best": self._best, "processes": args.world_size})
+
+    def restore(self, folder: Path) -> None:
+        """Takes up what `on_save` wrote."""
+        kept = read_json(folder / COMPLETE, "--resume")
+        self._exposure.restore(read_json(folder / f"exposure_{process_number()}.json", "--resume"))
+        self._worse, self._best = kept["worse"], kept["best"] and (kept["best"][0], kept["best"][1])
+        self._tensors = load_file(folder / "best.safetensors") if self._best else {}
+
+    def finish(self, step: int) -> int:
+        """Puts the adapter of the lowest loss on the model, where one was kept; returns its step."""
+        if self._best is None:
+            return step
+        with torch.no_grad():
+            for name, parameter in self._adapted.named_parameters():
+                if name in self._tensors:
+                    best = self._tensors[name].to(parameter.device)
+                    if isinstance(parameter, DTensor):
+                        best = distribute_tensor(best, parameter.device_mesh, parameter.placements)
+                    parameter.copy_(best)
+        if self._best[1] < step:
+            note(f"train: the adapter of step {self._best[1]} is kept, whose loss on rows set aside is the lowest")
+        return self._best[1]
+
+
+def whole_tensors(adapted: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors on the CPU, gathered where FSDP holds a part in each process: all of them have to call."""
+    found = {name: parameter.detach() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    gathered = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in found.items()}
+    return {name: tensor.cpu().clone() for name, tensor in gathered.items()}
+
+
+class _EveryEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """Evaluates after the last step of each epoch, before a checkpoint of that step is written.
+
+    The trainer's own `eval_strategy="epoch"` does so after it, and a run that goes on from there would have no loss of
+    that epoch, and other random numbers.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, train_dataloader: Any, **kwargs: Any) -> None:
+        steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+        control.should_evaluate |= state.global_step % steps == 0 or state.global_step == state.max_steps
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """A bar with the loss on standard error."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=stderr,
+        )
+        self._task = self._bar.add_task("training", loss="")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self._bar.update(self._task, completed=state.global_step, loss=f"loss {logs['loss']:.3f}")
+
+    def close(self) -> None:
+        """Gives the terminal back, also after an error."""
+        self._bar.stop()

@@ -1,0 +1,130 @@
+"""Loading a model to train on in less memory: 4-bit linear maps, and layers below the lowest adapter out of the way."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from superexperts.adapters import lora
+from superexperts.adapters.layer import linears
+from superexperts.core.config_train import TrainConfig
+from superexperts.core.console import note
+from superexperts.core.distributed import several
+from superexperts.core.errors import ModelError, OptionError
+from superexperts.models.decoder import decoder_layers, layer_number
+from superexperts.models.loading import load_as_stored, load_model, load_structure, pick_device
+
+__all__ = ["load_to_train"]
+
+
+def load_to_train(config: TrainConfig, attach: Callable[[nn.Module], PeftModel], folder: Path) -> nn.Module:
+    """The model as `load_model` has it, or in less memory; what is on disk goes into `folder`.
+
+    `attach` puts the adapter on: it is tried on a model without weights, to know the layers it leaves alone.
+    """
+    if not config.load_in_4bit and not config.offload:
+        return load_model(config)
+    structure = load_structure(config)
+    attach(structure)
+    paths = [path for path, module in structure.named_modules() if isinstance(module, LoraLayer)]
+    paths = [path.removeprefix("base_model.model.") for path in paths]
+    lora.detach(structure)
+    try:
+        layers = decoder_layers(structure, paths[0])
+        adapted = {layer_number(structure, path) for path in paths}
+    except ModelError as error:
+        option = "--load-in-4bit" if config.load_in_4bit else "--offload"
+        raise OptionError(
+            f"{option}: the adapter is on {paths[0]}, outside the decoder's layers; leave it out"
+        ) from error
+    prefix = next(path for path, module in structure.named_modules() if module is layers)
+    device = pick_device(config.device)
+    dtype = "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype
+    more: dict[str, Any] = {}
+    if config.load_in_4bit:
+        skipped = [f"{prefix}.{layer}" for layer in adapted]
+        more["quantization_config"] = _four_bits(structure, skipped, device)
+    lowest = min(adapted) if config.offload else 0
+    if config.offload:
+        if not lowest:
+            raise OptionError("--offload: layer 0 carries an adapter, so no layer lies below the lowest; leave it out")
+        if several():
+            raise OptionError("--offload: True is for one process; use FSDP with offloaded parameters for several")
+        more["offload_folder"] = str(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    place = "disk" if device.type == "cpu" else "cpu"
+    away = {f"{prefix}.{layer}": place for layer in range(lowest)}
+    model = load_as_stored(config, dtype, device_map=_device_map(structure, away, device), **more)
+    if away:
+        where = "on disk" if place == "disk" else "in main memory"
+        note(f"train: layers 0 to {lowest - 1} stay {where}; no gradient reaches them")
+    return model
+
+
+def _four_bits(model: nn.Module, skipped: list[str], device: torch.device) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise OptionError("--load-in-4bit: bitsandbytes is not installed; run pip install superexperts[4bit]")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise OptionError("--load-in-4bit: MODEL is quantized already; leave it out")
+    head = next((name for name, module in model.named_modules() if module is _head(model)), "lm_head")
+    kept = [re.escape(path) for path in (*skipped, head)]
+    outside = {
+        path: linear
+        for path, linear in linears(model).items()
+        if not any(re.match(rf"{pattern}(\.|$)", path) for pattern in kept)
+    }
+    # What bitsandbytes computes with on a CPU takes maps of these sizes only.
+    odd = [path for path, linear in outside.items() if device.type == "cpu" and not _fits_cpu(linear)]
+    kept += [re.escape(path) for path in odd]
+    free = [path for path in outside if path not in odd]
+    if not free:
+        raise OptionError(
+            "--load-in-4bit: no linear map of a size that fits lies outside the adapted layers (experts held in one "
+            "tensor have no 4 bits in bitsandbytes); leave it out"
+        )
+    note(f"train: {len(free)} linear maps are held in 4 bits; experts, adapted layers and the head stay as they are")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+        llm_int8_skip_modules=kept,
+    )
+
+
+def _fits_cpu(linear: Any) -> bool:
+    return bool(linear.in_features % 64 == 0 and linear.out_features % 32 == 0)
+
+
+def _head(model: Any) -> nn.Module | None:
+    head: nn.Module | None = model.get_output_embeddings()
+    return head
+
+
+def _device_map(model: nn.Module, away: dict[str, str], device: torch.device) -> dict[str, Any]:
+    """Every module's place: those named, and the device for all others."""
+    if not away:
+        return {"": device}
+    elsewhere = device.index or 0 if device.type == "cuda" else device.type  # as Accelerate names devices
+    places: dict[str, Any] = dict(away)
+
+    def place(path: str, module: nn.Module) -> None:
+        if path in away:
+            return
+        inside = [name for name in away if name.startswith(f"{path}.")] if path else list(away)
+        if not inside:
+            places[path] = elsewhere
+            return
+        for name, child in module.named_children():
+            place(f"{path}.{name}" if path else name, child)
+
+    place("", model)
+    return places
