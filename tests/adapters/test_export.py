@@ -115,7 +115,7 @@ def test_every_format_gives_the_trained_logits(family: str, dtype: str, tmp_path
     with lora.quiet():
         check(PeftModel.from_pretrained(stock(base, kind), str(exported("peft"))).eval())
     if family in FUSED_ON_DISK:
-        with pytest.raises(OptionError, match="--format: 'vllm' needs a name for each expert"):
+        with pytest.raises(OptionError, match="format: 'vllm' needs a name for each expert"):
             exported("vllm")
     else:
         check(stock(engine_view(base, exported("vllm"), tmp_path / "engine"), kind))
@@ -367,7 +367,7 @@ def test_what_an_engine_does_with_ranks_and_with_latent_attention(
 
     assert exported("nine", experts=[(1, 3)], r=9)["max_lora_rank"] == 16
     assert "kv_b_proj" not in capsys.readouterr().err
-    with pytest.raises(OptionError, match="--format: 'vllm' has ranks up to 512, not 513; use merged"):
+    with pytest.raises(OptionError, match="format: 'vllm' has ranks up to 512, not 513; use merged"):
         exported("many", experts=[(1, 3)], r=513)
     assert exported("latent", target=r".*\.kv_b_proj", r=2)["max_lora_rank"] == 8
     assert "vLLM drops LoRA on kv_b_proj unless it runs with VLLM_MLA_DISABLE=1" in " ".join(
@@ -378,7 +378,7 @@ def test_what_an_engine_does_with_ranks_and_with_latent_attention(
 def test_nothing_of_the_users_is_written_over(saved: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = saved
     for out in (base, adapter):
-        with pytest.raises(OutputError, match="--out"):
+        with pytest.raises(OutputError, match="out"):
             export.run(ExportConfig(adapter=adapter, format="merged", out=out))
 
 

@@ -166,7 +166,7 @@ def test_untrained_experts_tell_how_b_lies(tmp_path: Path) -> None:
         told = "unsloth" if layout == "peft-0.19" else "peft-0.19"
         base = save_base(tmp_path / f"base of {layout}", "deepseek_v2")
         folder = write(tmp_path / layout, tensors, target_parameters=parameters)
-        with pytest.raises(OptionError, match=f"--layout: {told!r} is not this file's: .* lie .* as (PEFT|Unsloth)'s"):
+        with pytest.raises(OptionError, match=f"layout: {told!r} is not this file's: .* lie .* as (PEFT|Unsloth)'s"):
             imported(folder, base, tmp_path / "out", "deepseek_v2", layout=told)
         imported(folder, base, tmp_path / layout / "out", "deepseek_v2", layout=layout)
 
@@ -175,7 +175,7 @@ def test_where_nothing_tells_it_is_asked() -> None:
     tensors, parameters, _ = example("deepseek_v2", "peft-0.19")
     model = tiny_model("deepseek_v2")
     assert detected(tensors, model, parameters) == ("peft-0.19", "A has the width of the inputs")
-    with pytest.raises(OptionError, match="--layout: .* Unsloth"):
+    with pytest.raises(OptionError, match="layout: .* Unsloth"):
         detected(tensors, model, parameters, auto_mapping={"unsloth_fixed": True})
     square = tiny_model("deepseek_v2", moe_intermediate_size=16)  # gate and up together are as wide as the model: 32
     path = f"{find_banks(square)[-1].path}.gate_up_proj"
@@ -183,7 +183,7 @@ def test_where_nothing_tells_it_is_asked() -> None:
     keys = {f"{key}.lora_A.weight": drawn(8 * R, 32, seed=0), f"{key}.lora_B.weight": drawn(32, 8 * R, seed=1)}
     assert detected(keys, square, [path], peft_version="0.18.1")[0] == "peft-0.18"
     assert detected(keys, square, [path], peft_version="0.19.0")[0] == "peft-0.19"
-    with pytest.raises(OptionError, match="--layout: 'auto' finds only square projections"):
+    with pytest.raises(OptionError, match="layout: 'auto' finds only square projections"):
         detected(keys, square, [path])
 
 

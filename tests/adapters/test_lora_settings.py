@@ -126,9 +126,9 @@ def test_which_projections_hold_an_adapter() -> None:
 def test_patterns_and_targets_that_fit_nothing() -> None:
     model = tiny_model("deepseek_v2")
     common: dict[str, Any] = {"r": 4, "alpha": 8, "dropout": 0.0, "seed": 0}
-    with pytest.raises(OptionError, match=r"--ranks: L1E4 is not adapted"):
+    with pytest.raises(OptionError, match=r"ranks: L1E4 is not adapted"):
         lora.attach(model, experts=KEYS, ranks={(1, 4): 2}, **common)
-    with pytest.raises(OptionError, match=r"--target: 'q_proj' matches no linear map; paths are like model.layers.2"):
+    with pytest.raises(OptionError, match=r"target: 'q_proj' matches no linear map; paths are like model.layers.2"):
         lora.attach(model, target="q_proj", **common)
     adapted = lora.attach(model, target=r".*\.(q_proj|o_proj)", **common)
     assert len(adapter_pairs(adapted)) == 6

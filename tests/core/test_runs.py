@@ -39,10 +39,10 @@ def test_json_refuses_nan_and_keeps_text(tmp_path: Path) -> None:
 
 
 def test_read_json_names_the_option(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--experts: cannot read"):
+    with pytest.raises(DataError, match="experts: cannot read"):
         runs.read_json(tmp_path / "a.json", "--experts")
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(DataError, match="--experts: .* is not valid JSON"):
+    with pytest.raises(DataError, match="experts: .* is not valid JSON"):
         runs.read_json(tmp_path / "a.json", "--experts")
 
 
@@ -77,7 +77,7 @@ def test_new_folder_never_replaces_what_it_did_not_make(tmp_path: Path) -> None:
 @pytest.mark.parametrize("below", ["file", "file/deeper"])
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="--out: cannot write to"):
+    with pytest.raises(OutputError, match="out: cannot write to"):
         runs.prepare_folder(tmp_path / below)
 
 

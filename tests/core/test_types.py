@@ -90,7 +90,7 @@ def test_expert_files_that_cannot_be_read(value: Any, message: str) -> None:
 
 
 def test_a_missing_expert_file_is_named() -> None:
-    with pytest.raises(DataError, match=r"--experts: cannot read nothing\.json"):
+    with pytest.raises(DataError, match=r"experts: cannot read nothing\.json"):
         ExpertSet.parse("nothing.json")
 
 

@@ -39,7 +39,7 @@ def test_pack_says_how_many_tokens_there_are(tokenizer) -> None:  # type: ignore
     have = len(tokenizer("a b c", add_special_tokens=False).input_ids)
     with pytest.raises(DataError, match=f"x has {have} tokens, under one sequence"):
         pack(iter(["a b c"]), tokenizer, corpus="x", tokens=512, seq_len=512)
-    with pytest.raises(DataError, match="under --tokens 4000; give --tokens"):
+    with pytest.raises(DataError, match="under tokens 4000; give tokens"):
         pack(iter(["a b c " * 100]), tokenizer, corpus="x", tokens=4000, seq_len=10)
     with pytest.raises(DataError, match="x is empty, it has no text"):
         pack(iter([]), tokenizer, corpus="x", tokens=8, seq_len=8)
@@ -69,7 +69,7 @@ def test_reference_windows_are_the_whole_text_in_one_piece(tokenizer, tmp_path: 
         assert ids_BL.dtype == torch.int64
         assert ids_BL.shape == (len(flat) // 5, 5)
         assert ids_BL.flatten().tolist() == flat[: ids_BL.numel()]
-    with pytest.raises(DataError, match=f"has {len(flat)} tokens, under one window; give a smaller --seq-len"):
+    with pytest.raises(DataError, match=f"has {len(flat)} tokens, under one window; give a smaller seq_len"):
         reference_windows(str(tmp_path / "a.txt"), None, tokenizer, seq_len=len(flat) + 1)
 
 
@@ -88,7 +88,7 @@ def test_a_corpus_without_end_has_no_reference_windows(
 ) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n' * 9)
     monkeypatch.setattr("superexperts.data.corpora.WHOLE", 20)
-    with pytest.raises(DataError, match="--reference-windows: .* has over 20 characters"):
+    with pytest.raises(DataError, match="reference_windows: .* has over 20 characters"):
         reference_windows(str(tmp_path / "a.jsonl"), None, tokenizer, seq_len=2)
 
 
@@ -159,7 +159,7 @@ def test_names_win_over_files_that_are_called_so(
     for name in ("math", "multilingual-vi", "pocket"):
         (tmp_path / name).write_text("mine")
         assert next(documents(name, data_dir=shared_data)) != "mine"
-        with pytest.raises(DataError, match=f"--corpus: ./{name} is none of the files that are read: .txt, .jsonl, "):
+        with pytest.raises(DataError, match=f"corpus: ./{name} is none of the files that are read: .txt, .jsonl, "):
             next(documents(f"./{name}"))
 
 
@@ -252,7 +252,7 @@ def test_a_data_set_by_its_folder_goes_the_way_of_the_hub(tmp_path: Path) -> Non
         (tmp_path / "set" / f"{split}.jsonl").write_text(lines)
     assert list(documents(f"{tmp_path}/set", "body")) == ["one", "two"]
     assert list(documents(f"{tmp_path}/set::test", "body")) == ["three"]
-    with pytest.raises(DataError, match=r"--column: .*set row 1 has no 'text' \(it has body\)"):
+    with pytest.raises(DataError, match=r"column: .*set row 1 has no 'text' \(it has body\)"):
         list(documents(f"{tmp_path}/set"))
     with pytest.raises(DataError, match=r"cannot be read from the Hub \(.*set: ValueError: .*\); check its name"):
         list(documents(f"{tmp_path}/set::nowhere", "body"))

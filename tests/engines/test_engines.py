@@ -161,7 +161,7 @@ def test_no_server_and_a_slow_one(tmp_path: Path, data: Path) -> None:
 
     with (
         scripted_server(sleeps) as server,
-        pytest.raises(OptionError, match="does not answer within 0.2 s; raise --timeout"),
+        pytest.raises(OptionError, match="does not answer within 0.2 s; raise timeout"),
     ):
         evaluate.run(served_config(tmp_path, data, server.base_url, tasks="boolq", limit=1, timeout=0.2))
 

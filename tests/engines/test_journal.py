@@ -54,5 +54,5 @@ def test_batches_are_synced_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="--out: cannot write"):
+    with pytest.raises(OutputError, match="out: cannot write"):
         Journal(tmp_path / "file" / "j", "key")

@@ -92,6 +92,6 @@ def test_a_judge_says_what_it_says_by_transformers(
 
 
 def test_no_room_for_a_prompt(engine: str, tmp_path: Path, data: Path, checkpoint: Path) -> None:
-    with pytest.raises(OptionError, match=r"--max-new-tokens: 256 leaves no room .* of 256 tokens; give less"):
+    with pytest.raises(OptionError, match=r"max_new_tokens: 256 leaves no room .* of 256 tokens; give less"):
         evaluate.run(config(tmp_path, data, model=str(checkpoint), engine=engine, max_new_tokens=256))
     assert not (tmp_path / "answers").exists()

@@ -143,7 +143,7 @@ def test_the_probe_text_may_be_a_column(tmp_path: Path) -> None:
     rows.write_text(json.dumps({"body": probe_text(base).read_text(encoding="utf-8")}), encoding="utf-8")
     found = check_adapter.run(dataclasses.replace(settings(base, adapter), corpus=str(rows), column="body"))
     assert found == {**wanted, "corpus": str(rows)}
-    with pytest.raises(OptionError, match="--column: 'body' says nothing of pocket"):
+    with pytest.raises(OptionError, match="column: 'body' says nothing of pocket"):
         check_adapter.run(dataclasses.replace(settings(base, adapter), corpus="pocket", column="body"))
 
 
@@ -178,7 +178,7 @@ def test_an_adapter_that_changes_nothing_is_an_error(tmp_path: Path, capsys: pyt
     base = checkpoint(tmp_path)
     fresh = adapter_on(base, tmp_path / "fresh", [(1, 1)], random=False)
     unreached = adapter_on(base, tmp_path / "unreached", [(1, 5), (2, 5)])
-    with pytest.raises(DataError, match=r"ADAPTER: .*fresh changes no logit of 120 probe tokens; train it"):
+    with pytest.raises(DataError, match=r"adapter: .*fresh changes no logit of 120 probe tokens; train it"):
         check_adapter.run(settings(base, fresh))
     with pytest.raises(DataError, match=r"no logit of 120 probe tokens \(L1E5, L2E5 saw none of 120 probe tokens\)"):
         check_adapter.run(settings(base, unreached))
@@ -203,7 +203,7 @@ def test_keys_without_a_home_and_modules_without_keys(tmp_path: Path) -> None:
     base = checkpoint(tmp_path)
     adapter = adapter_on(base, tmp_path / "adapter", [(1, 1), (2, 3)])
     without(adapter, "lora_B.3_up_proj")
-    with pytest.raises(DataError, match=r"ADAPTER: 1 weights of .* are missing \(.*lora_B.3_up_proj"):
+    with pytest.raises(DataError, match=r"adapter: 1 weights of .* are missing \(.*lora_B.3_up_proj"):
         check_adapter.run(settings(base, adapter))
     adapter = adapter_on(base, tmp_path / "more", [(1, 1)])
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -247,7 +247,7 @@ def test_evaluate_asks_nothing_with_an_adapter_that_does_nothing(tmp_path: Path,
     )
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "ask_one", None)
-        with pytest.raises(DataError, match=r"--adapter: .*fresh changes no logit of [\d,]+ probe tokens"):
+        with pytest.raises(DataError, match=r"adapter: .*fresh changes no logit of [\d,]+ probe tokens"):
             evaluate.run(config)
     assert not (tmp_path / "out").exists()
     evaluate.run(dataclasses.replace(config, adapter=adapter_on(base, tmp_path / "good", [(1, 1)])))

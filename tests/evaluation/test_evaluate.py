@@ -258,14 +258,14 @@ def test_answers_of_somebody_elses_are_left_alone(tmp_path: Path, data: Path, mo
     (tmp_path / "answers").mkdir()
     (tmp_path / "answers" / "mmlu.jsonl").write_text("mine")
     monkeypatch.setattr(evaluate, "load_model", lambda _: pytest.fail("the model was loaded"))
-    with pytest.raises(OutputError, match=r"--out: .*mmlu\.jsonl was not written by `evaluate`.*choose another folder"):
+    with pytest.raises(OutputError, match=r"out: .*mmlu\.jsonl was not written by `evaluate`.*choose another folder"):
         evaluate.run(_config(tmp_path, data, perplexity=None))
     assert (tmp_path / "answers" / "mmlu.jsonl").read_text() == "mine"
 
 
 def test_unwritable_folder(tmp_path: Path, data: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="--out: cannot write"):
+    with pytest.raises(OutputError, match="out: cannot write"):
         evaluate.run(_config(tmp_path / "file" / "run", data))
 
 

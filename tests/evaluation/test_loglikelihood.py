@@ -333,7 +333,7 @@ def test_too_few_examples(task: str, shots: int, message: str, data: Path) -> No
 def test_examples_that_are_missing_or_wrong(tmp_path: Path, data: Path) -> None:
     for stem in ("mmlu_all_test", "boolq_validation"):
         (tmp_path / f"{stem}.jsonl").write_bytes((data / f"{stem}.jsonl").read_bytes())
-    with pytest.raises(DataError, match=r"has no mmlu_all_dev\.jsonl or \.jsonl\.gz, .*--num-fewshot 0"):
+    with pytest.raises(DataError, match=r"has no mmlu_all_dev\.jsonl or \.jsonl\.gz, .*num_fewshot 0"):
         load_benchmarks(["mmlu"], tmp_path, protocol="loglikelihood")
     rows = [row for row in _rows(data / "mmlu_all_dev.jsonl") if row["subject"] != "world_flag"]
     (tmp_path / "mmlu_all_dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

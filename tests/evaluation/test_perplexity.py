@@ -43,7 +43,7 @@ def test_not_a_number_is_an_error(model: LlamaForCausalLM) -> None:
     try:
         with torch.no_grad():
             model.lm_head.weight.fill_(float("nan"))
-        with pytest.raises(ModelError, match="--dtype float32"):
+        with pytest.raises(ModelError, match="dtype float32"):
             perplexity(model, ids_BL)
     finally:
         with torch.no_grad():

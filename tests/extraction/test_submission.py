@@ -45,11 +45,11 @@ def test_real_test_rows_have_items_without_gold(shared_data: Path) -> None:
 def test_rows_without_gold_are_refused_where_they_would_be_scored(tmp_path: Path) -> None:
     row = {"id": "01-0001", "question": "Nào?", "choices": ["A. một", "B. hai"]}
     (tmp_path / "vmlu_valid.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError, match="01-0001: field 'answer' is missing; .* --split test"):
+    with pytest.raises(DataError, match="01-0001: field 'answer' is missing; .* split test"):
         load_benchmarks(["vmlu"], tmp_path)
     with pytest.raises(DataError, match=r"has no vmlu_test\.jsonl"):
         load_benchmarks(["vmlu"], tmp_path, split="test")
-    with pytest.raises(OptionError, match="--split: 'test' is for vmlu only; boolq is asked with --split default"):
+    with pytest.raises(OptionError, match="split: 'test' is for vmlu only; boolq is asked with split default"):
         EvaluateConfig(tasks="vmlu,boolq", split="test")
 
 

@@ -174,7 +174,7 @@ def test_a_family_whose_experts_are_no_bank_is_named() -> None:
         "doge", vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, is_moe=True, num_experts=16, num_experts_per_tok=3,
     )  # fmt: skip
-    with pytest.raises(ModelError, match="MODEL: doge has no routed experts that transformers 5 can swap"):
+    with pytest.raises(ModelError, match="model: doge has no routed experts that transformers 5 can swap"):
         profile_corpus(AutoModelForCausalLM.from_config(config), IDS_BL)
 
 
@@ -226,7 +226,7 @@ def test_only_the_layers_below_depth_are_run(monkeypatch: pytest.MonkeyPatch) ->
     part = profile_corpus(model, IDS_BL, depth=0.6)
     assert set(ran) == {0, 1}
     assert part.experts == tuple(row for row in full.experts if row.layer < 2)
-    with pytest.raises(OptionError, match="--depth: 0.3 leaves no MoE layer of 3 layers"):
+    with pytest.raises(OptionError, match="depth: 0.3 leaves no MoE layer of 3 layers"):
         profile_corpus(model, IDS_BL, depth=0.3)
 
 

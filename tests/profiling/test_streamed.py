@@ -356,19 +356,19 @@ def test_a_disk_too_full_for_the_hidden_states_is_an_error(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     saved(tmp_path, "qwen3_moe")
-    with streaming(tmp_path) as streamed, pytest.raises(OutputError, match="--activation-budget: .*No space left"):
+    with streaming(tmp_path) as streamed, pytest.raises(OutputError, match="activation_budget: .*No space left"):
         profile_streamed(streamed, IDS_SL, budget=0, folder=tmp_path)
 
 
 def test_a_quick_look_needs_no_more_tokens_than_one_of_its_own_sequences() -> None:
     ProfileConfig(quick=True, tokens=64)
-    with pytest.raises(OptionError, match="--tokens: 63 is under one sequence of 64"):
+    with pytest.raises(OptionError, match="tokens: 63 is under one sequence of 64"):
         ProfileConfig(quick=True, tokens=63)
 
 
 def test_no_process_of_several_takes_a_quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(OptionError, match="--quick: True is for one process"):
+    with pytest.raises(OptionError, match="quick: True is for one process"):
         profile_command.run(ProfileConfig(quick=True))
 
 
@@ -400,7 +400,7 @@ def test_a_model_too_large_for_memory_is_streamed_by_itself(
     assert "does not fit in memory, so it is streamed" in capsys.readouterr().err
     said = json.loads((tmp_path / "a" / "manifest.json").read_text())["inputs"]["options"]
     assert (said["stream"], said["dtype"]) == ("True", "float32")
-    with pytest.raises(OptionError, match="--sinks: True needs the model in memory, and it does not fit"):
+    with pytest.raises(OptionError, match="sinks: True needs the model in memory, and it does not fit"):
         profile_command.run(ProfileConfig(out=tmp_path / "b", sinks=True, **settings))
 
 

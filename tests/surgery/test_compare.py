@@ -327,7 +327,7 @@ def test_two_checkpoints_are_compared_and_restored_without_what_trains(tmp_path:
 
 def test_wrong_input_is_refused(tmp_path: Path) -> None:
     save("qwen3_moe", tmp_path / "a")
-    with pytest.raises(ExpertsError, match="--expect-only: L9E1 is not in the model"):
+    with pytest.raises(ExpertsError, match="expect_only: L9E1 is not in the model"):
         found(tmp_path / "a", tmp_path / "a", expect_only="L9E1")
     with pytest.raises(ModelError, match="nowhere"):
         found(tmp_path / "a", tmp_path / "nowhere")

@@ -278,7 +278,7 @@ def test_a_checkpoint_in_fp8_is_zeroed_and_nothing_else(tmp_path: Path) -> None:
     assert_equal(tensors(out), weights)
     result = compare.run(CompareConfig(a=str(tmp_path / "base"), b=str(out), expect_only="L1E3"))
     assert (result["exit_code"], result["parts"]["changed"]) == (0, 1)
-    with pytest.raises(ModelError, match="not quantized; use --mode zero"):
+    with pytest.raises(ModelError, match="not quantized; use mode zero"):
         prune.run(
             PruneConfig(model=str(tmp_path / "base"), experts="L0E1,L1E1,L2E1", out=tmp_path / "x", mode="remove")
         )
@@ -315,7 +315,7 @@ def test_mxfp4_is_zeroed_and_nothing_else(tmp_path: Path) -> None:
     assert compare.run(CompareConfig(a=str(tmp_path / "base"), b=str(out), expect_only="L1E2"))["exit_code"] == 1
     restore.run(RestoreConfig(folder=out, out=tmp_path / "restored"))
     assert (tmp_path / "restored" / SINGLE).read_bytes() == (tmp_path / "base" / SINGLE).read_bytes()
-    with pytest.raises(ModelError, match="not quantized; use --mode zero"):
+    with pytest.raises(ModelError, match="not quantized; use mode zero"):
         prune.run(
             PruneConfig(model=str(tmp_path / "base"), experts="L0E1,L1E1,L2E1", out=tmp_path / "x", mode="remove")
         )

@@ -64,21 +64,19 @@ def quantized(config: TrainConfig) -> Any:
 
 def test_what_cannot_be_offloaded_or_quantized(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(OptionError, match="--offload: layer 0 carries an adapter"):
+    with pytest.raises(OptionError, match="offload: layer 0 carries an adapter"):
         train.run(config("a", attention=True, offload=True))
     with monkeypatch.context() as patch:
         find = importlib.util.find_spec
         patch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
-        with pytest.raises(
-            OptionError, match=r"--load-in-4bit: bitsandbytes is not installed; run pip install superex"
-        ):
+        with pytest.raises(OptionError, match=r"load_in-4bit: bitsandbytes is not installed; run pip install superex"):
             train.run(config("b", load_in_4bit=True))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(OptionError, match="--load-in-4bit: no linear map of a size that fits lies outside"):
+    with pytest.raises(OptionError, match="load_in-4bit: no linear map of a size that fits lies outside"):
         train.run(config("c", load_in_4bit=True))  # its maps are 32 wide
     with monkeypatch.context() as patch:
         patch.setattr(memory, "load_structure", quantized)
-        with pytest.raises(OptionError, match="--load-in-4bit: MODEL is quantized already; leave it out"):
+        with pytest.raises(OptionError, match="load_in-4bit: model is quantized already; leave it out"):
             train.run(config("d", load_in_4bit=True))
     assert sorted(tmp_path.iterdir()) == before
 

@@ -170,7 +170,7 @@ def test_a_row_over_the_limit_is_named() -> None:
     tokenizer = byte_tokenizer()
     length = len(encode([row()], tokenizer, max_length=1000, file=Path("f"))[0].input_ids)
     assert len(encode([row()], tokenizer, max_length=length, file=Path("f"))) == 1
-    with pytest.raises(DataError, match=rf"f\.json row 7 has {length} tokens, over --max-length {length - 1}"):
+    with pytest.raises(DataError, match=rf"f\.json row 7 has {length} tokens, over max_length {length - 1}"):
         encode([row(number=7)], tokenizer, max_length=length - 1, file=Path("f.json"))
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no EOS token"):
@@ -392,7 +392,7 @@ def test_what_is_written_must_be_what_was_trained(config: Any, tmp_path: Path, m
         save(self, folder, state_dict={name: x for name, x in state_dict.items() if "2_up_proj" not in name}, **more)
 
     monkeypatch.setattr(PeftModel, "save_pretrained", forgetful)
-    with pytest.raises(DataError, match=r"--out: 2 weights of .* are missing \(.*2_up_proj"):
+    with pytest.raises(DataError, match=r"out: 2 weights of .* are missing \(.*2_up_proj"):
         train.run(config(epochs=1, checkpoint_steps=0))
     assert sorted(tmp_path.iterdir()) == before
 
@@ -585,5 +585,5 @@ def test_wrong_input_is_refused_before_any_work(config: Any, tmp_path: Path, mon
         with pytest.raises(error, match=words):
             train.run(config(**options))
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(OptionError, match="--experts: None is missing; give an expert set, --attention, or --target"):
+    with pytest.raises(OptionError, match="experts: None is missing; give an expert set, attention, or target"):
         config(experts=None)

@@ -111,7 +111,7 @@ def test_checkpoints_of_other_settings_are_refused_and_left_alone(config: Any, t
     work = tmp_path / ".out.checkpoints"
     work.mkdir()
     (work / "key.json").write_text('"another"')
-    with pytest.raises(OptionError, match="--resume: the checkpoints of .* are of other settings"):
+    with pytest.raises(OptionError, match="resume: the checkpoints of .* are of other settings"):
         train.run(config(resume=True))
     assert (work / "key.json").is_file()
     train.run(config())  # starts anew
@@ -211,7 +211,7 @@ def test_rows_of_another_file_are_set_aside(config: Any, tmp_path: Path) -> None
     assert [step for step, _ in result["eval_loss"]] == [4, 8]  # once an epoch
     assert result["kept_step"] == 8
     (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(DataError, match=r"--eval-data: .*other\.json has no rows"):
+    with pytest.raises(DataError, match=r"eval_data: .*other\.json has no rows"):
         train.run(config(eval_data=tmp_path / "other.json"))
 
 
@@ -249,9 +249,7 @@ def test_long_rows_are_counted_and_cut_off_only_if_asked() -> None:
     rows = [row(number=n, explain="x" * n) for n in (1, 50, 60)]
     (whole, *_) = encode(rows, byte_tokenizer(), max_length=1000, file=Path("f"))
     limit = len(whole.input_ids)
-    with pytest.raises(
-        DataError, match=rf"f row 50 has {limit + 49} tokens, over --max-length {limit}, and 1 more rows"
-    ):
+    with pytest.raises(DataError, match=rf"f row 50 has {limit + 49} tokens, over max_length {limit}, and 1 more rows"):
         encode(rows, byte_tokenizer(), max_length=limit, file=Path("f"))
     cut = encode(rows, byte_tokenizer(), max_length=limit, file=Path("f"), truncate=True)
     assert [example.truncated for example in cut] == [False, True, True]
@@ -271,7 +269,7 @@ CHAT = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{
 
 def test_a_chat_template_gives_the_prompt_as_the_users_message() -> None:
     tokenizer = byte_tokenizer()
-    with pytest.raises(ModelError, match="--prompt: 'chat' needs a chat template"):
+    with pytest.raises(ModelError, match="prompt: 'chat' needs a chat template"):
         encode([row()], tokenizer, max_length=1000, file=Path("f"), chat=True)
     tokenizer.chat_template = CHAT + "{% if add_generation_prompt %}<assistant>{% endif %}"
     (example,) = encode(
@@ -322,7 +320,7 @@ def test_packed_rows_do_not_see_each_other(config: Any, tmp_path: Path) -> None:
 
 def test_packing_is_refused_where_rows_would_see_each_other(config: Any) -> None:
     settings = config("nemotron_h", experts="L1E0", packing=True, allow_unexposed=True)
-    with pytest.raises(OptionError, match="--packing: rows in one sequence would see each other in nemotron_h"):
+    with pytest.raises(OptionError, match="packing: rows in one sequence would see each other in nemotron_h"):
         train.run(settings)
 
 
@@ -488,12 +486,12 @@ def test_other_processes_checkpoints_are_refused_and_kept(config: Any, tmp_path:
     assert checkpoint is not None
     kept = json.loads((checkpoint / loop.COMPLETE).read_text())
     (checkpoint / loop.COMPLETE).write_text(json.dumps({**kept, "processes": 4}))
-    with pytest.raises(DataError, match=r"--resume: .* was written by 4 processes, now there are 1; start as many"):
+    with pytest.raises(DataError, match=r"resume: .* was written by 4 processes, now there are 1; start as many"):
         train.run(config(checkpoint_steps=2, resume=True))
     assert (checkpoint / loop.COMPLETE).is_file()
 
 
 def test_a_tracker_that_is_not_installed_is_named(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(OptionError, match="--report-to: 'wandb' is not installed; run pip install wandb"):
+    with pytest.raises(OptionError, match="report_to: 'wandb' is not installed; run pip install wandb"):
         config(report_to="wandb")

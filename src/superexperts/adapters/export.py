@@ -20,7 +20,7 @@ from superexperts.checkpoints.writer import Change, carry_along, patch_shards
 from superexperts.core.config import CheckpointConfig, identity
 from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.console import note
-from superexperts.core.errors import DataError, ModelError, OptionError, OutputError
+from superexperts.core.errors import DataError, Field, ModelError, OptionError, OutputError
 from superexperts.core.runs import completed, fingerprint, new_folder, read_json, write_manifest, write_text
 from superexperts.models.key_mapping import Homes
 from superexperts.models.loading import load_as_stored, load_structure
@@ -35,11 +35,11 @@ def run(config: ExportConfig) -> dict[str, Any]:
     """The command: checks the adapter against its model, writes it, and checks what was written."""
     started = time.monotonic()
     folder = adapter_folder(config.adapter)
-    fields = lora.read_fields(folder, "ADAPTER")
+    fields = lora.read_fields(folder, "adapter")
     checkpoint = _base(config, fields)
     base = checkpoint_folder(checkpoint.model, checkpoint.revision)
     if config.out.resolve() in (folder.resolve(), config.adapter.resolve(), base.resolve()):
-        raise OutputError(f"--out: {config.out} is what is to be exported; choose another folder")
+        raise OutputError(f"{config.out} is what is to be exported; choose another folder", field="out")
     inputs = identity(config, model=fingerprint(base), adapter=fingerprint(folder))
     if completed(config.out, "export", inputs):
         note(f"export: {config.out} is up to date, nothing to do")
@@ -58,7 +58,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
 def _base(config: ExportConfig, fields: dict[str, Any]) -> CheckpointConfig:
     model = config.model or fields.get("base_model_name_or_path")
     if not model:
-        raise OptionError(f"--model: {config.adapter} names no base model; give its checkpoint")
+        raise OptionError(f"{config.adapter} names no base model; give its checkpoint", field="model")
     revision = config.revision if config.revision or config.model else fields.get("revision")
     return CheckpointConfig(model=model, revision=revision, trust_remote_code=config.trust_remote_code)
 
@@ -72,11 +72,11 @@ def _merged(adapter: Path, checkpoint: CheckpointConfig, copy: bool, out: Path) 
     folder = checkpoint_folder(checkpoint.model, checkpoint.revision)
     with Checkpoint(folder) as base:
         model = load_structure(checkpoint)
-        settings, _ = lora.read_adapter(adapter, "ADAPTER")  # what is broken is so in memory, too
-        lora.check_home(model, settings, adapter, "ADAPTER")
+        settings, _ = lora.read_adapter(adapter, "adapter")  # what is broken is so in memory, too
+        lora.check_home(model, settings, adapter, "adapter")
         changes: Sequence[Change] = ()
         try:
-            patches = merged_patches(model, Homes(model, base), base, adapter, "ADAPTER")
+            patches = merged_patches(model, Homes(model, base), base, adapter, "adapter")
         except (DataError, ModelError) as error:
             note(f"export: not shard by shard, the model is loaded ({error})")
             _merged_in_memory(adapter, checkpoint, out)
@@ -99,19 +99,23 @@ def _merged(adapter: Path, checkpoint: CheckpointConfig, copy: bool, out: Path) 
 
 def _merged_in_memory(adapter: Path, checkpoint: CheckpointConfig, out: Path) -> None:
     model = load_as_stored(checkpoint)
-    adapted = lora.load_adapter(model, adapter, "ADAPTER")
+    adapted = lora.load_adapter(model, adapter, "adapter")
     # PEFT's safe merge rounds the change before it is added, and so rounds twice in bfloat16.
     merged = cast(Any, adapted).merge_and_unload()
     broken = [name for name, parameter in merged.named_parameters() if not bool(parameter.isfinite().all())]
     if broken:
-        raise DataError(f"ADAPTER: {adapter} makes {broken[0]} not finite; train again with a lower --learning-rate")
+        raise DataError(
+            f"{adapter} makes {broken[0]} not finite; train again with a lower ",
+            Field("learning_rate"),
+            field="adapter",
+        )
     cast(AutoModelForCausalLM, merged).save_pretrained(out)
 
 
 def _adapter(layout: str, adapter: Path, checkpoint: CheckpointConfig, base: Path, out: Path) -> dict[str, Any]:
     """An adapter in another layout; the model's weights are not read."""
     model = load_structure(checkpoint)
-    factors = read_factors(model, adapter, "ADAPTER")
+    factors = read_factors(model, adapter, "adapter")
     config, tensors = (write_fused if layout == "peft" else write_per_expert)(model, factors)
     more: dict[str, Any] = {}
     if layout == "peft":
@@ -120,7 +124,7 @@ def _adapter(layout: str, adapter: Path, checkpoint: CheckpointConfig, base: Pat
             injected_keys(load_structure(checkpoint), config),
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
             out,
-            "--out",
+            "out",
         )
     else:
         # An engine takes keys that fit nothing without a word, so each must be a weight of the checkpoint.
@@ -133,10 +137,10 @@ def _adapter(layout: str, adapter: Path, checkpoint: CheckpointConfig, base: Pat
         ]
         if strangers:
             raise ModelError(
-                f"--model: {checkpoint.model} holds no weight {strangers[0]}; give the adapter's own model"
+                f"{checkpoint.model} holds no weight {strangers[0]}; give the adapter's own model", field="model"
             )
         if config.r > ENGINE_RANKS[-1]:
-            raise OptionError(f"--format: 'vllm' has ranks up to {ENGINE_RANKS[-1]}, not {config.r}; use merged")
+            raise OptionError(f"'vllm' has ranks up to {ENGINE_RANKS[-1]}, not {config.r}; use merged", field="format")
         more["max_lora_rank"] = next(rank for rank in ENGINE_RANKS if rank >= config.r)
         if any(".kv_b_proj." in key for key in tensors):
             note("export: vLLM drops LoRA on kv_b_proj unless it runs with VLLM_MLA_DISABLE=1")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from superexperts.adapters import lora
 from superexperts.adapters.layer import RENAMED_BY_PEFT, ExpertLoraConfig, ExpertsLora, is_projection, linears
-from superexperts.core.errors import DataError, ModelError
+from superexperts.core.errors import DataError, Field, ModelError
 from superexperts.models.banks import find_banks, unwrapped
 from superexperts.models.experts import DOWN, GATE, UP
 from superexperts.models.experts import projections as bank_projections
@@ -95,32 +95,37 @@ def expert_names(model: nn.Module, factors: Factors) -> list[str]:
 # ---- our own layout -----------------------------------------------------------------------------------------------
 
 
-def read_factors(model: nn.Module, folder: Path, option: str) -> dict[Place, Factor]:
+def read_factors(model: nn.Module, folder: Path, field: str) -> dict[Place, Factor]:
     """The factors of an adapter that `train` wrote, or of a plain PEFT adapter on linear modules.
 
     `model` may be a structure without weights; it comes back as it was. Every key must have a home and every module
     its keys, in the right shapes.
     """
-    config, saved = lora.read_adapter(folder, option)
+    config, saved = lora.read_adapter(folder, field)
     if config.target_parameters:
-        raise DataError(f"{option}: {folder} is in PEFT's target_parameters layout; `superexperts import` it first")
+        raise DataError(f"{folder} is in PEFT's target_parameters layout; `superexperts import` it first", field=field)
     if config.use_dora or config.lora_bias or config.bias != "none" or config.modules_to_save:
-        raise DataError(f"{option}: {folder} is more than A and B (DoRA, a bias, whole modules); use --format merged")
-    lora.check_home(model, config, folder, option)
+        raise DataError(
+            f"{folder} is more than A and B (DoRA, a bias, whole modules); use ",
+            Field("format"),
+            " merged",
+            field=field,
+        )
+    lora.check_home(model, config, folder, field)
     try:
         with lora.quiet():
             get_peft_model(cast(Any, model), config)
         found = {name: (place, scaling, shape) for name, place, scaling, shape in _own_names(model)}
     except (ValueError, RuntimeError) as error:  # RuntimeError: a size in config.json that no memory has room for
         line = " ".join(str(error).split())[:200]
-        raise ModelError(f"{option}: {folder} does not fit this model ({line}); give its own model") from error
+        raise ModelError(f"{folder} does not fit this model ({line}); give its own model", field=field) from error
     finally:
         lora.detach(model)
     lora.check_keys(
         {name: shape for name, (_, _, shape) in found.items()},
         {name: tuple(tensor.shape) for name, tensor in saved.items()},
         folder,
-        option,
+        field,
     )
     return {
         place: Factor(a_RI=saved[name], b_OR=saved[name.replace(".lora_A.", ".lora_B.")], scaling=scaling)

@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from superexperts.adapters.factors import PREFIX, Factor, Factors, Place, plain_number
 from superexperts.adapters.layer import RENAMED_BY_PEFT, linears
-from superexperts.core.errors import DataError, OptionError
+from superexperts.core.errors import DataError, Field, OptionError
 from superexperts.models.banks import Bank, find_banks
 from superexperts.models.experts import DOWN, GATE, UP, join_gate_up, projections, split_gate_up
 from superexperts.models.experts import up_name as bank_up_name
@@ -151,8 +151,11 @@ def read_fused(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tenso
         expected = (outputs, inputs) if swapped else (inputs, outputs)
         if a.shape[0] % count or (a.shape[1], b.shape[0]) != expected or a.shape[0] != b.shape[1]:
             raise DataError(
-                f"ADAPTER: {key} is A {tuple(a.shape)}, B {tuple(b.shape)}, but {bank.path}.{name} has {count} experts "
-                f"of {inputs} inputs and {outputs} outputs; give the adapter's own model"
+                (
+                    f"{key} is A {tuple(a.shape)}, B {tuple(b.shape)}, but {bank.path}.{name} has {count} experts of "
+                    f"{inputs} inputs and {outputs} outputs; give the adapter's own model"
+                ),
+                field="adapter",
             )
         rank = a.shape[0] // count
         a_ERI = a.reshape(count, rank, -1)
@@ -245,8 +248,13 @@ def write_per_expert(model: nn.Module, factors: Factors) -> tuple[LoraConfig, di
     nameless = next((place for place in places if place not in names), None)
     if nameless is not None:
         raise OptionError(
-            f"--format: 'vllm' needs a name for each expert, but checkpoints of this family keep {nameless.path} "
-            "in one tensor; use --format merged"
+            (
+                f"'vllm' needs a name for each expert, but checkpoints of this family keep {nameless.path} in "
+                "one tensor; use "
+            ),
+            Field("format"),
+            " merged",
+            field="format",
         )
     rank, scaling = max(factor.rank for factor in factors.values()), next(iter(factors.values())).scaling
     some = next(iter(factors.values())).a_RI
@@ -284,7 +292,7 @@ def _take(left: dict[str, Tensor], key: str) -> tuple[Tensor, Tensor]:
     """A and B under a key, taken out of what is left."""
     for letter in "AB":
         if f"{key}.lora_{letter}.weight" not in left:
-            raise DataError(f"ADAPTER: {key}.lora_{letter}.weight is missing; save the adapter again")
+            raise DataError(f"{key}.lora_{letter}.weight is missing; save the adapter again", field="adapter")
     return left.pop(f"{key}.lora_A.weight").float(), left.pop(f"{key}.lora_B.weight").float()
 
 
@@ -292,7 +300,7 @@ def _all_taken(left: Mapping[str, Tensor]) -> None:
     if left:
         some = ", ".join(sorted(left)[:EXAMPLES])
         raise DataError(
-            f"ADAPTER: {len(left)} keys have no home in the model ({some}, ...); give the adapter's own model"
+            f"{len(left)} keys have no home in the model ({some}, ...); give the adapter's own model", field="adapter"
         )
 
 

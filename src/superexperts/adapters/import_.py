@@ -37,16 +37,16 @@ def run(config: ImportConfig) -> dict[str, Any]:
         model=config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
     folder = adapter_folder(config.adapter)
-    fields = lora.read_fields(folder, "ADAPTER")
+    fields = lora.read_fields(folder, "adapter")
     base = checkpoint_folder(checkpoint.model, checkpoint.revision)
     inputs = identity(config, model=fingerprint(base), adapter=fingerprint(folder))
     if completed(config.out, "import", inputs):
         note(f"import: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "manifest.json", "manifest")["result"]}
     if "experts" in fields:
-        raise DataError(f"ADAPTER: {folder} is an adapter of superexperts already; use it as it is")
+        raise DataError(f"{folder} is an adapter of superexperts already; use it as it is", field="adapter")
     with new_folder(config.out, "import") as temporary:
-        saved_config, tensors = lora.read_adapter(folder, "ADAPTER")
+        saved_config, tensors = lora.read_adapter(folder, "adapter")
         model = load_structure(checkpoint)
         name, why = (
             (config.layout, "as told") if config.layout != "auto" else detect(model, saved_config, tensors, fields)
@@ -59,7 +59,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
             read = read_fused(model, saved_config, tensors, FUSED[name])
         factors: Factors = {place: kept for place, factor in read.items() if (kept := factor.reduced()) is not None}
         if not factors:
-            raise DataError(f"ADAPTER: {folder} holds zeros only, it changes nothing; train it first")
+            raise DataError(f"{folder} holds zeros only, it changes nothing; train it first", field="adapter")
         own_config, own_tensors = own_layout(model, factors)
         save_layout(temporary / "adapter", own_config, own_tensors, base=checkpoint.model, revision=checkpoint.revision)
         experts = expert_names(model, factors)
@@ -93,8 +93,11 @@ def detect(
     blockwise = _blockwise(fused, tensors)
     if blockwise is None and "unsloth" in str(fields).lower():
         raise OptionError(
-            "--layout: 'auto' cannot tell whether this adapter of Unsloth's holds B expert by expert (trained before "
-            "its zoo of September 2026) or as PEFT does; give unsloth or peft-0.19"
+            (
+                "'auto' cannot tell whether this adapter of Unsloth's holds B expert by expert (trained before "
+                "its zoo of September 2026) or as PEFT does; give unsloth or peft-0.19"
+            ),
+            field="layout",
         )
     if blockwise:
         return (
@@ -108,7 +111,9 @@ def _contradict(told: str, model: nn.Module, config: LoraConfig, tensors: Mappin
     seen = _blockwise(list(targeted(model, config.target_parameters or ())), tensors)
     if seen is not None and seen != FUSED[told].blockwise:
         order = "expert by expert, as Unsloth's" if seen else "with the expert as the fast index, as PEFT's"
-        raise OptionError(f"--layout: {told!r} is not this file's: its columns of zeros lie {order}; leave it out")
+        raise OptionError(
+            f"{told!r} is not this file's: its columns of zeros lie {order}; leave it out", field="layout"
+        )
 
 
 def _version(
@@ -119,7 +124,7 @@ def _version(
         inputs, outputs = shapes(bank, name)
         a = tensors.get(f"{key}.lora_A.weight")
         if a is None:
-            raise DataError(f"ADAPTER: {key}.lora_A.weight is missing; save the adapter again")
+            raise DataError(f"{key}.lora_A.weight is missing; save the adapter again", field="adapter")
         if bank.module.is_transposed:
             return "peft-0.19", "parameters kept as [experts, in, out] are the same in both versions"
         if inputs != outputs:
@@ -131,7 +136,7 @@ def _version(
     version = str(fields.get("peft_version") or "")
     if not version:
         raise OptionError(
-            "--layout: 'auto' finds only square projections and no PEFT version; give peft-0.18 or peft-0.19"
+            "'auto' finds only square projections and no PEFT version; give peft-0.18 or peft-0.19", field="layout"
         )
     old = tuple(int(part) for part in version.split(".")[:2]) < (0, 19)
     return ("peft-0.18" if old else "peft-0.19"), f"projections are square, and PEFT {version} wrote it"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from superexperts.adapters.layer import RENAMED_BY_PEFT, ExpertLoraConfig, linears
 from superexperts.checkpoints.source import CONFIG_FILE
-from superexperts.core.errors import DataError, ModelError, OptionError
+from superexperts.core.errors import DataError, Field, ModelError, OptionError
 from superexperts.core.runs import read_json
 from superexperts.core.types import ExpertKey, key_name, key_order
 from superexperts.models.banks import Bank, check_experts, find_banks
@@ -97,8 +97,8 @@ def attach(
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         "use_rslora": rslora,
-        "rank_pattern": _patterns(ranks, paths, "--ranks"),
-        "alpha_pattern": _patterns(alphas, paths, "--alphas"),
+        "rank_pattern": _patterns(ranks, paths, "ranks"),
+        "alpha_pattern": _patterns(alphas, paths, "alphas"),
         "target_modules": [*routed, *shared, *around, *(path for path in maps if path not in hidden)],
         "task_type": "CAUSAL_LM",
     }
@@ -123,11 +123,11 @@ def attach_attention(model: nn.Module, *, r: int, alpha: float, dropout: float, 
     return attach(model, attention=True, r=r, alpha=alpha, dropout=dropout, seed=seed)
 
 
-def _patterns(values: Mapping[ExpertKey, Any] | None, paths: Mapping[ExpertKey, str], option: str) -> dict[str, Any]:
+def _patterns(values: Mapping[ExpertKey, Any] | None, paths: Mapping[ExpertKey, str], field: str) -> dict[str, Any]:
     """PEFT's pattern for each expert that has a value of its own."""
     strangers = [key_name(key) for key in values or {} if key not in paths]
     if strangers:
-        raise OptionError(f"{option}: {strangers[0]} is not adapted; name an expert of --experts")
+        raise OptionError(f"{strangers[0]} is not adapted; name an expert of ", Field("experts"), field=field)
     return {paths[key]: value for key, value in (values or {}).items()}
 
 
@@ -146,7 +146,10 @@ def _attention(model: nn.Module) -> list[str]:
     ]
     if not paths:
         raise ModelError(
-            f"--attention: {type(model).__name__} declares no attention with linear maps; give --experts instead"
+            f"{type(model).__name__} declares no attention with linear maps; give ",
+            Field("experts"),
+            " instead",
+            field="attention",
         )
     return paths
 
@@ -159,7 +162,7 @@ def _matched(model: nn.Module, target: str) -> list[str]:
     ]
     if not paths:
         some = next((path for path in reversed(linears(model)) if "." in path), "none")
-        raise OptionError(f"--target: {target!r} matches no linear map; paths are like {some}")
+        raise OptionError(f"{target!r} matches no linear map; paths are like {some}", field="target")
     return paths
 
 
@@ -210,21 +213,23 @@ def trainable_parameters(model: nn.Module) -> int:
 # ---- loading ------------------------------------------------------------------------------------------------------
 
 
-def load_adapter(model: nn.Module, folder: Path, option: str = "--adapter", name: str = "default") -> PeftModel:
+def load_adapter(model: nn.Module, folder: Path, field: str = "adapter", name: str = "default") -> PeftModel:
     """Puts a saved adapter on the model, frozen, in evaluation mode; plain PEFT adapters load as well.
 
     Every key of the file must have found its home and every module of the adapter its keys, value for value;
     otherwise `DataError` (the file is broken) or `ModelError` (it is another model's), and the model is as it was.
     On a PeftModel it is one adapter more, under a `name` of its own; `set_adapter` says which of them act.
     """
-    config, saved = read_adapter(folder, option)
+    config, saved = read_adapter(folder, field)
     if any(re.search(r"\.experts\.\d+\.", name) for name in saved):
-        raise DataError(f"{option}: {folder} has one key for each expert, as engines read it; `superexperts import` it")
+        raise DataError(
+            f"{folder} has one key for each expert, as engines read it; `superexperts import` it", field=field
+        )
     adapted: Any = model
     more = isinstance(model, PeftModel)
     if more and name in adapted.peft_config:
-        raise OptionError(f"{option}: the model has an adapter {name!r} already; load {folder} under another name")
-    check_home(adapted.get_base_model() if more else model, config, folder, option)
+        raise OptionError(f"the model has an adapter {name!r} already; load {folder} under another name", field=field)
+    check_home(adapted.get_base_model() if more else model, config, folder, field)
     try:
         with quiet():
             if more:
@@ -233,7 +238,7 @@ def load_adapter(model: nn.Module, folder: Path, option: str = "--adapter", name
             else:
                 adapted = PeftModel.from_pretrained(adapted, str(folder), adapter_name=name, config=config)
         found = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
-        check_keys(found, saved, folder, option, same=_same)
+        check_keys(found, saved, folder, field, same=_same)
     except (RuntimeError, ValueError) as error:  # sizes differ; no target module was found; keys are not those
         if more:
             _take_off(adapted, name)
@@ -241,7 +246,9 @@ def load_adapter(model: nn.Module, folder: Path, option: str = "--adapter", name
             detach(model)
         if isinstance(error, DataError):
             raise
-        raise ModelError(f"{option}: {folder} does not fit this model ({_line(error)}); give its own model") from error
+        raise ModelError(
+            f"{folder} does not fit this model ({_line(error)}); give its own model", field=field
+        ) from error
     return cast(PeftModel, adapted.eval())
 
 
@@ -257,7 +264,7 @@ def check_keys(
     found: Mapping[str, Any],
     saved: Mapping[str, Any],
     folder: Path,
-    option: str,
+    field: str,
     same: Callable[[Any, Any], bool] = operator.eq,
 ) -> None:
     """`DataError` unless what the adapter on the model holds and what the file holds are the same under each key."""
@@ -266,21 +273,23 @@ def check_keys(
     for names, what in ((missing, "are missing"), (homeless, "have no home in the model"), (wrong, "did not load")):
         if names:
             some = ", ".join(names[:2])
-            raise DataError(f"{option}: {len(names)} weights of {folder} {what} ({some}, ...); save the adapter again")
+            raise DataError(
+                f"{len(names)} weights of {folder} {what} ({some}, ...); save the adapter again", field=field
+            )
 
 
-def read_adapter(folder: Path, option: str) -> tuple[LoraConfig, dict[str, Tensor]]:
+def read_adapter(folder: Path, field: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter's configuration (ours where it names experts) and tensors; `DataError` where they cannot be read."""
-    fields = read_fields(folder, option)
+    fields = read_fields(folder, field)
     try:
         config = ExpertLoraConfig(**fields) if "experts" in fields else LoraConfig(**fields)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{option}: {folder / CONFIG_FILE}: {_line(error)}; repair it") from error
+        raise DataError(f"{folder / CONFIG_FILE}: {_line(error)}; repair it", field=field) from error
     for field, good in _KINDS.items():  # PEFT takes anything, and fails somewhere with it
         value = getattr(config, field, None)
         if field in fields and not good(value):
-            raise DataError(f"{option}: {folder / CONFIG_FILE}: {field!r} is {str(value)[:60]}; repair it")
-    return config, read_tensors(folder, option)
+            raise DataError(f"{folder / CONFIG_FILE}: {field!r} is {str(value)[:60]}; repair it", field=field)
+    return config, read_tensors(folder, field)
 
 
 def _whole(value: Any) -> bool:
@@ -320,34 +329,36 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 """What may stand in fields of adapter_config.json."""
 
 
-def read_fields(folder: Path, option: str) -> dict[str, Any]:
+def read_fields(folder: Path, field: str) -> dict[str, Any]:
     """adapter_config.json as it is."""
     if not (folder / CONFIG_FILE).is_file():
-        raise DataError(f"{option}: {folder} has no {CONFIG_FILE}; give the folder `adapter` that train wrote")
-    fields = read_json(folder / CONFIG_FILE, option)
+        raise DataError(f"{folder} has no {CONFIG_FILE}; give the folder `adapter` that train wrote", field=field)
+    fields = read_json(folder / CONFIG_FILE, field)
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
-        raise DataError(f"{option}: {folder / CONFIG_FILE} describes no LoRA adapter; give one that is")
+        raise DataError(f"{folder / CONFIG_FILE} describes no LoRA adapter; give one that is", field=field)
     return fields
 
 
-def read_tensors(folder: Path, option: str) -> dict[str, Tensor]:
+def read_tensors(folder: Path, field: str) -> dict[str, Tensor]:
     """adapter_model.safetensors as it is."""
     try:
         with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as weights:
             tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"{option}: {folder / WEIGHTS_FILE} cannot be read ({_line(error)}); save the adapter again"
+            f"{folder / WEIGHTS_FILE} cannot be read ({_line(error)}); save the adapter again", field=field
         ) from error
     broken = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
     if broken is not None:
         raise DataError(
-            f"{option}: {folder / WEIGHTS_FILE}: {broken} is not finite; train again with a lower --learning-rate"
+            f"{folder / WEIGHTS_FILE}: {broken} is not finite; train again with a lower ",
+            Field("learning_rate"),
+            field=field,
         )
     return tensors
 
 
-def check_home(model: nn.Module, config: LoraConfig, folder: Path, option: str) -> None:
+def check_home(model: nn.Module, config: LoraConfig, folder: Path, field: str) -> None:
     """Every bank, shared MLP and expert number that the adapter names must be in the model, and every pattern for a
     rank or an alpha must name something that is adapted."""
     if not isinstance(config, ExpertLoraConfig):
@@ -358,20 +369,25 @@ def check_home(model: nn.Module, config: LoraConfig, folder: Path, option: str) 
             modules[path] = module.get_base_layer()
     for path, experts in config.experts.items():
         if path not in modules or not is_bank(modules[path]):
-            raise ModelError(f"{option}: {folder} is for experts at {path!r}, which this model has not; give its own")
+            raise ModelError(
+                f"{folder} is for experts at {path!r}, which this model has not; give its own", field=field
+            )
         count = down_weight(modules[path]).shape[0]
         if not experts or max(experts) >= count:
             raise ModelError(
-                f"{option}: {folder} is for expert {max(experts, default=None)} of {path!r}, "
-                f"which has experts 0..{count - 1} here; give its own model"
+                (
+                    f"{folder} is for expert {max(experts, default=None)} of {path!r}, which has experts "
+                    f"0..{count - 1} here; give its own model"
+                ),
+                field=field,
             )
     for what, paths in (("a shared expert", config.shared), ("a linear map", config.linears)):
         for path in paths:
             if path not in modules:
-                raise ModelError(f"{option}: {folder} is for {what} at {path!r}, which this model has not")
+                raise ModelError(f"{folder} is for {what} at {path!r}, which this model has not", field=field)
     for path in config.target_modules or ():
         if path in modules and is_bank(modules[path]) and path not in config.experts:
-            raise DataError(f"{option}: {folder} targets {path!r} and names no expert of it; repair {CONFIG_FILE}")
+            raise DataError(f"{folder} targets {path!r} and names no expert of it; repair {CONFIG_FILE}", field=field)
     own = [f"{path}.{expert}" for path, experts in config.experts.items() for expert in experts]
     own += [f"{expert}.{projection}" for expert in own for projection in config.projections]
     places = [*own, *linears(model), *config.shared, *(f"{path}.weight" for path in config.linears)]
@@ -379,7 +395,7 @@ def check_home(model: nn.Module, config: LoraConfig, folder: Path, option: str) 
         for pattern in getattr(config, field):
             if not any(re.match(rf"(.*\.)?({pattern})$", place) for place in places):  # as PEFT matches them
                 raise DataError(
-                    f"{option}: {folder}: {field} is for {pattern!r}, which is not adapted; repair {CONFIG_FILE}"
+                    f"{folder}: {field} is for {pattern!r}, which is not adapted; repair {CONFIG_FILE}", field=field
                 )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from superexperts.adapters.factors import Factor, read_factors
 from superexperts.checkpoints.reader import Checkpoint, Entry
 from superexperts.checkpoints.writer import Patch
-from superexperts.core.errors import DataError, ModelError
+from superexperts.core.errors import DataError, Field, ModelError
 from superexperts.models.banks import find_banks
 from superexperts.models.experts import DOWN, split_projections, up_name
 from superexperts.models.key_mapping import Homes, Parts
@@ -23,7 +23,7 @@ from superexperts.models.key_mapping import Homes, Parts
 __all__ = ["merged_patches"]
 
 
-def merged_patches(model: nn.Module, homes: Homes, base: Checkpoint, adapter: Path, option: str) -> list[Patch]:
+def merged_patches(model: nn.Module, homes: Homes, base: Checkpoint, adapter: Path, field: str) -> list[Patch]:
     """What an adapter of A and B makes of the base's tensors; `model` is a structure without weights.
 
     `DataError` or `ModelError` where the adapter is more than that or another model's, or where the checkpoint keeps
@@ -31,8 +31,8 @@ def merged_patches(model: nn.Module, homes: Homes, base: Checkpoint, adapter: Pa
     """
     homes.check_complete(model)
     if homes.quantized:
-        raise ModelError(f"{option}: the base is quantized, into which nothing can be merged; use its bfloat16 form")
-    factors = read_factors(model, adapter, option)
+        raise ModelError("the base is quantized, into which nothing can be merged; use its bfloat16 form", field=field)
+    factors = read_factors(model, adapter, field)
     banks = {bank.path: bank for bank in find_banks(model)}
     patches: list[Patch] = []
     experts: dict[tuple[str, int, str], dict[str, Factor]] = {}
@@ -40,7 +40,7 @@ def merged_patches(model: nn.Module, homes: Homes, base: Checkpoint, adapter: Pa
         if place.expert is None:
             entry = homes.whole(f"{place.path}.weight")
             if entry is None:
-                raise ModelError(f"{option}: the checkpoint does not hold {place.path}.weight as it is in the model")
+                raise ModelError(f"the checkpoint does not hold {place.path}.weight as it is in the model", field=field)
             patches.append(Patch(entry=entry, data=functools.partial(_linear, base, entry, factor)))
         else:
             name = DOWN if place.projection == DOWN else up_name(banks[place.path].module)
@@ -48,7 +48,7 @@ def merged_patches(model: nn.Module, homes: Homes, base: Checkpoint, adapter: Pa
     for (path, expert, name), own in experts.items():
         parts = homes.expert_parts(banks[path], name)
         if parts is None:
-            raise ModelError(f"{option}: the checkpoint keeps the experts of {path} in another order than the model")
+            raise ModelError(f"the checkpoint keeps the experts of {path} in another order than the model", field=field)
         patches += [
             Patch(entry=entry, data=functools.partial(_expert, base, banks[path].module, name, parts[expert], i, own))
             for i, entry in enumerate(parts[expert])
@@ -79,5 +79,7 @@ def _merged(weight_OI: Tensor, factor: Factor) -> Tensor:
 
 def _finite(weight: Tensor, entry: Entry) -> Tensor:
     if not bool(weight.isfinite().all()):
-        raise DataError(f"ADAPTER: makes {entry.key} not finite; train again with a lower --learning-rate")
+        raise DataError(
+            f"makes {entry.key} not finite; train again with a lower ", Field("learning_rate"), field="adapter"
+        )
     return weight

@@ -56,7 +56,7 @@ def adapter_changes(model: str, revision: str | None, adapters: Mapping[str, Pat
         structure = load_structure(CheckpointConfig(model=str(folder)))
         anatomy = Anatomy(structure, checkpoint)
         if anatomy.homes.quantized:
-            raise ModelError(f"MODEL: {model!r} is quantized, so its weights have no norm to compare with")
+            raise ModelError(f"{model!r} is quantized, so its weights have no norm to compare with", field="model")
         norms = _Norms(checkpoint)
         with warnings.catch_warnings():  # PEFT minds that an adapter calls its base by a name, and not by its folder
             warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
@@ -87,7 +87,7 @@ def _changes(anatomy: Anatomy, adapter: Path, norms: _Norms) -> Changes:
     bases: dict[ExpertKey, float] = collections.defaultdict(float)
     moved_by_layer: dict[int, float] = collections.defaultdict(float)
     bases_by_layer: dict[int, float] = collections.defaultdict(float)
-    for place, factor in read_factors(anatomy.model, adapter, "DIR").items():
+    for place, factor in read_factors(anatomy.model, adapter, "folder").items():
         squared = change_norm(factor) ** 2
         if place.expert is not None:
             bank = banks[place.path]
@@ -96,7 +96,9 @@ def _changes(anatomy: Anatomy, adapter: Path, norms: _Norms) -> Changes:
                 for name in (up_name(bank.module), DOWN):
                     parts = anatomy.parts.get(f"{bank.path}.{name}")
                     if parts is None:
-                        raise ModelError(f"MODEL: its checkpoint keeps the experts of {bank.path} in another order")
+                        raise ModelError(
+                            f"its checkpoint keeps the experts of {bank.path} in another order", field="model"
+                        )
                     bases[key] += norms(parts[place.expert])
             moved[key] += squared
             continue

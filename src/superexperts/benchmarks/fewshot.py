@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from superexperts.benchmarks.items import Item, Row, read_item
 from superexperts.benchmarks.quiet import quiet
-from superexperts.core.errors import DataError
+from superexperts.core.errors import DataError, Field
 
 __all__ = ["DEFAULT_SHOTS", "choice_labels", "few_shot_tasks", "with_examples"]
 
@@ -69,7 +69,9 @@ def few_shot_tasks(
     """
     asked = _harness_rows(name, items, rows)
     if name in BY_SUBJECT and (odd := next((item.id for item in items if item.subject is None), None)) is not None:
-        raise DataError(f"{name}: {odd} has no subject, whose examples it needs; add it, or give --protocol generative")
+        raise DataError(
+            f"{name}: {odd} has no subject, whose examples it needs; add it, or give ", Field("protocol"), " generative"
+        )
     if name not in BY_SUBJECT:
         shown = asked.select([]) if examples is None else _harness_rows(name, _read(name, examples), examples)
         return [(_task(name, "", asked, shown, shots), tuple(range(len(items))), shots)]
@@ -78,10 +80,10 @@ def few_shot_tasks(
     numbers, found = _by_subject(items), _by_subject(shown_items)
     most = max((len(mine) for mine in found.values()), default=0)
     if shots > most:
-        raise DataError(f"--num-fewshot: {shots} is more than {name} has of any subject, {most}; give fewer")
+        raise DataError(f"{shots} is more than {name} has of any subject, {most}; give fewer", field="num_fewshot")
     lacking = next((subject for subject in numbers if subject not in found), None) if shots else None
     if lacking is not None:
-        raise DataError(f"--num-fewshot: {name} has no examples of subject {lacking!r}; add some, or give 0")
+        raise DataError(f"{name} has no examples of subject {lacking!r}; add some, or give 0", field="num_fewshot")
     return [
         (
             _task(name, subject, asked.select(mine), shown.select(found.get(subject, ())), fewest),
@@ -157,7 +159,7 @@ def _task(name: str, subject: str, asked: datasets.Dataset, shown: datasets.Data
     needed = shots + (_excluded(task) if shots else 0)
     if len(shown) < needed:
         raise DataError(
-            f"--num-fewshot: {shots} examples are drawn from {needed} rows, {name} has {len(shown)}; give fewer"
+            f"{shots} examples are drawn from {needed} rows, {name} has {len(shown)}; give fewer", field="num_fewshot"
         )
     return task
 

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from superexperts.benchmarks.fewshot import DEFAULT_SHOTS, few_shot_tasks
 from superexperts.benchmarks.items import Item, read_item
 from superexperts.benchmarks.quiet import quiet
-from superexperts.core.errors import DataError
+from superexperts.core.errors import DataError, Field
 from superexperts.core.runs import digest, fingerprint
 from superexperts.data.corpora import local_data, read_rows
 from superexperts.pocket import write_benchmarks
@@ -125,7 +125,9 @@ def _graded(name: str, benchmark: Benchmark, split: str) -> Benchmark:
     if split == "default" and any(item.gold is None for item in benchmark.items):
         odd = next(item.id for item in benchmark.items if item.gold is None)
         raise DataError(
-            f"{name}: {odd}: field 'answer' is missing; VMLU's test rows have none: ask them with --split test"
+            f"{name}: {odd}: field 'answer' is missing; VMLU's test rows have none: ask them with ",
+            Field("split"),
+            " test",
         )
     return benchmark
 
@@ -138,8 +140,13 @@ def _few_shot(name: str, benchmark: Benchmark, folder: Path | None, shots: int) 
         file = _file(name, EXAMPLE_STEMS[name], folder, numbered=True)
         if file is None:
             raise DataError(
-                f"--data-dir: {folder} has no {EXAMPLE_STEMS[name]}.jsonl or .jsonl.gz, from which {name}'s {shots} "
-                "examples are drawn; add it, or give --num-fewshot 0"
+                (
+                    f"{folder} has no {EXAMPLE_STEMS[name]}.jsonl or .jsonl.gz, from which {name}'s {shots} examples "
+                    "are drawn; add it, or give "
+                ),
+                Field("num_fewshot"),
+                " 0",
+                field="data_dir",
             )
         found = _local_cached(name, file.resolve(), fingerprint(file))
         examples, where = found.parts[0].task.eval_docs, str(file)
@@ -172,8 +179,10 @@ def _local(name: str, folder: Path, split: str) -> Benchmark:
         return _local_cached(name, file.resolve(), fingerprint(file))
     hint = "; fetch VMLU MQA v1.5 from github.com/ZaloAI-Jaist/VMLU" if name == "vmlu" else ""
     raise DataError(
-        f"--data-dir: {folder} has no {stem}.jsonl or .jsonl.gz for {name}; add it, or leave {name} out of --tasks"
-        f"{hint}"
+        f"{folder} has no {stem}.jsonl or .jsonl.gz for {name}; add it, or leave {name} out of ",
+        Field("tasks"),
+        f"{hint}",
+        field="data_dir",
     )
 
 
@@ -197,7 +206,7 @@ def _local_cached(name: str, file: Path, sha: str) -> Benchmark:
             rows = [row for _, row in read_rows(file, f"--data-dir: {name}")]  # says which line is no JSON object
             _items(name, rows, str(file))
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"--data-dir: {file} cannot be read as {name} ({reason}); repair the file") from error
+            raise DataError(f"{file} cannot be read as {name} ({reason}); repair the file", field="data_dir") from error
     return _whole(task, _items(name, task.eval_docs, str(file)))
 
 
@@ -205,8 +214,12 @@ def _local_cached(name: str, file: Path, sha: str) -> Benchmark:
 def _hub(name: str) -> Benchmark:
     if name == "vmlu":
         raise DataError(
-            "--tasks: vmlu is not on the Hub; get VMLU MQA v1.5 from github.com/ZaloAI-Jaist/VMLU, put its valid.jsonl "
-            "into a folder as vmlu_valid.jsonl, and name the folder with --data-dir"
+            (
+                "vmlu is not on the Hub; get VMLU MQA v1.5 from github.com/ZaloAI-Jaist/VMLU, put its "
+                "valid.jsonl into a folder as vmlu_valid.jsonl, and name the folder with "
+            ),
+            Field("data_dir"),
+            field="tasks",
         )
     try:
         task = _task(name, {})
@@ -214,8 +227,12 @@ def _hub(name: str) -> Benchmark:
         if isinstance(error, DataError):
             raise
         raise DataError(
-            f"--tasks: {name} cannot be read from the Hub ({type(error).__name__}); check the network, or give local "
-            "files with --data-dir"
+            (
+                f"{name} cannot be read from the Hub ({type(error).__name__}); check the network, or give local "
+                "files with "
+            ),
+            Field("data_dir"),
+            field="tasks",
         ) from error
     return _whole(task, _items(name, task.eval_docs, f"{task.config.dataset_path} on the Hub"))
 

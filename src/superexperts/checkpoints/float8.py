@@ -42,8 +42,11 @@ def opened(folder: Path, settings: Any) -> Checkpoint:
     block = said.get("weight_block_size")
     if said.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2 or min(block) < 1:
         raise ModelError(
-            f"MODEL: {str(folder)!r} is quantized in a way that is not read here ({said.get('quant_method')}, blocks "
-            f"{block}); use its bfloat16 checkpoint"
+            (
+                f"{str(folder)!r} is quantized in a way that is not read here ({said.get('quant_method')}, "
+                f"blocks {block}); use its bfloat16 checkpoint"
+            ),
+            field="model",
         )
     return Float8Checkpoint(folder, (block[0], block[1]))
 
@@ -76,8 +79,8 @@ class Float8Checkpoint(Checkpoint):
         if scales is None or len(entry.shape) != 2 or scales.shape != grid:
             has = "no scales" if scales is None else f"scales of {list(scales.shape)}, not {list(grid)}"
             raise ModelError(
-                f"MODEL: {str(self.folder)!r} has {has} for the float8 {entry.key!r} {list(entry.shape)}; fetch it "
-                "again"
+                f"{str(self.folder)!r} has {has} for the float8 {entry.key!r} {list(entry.shape)}; fetch it again",
+                field="model",
             )
         return scales
 

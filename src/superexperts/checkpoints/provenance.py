@@ -44,10 +44,12 @@ class Record:
         """Reads superexperts.json; `DataError` in one line for one that is not there or no such record."""
         path = folder / RECORD
         if not path.is_file():
-            raise DataError(f"DIR: {folder} has no {RECORD}, so nothing says what was changed; give what prune wrote")
-        value = read_json(path, "DIR")
+            raise DataError(
+                f"{folder} has no {RECORD}, so nothing says what was changed; give what prune wrote", field="folder"
+            )
+        value = read_json(path, "folder")
         if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-            raise DataError(f"DIR: {path} is no file of schema {SCHEMA!r}; give what prune wrote")
+            raise DataError(f"{path} is no file of schema {SCHEMA!r}; give what prune wrote", field="folder")
         try:
             record = cls(
                 command=_text(value["command"]),
@@ -59,7 +61,7 @@ class Record:
                 changes=tuple(_change(row) for row in value["changes"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"DIR: {path}: a field is missing or wrong ({error}); prune again") from error
+            raise DataError(f"{path}: a field is missing or wrong ({error}); prune again", field="folder") from error
         return record
 
 

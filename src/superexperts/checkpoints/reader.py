@@ -234,7 +234,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def _refused(folder: Path, file: str, why: str) -> ModelError:
-    return ModelError(f"MODEL: {str(folder / file)!r} {why}; fetch the checkpoint again")
+    return ModelError(f"{str(folder / file)!r} {why}; fetch the checkpoint again", field="model")
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
@@ -244,7 +244,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         if (folder / SINGLE).is_file():
             return None
         raise ModelError(
-            f"MODEL: {str(folder)!r} has neither {SINGLE} nor {INDEX} (pickles are not read); convert it first"
+            f"{str(folder)!r} has neither {SINGLE} nor {INDEX} (pickles are not read); convert it first", field="model"
         )
     try:
         index = _object((folder / INDEX).read_bytes())
@@ -266,7 +266,8 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         good.add(file)
     if (folder / SINGLE).is_file() and good != {SINGLE}:
         raise ModelError(
-            f"MODEL: {str(folder)!r} has {SINGLE} and {INDEX}; transformers reads the first alone, so move one away"
+            f"{str(folder)!r} has {SINGLE} and {INDEX}; transformers reads the first alone, so move one away",
+            field="model",
         )
     return weight_map
 

@@ -24,9 +24,11 @@ def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = 
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"MODEL: {model!r} has no config.json; give a checkpoint folder")
+            raise ModelError(f"{model!r} has no config.json; give a checkpoint folder", field="model")
         if not any(path.glob("*.safetensors")):
-            raise ModelError(f"MODEL: {model!r} has no .safetensors file (pickles are not read); convert it first")
+            raise ModelError(
+                f"{model!r} has no .safetensors file (pickles are not read); convert it first", field="model"
+            )
         return path
     # Here, so that a folder does not wait for the Hub's client.
     from huggingface_hub import snapshot_download
@@ -43,8 +45,11 @@ def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = 
         )
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(
-            f"MODEL: {model!r} is neither a folder nor a model that the Hub gives ({type(error).__name__}); "
-            "check the name and the network, or use `pocket`"
+            (
+                f"{model!r} is neither a folder nor a model that the Hub gives ({type(error).__name__}); check "
+                "the name and the network, or use `pocket`"
+            ),
+            field="model",
         ) from error
 
 

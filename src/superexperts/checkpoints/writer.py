@@ -288,8 +288,11 @@ def check_room(base: Checkpoint, out: Path, weights: int) -> None:
     free = shutil.disk_usage(out).free
     if wanted > free:
         raise OutputError(
-            f"--out: {wanted / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; make room or choose "
-            "another disk"
+            (
+                f"{wanted / 1000000000.0:.2f} GB are to be written, {free / 1000000000.0:.2f} GB are free; make "
+                "room or choose another disk"
+            ),
+            field="out",
         )
 
 
@@ -300,7 +303,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"--out: cannot write to {out.parent} ({error.strerror or error}); make room or choose another disk"
+            f"cannot write to {out.parent} ({error.strerror or error}); make room or choose another disk", field="out"
         ) from error
 
 
@@ -342,7 +345,7 @@ def copy_range(source: int, offset: int, target: int, position: int, count: int)
             data = os.pread(source, min(count, BLOCK), offset)
             done = _write(target, data, position) - position
         if not done:
-            raise ModelError("MODEL: a shard became shorter while it was copied; leave it alone meanwhile")
+            raise ModelError("a shard became shorter while it was copied; leave it alone meanwhile", field="model")
         offset, position, count = offset + done, position + done, count - done
 
 

@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from superexperts.core.config_surgery import PruneConfig
 from superexperts.core.console import is_shown
+from superexperts.core.errors import Field, OptionError
 from superexperts.core.settings import CheckpointConfig, ModelConfig, SeededConfig, ServerConfig, Switch
 from superexperts.core.settings import require as _require
 from superexperts.core.settings import require_device as _require_device
@@ -104,26 +105,28 @@ class ProfileConfig(ModelConfig):
     def __post_init__(self) -> None:
         _require_sequences(self.tokens, min(self.seq_len, QUICK_LENGTH) if self.quick else self.seq_len)
         _require_device(self.device)
-        _require(self.batch_size >= 1, "--batch-size", self.batch_size, "is not positive; give at least 1")
-        _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "is not positive; give at least 1")
+        _require(0 < self.depth <= 1, "depth", self.depth, "is out of range; give a share in (0, 1]")
         _require(
             0 <= self.activation_budget < math.inf,
-            "--activation-budget",
+            "activation_budget",
             self.activation_budget,
             "is negative or no number; give GiB",
         )
-        streamed = "--quick" if self.quick else "--stream"
+        streamed = "quick" if self.quick else "stream"
         _require(
             not (self.sinks and (self.quick or self.stream)),
-            "--sinks",
+            "sinks",
             True,
-            f"needs the model in memory; drop {streamed}",
+            "needs the model in memory; drop ",
+            Field(streamed),
         )
         _require(
             self.device_map == "none" or not (self.quick or self.stream),
-            "--device-map",
+            "device_map",
             self.device_map,
-            f"is for models in memory; drop {streamed}",
+            "is for models in memory; drop ",
+            Field(streamed),
         )
 
 
@@ -178,35 +181,47 @@ class SelectConfig:
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.percentile <= 100, "--percentile", self.percentile, "is out of range; give 0 to 100")
-        _require(0 < self.ratio < math.inf, "--ratio", self.ratio, "is not positive and finite; the paper's is 10")
-        _require(0 < self.depth <= 1, "--depth", self.depth, "is out of range; give a share in (0, 1]")
-        _require(self.count is None or self.count > 0, "--count", self.count, "is not positive; give at least 1")
-        _require(
-            self.share is None or 0 < self.share <= 1, "--share", self.share, "is out of range; give one in (0, 1]"
-        )
+        _require(0 <= self.percentile <= 100, "percentile", self.percentile, "is out of range; give 0 to 100")
+        _require(0 < self.ratio < math.inf, "ratio", self.ratio, "is not positive and finite; the paper's is 10")
+        _require(0 < self.depth <= 1, "depth", self.depth, "is out of range; give a share in (0, 1]")
+        _require(self.count is None or self.count > 0, "count", self.count, "is not positive; give at least 1")
+        _require(self.share is None or 0 < self.share <= 1, "share", self.share, "is out of range; give one in (0, 1]")
         both = self.count is not None and self.share is not None
-        _require(not both, "--share", self.share, "excludes --count; give one of the two")
+        _require(not both, "share", self.share, "excludes ", Field("count"), "; give one of the two")
         given = self.count is not None or self.share is not None or self.like is not None
         if self.rule == "layers":
-            _require(given, "--like", self.like, "is missing for --rule layers; give an expert set")
+            _require(given, "like", self.like, "is missing for ", Field("rule"), " layers; give an expert set")
         elif self.rule != "super":
-            mend = f"is missing for --rule {self.rule}; give it, --share, or --like EXPERTS"
-            _require(given, "--count", self.count, mend)
+            needed = (" needs ", Field("count"), ", ", Field("share"), " or ", Field("like"))
+            if not given:
+                raise OptionError(self.rule, *needed, field="rule")
         if self.rule in SCORED:
             several = (self.count, self.share, self.like).count(None) < 2
-            _require(not several, "--like", self.like, "excludes --count and --share; give one of the three")
+            _require(
+                not several,
+                "like",
+                self.like,
+                "excludes ",
+                Field("count"),
+                " and ",
+                Field("share"),
+                "; give one of the three",
+            )
         for field in dataclasses.fields(self):
             value, rules = getattr(self, field.name), RULES_OF.get(field.name, (self.rule,))
             _require(
                 self.rule in rules or value == field.default,
-                f"--{field.name}",
+                field.name,
                 value,
-                f"does nothing for --rule {self.rule}, only for {', '.join(rules)}; leave it out",
+                "does nothing for ",
+                Field("rule"),
+                f" {self.rule}, only for {', '.join(rules)}; leave it out",
             )
         if self.anywhere:
-            _require(self.like is not None, "--anywhere", True, "is the default without --like; leave it out")
-            _require(self.share is None, "--anywhere", True, "does nothing with --share; leave it out")
+            _require(
+                self.like is not None, "anywhere", True, "is the default without ", Field("like"), "; leave it out"
+            )
+            _require(self.share is None, "anywhere", True, "does nothing with ", Field("share"), "; leave it out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,45 +284,65 @@ class EvaluateConfig(ServerConfig, SeededConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_seed(self.seed)
-        _require(is_shown(self.variant), "--variant", self.variant, "has characters that no terminal shows; rename it")
+        _require(is_shown(self.variant), "variant", self.variant, "has characters that no terminal shows; rename it")
         known = ",".join(TASKS + MORE_TASKS)
         unknown = [task for task in self.task_names if task not in TASKS + MORE_TASKS]
-        _require(not unknown, "--tasks", ",".join(unknown), f"is unknown; choose from {known}")
-        _require(bool(self.task_names), "--tasks", self.tasks, f"names none; choose from {known}")
-        _require(self.limit is None or self.limit > 0, "--limit", self.limit, "is not positive; give at least 1")
+        _require(not unknown, "tasks", ",".join(unknown), f"is unknown; choose from {known}")
+        _require(bool(self.task_names), "tasks", self.tasks, f"names none; choose from {known}")
+        _require(self.limit is None or self.limit > 0, "limit", self.limit, "is not positive; give at least 1")
         shuffled = self.shuffle and self.limit is None
-        _require(not shuffled, "--shuffle", True, "does nothing when all items are asked; give --limit")
+        _require(not shuffled, "shuffle", True, "does nothing when all items are asked; give ", Field("limit"))
         if self.protocol == "generative":
-            mend = "does nothing for --protocol generative, which shows no examples; leave it out"
-            _require(self.num_fewshot is None, "--num-fewshot", self.num_fewshot, mend)
+            why = ("does nothing for ", Field("protocol"), " generative, which shows no examples; leave it out")
+            _require(self.num_fewshot is None, "num_fewshot", self.num_fewshot, *why)
         else:
             fits = self.num_fewshot is None or self.num_fewshot >= 0
-            _require(fits, "--num-fewshot", self.num_fewshot, "is negative; give 0 or more")
-            mend = "needs --engine hf, vllm or sglang: a server gives no log-probabilities of what it is asked"
-            _require(self.engine != "api", "--protocol", self.protocol, mend)
+            _require(fits, "num_fewshot", self.num_fewshot, "is negative; give 0 or more")
+            why = (
+                "needs ",
+                Field("engine"),
+                " hf, vllm or sglang: a server gives no log-probabilities of what it is asked",
+            )
+            _require(self.engine != "api", "protocol", self.protocol, *why)
         if self.split == "test":
             unknown = [task for task in self.task_names if task != "vmlu"]
-            mend = f"is for vmlu only; {', '.join(unknown)} is asked with --split default, in a run of its own"
-            _require(not unknown, "--split", self.split, mend)
-        _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
-        _require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
+            why = (f"is for vmlu only; {', '.join(unknown)} is asked with ", Field("split"), " default, in another run")
+            _require(not unknown, "split", self.split, *why)
+        _require(self.batch_size > 0, "batch_size", self.batch_size, "is not positive; give at least 1")
+        _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "is not positive; give at least 1")
         _require_sequences(self.tokens, self.seq_len)
-        mend = "does nothing without --perplexity; name a corpus there"
-        _require(self.perplexity is not None or not self.reference_windows, "--reference-windows", True, mend)
-        _require(self.perplexity is not None or self.column is None, "--column", self.column, mend)
+        why = ("does nothing without ", Field("perplexity"), "; name a corpus there")
+        _require(self.perplexity is not None or not self.reference_windows, "reference_windows", True, *why)
+        _require(self.perplexity is not None or self.column is None, "column", self.column, *why)
         _require_device(self.device)
         both = self.adapter is not None and self.silence is not None
-        _require(not both, "--silence", self.silence, "excludes --adapter; merge the adapter into a checkpoint first")
+        _require(
+            not both,
+            "silence",
+            self.silence,
+            "excludes ",
+            Field("adapter"),
+            "; merge the adapter into a checkpoint first",
+        )
         missing = self.engine == "api" and self.base_url is None
-        _require(not missing, "--base-url", self.base_url, "is missing for --engine api; give the server's URL")
+        _require(
+            not missing, "base_url", self.base_url, "is missing for ", Field("engine"), " api; give the server's URL"
+        )
         if self.base_url is not None:
-            _require(self.engine == "api", "--base-url", self.base_url, f"excludes --engine {self.engine}; give api")
-            _require_url("--base-url", self.base_url)
+            _require(
+                self.engine == "api",
+                "base_url",
+                self.base_url,
+                "excludes ",
+                Field("engine"),
+                f" {self.engine}; give api",
+            )
+            _require_url("base_url", self.base_url)
         if self.engine != "hf":
-            mend = f"needs --engine hf, not {self.engine}"
-            _require(self.silence is None, "--silence", self.silence, f"{mend}; or prune and serve that checkpoint")
-            _require(self.adapter is None, "--adapter", str(self.adapter), f"{mend}; or merge it into a checkpoint")
-            _require(self.perplexity is None, "--perplexity", self.perplexity, f"{mend}; leave it out")
+            why = ("needs ", Field("engine"), f" hf, not {self.engine}; ")
+            _require(self.silence is None, "silence", self.silence, *why, "or prune and serve that checkpoint")
+            _require(self.adapter is None, "adapter", str(self.adapter), *why, "or merge it into a checkpoint")
+            _require(self.perplexity is None, "perplexity", self.perplexity, *why, "leave it out")
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -350,26 +385,34 @@ class ExtractConfig(ServerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.folder is not None or self.audit is not None
-        _require(given, "DIR", self.folder, "is missing; give the folder, or --audit FILE")
+        _require(given, "folder", self.folder, "is missing; give the folder, or ", Field("audit"), " FILE")
         both = self.folder is not None and self.audit is not None
-        _require(not both, "--audit", str(self.audit), "excludes DIR; give one of the two")
-        _require(self.batch_size > 0, "--batch-size", self.batch_size, "is not positive; give at least 1")
-        _require(bool(self.judge), "--judge", self.judge, "names no model; give one, or off")
+        _require(not both, "audit", str(self.audit), "excludes ", Field("folder"), "; give one of the two")
+        _require(self.batch_size > 0, "batch_size", self.batch_size, "is not positive; give at least 1")
+        _require(bool(self.judge), "judge", self.judge, "names no model; give one, or off")
         if self.judge in ("left", "all"):
-            mend = f"is not that of --judge {self.judge}; leave one of the two out"
-            _require(self.judge_scope in (None, self.judge), "--judge-scope", self.judge_scope, mend)
+            why = ("is not that of ", Field("judge"), f" {self.judge}; leave one of the two out")
+            _require(self.judge_scope in (None, self.judge), "judge_scope", self.judge_scope, *why)
             object.__setattr__(self, "judge_scope", self.judge)
             object.__setattr__(self, "judge", DEFAULT_JUDGE)
         for option, value, default in (
-            ("--judge-scope", self.judge_scope, None),
-            ("--judge-base-url", self.judge_base_url, None),
-            ("--judge-engine", self.judge_engine, "hf"),
+            ("judge_scope", self.judge_scope, None),
+            ("judge_base_url", self.judge_base_url, None),
+            ("judge_engine", self.judge_engine, "hf"),
         ):
-            _require(self.judge != "off" or value == default, option, value, "needs a judge; give --judge MODEL")
+            _require(
+                self.judge != "off" or value == default,
+                option,
+                value,
+                "needs a judge; give ",
+                Field("judge"),
+                " ",
+                Field("model"),
+            )
         if self.judge_base_url is not None:
-            _require_url("--judge-base-url", self.judge_base_url)
-            mend = "excludes --judge-base-url, whose server runs the judge; leave one of the two out"
-            _require(self.judge_engine == "hf", "--judge-engine", self.judge_engine, mend)
+            _require_url("judge_base_url", self.judge_base_url)
+            why = ("excludes ", Field("judge_base_url"), ", the server that runs the judge; leave one of the two out")
+            _require(self.judge_engine == "hf", "judge_engine", self.judge_engine, *why)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
+from superexperts.core.errors import Field
 from superexperts.core.settings import (
     SeededConfig,
     ServerConfig,
@@ -109,12 +110,14 @@ class CheckAdapterConfig(ServerConfig, SeededConfig):
         require_sequences(self.tokens, self.seq_len)
         require_device(self.device)
         require_seed(self.seed)
-        require(self.prompts > 0, "--prompts", self.prompts, "is not positive; give at least 1")
-        require(self.max_new_tokens > 0, "--max-new-tokens", self.max_new_tokens, "is not positive; give at least 1")
+        require(self.prompts > 0, "prompts", self.prompts, "is not positive; give at least 1")
+        require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "is not positive; give at least 1")
         if self.base_url is not None:
-            require_url("--base-url", self.base_url)
+            require_url("base_url", self.base_url)
             differ = str(self.adapter) != self.model
-            require(differ, "ADAPTER", str(self.adapter), "is MODEL; give the server's name for the adapter")
+            require(
+                differ, "adapter", str(self.adapter), "is ", Field("model"), "; give the server's name for the adapter"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,12 +153,12 @@ class PushConfig:
 
     def __post_init__(self) -> None:
         for option, names in (
-            ("--repo", [self.repo]),
-            ("--base-model", [self.base_model]),
-            ("--dataset", self.dataset),
+            ("repo", [self.repo]),
+            ("base_model", [self.base_model]),
+            ("dataset", self.dataset),
         ):
             for name in names:
                 good = name is None or re.fullmatch(r"[\w.-]+/[\w.-]+", name)
                 require(bool(good), option, name, "is not OWNER/NAME; give it as the Hub shows it")
-        for option, text in (("--message", self.message), ("--revision", self.revision), ("--license", self.license)):
+        for option, text in (("message", self.message), ("revision", self.revision), ("license", self.license)):
             require(text is None or bool(text.strip()), option, text, "is empty; leave it out, or give one")

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
+from superexperts.core.errors import Field
 from superexperts.core.settings import Switch, require, require_device
 
 __all__ = ["ReportConfig", "StatusConfig", "StudyConfig"]
@@ -25,7 +26,7 @@ class StudyConfig:
     Example: superexperts study recipes/deepseek-v2-lite.yaml --dry-run
     """
 
-    study: Positional[Annotated[Path | None, tyro.conf.arg(metavar="STUDY.yaml")]] = None
+    study: Positional[Annotated[Path | None, tyro.conf.arg(metavar="STUDY")]] = None
     """Study file (YAML)."""
     demo: Switch = False
     """The built-in study of the pocket model."""
@@ -47,10 +48,10 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         one = (self.study is None) == self.demo
-        require(one, "STUDY", str(self.study), "and --demo: give exactly one of the two")
-        require(not (self.init and (self.demo or self.dry_run)), "--init", True, "goes with STUDY.yaml alone")
+        require(one, "study", str(self.study), "and ", Field("demo"), ": give exactly one of the two")
+        require(not (self.init and (self.demo or self.dry_run)), "init", True, "goes with STUDY.yaml alone")
         require_device(self.device)
-        require(self.workers is None or self.workers > 0, "--workers", self.workers, "is not positive; give at least 1")
+        require(self.workers is None or self.workers > 0, "workers", self.workers, "is not positive; give at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

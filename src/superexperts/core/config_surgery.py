@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
+from superexperts.core.errors import Field
 from superexperts.core.settings import CheckpointConfig, Switch, require, require_sequences
 
 __all__ = ["CompareConfig", "PruneConfig", "RestoreConfig"]
@@ -49,9 +50,9 @@ class PruneConfig(CheckpointConfig):
 
     def __post_init__(self) -> None:
         require_sequences(self.tokens, self.seq_len)
-        require(self.batch_size >= 1, "--batch-size", self.batch_size, "is not positive; give at least 1")
-        mend = "does nothing without --mode mean; leave it out"
-        require(self.mode == "mean" or self.column is None, "--column", self.column, mend)
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "is not positive; give at least 1")
+        why = ("does nothing without ", Field("mode"), " mean; leave it out")
+        require(self.mode == "mean" or self.column is None, "column", self.column, *why)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,4 +106,6 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         both = self.expect_identical and self.expect_only is not None
-        require(not both, "--expect-only", self.expect_only, "excludes --expect-identical; give one of the two")
+        require(
+            not both, "expect_only", self.expect_only, "excludes ", Field("expect_identical"), "; give one of the two"
+        )

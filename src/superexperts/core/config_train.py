@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from superexperts.core.errors import DataError, OptionError
+from superexperts.core.errors import DataError, Field, OptionError
 from superexperts.core.settings import SeededConfig, Switch, typed
 from superexperts.core.settings import require as _require
 from superexperts.core.settings import require_device as _require_device
@@ -107,51 +107,64 @@ class TrainConfig(SeededConfig):
 
     def __post_init__(self) -> None:
         some = self.experts is not None or self.attention or self.target is not None
-        _require(some, "--experts", self.experts, "is missing; give an expert set, --attention, or --target REGEX")
+        _require(
+            some,
+            "experts",
+            self.experts,
+            "is missing; give an expert set, ",
+            Field("attention"),
+            ", or ",
+            Field("target"),
+            " REGEX",
+        )
         _require_device(self.device)
         _require_seed(self.seed)
         for option in ("r", "alpha", "learning_rate", "epochs", "batch_size", "accumulation", "max_length"):
             value = getattr(self, option)
             good = 0 < value < math.inf
-            _require(good, f"--{option.replace('_', '-')}", value, "is not positive and finite; give more than 0")
+            _require(good, option, value, "is not positive and finite; give more than 0")
         for option in ("eval_steps", "patience", "checkpoint_steps"):
             value = getattr(self, option)
-            _require(value >= 0, f"--{option.replace('_', '-')}", value, "is negative; give 0 or more")
+            _require(value >= 0, option, value, "is negative; give 0 or more")
         for option in ("dropout", "warmup", "eval_share"):
             value = getattr(self, option)
-            _require(0 <= value < 1, f"--{option.replace('_', '-')}", value, "is out of range; give a share in [0, 1)")
+            _require(0 <= value < 1, option, value, "is out of range; give a share in [0, 1)")
         parts = self.projections.split(",")
         good = len(set(parts)) == len(parts) and set(parts) <= set(PROJECTIONS)
-        _require(good, "--projections", self.projections, f"is unknown; choose from {','.join(PROJECTIONS)}")
+        _require(good, "projections", self.projections, f"is unknown; choose from {','.join(PROJECTIONS)}")
         if self.target is not None:
             try:
                 re.compile(self.target)
             except re.error as error:
-                raise OptionError(f"--target: {self.target!r} is no regular expression ({error}); mend it") from error
+                raise OptionError(
+                    f"{self.target!r} is no regular expression ({error}); mend it", field="target"
+                ) from error
         for option in ("ranks", "alphas"):
-            own_values(getattr(self, option), f"--{option}")
+            own_values(getattr(self, option), option)
         both = self.eval_data is not None and self.eval_share > 0
-        _require(not both, "--eval-share", self.eval_share, "excludes --eval-data; give one of the two")
+        _require(not both, "eval_share", self.eval_share, "excludes ", Field("eval_data"), "; give one of the two")
         evaluated = self.eval_data is not None or self.eval_share > 0
         for option in ("eval_steps", "patience"):
             needless = evaluated or not getattr(self, option)
-            told = "needs rows to evaluate; give --eval-data or --eval-share"
-            _require(needless, f"--{option.replace('_', '-')}", getattr(self, option), told)
-        _require(self.checkpoint_steps > 0 or not self.resume, "--resume", True, "needs --checkpoint-steps over 0")
+            why = ("needs rows to evaluate; give ", Field("eval_data"), " or ", Field("eval_share"))
+            _require(needless, option, getattr(self, option), *why)
+        _require(
+            self.checkpoint_steps > 0 or not self.resume, "resume", True, "needs ", Field("checkpoint_steps"), " over 0"
+        )
         if self.report_to != "none":
             there = importlib.util.find_spec(self.report_to) is not None
-            _require(there, "--report-to", self.report_to, f"is not installed; run pip install {self.report_to}")
+            _require(there, "report_to", self.report_to, f"is not installed; run pip install {self.report_to}")
 
 
-def own_values(text: str, option: str) -> dict[str, float]:
+def own_values(text: str, field: str) -> dict[str, float]:
     """`L2E54=32,L8shared=8` -> {"L2E54": 32, "L8shared": 8}."""
     values: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         found = re.fullmatch(r"(L\d+(?:E\d+|shared))=(\d+(?:\.\d+)?)", part)
-        if found is None or not float(found[2]) or (option == "--ranks" and "." in found[2]):
-            raise OptionError(f"{option}: {part!r} is not like L2E54=32; write EXPERT=NUMBER, separated by commas")
+        if found is None or not float(found[2]) or (field == "ranks" and "." in found[2]):
+            raise OptionError(f"{part!r} is not like L2E54=32; write EXPERT=NUMBER, separated by commas", field=field)
         if found[1] in values:
-            raise OptionError(f"{option}: {found[1]} is named twice; give each expert one number")
+            raise OptionError(f"{found[1]} is named twice; give each expert one number", field=field)
         values[found[1]] = float(found[2]) if "." in found[2] else int(found[2])
     return values
 
@@ -172,20 +185,24 @@ def read_recipe(file: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--recipe: cannot read {file} ({error}); check the path") from error
+        raise DataError(f"cannot read {file} ({error}); check the path", field="recipe") from error
     except yaml.YAMLError as error:
-        raise OptionError(f"--recipe: {file} is not valid YAML ({' '.join(str(error).split())}); mend it") from error
+        raise OptionError(
+            f"{file} is not valid YAML ({' '.join(str(error).split())}); mend it", field="recipe"
+        ) from error
     if not isinstance(value, Mapping):
-        raise OptionError(f"--recipe: {file} is no mapping of options; write lines like `r: 16`")
+        raise OptionError(f"{file} is no mapping of options; write lines like `r: 16`", field="recipe")
     refused = ("recipe", "resume", "trust_remote_code")
     hints = get_type_hints(TrainConfig)
     free = hints.keys() - set(refused)
     settings: dict[str, Any] = {}
     for name, setting in value.items():
         if name not in free:
-            raise OptionError(f"--recipe: {file}: {name!r} is no option of train; see superexperts train --help")
+            raise OptionError(
+                f"{file}: {name!r} is no option of train; see superexperts train ", Field("help"), field="recipe"
+            )
         try:
             settings[name] = typed(setting, hints[name])
         except ValueError as error:
-            raise OptionError(f"--recipe: {file}: {name}: {error}") from error
+            raise OptionError(f"{file}: {name}: {error}", field="recipe") from error
     return settings

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import Progress
 
-__all__ = ["is_shown", "note", "progress", "speaks", "stderr", "stdout"]
+__all__ = ["is_main_process", "is_shown", "note", "progress", "stderr", "stdout"]
 
-speaks = os.environ.get("RANK", "0") == "0"
-"""Whether this process is the only one, or the first of several that a launcher has started: only that one writes."""
-stdout = Console(highlight=False, quiet=not speaks)
-stderr = Console(stderr=True, highlight=False, quiet=not speaks)
+is_main_process = os.environ.get("RANK", "0") == "0"
+"""Whether this is the only process, or the first of several that a launcher started. Only the main process prints."""
+stdout = Console(highlight=False, quiet=not is_main_process)
+stderr = Console(stderr=True, highlight=False, quiet=not is_main_process)
 
 
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")

@@ -55,7 +55,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         _settle(path)
         handle, temporary = _temporary(path, TEMPORARY)
     except OSError as error:
-        raise OutputError(f"--out: cannot write to {path.parent} ({error.strerror}); choose another folder") from error
+        raise OutputError(
+            f"cannot write to {path.parent} ({error.strerror}); choose another folder", field="out"
+        ) from error
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
@@ -67,7 +69,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
-            raise OutputError(f"--out: cannot write {path} ({reason}); make room or choose another path") from error
+            raise OutputError(
+                f"cannot write {path} ({reason}); make room or choose another path", field="out"
+            ) from error
         raise
 
 
@@ -122,7 +126,7 @@ def fingerprint(path: Path) -> str:
     return digest(parts)
 
 
-def prepare_folder(folder: Path, option: str = "--out") -> Path:
+def prepare_folder(folder: Path, field: str = "out") -> Path:
     """Makes `folder` and proves that it can be written, before any work is done for it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,12 +134,12 @@ def prepare_folder(folder: Path, option: str = "--out") -> Path:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OutputError(f"{option}: cannot write to {folder} ({reason}); choose another folder") from error
+        raise OutputError(f"cannot write to {folder} ({reason}); choose another folder", field=field) from error
     return folder
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, command: str, option: str = "--out", *, synced: bool = True) -> Iterator[Path]:
+def new_folder(folder: Path, command: str, field: str = "out", *, synced: bool = True) -> Iterator[Path]:
     """Yields a temporary sibling of `folder` that takes its place when the block ends well, and vanishes otherwise.
 
     A folder that is already there is replaced only if it is empty or if its manifest says that the same command made
@@ -146,9 +150,9 @@ def new_folder(folder: Path, command: str, option: str = "--out", *, synced: boo
     folder = folder.resolve() if folder.is_symlink() else folder
     _settle(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _made_by(folder, command))):
-        raise OutputError(f"{option}: {folder} exists and was not made by `{command}`; choose another folder")
+        raise OutputError(f"{folder} exists and was not made by `{command}`; choose another folder", field=field)
     parent_is_ours = not folder.parent.exists()
-    prepare_folder(folder.parent, option)
+    prepare_folder(folder.parent, field)
     handle, temporary = _temporary(folder, NEW)
     temporary.chmod(0o755)
     outgoing = temporary.with_suffix(OLD)

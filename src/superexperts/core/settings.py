@@ -30,9 +30,10 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 """An option without a value: --json, with no --no-json beside it."""
 
 
-def require(condition: bool, option: str, value: object, mend: str) -> None:
+def require(condition: bool, field: str, value: object, *what_to_do: str) -> None:
+    """Raises `OptionError` for `field` unless the condition holds; the message is the value and `what_to_do`."""
     if not condition:
-        raise OptionError(f"{option}: {value!r} {mend}")
+        raise OptionError(f"{value!r} ", *what_to_do, field=field)
 
 
 def typed(value: Any, hint: Any) -> Any:
@@ -68,24 +69,24 @@ def _number(value: Any) -> Any:
 
 
 def require_sequences(tokens: int, seq_len: int) -> None:
-    require(seq_len >= 2, "--seq-len", seq_len, "is too short; give at least 2")
-    require(tokens >= seq_len, "--tokens", tokens, f"is under one sequence of {seq_len}; give more")
+    require(seq_len >= 2, "seq_len", seq_len, "is too short; give at least 2")
+    require(tokens >= seq_len, "tokens", tokens, f"is under one sequence of {seq_len}; give more")
 
 
 def require_device(device: str) -> None:
     # torch knows it as a device, of which nothing can be computed.
-    require(device.partition(":")[0] != "meta", "--device", device, "holds no values; use cpu or auto")
+    require(device.partition(":")[0] != "meta", "device", device, "holds no values; use cpu or auto")
 
 
 def require_seed(seed: int) -> None:
-    require(0 <= seed < 2**32, "--seed", seed, "is out of range; give 0 to 4294967295")
+    require(0 <= seed < 2**32, "seed", seed, "is out of range; give 0 to 4294967295")
 
 
-def require_url(option: str, url: str) -> None:
+def require_url(field: str, url: str) -> None:
     good = url.startswith(("http://", "https://"))
-    require(good, option, url, "is no URL; give one like http://localhost:8000/v1")
+    require(good, field, url, "is no URL; give one like http://localhost:8000/v1")
     # A URL goes into manifests and messages.
-    require("@" not in url, option, url.rpartition("@")[2], "holds a password; give that as OPENAI_API_KEY instead")
+    require("@" not in url, field, url.rpartition("@")[2], "holds a password; give that as OPENAI_API_KEY instead")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ class ServerConfig:
     """api: how often a request that failed is made again, after 1 to 10 seconds."""
 
     def __post_init__(self) -> None:
-        require(self.concurrency > 0, "--concurrency", self.concurrency, "is not positive; give at least 1")
+        require(self.concurrency > 0, "concurrency", self.concurrency, "is not positive; give at least 1")
         finite = 0 < self.timeout < math.inf
-        require(finite, "--timeout", self.timeout, "is not positive and finite; give some seconds")
-        require(self.retries >= 0, "--retries", self.retries, "is negative; give 0 or more")
+        require(finite, "timeout", self.timeout, "is not positive and finite; give some seconds")
+        require(self.retries >= 0, "retries", self.retries, "is negative; give 0 or more")

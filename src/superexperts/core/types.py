@@ -183,20 +183,20 @@ class ExpertSet:
             if isinstance(value, list):
                 rows = [(int(r["layer_index"]), _expert_id(r["expert_index"]), float(r["output_max"])) for r in value]
                 return cls._from_rows("", {"name": "upstream report"}, rows)
-            _check_schema(value, EXPERTS_SCHEMA, "--experts")
+            _check_schema(value, EXPERTS_SCHEMA, "experts")
             rows = [(int(r["layer"]), _expert_id(r["expert"]), r["score"]) for r in value["experts"]]
             return cls._from_rows(value["model"], value["rule"], rows)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ExpertsError | DataError):
                 raise
-            raise ExpertsError(f"--experts: a field is missing or wrong ({error}); select again") from error
+            raise ExpertsError(f"a field is missing or wrong ({error}); select again", field="experts") from error
 
     @classmethod
     def parse(cls, text: str) -> ExpertSet:
         """Reads a file's path, or inline `L2E54,L3E38`, `2,54;3,38`, `L8shared`, `8,-1`."""
         path = Path(text)
         if path.is_dir() or path.is_file() or path.suffix == ".json":
-            return cls.from_json(read_json(path / "experts.json" if path.is_dir() else path, "--experts"))
+            return cls.from_json(read_json(path / "experts.json" if path.is_dir() else path, "experts"))
         named = re.fullmatch(r"L\d+(E\d+|shared)(,L\d+(E\d+|shared))*", text)
         numbered = re.fullmatch(r"\d+,-?\d+(;\d+,-?\d+)*;?", text)
         if named:
@@ -204,7 +204,7 @@ class ExpertSet:
         elif numbered:
             keys = [(int(a), _expert_id(b)) for a, b in re.findall(r"(\d+),(-?\d+)", text)]
         else:
-            raise ExpertsError(f"--experts: {text!r} is neither a file nor like L2E54,L3E38; give one of the two")
+            raise ExpertsError(f"{text!r} is neither a file nor like L2E54,L3E38; give one of the two", field="experts")
         return cls._from_rows("", {"name": "inline", "text": text}, [(*key, None) for key in keys])
 
     @classmethod
@@ -214,18 +214,18 @@ class ExpertSet:
         rows = list(rows)
         experts = tuple((layer, expert) for layer, expert, _ in rows)
         if not experts:
-            raise ExpertsError("--experts: the set is empty; select with a rule that finds some")
+            raise ExpertsError("the set is empty; select with a rule that finds some", field="experts")
         if len(set(experts)) < len(experts):
             twice = next(key for key in experts if experts.count(key) > 1)
-            raise ExpertsError(f"--experts: {key_name(twice)} is named twice; name each expert once")
+            raise ExpertsError(f"{key_name(twice)} is named twice; name each expert once", field="experts")
         return cls(model=model, rule=rule, experts=experts, scores=tuple(score for *_, score in rows))
 
 
-def chosen_experts(text: str, model: str, option: str = "--experts") -> ExpertSet:
+def chosen_experts(text: str, model: str, field: str = "experts") -> ExpertSet:
     """The expert set that an option names; says so where it was selected from another model than MODEL."""
     chosen = ExpertSet.parse(text)
     if chosen.model and chosen.model != model:
-        note(f"{option}: {text} was selected from {chosen.model!r}, MODEL is {model!r}")
+        note(f"{field}: {text} was selected from {chosen.model!r}, MODEL is {model!r}")
     return chosen
 
 
@@ -355,7 +355,7 @@ def _expert_id(value: object) -> ExpertId:
         return "shared"
     if isinstance(value, int | str) and not isinstance(value, bool) and str(value).isdigit():
         return int(value)
-    raise ExpertsError(f"--experts: {value!r} is no expert; give an index, or 'shared'")
+    raise ExpertsError(f"{value!r} is no expert; give an index, or 'shared'", field="experts")
 
 
 def _own_fields(cls: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,7 +363,7 @@ def _own_fields(cls: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
     return {field.name: value[field.name] for field in dataclasses.fields(cls)}
 
 
-def _check_schema(value: Any, schema: str, option: str) -> None:
+def _check_schema(value: Any, schema: str, field: str) -> None:
     found = value.get("schema") if isinstance(value, dict) else type(value).__name__
     if found != schema:
-        raise DataError(f"{option}: expected a file of schema {schema!r}, found {found!r}; give the right file")
+        raise DataError(f"expected a file of schema {schema!r}, found {found!r}; give the right file", field=field)

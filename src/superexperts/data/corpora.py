@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from superexperts.core.errors import DataError, OptionError
+from superexperts.core.errors import DataError, Field, OptionError
 from superexperts.pocket import heldout_documents
 
 __all__ = [
@@ -127,7 +127,7 @@ def local_data(data_dir: Path | None) -> Path | None:
     if data_dir is None and os.environ.get("SUPEREXPERTS_DATA"):
         data_dir = Path(os.environ["SUPEREXPERTS_DATA"])
     if data_dir is not None and str(data_dir) != "pocket" and not data_dir.is_dir():
-        raise DataError(f"--data-dir: {str(data_dir)!r} is no folder; give the folder of the data files")
+        raise DataError(f"{str(data_dir)!r} is no folder; give the folder of the data files", field="data_dir")
     return data_dir
 
 
@@ -136,7 +136,9 @@ def local_file(folder: Path, stem: str) -> Path:
     for suffix in (".jsonl", ".jsonl.gz"):
         if (folder / f"{stem}{suffix}").is_file():
             return folder / f"{stem}{suffix}"
-    raise DataError(f"--data-dir: {folder} has no {stem}.jsonl or {stem}.jsonl.gz; add it or leave the option out")
+    raise DataError(
+        f"{folder} has no {stem}.jsonl or {stem}.jsonl.gz; add it or leave the option out", field="data_dir"
+    )
 
 
 def takes_column(corpus: str) -> bool:
@@ -149,8 +151,11 @@ def check_column(column: str | None, corpora: Sequence[str]) -> None:
     """`OptionError` for a --column that says nothing of any of the corpora."""
     if column is not None and not any(map(takes_column, corpora)):
         raise OptionError(
-            f"--column: {column!r} says nothing of {', '.join(corpora)}; leave it out, it is for .jsonl files and data "
-            "sets given as OWNER/NAME"
+            (
+                f"{column!r} says nothing of {', '.join(corpora)}; leave it out, it is for .jsonl files and data "
+                "sets given as OWNER/NAME"
+            ),
+            field="column",
         )
 
 
@@ -171,14 +176,16 @@ def documents(corpus: str, column: str = "text", data_dir: Path | None = None, *
         name, _, revision = corpus.partition("@")
         if revision:
             raise DataError(
-                f"--corpus: {corpus} is a revision on the Hub, but the rows are read from {folder}; give {name}, or "
-                "leave out --data-dir and SUPEREXPERTS_DATA"
+                (f"{corpus} is a revision on the Hub, but the rows are read from {folder}; give {name}, or leave out "),
+                Field("data_dir"),
+                " and SUPEREXPERTS_DATA",
+                field="corpus",
             )
         yield from _rows_texts(local_file(folder, hub.stem), hub.columns, hub.language, blank=blank)
     elif Path(corpus).is_file():
         if not corpus.endswith(FILE_SUFFIXES):
             raise DataError(
-                f"--corpus: {corpus} is none of the files that are read: {', '.join(FILE_SUFFIXES)}; convert it"
+                f"{corpus} is none of the files that are read: {', '.join(FILE_SUFFIXES)}; convert it", field="corpus"
             )
         file = Path(corpus)
         yield from (
@@ -191,8 +198,11 @@ def documents(corpus: str, column: str = "text", data_dir: Path | None = None, *
     else:
         names = ", ".join(["pocket", *HUB_CORPORA])
         raise DataError(
-            f"--corpus: {corpus!r} is neither a file nor one of {names}, multilingual-LANG and OWNER/NAME; check the "
-            "path or the name"
+            (
+                f"{corpus!r} is neither a file nor one of {names}, multilingual-LANG and OWNER/NAME; check the "
+                "path or the name"
+            ),
+            field="corpus",
         )
 
 
@@ -207,10 +217,14 @@ def _hub_rows(name: str, hub: HubCorpus) -> Iterator[Mapping[str, Any]]:
     try:
         yield from datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, streaming=True)
     except Exception as error:  # of several HTTP libraries, file formats and data sets' own metadata
-        mend = "check its name and the network" if hub.stem is None else "check the network, or give --data-dir"
+        advice = (
+            ["check its name and the network"]
+            if hub.stem is None
+            else ["check the network, or give ", Field("data_dir")]
+        )
         why = (str(error).strip().splitlines() or [""])[0][:120]
         raise DataError(
-            f"--corpus: {name} cannot be read from the Hub ({hub.path}: {type(error).__name__}: {why}); {mend}"
+            f"{name} cannot be read from the Hub ({hub.path}: {type(error).__name__}: {why}); ", *advice, field="corpus"
         ) from error
 
 
@@ -228,14 +242,14 @@ def _text_blocks(file: Path, block: int) -> Iterator[str]:
             if held.strip():
                 yield held
     except UnicodeDecodeError as error:
-        raise DataError(f"--corpus: {file} is not UTF-8 text ({error}); convert it") from error
+        raise DataError(f"{file} is not UTF-8 text ({error}); convert it", field="corpus") from error
 
 
 def _rows_texts(
     file: Path, columns: tuple[str, ...], language: str | None = None, *, blank: bool = False
 ) -> Iterator[str]:
     languages: set[str] = set()
-    for number, row in read_rows(file, "--corpus"):
+    for number, row in read_rows(file, "corpus"):
         if language is not None:
             languages.add(str(row.get("lang")))
             if row.get("lang") != language:
@@ -245,7 +259,7 @@ def _rows_texts(
             yield text
     if language is not None and language not in languages:
         have = ", ".join(sorted(languages))
-        raise DataError(f"--corpus: {file} has no row in {language!r} (it has {have}); name one of these")
+        raise DataError(f"{file} has no row in {language!r} (it has {have}); name one of these", field="corpus")
 
 
 def _row_text(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> str:
@@ -253,18 +267,18 @@ def _row_text(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> s
     missing = [column for column in columns if column not in row]
     if missing:
         have = ", ".join(sorted(row))
-        raise DataError(f"--column: {where} has no {missing[0]!r} (it has {have}); name one of these")
+        raise DataError(f"{where} has no {missing[0]!r} (it has {have}); name one of these", field="column")
     return "\n".join(_text(row[column], column, where) for column in columns)
 
 
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise DataError(f"--column: {where} has a {kind} as {column!r}, not a text; name a column of texts")
+        raise DataError(f"{where} has a {kind} as {column!r}, not a text; name a column of texts", field="column")
     return value
 
 
-def read_rows(file: Path, option: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(file: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of a JSONL file that may be gzipped; blank lines are skipped."""
     with _open(file) as stream:
         try:
@@ -273,10 +287,10 @@ def read_rows(file: Path, option: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise DataError(f"{option}: {file} row {number} is no JSON object; write one object a line")
+                    raise DataError(f"{file} row {number} is no JSON object; write one object a line", field=field)
                 yield number, row
         except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise DataError(f"{option}: {file} is not readable as JSONL ({error}); repair the file") from error
+            raise DataError(f"{file} is not readable as JSONL ({error}); repair the file", field=field) from error
 
 
 def _open(file: Path) -> TextIO:
@@ -311,15 +325,25 @@ def pack(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, corpus: st
             return torch.tensor(sequences)
     have = len(sequences) * body + len(buffer)  # of the text, whatever the length of the sequences
     if not have:
-        raise DataError(f"--corpus: {corpus} is empty, it has no text; give another")
+        raise DataError(f"{corpus} is empty, it has no text; give another", field="corpus")
     if not sequences:
         most = have + len(prefix)
         raise DataError(
-            f"--corpus: {corpus} has {have} tokens, under one sequence; give --seq-len and --tokens of at most {most}"
+            f"{corpus} has {have} tokens, under one sequence; give ",
+            Field("seq_len"),
+            " and ",
+            Field("tokens"),
+            f" of at most {most}",
+            field="corpus",
         )
     bos = ", a BOS in each sequence not counted" if prefix else ""
     raise DataError(
-        f"--corpus: {corpus} has {have} tokens{bos}, under --tokens {tokens}; give --tokens {len(sequences) * seq_len}"
+        f"{corpus} has {have} tokens{bos}, under ",
+        Field("tokens"),
+        f" {tokens}; give ",
+        Field("tokens"),
+        f" {len(sequences) * seq_len}",
+        field="corpus",
     )
 
 
@@ -362,13 +386,18 @@ def reference_windows(
         size += len(text)
         if size > WHOLE:
             raise DataError(
-                f"--reference-windows: {corpus} has over {WHOLE:,} characters, and all of a corpus is taken; give "
-                "wikitext2 or a file, or leave it out"
+                (
+                    f"{corpus} has over {WHOLE:,} characters, and all of a corpus is taken; give wikitext2 or a "
+                    "file, or leave it out"
+                ),
+                field="reference_windows",
             )
     ids = tokenizer("\n\n".join(held), verbose=False).input_ids
     windows = len(ids) // seq_len
     if not windows:
-        raise DataError(f"--perplexity: {corpus} has {len(ids)} tokens, under one window; give a smaller --seq-len")
+        raise DataError(
+            f"{corpus} has {len(ids)} tokens, under one window; give a smaller ", Field("seq_len"), field="perplexity"
+        )
     return torch.tensor(ids[: windows * seq_len]).view(windows, seq_len)
 
 

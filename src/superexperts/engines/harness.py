@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from superexperts.core.console import note, stderr
-from superexperts.core.errors import ModelError, OptionError
+from superexperts.core.errors import Field, ModelError, OptionError
 from superexperts.engines.journal import Keeper
 
 __all__ = ["Asker", "HfAsker", "instances", "quiet"]
@@ -81,7 +81,7 @@ class Asker:
             found = iter(cast(Any, self).loglikelihood([one for item in batch for one in item], disable_tqdm=True))
             values = [[float(next(found)[0]) for _ in item] for item in batch]
             if any(math.isnan(value) for item in values for value in item):
-                raise ModelError("MODEL: a logit is not a number; try --dtype float32")
+                raise ModelError("a logit is not a number; try ", Field("dtype"), " float32", field="model")
             return values
 
         return self._batch_by_batch(items, ask)
@@ -126,8 +126,8 @@ class Asker:
         context = cast(Any, self).max_length
         if max_new_tokens >= context:
             raise OptionError(
-                f"--max-new-tokens: {max_new_tokens} leaves no room for a prompt in the model's context of "
-                f"{context} tokens; give less"
+                (f"{max_new_tokens} leaves no room for a prompt in the model's context of {context} tokens; give less"),
+                field="max_new_tokens",
             )
 
 

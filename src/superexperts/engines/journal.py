@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from superexperts.core.console import speaks
+from superexperts.core.console import is_main_process
 from superexperts.core.distributed import agreed, process_number
 from superexperts.core.errors import OutputError
 
@@ -50,7 +50,7 @@ class Journal:
             if not whole:
                 self._append({"key": key})
         except OSError as error:
-            raise OutputError(f"--out: cannot write {path} ({error.strerror}); choose another folder") from error
+            raise OutputError(f"cannot write {path} ({error.strerror}); choose another folder", field="out") from error
 
     def _read(self, key: str) -> int:
         """Takes the whole lines; returns how many bytes they have, 0 where the key is another one."""
@@ -112,7 +112,7 @@ def open_journals(
     Other benchmarks' journals are removed.
     """
     journals: dict[str, Journal] = {}
-    if speaks:
+    if is_main_process:
         mine = {name: _file(folder, name, 0) for name in keys}
         for name, key in keys.items():
             journals[name] = Journal(mine[name], key)
@@ -125,7 +125,7 @@ def open_journals(
         for stale in set(folder.glob(".*.partial")) - set(mine.values()):
             stale.unlink()
     kept_by_all = agreed({name: journal.answers for name, journal in journals.items()})
-    if not speaks:
+    if not is_main_process:
         journals = {name: Journal(_file(folder, name, process_number()), key) for name, key in keys.items()}
         for name, journal in journals.items():
             journal.answers |= kept_by_all[name]

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from superexperts.checkpoints.source import checkpoint_folder
 from superexperts.core.config import EvaluateConfig
-from superexperts.core.errors import OptionError
+from superexperts.core.errors import Field, OptionError
 from superexperts.data.corpora import bos_prefix
 from superexperts.engines.harness import Asker, quiet
 from superexperts.engines.server import api, request_url
@@ -28,12 +28,14 @@ class EngineAsker(Asker):
         return cast(Any, super())._model_generate(requests=kept, **more)
 
 
-def require_engine(engine: str, option: str = "--engine") -> None:
+def require_engine(engine: str, field: str = "engine") -> None:
     """`OptionError` where the package that an engine needs is not there."""
     if engine != "hf" and importlib.util.find_spec(engine) is None:
         raise OptionError(
-            f"{option}: {engine!r} needs the package {engine}, which is not installed; pip install {engine}, or use "
-            f"{option} hf"
+            f"{engine!r} needs the package {engine}, which is not installed; pip install {engine}, or use ",
+            Field(field),
+            " hf",
+            field=field,
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import aiohttp
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
-from superexperts.core.errors import OptionError
+from superexperts.core.errors import Field, OptionError
 from superexperts.engines.harness import Asker, quiet
 
 __all__ = ["api", "as_chat", "chat_url", "request_url"]
@@ -24,8 +24,8 @@ _FAULTS = (aiohttp.ClientError, TimeoutError, json.JSONDecodeError, UnicodeDecod
 class _Served(Asker):
     """Many requests at a time; each answer is kept the moment it comes."""
 
-    option = "--base-url"
-    """Names the server in errors."""
+    field = "base_url"
+    """The setting that names the server, for errors."""
     _given: dict[int, str]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -39,7 +39,7 @@ class _Served(Asker):
             try:
                 asyncio.run(server.get_batched_requests(messages, left, generate=True, gen_kwargs=settings))
             except _FAULTS as error:
-                raise OptionError(f"{self.option}: {server.base_url!r} {_fault(error, server.timeout)}") from error
+                raise OptionError(f"{server.base_url!r} ", *_fault(error, server.timeout), field=self.field) from error
         until = requests[0].args[1].get("until", [])
         return [_cut(self._given[i], until) for i in range(len(requests))]
 
@@ -98,7 +98,7 @@ def chat_url(base_url: str) -> str:
 
 
 def api(
-    model: str, url: str, *, concurrency: int, timeout: float, retries: int, seed: int = 0, option: str = "--base-url"
+    model: str, url: str, *, concurrency: int, timeout: float, retries: int, seed: int = 0, field: str = "base_url"
 ) -> Any:
     """An OpenAI-compatible server's model by its name there; a URL that ends in /chat/completions is asked as a chat.
 
@@ -117,7 +117,7 @@ def api(
             seed=seed,
         )
     asker.timeout = timeout  # the harness takes whole seconds only
-    asker.option = option
+    asker.field = field
     return asker
 
 
@@ -138,19 +138,27 @@ def _cut(text: str, until: Sequence[str]) -> str:
     return text
 
 
-def _fault(error: Exception, timeout: float) -> str:
+def _fault(error: Exception, timeout: float) -> tuple[str, ...]:
     """What a server did wrong and what to do, in one line; what it said itself is none of it."""
     if isinstance(error, aiohttp.ClientResponseError) and not isinstance(error, aiohttp.ContentTypeError):
         if error.status == 400:
             return (
                 "answers 400; a prompt may be too long for its context, or the name not one that it gives a model; see "
-                "its log, what was answered is kept"
+                "its log, what was answered is kept",
             )
-        return f"answers {error.status}; check the URL, the name that the server gives MODEL, and OPENAI_API_KEY"
+        return (
+            f"answers {error.status}; check the URL, the name that the server gives ",
+            Field("model"),
+            ", and OPENAI_API_KEY",
+        )
     if isinstance(error, TimeoutError):
         return (
-            f"does not answer within {timeout:g} s; raise --timeout or lower --concurrency, what was answered is kept"
+            f"does not answer within {timeout:g} s; raise ",
+            Field("timeout"),
+            " or lower ",
+            Field("concurrency"),
+            ", what was answered is kept",
         )
     if isinstance(error, aiohttp.ClientConnectionError):
-        return f"cannot be reached ({type(error).__name__}); start the server or check the URL, then run again"
-    return f"answers what is no completion ({type(error).__name__}); give the URL of an OpenAI-compatible server"
+        return (f"cannot be reached ({type(error).__name__}); start the server or check the URL, then run again",)
+    return (f"answers what is not a completion ({type(error).__name__}); give an OpenAI-compatible server",)

@@ -23,7 +23,7 @@ from superexperts.adapters.exposure import counting
 from superexperts.checkpoints.source import adapter_folder
 from superexperts.core.config_adapters import CheckAdapterConfig
 from superexperts.core.console import note
-from superexperts.core.errors import DataError, EffectError, OptionError
+from superexperts.core.errors import DataError, EffectError, Field, OptionError
 from superexperts.data.corpora import corpus_sequences, corpus_texts
 from superexperts.engines.harness import instances, quiet
 from superexperts.engines.server import api, as_chat, request_url
@@ -40,13 +40,13 @@ def run(config: CheckAdapterConfig) -> dict[str, Any]:
     if config.base_url is not None:
         return _served(config, config.base_url)
     folder = adapter_folder(config.adapter)
-    _, tensors = lora.read_adapter(folder, "ADAPTER")
+    _, tensors = lora.read_adapter(folder, "adapter")
     tokenizer = load_tokenizer(config)
     sequences_BL = corpus_sequences(
         config.corpus, config.data_dir, tokenizer, tokens=config.tokens, seq_len=config.seq_len, column=config.column
     )
-    adapted = lora.load_adapter(load_model(config), folder, "ADAPTER")
-    effect = gate(adapted, list(sequences_BL), folder, "ADAPTER")
+    adapted = lora.load_adapter(load_model(config), folder, "adapter")
+    effect = gate(adapted, list(sequences_BL), folder, "adapter")
     return {
         "adapter": str(folder),
         "corpus": config.corpus,
@@ -76,14 +76,17 @@ def _served(config: CheckAdapterConfig, url: str) -> dict[str, Any]:
     differ = sum(base != adapted for base, adapted in zip(*replies, strict=True))
     if not differ:
         raise DataError(
-            f"ADAPTER: {url} continues all {len(beginnings)} prompts of {config.corpus} alike as "
-            f"{str(config.adapter)!r} and as {config.model!r}; it may not apply the adapter: check its log, or give "
-            "text that the adapter is for"
+            (
+                f"{url} continues all {len(beginnings)} prompts of {config.corpus} alike as "
+                f"{str(config.adapter)!r} and as {config.model!r}; it may not apply the adapter: check its log, "
+                "or give text that the adapter is for"
+            ),
+            field="adapter",
         )
     return {"adapter": str(config.adapter), "corpus": config.corpus, "prompts": len(beginnings), "differ": differ}
 
 
-def gate(adapted: PeftModel, sequences: Sequence[Tensor], folder: Path, option: str) -> Effect:
+def gate(adapted: PeftModel, sequences: Sequence[Tensor], folder: Path, field: str) -> Effect:
     """Measures the adapter on rows of token ids [L]: `DataError` if no logit changes, a note on experts that no token
     reached."""
     effect = adapter_effect(adapted, sequences)
@@ -92,11 +95,14 @@ def gate(adapted: PeftModel, sequences: Sequence[Tensor], folder: Path, option: 
     if effect.none:
         why = f" ({told})" if unreached else ""
         raise DataError(
-            f"{option}: {folder} changes no logit of {effect.probe_tokens:,} probe tokens{why}; train it, or give "
-            "text that reaches its experts"
+            (
+                f"{folder} changes no logit of {effect.probe_tokens:,} probe tokens{why}; train it, or give text "
+                "that reaches its experts"
+            ),
+            field=field,
         )
     if unreached:
-        note(f"{option}: {told}; {len(effect.probe_experts) - len(unreached)} other adapted experts were reached")
+        note(f"{field}: {told}; {len(effect.probe_experts) - len(unreached)} other adapted experts were reached")
     return effect
 
 
@@ -158,7 +164,7 @@ def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
                 without_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
             if not with_LV.isfinite().all():
                 raise EffectError(
-                    "the adapter makes logits that are not finite: training diverged; lower --learning-rate"
+                    "the adapter makes logits that are not finite: training diverged; lower ", Field("learning_rate")
                 )
             change = max(change, float((with_LV - without_LV).abs().max()))
             divergence += float(
@@ -168,7 +174,7 @@ def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
     for module, training in modes:
         module.training = training
     if not positions:
-        raise OptionError("--data: no row to measure the adapter's effect on; give at least one")
+        raise OptionError("no row to measure the adapter's effect on; give at least one", field="data")
     return Effect(
         max_logit_change=change,
         kl=divergence / positions,

@@ -24,7 +24,7 @@ from superexperts.adapters.lora import load_adapter
 from superexperts.benchmarks import Benchmark, load_benchmarks, prompt
 from superexperts.checkpoints.source import adapter_folder, checkpoint_folder
 from superexperts.core.config import EvaluateConfig, identity
-from superexperts.core.console import note, speaks
+from superexperts.core.console import is_main_process, note
 from superexperts.core.distributed import agreed, gathered, my_share
 from superexperts.core.errors import OptionError, OutputError
 from superexperts.core.runs import (
@@ -87,7 +87,7 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
         num_fewshot=config.num_fewshot,
         split=config.split,
     )
-    silent = chosen_experts(config.silence, config.model, "--silence").experts if config.silence else ()
+    silent = chosen_experts(config.silence, config.model, "silence").experts if config.silence else ()
     sequences_BL = _sequences(config)
     inputs = identity(
         config,
@@ -100,8 +100,8 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
     )
     if agreed(completed(out, "evaluate", inputs)):
         note(f"evaluate: {out} is up to date, nothing to do")
-        return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"]) if speaks else {}
-    if speaks:
+        return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"]) if is_main_process else {}
+    if is_main_process:
         _own(out)
     model, effect = None, None
     if config.engine == "hf":
@@ -110,10 +110,10 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
         if config.adapter:
             adapted = load_adapter(model, _adapter(config.adapter))
             probe = _probe(benchmarks, tokenizer)
-            effect = dataclasses.asdict(gate(adapted, probe, _adapter(config.adapter), "--adapter"))
+            effect = dataclasses.asdict(gate(adapted, probe, _adapter(config.adapter), "adapter"))
             model = adapted
         if silent:
-            check_experts(find_banks(model), silent, "--silence")
+            check_experts(find_banks(model), silent, "silence")
     asker = open_engine(config) if model is None else _hf_asker(config, model)
     keys = {name: _answers_key(inputs, name) for name in benchmarks}
     journals = _begin(out, keys)
@@ -133,14 +133,14 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
             )
             outputs.append(f"answers/{name}.jsonl")
             lines = [json.dumps(answer.to_json(), ensure_ascii=False) + "\n" for answer in answers]
-            if speaks:
+            if is_main_process:
                 write_text(out / outputs[-1], "".join(lines))
         if sequences_BL is not None:
             assert model is not None
             _measure_perplexity(config, model, sequences_BL)
             outputs.append("perplexity.json")
     truncated = sum(gathered(asker.truncated))
-    if not speaks:
+    if not is_main_process:
         return {}
     if truncated:
         note(f"evaluate: {truncated} prompts are too long for the model and lost their beginning")
@@ -163,18 +163,18 @@ def _own(out: Path) -> None:
     ours = (out / MANIFEST).is_file() or any(folder.glob(".*.partial"))
     if not ours and (strange := next(folder.glob("*.jsonl"), None)) is not None:
         raise OutputError(
-            f"--out: {strange} was not written by `evaluate`, which would remove it; choose another folder"
+            f"{strange} was not written by `evaluate`, which would remove it; choose another folder", field="out"
         )
 
 
 def _begin(out: Path, keys: Mapping[str, str]) -> dict[str, Journal]:
     """This process' journals, with all answers that need not be asked again; an earlier run's files are gone then."""
     finished = {}
-    if speaks:
+    if is_main_process:
         prepare_folder(out)
         finished = finished_answers(out, keys)
     journals = open_journals(out / "answers", keys, finished)
-    if speaks:
+    if is_main_process:
         if kept := sum(len(journal.answers) for journal in journals.values()):
             note(f"evaluate: {kept} answers of an earlier run are kept")
         gone = sorted(file.stem for file in (out / "answers").glob("*.jsonl") if file.stem not in finished)
@@ -206,13 +206,13 @@ def _measure_perplexity(config: EvaluateConfig, model: nn.Module, sequences_BL: 
         "perplexity": measured.value,
         "interval": measured.interval,
     }
-    if speaks:
+    if is_main_process:
         write_json(config.out / "perplexity.json", value)
 
 
 def _adapter(folder: Path) -> Path:
     if not folder.is_dir():
-        raise OptionError(f"--adapter: {str(folder)!r} is no folder; give the adapter folder that `train` wrote")
+        raise OptionError(f"{str(folder)!r} is no folder; give the adapter folder that `train` wrote", field="adapter")
     return adapter_folder(folder)
 
 

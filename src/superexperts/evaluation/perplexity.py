@@ -16,7 +16,7 @@ from scipy import stats
 from torch import LongTensor, Tensor, nn
 
 from superexperts.core.console import stderr
-from superexperts.core.errors import ModelError
+from superexperts.core.errors import Field, ModelError
 
 __all__ = ["Perplexity", "perplexity", "perplexity_of", "sequence_losses"]
 
@@ -60,9 +60,11 @@ def perplexity_of(losses_B: Tensor) -> Perplexity:
     and so wrong that the result overflows."""
     mean = float(losses_B.mean())
     if math.isnan(mean):
-        raise ModelError("MODEL: a logit is not a number; try --dtype float32")
+        raise ModelError("a logit is not a number; try ", Field("dtype"), " float32", field="model")
     if mean > 700:
-        raise ModelError(f"MODEL: its perplexity is exp({mean:.0f}), more than a number holds; check the checkpoint")
+        raise ModelError(
+            f"its perplexity is exp({mean:.0f}), more than a number holds; check the checkpoint", field="model"
+        )
     if len(losses_B) == 1:
         return Perplexity(value=math.exp(mean), interval=None)
     half = float(stats.t.ppf(0.975, len(losses_B) - 1)) * float(losses_B.std()) / math.sqrt(len(losses_B))

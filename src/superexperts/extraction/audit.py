@@ -64,7 +64,9 @@ def audit(rows: Sequence[dict[str, Any]]) -> tuple[Reading, ...]:
             label, name = _label(row["key_answer"], kind, choices), str(row["id"])
             extracted, rule = read(kind, row["generation"], row["question"], choices)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"--audit: row {number}: a field is missing or wrong ({error}); repair the file") from error
+            raise DataError(
+                f"row {number}: a field is missing or wrong ({error}); repair the file", field="audit"
+            ) from error
         readings.append(
             Reading(
                 id=name,
@@ -196,11 +198,11 @@ def audit_file(path: Path, judge: Judge | None = None) -> dict[str, Any]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
     except OSError as error:
-        raise DataError(f"--audit: cannot read {path} ({error.strerror}); check the path") from error
+        raise DataError(f"cannot read {path} ({error.strerror}); check the path", field="audit") from error
     except ValueError as error:
-        raise DataError(f"--audit: {path} is not JSONL ({error}); repair the file") from error
+        raise DataError(f"{path} is not JSONL ({error}); repair the file", field="audit") from error
     if not rows:
-        raise DataError(f"--audit: {path} holds no row; give labelled generations")
+        raise DataError(f"{path} holds no row; give labelled generations", field="audit")
     readings = audit(rows)
     kinds, rules = sorted({r.kind for r in readings}), sorted({r.rule for r in readings})
     return {

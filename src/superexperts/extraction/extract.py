@@ -131,20 +131,22 @@ def extract_folder(folder: Path, judge: Judge | None = None, scope: str = "left"
     files = sorted((folder / "answers").glob("*.jsonl"), key=_order)
     raw = raw_files(folder)
     if any((folder / "answers").glob(".*.partial")):
-        raise DataError(f"DIR: the answers in {str(folder)!r} are not complete; run `evaluate` again, it continues")
+        raise DataError(
+            f"the answers in {str(folder)!r} are not complete; run `evaluate` again, it continues", field="folder"
+        )
     if files and raw:
-        raise DataError(f"DIR: {str(folder)!r} has answers/ and raw_result_*.json; keep them in two folders")
+        raise DataError(f"{str(folder)!r} has answers/ and raw_result_*.json; keep them in two folders", field="folder")
     if not files and not raw:
-        raise DataError(f"DIR: {str(folder)!r} has no answers/*.jsonl; give a folder that `evaluate` wrote")
+        raise DataError(f"{str(folder)!r} has no answers/*.jsonl; give a folder that `evaluate` wrote", field="folder")
     inputs = {
         "answers": {file.name: fingerprint(file) for file in files or raw},
         "judge": None if judge is None else {"model": judge.identity, "scope": scope},
     }
     if completed(folder / "extractions", "extract", inputs):
         note(f"extract: {folder} is up to date, nothing to do")
-        return [Score.from_json(row) for row in read_json(folder / "scores.json", "DIR")["scores"]]
+        return [Score.from_json(row) for row in read_json(folder / "scores.json", "folder")["scores"]]
     answers, filled = _read_all(files, raw)  # all of them, before anything is written
-    prepare_folder(folder / "extractions", "DIR")
+    prepare_folder(folder / "extractions", "folder")
     scores, reports, more = [], [], dict[str, list[dict[str, Any]]]()
     written = []
     for task, rows in answers.items():
@@ -213,7 +215,7 @@ def _read_all(files: Sequence[Path], raw: Sequence[Path]) -> tuple[dict[str, lis
     filled = {}
     for file in sorted(raw, key=lambda file: _order(Path(task_of(file)))):
         if task_of(file) in answers:
-            raise DataError(f"DIR: {file} is a second file of {task_of(file)}; keep them in two folders")
+            raise DataError(f"{file} is a second file of {task_of(file)}; keep them in two folders", field="folder")
         filled[file.name], answers[task_of(file)] = read_raw(file)
     return answers, filled
 
@@ -236,23 +238,28 @@ def _read_answers(file: Path) -> Iterator[Answer]:
             try:
                 answer = Answer.from_json(json.loads(line))
             except (json.JSONDecodeError, DataError) as error:
-                raise DataError(f"DIR: {file} line {number} is no answer ({error}); evaluate again") from error
+                raise DataError(
+                    f"{file} line {number} is no answer ({error}); evaluate again", field="folder"
+                ) from error
             found = number
             graded.add(answer.gold is not None)
             if len(graded) > 1:
                 raise DataError(
-                    f"DIR: {file} line {number}: some answers have a gold answer, some none; evaluate again"
+                    f"{file} line {number}: some answers have a gold answer, some none; evaluate again", field="folder"
                 )
             of = of or (answer.task, answer.variant)
             if answer.id in seen or of != (answer.task, answer.variant):
                 raise DataError(
-                    f"DIR: {file} line {number}: a second answer to item {answer.id!r:.60}, or one of another "
-                    "benchmark or variant; keep one file for each benchmark of a variant"
+                    (
+                        f"{file} line {number}: a second answer to item {answer.id!r:.60}, or one of another benchmark "
+                        "or variant; keep one file for each benchmark of a variant"
+                    ),
+                    field="folder",
                 )
             seen.add(answer.id)
             yield answer
     if not found:
-        raise DataError(f"DIR: {file} is empty; evaluate again")
+        raise DataError(f"{file} is empty; evaluate again", field="folder")
 
 
 def run(config: ExtractConfig, judge: Judge | None = None) -> dict[str, Any]:
@@ -265,4 +272,4 @@ def run(config: ExtractConfig, judge: Judge | None = None) -> dict[str, Any]:
     assert config.folder is not None
     judge = judge or open_judge(config, config.folder / "judge.jsonl")
     extract_folder(config.folder, judge, config.judge_scope or "left")
-    return {"out": str(config.folder), **read_json(config.folder / "scores.json", "DIR")}
+    return {"out": str(config.folder), **read_json(config.folder / "scores.json", "folder")}

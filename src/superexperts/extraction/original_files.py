@@ -64,16 +64,16 @@ def read_raw(file: Path) -> tuple[list[dict[str, Any]], list[Answer]]:
 
     `DataError` names the row and the field. The prompt of an answer is made anew from the row: the file has none.
     """
-    value = read_json(file, "DIR")
+    value = read_json(file, "folder")
     rows = [value] if isinstance(value, dict) else value  # the notebook writes a single row without a list
     if not isinstance(rows, list) or not rows:
-        raise DataError(f"DIR: {file} holds no list of rows; give the file as rep/<benchmark>.py wrote it")
+        raise DataError(f"{file} holds no list of rows; give the file as rep/<benchmark>.py wrote it", field="folder")
     answers = []
     for number, row in enumerate(rows, start=1):
         try:
             answers.append(_answer(row, number - 1, file))
         except (KeyError, TypeError) as error:
-            raise DataError(f"DIR: {file} row {number}: {error}; repair the row") from error
+            raise DataError(f"{file} row {number}: {error}; repair the row", field="folder") from error
     filled = [{**row, "full_choice": full_choice(row["gold"], row.get("choices", []))} for row in rows]
     return filled, answers
 

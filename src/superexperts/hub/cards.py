@@ -29,7 +29,9 @@ def adapter_card(bundle: Bundle, adapter: str, facts: Mapping[str, Any]) -> str:
     try:
         card = ModelCard(bundle.text(path))
     except (ValueError, yaml.YAMLError) as error:
-        raise DataError(f"DIR: the YAML of {path} cannot be read ({type(error).__name__}); mend it") from error
+        raise DataError(
+            f"the YAML of {path} cannot be read ({type(error).__name__}); mend it", field="folder"
+        ) from error
     for name, value in facts.items():
         if value is not None:
             setattr(card.data, name, value)

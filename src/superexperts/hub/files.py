@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from superexperts.core.errors import DataError
+from superexperts.core.errors import DataError, Field
 from superexperts.core.runs import MANIFEST, MANIFEST_SCHEMA, changed_outputs, read_json
 
 __all__ = ["Bundle", "Upload", "collect"]
@@ -78,7 +78,7 @@ def collect(folder: Path, base_model: str | None) -> Bundle:
     study = (folder / "results.json").is_file()
     if study:
         top, files = folder, _of_study(folder)
-        results = read_json(folder / "results.json", "DIR")
+        results = read_json(folder / "results.json", "folder")
     else:
         top, files = _of_adapter(folder)
         results = _results_around(top)
@@ -88,7 +88,7 @@ def collect(folder: Path, base_model: str | None) -> Bundle:
     values = {path: _value(path, content) for path, content in contents.items() if path.endswith((".json", ".yaml"))}
     for path, value in values.items():
         if Path(path).name == MANIFEST and not (isinstance(value, dict) and value.get("schema") == MANIFEST_SCHEMA):
-            raise DataError(f"DIR: {files[path]} was not written by superexperts; take it out of the folder")
+            raise DataError(f"{files[path]} was not written by superexperts; take it out of the folder", field="folder")
     cuts = {path: _cut(path, top) for path in _absolute([*values.values(), results])}
     if base_model is not None:
         for path in configs:
@@ -114,7 +114,7 @@ def _of_study(folder: Path) -> dict[str, Path]:
     """Path in the repository -> file, of a finished study: its conclusions, manifests, expert sets and adapters."""
     for name in (*FINISHED, MANIFEST):
         if not (folder / name).is_file():
-            raise DataError(f"DIR: {folder} has no {name}; run `superexperts study` to its end")
+            raise DataError(f"{folder} has no {name}; run `superexperts study` to its end", field="folder")
     runs = [file.parent.parent for file in sorted(folder.glob(f"variants/*/train/adapter/{ADAPTER_CONFIG}"))]
     files = [folder / name for name in (*FINISHED, *OPTIONAL)]
     files += [file for file in folder.rglob(MANIFEST) if not _hidden(file, folder)]
@@ -131,16 +131,20 @@ def _of_adapter(folder: Path) -> tuple[Path, dict[str, Path]]:
     adapter = folder if (folder / ADAPTER_CONFIG).is_file() else folder / "adapter"
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise DataError(
-            f"DIR: {folder} holds neither an adapter nor results.json; give what `train` or `study` wrote to --out"
+            f"{folder} holds neither an adapter nor results.json; give what `train` or `study` wrote to ",
+            Field("out"),
+            field="folder",
         )
     own = (adapter / MANIFEST).is_file()
     top = adapter if own else adapter.resolve().parent
     if not (top / MANIFEST).is_file():
-        raise DataError(f"DIR: {folder} has no {MANIFEST}, so that nothing says that it is whole; give train's folder")
+        raise DataError(
+            f"{folder} has no {MANIFEST}, so that nothing says that it is whole; give train's folder", field="folder"
+        )
     _require_unchanged(top)
     files = {file.relative_to(adapter).as_posix(): file for file in _below(adapter)}
     if "README.md" not in files:
-        raise DataError(f"DIR: {adapter} has no README.md, which becomes the model card; write one")
+        raise DataError(f"{adapter} has no README.md, which becomes the model card; write one", field="folder")
     beside = {} if own else {name: top / name for name in (MANIFEST, "training.json") if (top / name).is_file()}
     return top, files | beside
 
@@ -150,7 +154,7 @@ def _results_around(top: Path) -> Any:
     parents = top.resolve().parents
     if len(parents) < 3 or parents[1].name != "variants" or not (parents[2] / "results.json").is_file():
         return None
-    return read_json(parents[2] / "results.json", "DIR")
+    return read_json(parents[2] / "results.json", "folder")
 
 
 def _below(folder: Path) -> list[Path]:
@@ -165,7 +169,8 @@ def _require_unchanged(folder: Path) -> None:
     changed = changed_outputs(folder)
     if changed:
         raise DataError(
-            f"DIR: {folder / changed[0]} is missing or not as {folder / MANIFEST} says; run again what wrote it"
+            f"{folder / changed[0]} is missing or not as {folder / MANIFEST} says; run again what wrote it",
+            field="folder",
         )
 
 
@@ -173,7 +178,7 @@ def _read(file: Path, top: Path) -> bytes | Path:
     """A text's or a picture's bytes, or the path of weights; `DataError` for any other kind, and for what is not of the
     kind that its name says, such as a pickle by another name."""
     if not file.resolve().is_relative_to(top.resolve()):
-        raise DataError(f"DIR: {file} is a link out of {top}; put the file itself there")
+        raise DataError(f"{file} is a link out of {top}; put the file itself there", field="folder")
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="numpy") as tensors:
@@ -181,15 +186,17 @@ def _read(file: Path, top: Path) -> bytes | Path:
             return file
         data = file.read_bytes()
     except (OSError, SafetensorError) as error:
-        raise DataError(f"DIR: cannot read {file} ({error}); run again what wrote it") from error
+        raise DataError(f"cannot read {file} ({error}); run again what wrote it", field="folder") from error
     if file.suffix in TEXT:
         try:
             data.decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"DIR: {file} is no UTF-8 text; run again what wrote it") from error
+            raise DataError(f"{file} is no UTF-8 text; run again what wrote it", field="folder") from error
     elif file.suffix != ".png" or not data.startswith(PNG):
         kinds = ", ".join(("safetensors", "png", *(kind.removeprefix(".") for kind in TEXT)))
-        raise DataError(f"DIR: {file} is none of the kinds that are pushed ({kinds}); take it out of the folder")
+        raise DataError(
+            f"{file} is none of the kinds that are pushed ({kinds}); take it out of the folder", field="folder"
+        )
     return data
 
 
@@ -198,7 +205,9 @@ def _value(path: str, content: bytes | Path) -> Any:
     try:
         return json.loads(content) if path.endswith(".json") else yaml.safe_load(content)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"DIR: {path} cannot be read ({type(error).__name__}); run again what wrote it") from error
+        raise DataError(
+            f"{path} cannot be read ({type(error).__name__}); run again what wrote it", field="folder"
+        ) from error
 
 
 def _absolute(value: Any) -> Iterator[str]:
@@ -236,8 +245,13 @@ def _require_clean(text: str, file: Path, top: Path) -> None:
     if found:
         line = text.count("\n", 0, found.start()) + 1
         raise DataError(
-            f"DIR: {file} names {found[0][:120]!a}, a path of this machine, in line {line}; take it out, or "
-            "write the file again with relative paths"
+            (
+                f"{file} names {found[0][:120]!a}, a path of this machine, in line {line}; take it out, or write "
+                "the file again with relative paths"
+            ),
+            field="folder",
         )
     if TOKEN.search(text):
-        raise DataError(f"DIR: {file} holds what looks like a token of the Hub (hf_...); take it out, and revoke it")
+        raise DataError(
+            f"{file} holds what looks like a token of the Hub (hf_...); take it out, and revoke it", field="folder"
+        )

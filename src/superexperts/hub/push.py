@@ -17,7 +17,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from superexperts import __version__
 from superexperts.core.config_adapters import PushConfig
 from superexperts.core.console import note, stderr
-from superexperts.core.errors import HubError, OptionError
+from superexperts.core.errors import Field, HubError, OptionError
 from superexperts.hub.cards import adapter_card, study_card
 from superexperts.hub.files import Bundle, Upload, collect
 
@@ -60,7 +60,7 @@ def run(config: PushConfig) -> dict[str, Any]:
     if config.dry_run:
         return result
     if get_token() is None:
-        raise HubError(f"--repo: {config.repo}: {MENDS[401]}")
+        raise HubError(f"{config.repo}: {MENDS[401]}", field="repo")
     note(f"push: {len(bundle.files)} files, {size:,} bytes to {config.repo}")
     with _bars(), _one_line(config):
         return result | _commit(config, bundle, kind)
@@ -82,7 +82,13 @@ def _commit(config: PushConfig, bundle: Bundle, kind: Literal["model", "dataset"
     api = HfApi(library_name="superexperts", library_version=__version__)
     url = api.create_repo(config.repo, repo_type=kind, private=config.private, exist_ok=True)
     if config.private and not api.repo_info(config.repo, repo_type=kind).private:
-        raise HubError(f"--private: {config.repo} is there and public; give --no-private, or another --repo")
+        raise HubError(
+            f"{config.repo} is there and public; give ",
+            Field("no_private"),
+            ", or another ",
+            Field("repo"),
+            field="private",
+        )
     if config.revision is not None:
         api.create_branch(config.repo, branch=config.revision, repo_type=kind, exist_ok=True)
     before = api.repo_info(config.repo, repo_type=kind, revision=config.revision)
@@ -119,7 +125,9 @@ def _one_line(config: PushConfig) -> Iterator[None]:
     except HubError:
         raise
     except HFValidationError as error:
-        raise OptionError(f"--repo: {config.repo!r} is no name on the Hub ({_line(error)}); give another") from error
+        raise OptionError(
+            f"{config.repo!r} is no name on the Hub ({_line(error)}); give another", field="repo"
+        ) from error
     except OfflineModeIsEnabled as error:
         raise HubError("HF_HUB_OFFLINE: it is set, and nothing can be pushed; unset it") from error
     except HfHubHTTPError as error:

@@ -66,7 +66,9 @@ def find_banks(model: nn.Module) -> tuple[Bank, ...]:
             banks.append(Bank(layer=layer, path=path, module=module, shared_down=shared_down([*own, *beside], module)))
     if not banks:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise ModelError(f"MODEL: {family} has no routed experts that transformers 5 can swap; use an MoE checkpoint")
+        raise ModelError(
+            f"{family} has no routed experts that transformers 5 can swap; use an MoE checkpoint", field="model"
+        )
     return tuple(sorted(banks, key=lambda bank: bank.layer))
 
 
@@ -82,7 +84,7 @@ def expert_keys(banks: Collection[Bank]) -> tuple[ExpertKey, ...]:
     return tuple(key for bank in banks for key in bank.expert_keys())
 
 
-def check_experts(banks: Collection[Bank], experts: Collection[ExpertKey], option: str = "--experts") -> None:
+def check_experts(banks: Collection[Bank], experts: Collection[ExpertKey], field: str = "experts") -> None:
     """`ExpertsError` that names the first expert that the model does not have, and what it has instead."""
     known = set(expert_keys(banks))
     for key in sorted(experts, key=key_order):
@@ -94,7 +96,7 @@ def check_experts(banks: Collection[Bank], experts: Collection[ExpertKey], optio
                 have = "that layer has no shared expert"
             else:
                 have = f"layer {key[0]} has experts 0..{sizes[key[0]] - 1}"
-            raise ExpertsError(f"{option}: {key_name(key)} is not in the model ({have}); name an expert that is")
+            raise ExpertsError(f"{key_name(key)} is not in the model ({have}); name an expert that is", field=field)
 
 
 def zero_experts(model: nn.Module, experts: Collection[ExpertKey]) -> None:

@@ -49,7 +49,7 @@ def _decoder_place(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
             container = model.get_submodule(".".join(parts[:end]))
             if isinstance(container, nn.ModuleList) and len(container) == depth:
                 return container, int(parts[end])
-    raise ModelError(f"MODEL: the experts at {path!r} are in no decoder layer; this family is not supported")
+    raise ModelError(f"the experts at {path!r} are in no decoder layer; this family is not supported", field="model")
 
 
 @contextlib.contextmanager
@@ -91,7 +91,9 @@ def layer_by_layer(model: nn.Module, path: str) -> Iterator[Callable[..., Tensor
 
     def unsupported() -> ModelError:
         family = cast(Any, model).config.model_type
-        return ModelError(f"--stream: {family} passes more than hidden states between layers; profile it in memory")
+        return ModelError(
+            f"{family} passes more than hidden states between layers; profile it in memory", field="stream"
+        )
 
     def forward(number: int, *args: Any, **kwargs: Any) -> Any:
         nonlocal answer, passed, tuples

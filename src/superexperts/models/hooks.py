@@ -263,7 +263,9 @@ def _controlled(
     adapted = [bank.layer for bank in banks if bank.path != unwrapped(bank.path)]
     if adapted:
         # The adapter answers for its experts outside the bank: a tap would see zeros, a silence would do nothing.
-        raise ModelError(f"MODEL: layer {adapted[0]} carries an adapter on its experts; merge it into the model first")
+        raise ModelError(
+            f"layer {adapted[0]} carries an adapter on its experts; merge it into the model first", field="model"
+        )
     before = {bank.module: CONTROLS.get(bank.module) for bank in banks}
     stock = cast(Any, banks[0].module).config._experts_implementation
     with contextlib.ExitStack() as hooks:

@@ -82,7 +82,7 @@ class Homes:
         if info.unexpected_keys and not self.quantized:
             some = ", ".join(map(ascii, sorted(info.unexpected_keys)[:3]))
             raise ModelError(
-                f"MODEL: the checkpoint has {len(info.unexpected_keys)} unexpected keys ({some}); repair it"
+                f"the checkpoint has {len(info.unexpected_keys)} unexpected keys ({some}); repair it", field="model"
             )
         return tuple(sorted(homeless))
 
@@ -104,11 +104,14 @@ class Homes:
         cast(Any, model)._adjust_missing_and_unexpected_keys(info)
         if info.missing_keys and self.quantized:
             raise ModelError(
-                f"MODEL: is quantized in a layout that cannot be edited (it has no {min(info.missing_keys)}); use its "
-                "bfloat16 form"
+                (
+                    f"is quantized in a layout that cannot be edited (it has no {min(info.missing_keys)}); use its "
+                    "bfloat16 form"
+                ),
+                field="model",
             )
         if info.missing_keys:
-            raise ModelError(f"MODEL: the checkpoint has no {min(info.missing_keys)}; repair it")
+            raise ModelError(f"the checkpoint has no {min(info.missing_keys)}; repair it", field="model")
 
     def whole(self, name: str) -> Entry | None:
         """The one entry that is this parameter or buffer as it stands; None where it is made of others, or absent."""

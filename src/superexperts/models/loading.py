@@ -19,7 +19,7 @@ from superexperts.checkpoints.source import checkpoint_folder
 from superexperts.core.config import CheckpointConfig, ModelConfig
 from superexperts.core.console import stderr
 from superexperts.core.distributed import device_of_process, processes_here
-from superexperts.core.errors import ModelError, OptionError
+from superexperts.core.errors import Field, ModelError, OptionError
 
 __all__ = [
     "dtype_to_run",
@@ -46,7 +46,7 @@ def pick_device(device: str) -> torch.device:
         picked = torch.device(device)
         torch.empty(0, device=picked)
     except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"--device: {device!r} is not on this machine; use cpu or auto") from error
+        raise OptionError(f"{device!r} is not on this machine; use cpu or auto", field="device") from error
     return picked
 
 
@@ -106,12 +106,14 @@ def load_as_stored(
         )
     except Exception as error:  # as in `_readable`
         raise ModelError(
-            f"MODEL: {config.model!r} cannot be loaded ({_first_line(error)}); check the checkpoint"
+            f"{config.model!r} cannot be loaded ({_first_line(error)}); check the checkpoint", field="model"
         ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             some = ", ".join(map(str, sorted(info[what])[:3]))
-            raise ModelError(f"MODEL: {config.model!r} has {len(info[what])} {what} ({some}); repair the checkpoint")
+            raise ModelError(
+                f"{config.model!r} has {len(info[what])} {what} ({some}); repair the checkpoint", field="model"
+            )
     return cast(nn.Module, model.eval())
 
 
@@ -129,8 +131,15 @@ def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
             model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ModelError(
-            f"MODEL: {config.model!r} cannot be streamed: {settings.model_type} does not build without its weights "
-            f"({_first_line(error)}); leave out --stream and --quick"
+            (
+                f"{config.model!r} cannot be streamed: {settings.model_type} does not build without its "
+                f"weights ({_first_line(error)}); "
+                "leave out "
+            ),
+            Field("stream"),
+            " and ",
+            Field("quick"),
+            field="model",
         ) from error
     device = pick_device(config.device)
     for module in model.modules():
@@ -146,7 +155,7 @@ def settings_of(config: CheckpointConfig, folder: Path) -> Any:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         layers = settings.get_text_config().to_dict().get("num_hidden_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:
-        raise ModelError(f"MODEL: {config.model!r} is said to have {layers} layers; check its config.json")
+        raise ModelError(f"{config.model!r} is said to have {layers} layers; check its config.json", field="model")
     return settings
 
 
@@ -157,7 +166,7 @@ def _readable(config: CheckpointConfig) -> Iterator[None]:
         yield
     except Exception as error:  # a family's code divides by, indexes with and calls what it is told
         raise ModelError(
-            f"MODEL: {config.model!r} cannot be built ({_first_line(error)}); check its config.json"
+            f"{config.model!r} cannot be built ({_first_line(error)}); check its config.json", field="model"
         ) from error
 
 
@@ -180,7 +189,8 @@ def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"MODEL: {config.model!r} has no tokenizer that loads ({_first_line(error)}); add its tokenizer files"
+            f"{config.model!r} has no tokenizer that loads ({_first_line(error)}); add its tokenizer files",
+            field="model",
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -137,7 +137,7 @@ class StreamedModel:
     def _check_full(self, names: Iterable[str]) -> None:
         for name in names:
             if self.model.get_parameter(name).device.type == "meta":
-                raise ModelError(f"MODEL: the checkpoint has no {name}; repair it")
+                raise ModelError(f"the checkpoint has no {name}; repair it", field="model")
 
     def _unload(self, layer: int) -> None:
         prefix = f"{self._decoder}.{layer}."
@@ -159,7 +159,9 @@ class StreamedModel:
             info, _ = convert_and_load_state_dict_in_model(model, state, settings, None)
         if info.mismatched_keys or info.conversion_errors:
             wrong = next(iter(info.mismatched_keys or info.conversion_errors))
-            raise ModelError(f"MODEL: {wrong[0] if isinstance(wrong, tuple) else wrong} does not fit; repair it")
+            raise ModelError(
+                f"{(wrong[0] if isinstance(wrong, tuple) else wrong)} does not fit; repair it", field="model"
+            )
 
     def _memory(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """Bytes for an expert's matrices."""

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from superexperts.core.errors import ModelError
+from superexperts.core.errors import Field, ModelError
 from superexperts.core.types import ExpertId, ExpertKey, ExpertStats, key_name, key_order
 from superexperts.models.experts import BankCall, Piece
 from superexperts.profiling.select import layer_shares
@@ -162,7 +162,10 @@ class _Bank:
         ):
             if wrong:
                 raise ModelError(
-                    f"MODEL: {key_name((layer, expert))} writes a value that is not finite; try --dtype float32"
+                    f"{key_name((layer, expert))} writes a value that is not finite; try ",
+                    Field("dtype"),
+                    " float32",
+                    field="model",
                 )
             row = ExpertStats(layer=layer, expert=expert)
             if tokens:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from superexperts.checkpoints import float8
 from superexperts.checkpoints.source import checkpoint_folder
 from superexperts.core.config import QUICK_LENGTH, ProfileConfig, identity
-from superexperts.core.console import note, progress, speaks
+from superexperts.core.console import is_main_process, note, progress
 from superexperts.core.distributed import agreed, merged, my_share, several
 from superexperts.core.errors import OptionError
 from superexperts.core.parallel import by_all_cores
@@ -120,15 +120,15 @@ def run(config: ProfileConfig) -> dict[str, Any]:
         corpora={name: digest_ids(ids_BL) for name, ids_BL in sequences.items()},
     )
     if agreed(inputs) != inputs:
-        raise OptionError("--corpus: not every process reads the same; give all of them the same model and files")
+        raise OptionError("not every process reads the same; give all of them the same model and files", field="corpus")
     if agreed(completed(config.out, "profile", inputs)):
-        if not speaks:
+        if not is_main_process:
             return {}
         note(f"profile: {config.out} is up to date, nothing to do")
         return summary(Profile.load(config.out), config, tokenizer)
     with _opened(config) as (model, profile_one):
         _profile_all(config, model, profile_one, sequences, inputs, started)
-    return summary(Profile.load(config.out), config, tokenizer) if speaks else {}
+    return summary(Profile.load(config.out), config, tokenizer) if is_main_process else {}
 
 
 def _settled(config: ProfileConfig) -> ProfileConfig:
@@ -137,14 +137,14 @@ def _settled(config: ProfileConfig) -> ProfileConfig:
     folder = checkpoint_folder(config.model, config.revision)
     settings = settings_of(config, folder)
     if config.quick and several():
-        raise OptionError("--quick: True is for one process; leave accelerate launch out")
+        raise OptionError("True is for one process; leave accelerate launch out", field="quick")
     if not (config.stream or config.quick):
         # What transformers builds of a quantized checkpoint has other experts than the family's own.
         quantized = float8.is_quantized(settings)
         if agreed(quantized or (config.device_map == "none" and not fits_in_memory(config))):
             why = "is quantized" if quantized else "does not fit in memory"
             if config.sinks:
-                raise OptionError(f"--sinks: True needs the model in memory, and it {why}; drop the option")
+                raise OptionError(f"True needs the model in memory, and it {why}; drop the option", field="sinks")
             config = dataclasses.replace(config, stream=True)
             note(f"profile: the model {why}, so it is streamed a layer at a time (--stream)")
     if config.dtype == "auto":
@@ -202,7 +202,9 @@ def _profile_all(
     """Profiles each corpus that has no section yet, and writes all files."""
     context = getattr(text_config(model), "max_position_embeddings", None)  # a state-space model has no limit
     if context is not None and config.seq_len > context:
-        raise OptionError(f"--seq-len: {config.seq_len} is over the model's context of {context}; give at most that")
+        raise OptionError(
+            f"{config.seq_len} is over the model's context of {context}; give at most that", field="seq_len"
+        )
     find_banks(model)
     prepare_folder(config.out)
     # A killed run starts again from the last finished corpus.
@@ -217,9 +219,9 @@ def _profile_all(
             corpora[name] = kept[name]
             continue
         corpora[name] = profile_one(name, ids_BL)
-        if speaks:
+        if is_main_process:
             write_json(sections[name], _profile(config, model, {name: corpora[name]}).to_json())
-    if not speaks:
+    if not is_main_process:
         return
     profile = _profile(config, model, corpora)
     for old in config.out.iterdir():

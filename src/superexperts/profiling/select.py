@@ -12,7 +12,7 @@ import numpy as np
 
 from superexperts.core.config import SelectConfig
 from superexperts.core.console import note
-from superexperts.core.errors import ExpertsError, OptionError
+from superexperts.core.errors import ExpertsError, Field, OptionError
 from superexperts.core.runs import digest, write_json
 from superexperts.core.types import ExpertId, ExpertKey, ExpertSet, ExpertStats, Profile, Statistic, key_name, key_order
 
@@ -89,7 +89,7 @@ def super_experts(
     """
     rows = considered(stats, num_layers, depth)
     if not rows:
-        raise OptionError(f"--depth: {depth} leaves no MoE layer of {num_layers} layers; give a larger share")
+        raise OptionError(f"{depth} leaves no MoE layer of {num_layers} layers; give a larger share", field="depth")
     bound = threshold([peak(row, statistic) for row in rows], percentile, ratio, floor=floor)
     found = [row for row in rows if peak(row, statistic) > bound.value]
     return tuple(sorted(found, key=lambda row: (-peak(row, statistic), key_order(row.key))))
@@ -127,7 +127,9 @@ def highest(
     order = sorted(scores, key=lambda key: (scores[key] if lowest else -scores[key], key_order(key)))
     if share is None:
         if count is None or count > len(order):
-            raise OptionError(f"--count: {count} of {len(order)} routed experts; ask for fewer, or give --share")
+            raise OptionError(
+                f"{count} of {len(order)} routed experts; ask for fewer, or give ", Field("share"), field="count"
+            )
         return tuple(order[:count])
     sizes = Counter(layer for layer, _ in order)
     taken: Counter[int] = Counter()
@@ -148,7 +150,9 @@ def highest_like(
     for layer, count in sorted(wanted.items()):
         own = {key: score for key, score in scores.items() if key[0] == layer}
         if count > len(own):
-            raise ExpertsError(f"--like: {count} experts of layer {layer}, which has {len(own)}; give another set")
+            raise ExpertsError(
+                f"{count} experts of layer {layer}, which has {len(own)}; give another set", field="like"
+            )
         chosen += highest(own, count=count, lowest=lowest)
     return tuple(chosen)
 
@@ -172,7 +176,11 @@ def random_experts(
         per_layer = Counter(layer for layer, _ in like)
         if count is not None and count != len(like):
             raise OptionError(
-                f"--count: {count} differs from the {len(like)} of --like; leave it out or add --anywhere"
+                f"{count} differs from the {len(like)} of ",
+                Field("like"),
+                "; leave it out or add ",
+                Field("anywhere"),
+                field="count",
             )
         chosen: list[ExpertKey] = []
         for layer, wanted in sorted(per_layer.items()):
@@ -184,7 +192,9 @@ def random_experts(
 
 def _sample(draw: random.Random, free: Sequence[ExpertKey], count: int, where: str) -> list[ExpertKey]:
     if count > len(free):
-        raise ExpertsError(f"--count: {count} random experts asked for, {where} has {len(free)} others; ask for fewer")
+        raise ExpertsError(
+            f"{count} random experts asked for, {where} has {len(free)} others; ask for fewer", field="count"
+        )
     return draw.sample(free, count)
 
 
@@ -193,7 +203,7 @@ def run(config: SelectConfig) -> dict[str, Any]:
     profile = Profile.load(config.profile)
     if config.corpus is not None and config.corpus not in profile.corpora:
         have = ", ".join(profile.corpora)
-        raise OptionError(f"--corpus: {config.corpus!r} is not in the profile; choose from {have}")
+        raise OptionError(f"{config.corpus!r} is not in the profile; choose from {have}", field="corpus")
     names = [config.corpus] if config.corpus is not None else list(profile.corpora)
     if config.rule == "super":
         chosen = _super(profile, names, config)
@@ -218,7 +228,9 @@ def run(config: SelectConfig) -> dict[str, Any]:
 
 def _super(profile: Profile, names: Sequence[str], config: SelectConfig) -> ExpertSet:
     if layers_below(config.depth, profile.num_layers) > layers_below(profile.depth, profile.num_layers):
-        raise OptionError(f"--depth: {config.depth} is over the profile's {profile.depth}; profile again with --depth")
+        raise OptionError(
+            f"{config.depth} is over the profile's {profile.depth}; profile again with ", Field("depth"), field="depth"
+        )
     reference = config.criterion == "reference"
     statistic: Statistic = "first" if reference else profile.statistic
     found = [
@@ -237,8 +249,13 @@ def _super(profile: Profile, names: Sequence[str], config: SelectConfig) -> Expe
     rows = [row for row in found[0] if row.key in everywhere]
     if not rows:
         raise ExpertsError(
-            f"--rule super: no expert is over both bounds on {', '.join(names)}; "
-            "lower --percentile, or raise --ratio or --depth"
+            Field("rule"),
+            f" super: no expert is over both bounds on {', '.join(names)}; lower ",
+            Field("percentile"),
+            ", or raise ",
+            Field("ratio"),
+            " or ",
+            Field("depth"),
         )
     rule = {
         "name": "super",
@@ -291,7 +308,7 @@ def _like(profile: Profile, names: Sequence[str], config: SelectConfig) -> tuple
     experts = {row.key for row in profile.corpora[names[0]].experts}
     unknown: list[tuple[int, ExpertId]] = [key for key in like if key not in experts]
     if unknown:
-        raise ExpertsError(f"--like: {key_name(unknown[0])} is not in the profile; select it from the same model")
+        raise ExpertsError(f"{key_name(unknown[0])} is not in the profile; select it from the same model", field="like")
     return like
 
 

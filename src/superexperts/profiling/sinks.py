@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from superexperts.core.console import stderr
-from superexperts.core.errors import ModelError
+from superexperts.core.errors import Field, ModelError
 from superexperts.core.types import ExpertKey, key_name
 from superexperts.models.banks import find_banks
 from superexperts.models.decoder import decoder_layers, text_config
@@ -98,7 +98,7 @@ def attention_sinks(model: nn.Module, ids_BL: Tensor, *, description: str | None
             cast(Any, model).base_model(input_ids=ids.to(device), use_cache=False)
     if not sums:
         family = text_config(model).model_type
-        raise ModelError(f"MODEL: {family} shows no attention weights; leave --sinks out")
+        raise ModelError(f"{family} shows no attention weights; leave ", Field("sinks"), " out", field="model")
     return {layer: tuple((sums[layer] / len(ids_BL)).tolist()) for layer in sorted(sums)}
 
 

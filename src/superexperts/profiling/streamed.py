@@ -44,7 +44,7 @@ def banks_below(model: nn.Module, depth: float) -> list[Bank]:
     layers = num_layers(model)
     banks = [bank for bank in find_banks(model) if bank.layer < layers_below(depth, layers)]
     if not banks:
-        raise OptionError(f"--depth: {depth} leaves no MoE layer of {layers} layers; give a larger share")
+        raise OptionError(f"{depth} leaves no MoE layer of {layers} layers; give a larger share", field="depth")
     return banks
 
 
@@ -99,8 +99,11 @@ def _room(made_BLD: Tensor, sequences: int, budget: int, folder: Path | None) ->
                 os.posix_fallocate(file.fileno(), 0, made_BLD.nbytes)
         except OSError as error:
             raise OutputError(
-                f"--activation-budget: {made_BLD.nbytes / 2**30:.1f} GiB more cannot be kept in {folder} "
-                f"({error.strerror}); make room, or raise the budget"
+                (
+                    f"{made_BLD.nbytes / 2**30:.1f} GiB more cannot be kept in {folder} ({error.strerror}); make "
+                    "room, or raise the budget"
+                ),
+                field="activation_budget",
             ) from error
         # The kernel keeps the file as long as it is mapped, without its name: nothing is left after a kill.
         flat = torch.from_file(file.name, shared=True, size=made_BLD.numel(), dtype=made_BLD.dtype)

@@ -55,7 +55,7 @@ def write_report(folder: Path) -> Path:
     """
     started = time.monotonic()
     if not (folder / "results.json").is_file():
-        raise DataError(f"DIR: {folder} has no results.json; give the folder of a finished study")
+        raise DataError(f"{folder} has no results.json; give the folder of a finished study", field="folder")
     results = Results.load(folder)
     extractions = _load_lines(folder, results, "extractions", Extraction.from_json)
     answers = _load_lines(folder, results, "answers", Answer.from_json)
@@ -86,7 +86,7 @@ def write_report(folder: Path) -> Path:
         "study_file": study_file(folder),
         "version": __version__,
     }
-    with new_folder(folder / FIGURES, "report", "DIR") as figures:
+    with new_folder(folder / FIGURES, "report", "folder") as figures:
         shown = [drawn(picture, figures) for picture in pictures(folder, results, chosen)]
         outputs = sorted(file.name for file in figures.iterdir())
         inputs = {"results": fingerprint(folder / "results.json")}
@@ -187,7 +187,7 @@ def _load_lines(folder: Path, results: Results, kind: str, parse: Callable[[Any]
         return {}
     if not all(there):
         lost = next(file for by_task in files.values() for file in by_task.values() if not file.is_file())
-        raise DataError(f"DIR: {lost} is missing; run the study again")
+        raise DataError(f"{lost} is missing; run the study again", field="folder")
     return {
         name: {task: [parse(row) for _, row in read_rows(file, kind)] for task, file in by_task.items()}
         for name, by_task in files.items()

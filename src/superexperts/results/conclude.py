@@ -77,7 +77,7 @@ def conclude(
         for variant, group in itertools.groupby(runs, key=lambda run: run.variant)
     ]
     if len({variant.name for variant in variants}) < len(variants):
-        raise DataError("STUDY: the runs of a variant do not stand together; list each variant's runs in a row")
+        raise DataError("the runs of a variant do not stand together; list each variant's runs in a row")
     subjects = {task: _subjects(out, runs[0], task) for task in tasks}
     return {
         "schema": RESULTS_SCHEMA,
@@ -99,7 +99,7 @@ def _answers(out: Path, run: Run, tasks: Sequence[str]) -> dict[str, dict[str, b
     for task in tasks:
         file = out / "variants" / run.name / "extractions" / f"{task}.jsonl"
         if not file.is_file():
-            raise DataError(f"STUDY: {file} is missing; run the study again")
+            raise DataError(f"{file} is missing; run the study again", field="study")
         rows = [Extraction.from_json(row) for _, row in read_rows(file, "extractions")]
         found[task] = {row.id: single_run.graded(task, row) for row in rows}
         if len(found[task]) < len(rows):

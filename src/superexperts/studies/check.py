@@ -26,7 +26,7 @@ from superexperts.data.corpora import documents, local_data, named_corpus, pack
 from superexperts.models.banks import check_experts, find_banks
 from superexperts.models.loading import load_tokenizer, pick_device, structure_of
 from superexperts.pocket import checkpoint_dir
-from superexperts.studies.lined_yaml import Place, as_fields, together
+from superexperts.studies.lined_yaml import Place, together
 from superexperts.studies.plan import Plan, line_of
 from superexperts.training.rows import read_rows
 
@@ -48,7 +48,7 @@ def check(plan: Plan, text: str = "", name: str = "STUDY", *, device: str = "aut
             look()
         except UserError as error:
             line = line_of(text, place)
-            told.append((f"line {line}: " if line else "") + as_fields(str(error).removeprefix("STUDY ")))
+            told.append((f"line {line}: " if line else "") + error.line())
     if told:
         raise DataError(together(name, list(dict.fromkeys(told))))
 
@@ -110,8 +110,9 @@ def _settings(model: str, revision: str | None, field: str) -> Any:
         return AutoConfig.from_pretrained(where, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"STUDY {field}: {model!r} is neither a folder nor a model that the Hub gives ({type(error).__name__}); "
-            "check the name and the network, or use `pocket`"
+            f"{model!r} is neither a folder nor a model that the Hub gives ({type(error).__name__}); "
+            "check the name and the network, or use `pocket`",
+            field=field,
         ) from error
 
 
@@ -119,14 +120,14 @@ def _raise(error: UserError) -> None:
     raise error
 
 
-def _rows(option: str, file: Path) -> None:
+def _rows(field: str, file: Path) -> None:
     if not file.is_file():
-        raise DataError(f"STUDY {option}: {str(file)!r} is missing; check the path")
-    read_rows(file, f"STUDY {option}")
+        raise DataError(f"{str(file)!r} is missing; check the path", field=field)
+    read_rows(file, field)
 
 
 def _folder(data_dir: str) -> None:
-    raise DataError(f"STUDY data_dir: {data_dir!r} is missing; check the path")
+    raise DataError(f"{data_dir!r} is missing; check the path", field="data_dir")
 
 
 def _data(plan: Plan) -> Iterator[Look]:
@@ -156,7 +157,7 @@ def _corpus(plan: Plan, name: str, column: str, field: str, quick: bool) -> None
     hub = named_corpus(name)
     named = hub is not None and hub.stem is not None
     if named and plan.data_dir == "pocket":
-        raise DataError(f"STUDY {field}: data_dir pocket has no {name!r}; name the corpus pocket or a file")
+        raise DataError(f"data_dir pocket has no {name!r}; name the corpus pocket or a file", field=field)
     data_dir = local_data(Path(plan.data_dir) if plan.data_dir and plan.data_dir != "pocket" else None)
     if hub is not None and (data_dir is None if named else not Path(name).is_file()):
         return
@@ -169,7 +170,7 @@ def _corpus(plan: Plan, name: str, column: str, field: str, quick: bool) -> None
         elif next(texts, None) is None:
             raise DataError(f"{name} is empty, it has no text; give another")
     except DataError as error:
-        raise DataError(f"STUDY {field}: {str(error).removeprefix('--corpus: ')}") from error
+        raise error.about(field) from error
 
 
 def _folder_here(plan: Plan) -> Path | None:
@@ -182,7 +183,7 @@ def _folder_here(plan: Plan) -> Path | None:
 
 def _fits(field: str, length: int, most: int) -> None:
     if length > most:
-        raise OptionError(f"STUDY {field}: {length} is over the model's context; give at most {most}")
+        raise OptionError(f"{length} is over the model's context; give at most {most}", field=field)
 
 
 def _experts(plan: Plan, settings: Any) -> Iterator[Look]:
@@ -192,27 +193,27 @@ def _experts(plan: Plan, settings: Any) -> Iterator[Look]:
         return
     banks = find_banks(structure_of(settings, CheckpointConfig()))
     for name, experts in given.items():
-        yield ("experts", name), partial(check_experts, banks, experts.experts, f"STUDY experts.{name}")
+        yield ("experts", name), partial(check_experts, banks, experts.experts, f"experts.{name}")
     for name, count in counts.items():
         yield ("experts", name, "count"), partial(_enough, name, count, sum(bank.num_experts for bank in banks))
 
 
 def _enough(name: str, count: int, most: int) -> None:
     if count > most:
-        raise OptionError(f"STUDY experts.{name}.count: {count} of {most:,} routed experts; ask for fewer")
+        raise OptionError(f"{count} of {most:,} routed experts; ask for fewer", field=f"experts.{name}.count")
 
 
 def _engine(field: str, engine: str) -> None:
     if engine != "hf" and importlib.util.find_spec(engine) is None:
         raise OptionError(
-            f"STUDY {field}: {engine!r} needs the package {engine}, which is not installed; pip install "
-            f"{engine}, or use hf"
+            f"{engine!r} needs the package {engine}, which is not installed; pip install {engine}, or use hf",
+            field=field,
         )
 
 
 def _four_bits() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise OptionError("STUDY load_in_4bit: bitsandbytes is not installed; run pip install superexperts[4bit]")
+        raise OptionError("bitsandbytes is not installed; run pip install superexperts[4bit]", field="load_in_4bit")
 
 
 def _judge(plan: Plan) -> Iterator[Look]:
@@ -234,6 +235,6 @@ def _answers(url: str) -> None:
         socket.create_connection((parts.hostname or "", port), timeout=5).close()
     except (OSError, ValueError) as error:
         raise OptionError(
-            f"STUDY extraction.judge_base_url: {url!r} cannot be reached ({type(error).__name__}); start the server or "
-            "check the URL"
+            f"{url!r} cannot be reached ({type(error).__name__}); start the server or check the URL",
+            field="extraction.judge_base_url",
         ) from error

@@ -154,7 +154,7 @@ def _training_tokens(plan: Plan) -> int:
     """About how many tokens the training rows have."""
     if plan.train_data is None or not any(run.kind == "lora" for run in plan.runs):
         return 100_000
-    rows = read_rows(Path(plan.train_data), "STUDY train_data")
+    rows = read_rows(Path(plan.train_data), "train_data")
     return sum(len(row.question) + len(row.explain) + len(row.answer) for row in rows) // CHARACTERS_PER_TOKEN
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -10,7 +9,7 @@ import yaml
 
 from superexperts.core.errors import OptionError
 
-__all__ = ["LinedYaml", "Place", "as_fields", "together"]
+__all__ = ["LinedYaml", "Place", "together"]
 
 Place = tuple[str | int, ...]
 """Names and numbers on the way to a value."""
@@ -62,7 +61,7 @@ class LinedYaml:
         """Notes what is wrong at a place, or at the nearest one around it that the file has."""
         while path not in self.lines:
             path = path[:-1]
-        found = (line or self.lines[path], as_fields(text))
+        found = (line or self.lines[path], text)
         if found not in self.errors:  # two commands share an option
             self.errors.append(found)
 
@@ -76,8 +75,3 @@ def together(name: str, errors: Sequence[str]) -> str:
     if len(errors) == 1:
         return f"{name}: {errors[0]}"
     return f"{name}: {len(errors)} errors; nothing was run\n" + "\n".join(f"  {error}" for error in errors)
-
-
-def as_fields(text: str) -> str:
-    """What a command says of its options, of the fields that a study file has for them: `--max-length` and so on."""
-    return re.sub(r"--([a-z][a-z0-9-]*)", lambda option: option[1].replace("-", "_"), text)

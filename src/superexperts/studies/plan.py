@@ -252,7 +252,7 @@ class _Reader(LinedYaml):
         try:
             ExpertSet.parse(text)
         except (ExpertsError, DataError) as error:
-            self.error(path, str(error).replace("--experts: ", f"{path[-1]}: ", 1))
+            self.error(path, error.about(str(path[-1])).line())
 
     def _variants(self, value: Any, sets: Mapping[str, Any], seeds: int) -> tuple[VariantPlan, ...]:
         if not isinstance(value, list) or not value:
@@ -343,13 +343,12 @@ class _Reader(LinedYaml):
                 command(**{**fixed, **left})
                 return
             except OptionError as error:
-                named = re.match(r"--([\w-]+):", str(error))
-                key = named[1].replace("-", "_") if named else ""
+                key = error.field or ""
                 if key not in left:
                     if len(left) == len(options):  # else it misses what was left out
-                        self.error((*places.get(key, ()), key), str(error))
+                        self.error((*places.get(key, ()), key), error.line())
                     return
-                self.error((*places.get(key, ()), key), str(error))
+                self.error((*places.get(key, ()), key), error.line())
                 del left[key]
 
 

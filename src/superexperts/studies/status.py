@@ -26,7 +26,7 @@ def run(config: StatusConfig) -> dict[str, Any]:
     """The command: every cell's state, and the scores of the runs that were asked already."""
     file = config.folder / "study.yaml"
     if not file.is_file():
-        raise DataError(f"DIR: {config.folder} has no study.yaml; give the folder of a study")
+        raise DataError(f"{config.folder} has no study.yaml; give the folder of a study", field="folder")
     plan = parse(file.read_text(encoding="utf-8"), str(file))
     states = cell_states(config.folder, cells(plan))
     return {

@@ -16,7 +16,7 @@ from superexperts.benchmarks import Benchmark, load_benchmarks
 from superexperts.checkpoints.source import checkpoint_folder
 from superexperts.core.config_study import StudyConfig
 from superexperts.core.console import note, stderr
-from superexperts.core.errors import DataError, OptionError, OutputError
+from superexperts.core.errors import DataError, Field, OptionError, OutputError
 from superexperts.core.runs import (
     completed,
     fingerprint,
@@ -70,7 +70,7 @@ def run(config: StudyConfig) -> dict[str, Any]:
             write_manifest(out, "study", inputs, outputs, time.monotonic() - started)
         if not (out / "report.html").is_file():
             write_report(out)  # after the manifest, which it shows
-    return {"out": str(out), "report": str(out / "report.html"), "results": read_json(out / "results.json", "STUDY")}
+    return {"out": str(out), "report": str(out / "report.html"), "results": read_json(out / "results.json", "study")}
 
 
 def read_study(path: Path | None) -> tuple[str, Plan]:
@@ -79,14 +79,20 @@ def read_study(path: Path | None) -> tuple[str, Plan]:
         text = (files("superexperts.pocket") / STUDY).read_text(encoding="utf-8")
         return text, parse(text)
     if not path.is_file():
-        raise OptionError(f"STUDY: {str(path)!r} is no file; give a YAML file, write one with --init, or take --demo")
+        raise OptionError(
+            f"{str(path)!r} is no file; give a YAML file, write one with ",
+            Field("init"),
+            ", or take ",
+            Field("demo"),
+            field="study",
+        )
     text = path.read_text(encoding="utf-8", errors="replace")
     return text, parse(text, str(path))
 
 
 def _write_template(path: Path) -> Path:
     if path.exists():
-        raise OutputError(f"--init: {path} exists; choose another name")
+        raise OutputError(f"{path} exists; choose another name", field="init")
     write_text(path, (files(__package__) / "templates" / STUDY).read_text(encoding="utf-8"))
     return path
 
@@ -104,7 +110,7 @@ def _work(plan: Plan, out: Path, config: StudyConfig) -> None:
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
         told = "; ".join(f"{outcome.cell}: {outcome.error}" for outcome in failed if not outcome.skipped)
-        raise DataError(f"STUDY: {len(failed)} of {len(todo)} cells failed or were not run. {told}")
+        raise DataError(f"{len(failed)} of {len(todo)} cells failed or were not run. {told}", field="study")
 
 
 def _inputs(plan: Plan) -> dict[str, Any]:

@@ -77,7 +77,9 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise OutputError(f"--out: another study is at work in {out}; wait for it, or choose another") from error
+            raise OutputError(
+                f"another study is at work in {out}; wait for it, or choose another", field="out"
+            ) from error
         yield
 
 
@@ -195,7 +197,7 @@ class _Ray:
 
     def __init__(self, plan: Plan, out: Path, device: str, address: str, size: int | None) -> None:
         if importlib.util.find_spec("ray") is None:
-            raise OptionError("--ray: ray is not installed; run pip install superexperts[ray]")
+            raise OptionError("ray is not installed; run pip install superexperts[ray]", field="ray")
         ray: Any = importlib.import_module("ray")
         passed = {
             name: value for name, value in os.environ.items() if name.startswith(("SUPEREXPERTS_", "HF_", "OMP_"))
@@ -203,7 +205,9 @@ class _Ray:
         try:
             ray.init(address=address or None, runtime_env={"env_vars": passed}, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
-            raise OptionError(f"--ray: {address!r} is no cluster that answers ({error}); check the address") from error
+            raise OptionError(
+                f"{address!r} is no cluster that answers ({error}); check the address", field="ray"
+            ) from error
         gpus = int(ray.cluster_resources().get("GPU", 0))
         self._ray = ray
         self.size = size or gpus or sum(bool(node["Alive"]) for node in ray.nodes())

@@ -49,7 +49,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
     with Checkpoint(folder_a) as a:
         anatomy = _anatomy(one, a, needed=is_adapter or expected is not None)
         if anatomy is not None and expected is not None:
-            check_experts(anatomy.banks, expected, "--expect-only")
+            check_experts(anatomy.banks, expected, "expect_only")
             anatomy.homes.check_complete(anatomy.model)  # what both lack would differ nowhere
         if is_adapter:
             assert anatomy is not None
@@ -87,7 +87,7 @@ def _expected(text: str | None) -> tuple[ExpertKey, ...] | None:
     try:
         return ExpertSet.parse(text).experts
     except ExpertsError as error:
-        raise ExpertsError(str(error).replace("--experts", "--expect-only", 1)) from error
+        raise error.about("expect_only") from error
 
 
 def _anatomy(config: CheckpointConfig, checkpoint: Checkpoint, *, needed: bool) -> Anatomy | None:
@@ -158,7 +158,7 @@ def _config_differences(a: Path, b: Path) -> list[str]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    settings: Any = read_json(folder / "config.json", "MODEL")
+    settings: Any = read_json(folder / "config.json", "model")
     fields: dict[str, Any] = settings if isinstance(settings, dict) else {}
     return {RENAMED.get(name) or name: value for name, value in fields.items()}
 

@@ -201,7 +201,7 @@ def _fill(descriptor: int, target: memoryview, entry: Entry, start: int) -> None
     while target:
         done = os.preadv(descriptor, [target], offset)
         if not done:
-            raise ModelError(f"MODEL: {entry.file!r} ends inside {entry.key!r}; fetch the checkpoint again")
+            raise ModelError(f"{entry.file!r} ends inside {entry.key!r}; fetch the checkpoint again", field="model")
         target, offset = target[done:], offset + done
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from superexperts.checkpoints.reader import Checkpoint, Entry
 from superexperts.core.config_surgery import PruneConfig
-from superexperts.core.errors import ModelError
+from superexperts.core.errors import Field, ModelError
 from superexperts.core.types import ExpertKey, key_name
 from superexperts.models.banks import check_experts, find_banks
 from superexperts.models.experts import DOWN
@@ -29,10 +29,14 @@ def find(config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKey]) ->
     homes = Homes(model, base)
     homes.check_complete(model)
     if homes.quantized and config.mode != "zero":
-        raise ModelError(f"--mode: {config.mode!r} needs weights that are not quantized; use --mode zero")
+        raise ModelError(
+            f"{config.mode!r} needs weights that are not quantized; use ", Field("mode"), " zero", field="mode"
+        )
     found = downs(model, homes, experts)
     if found is None and homes.quantized:
-        raise ModelError(f"MODEL: {config.model!r} is quantized in a layout that cannot be edited; use bfloat16")
+        raise ModelError(
+            f"{config.model!r} is quantized in a layout that cannot be edited; use bfloat16", field="model"
+        )
     return found
 
 
@@ -70,6 +74,9 @@ def check_biases(config: PruneConfig, folder: Path, experts: Sequence[ExpertKey]
         if not (shared if expert == "shared" else cast(Any, bank.module).has_bias):
             family = settings_of(config, folder).get_text_config().model_type
             raise ModelError(
-                f"--mode: 'mean' needs a bias of down_proj to hold the mean, which {family} does not have for "
-                f"{key_name((layer, expert))}; use zero or remove"
+                (
+                    f"'mean' needs a bias of down_proj to hold the mean, which {family} does not have for "
+                    f"{key_name((layer, expert))}; use zero or remove"
+                ),
+                field="mode",
             )

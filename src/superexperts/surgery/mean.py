@@ -15,7 +15,7 @@ from superexperts.checkpoints.reader import Checkpoint
 from superexperts.core.config import ModelConfig
 from superexperts.core.config_surgery import PruneConfig
 from superexperts.core.console import progress
-from superexperts.core.errors import DataError
+from superexperts.core.errors import DataError, Field
 from superexperts.core.types import ExpertKey, key_name
 from superexperts.data.corpora import corpus_sequences
 from superexperts.models.decoder import layer_by_layer
@@ -92,5 +92,5 @@ def mean_outputs(
     silent = [key_name(key) for key, count in counts.items() if not count]
     if silent:
         told = f"{silent[0]} saw none of {ids_SL.numel():,} tokens, so it has no mean"
-        raise DataError(f"--corpus: {told}; give more --tokens, or other text")
+        raise DataError(f"{told}; give more ", Field("tokens"), ", or other text", field="corpus")
     return {key: sums[key] / counts[key] for key in experts}

@@ -19,7 +19,7 @@ from superexperts.checkpoints.source import checkpoint_folder
 from superexperts.checkpoints.writer import Change, Patch, Zeros, carry_along, patch_shards, rewrite_shards
 from superexperts.core.config import PruneConfig, identity
 from superexperts.core.console import note
-from superexperts.core.errors import ModelError, OutputError
+from superexperts.core.errors import Field, ModelError, OutputError
 from superexperts.core.runs import completed, fingerprint, new_folder, write_manifest, write_text
 from superexperts.core.types import ExpertKey, chosen_experts, key_name
 from superexperts.surgery import locate_by_shape
@@ -39,7 +39,7 @@ def run(config: PruneConfig) -> dict[str, Any]:
     chosen = chosen_experts(config.experts, config.model)
     folder = checkpoint_folder(config.model, config.revision)
     if config.out.resolve().is_relative_to(folder.resolve()):
-        raise OutputError(f"--out: {config.out} is MODEL itself or in it; choose another folder")
+        raise OutputError(f"{config.out} is ", Field("model"), " itself or in it; choose another folder", field="out")
     inputs = identity(config, model=fingerprint(folder), experts=chosen.experts)
     ids_SL: Tensor | None = None
     if config.mode == "mean":
@@ -98,7 +98,12 @@ def _patched(
     if found is None and config.mode == "zero":
         return _in_memory(config, base, experts, out)
     if found is None:
-        raise ModelError("--mode: 'mean' edits shards, but these keep the experts in another order; use --mode zero")
+        raise ModelError(
+            "'mean' edits shards, but these keep the experts in another order; use ",
+            Field("mode"),
+            " zero",
+            field="mode",
+        )
     constants = {} if ids_SL is None else _constants(config, base, ids_SL, found)
     patches: list[Patch | Zeros] = [Zeros(entry=down.weight) for down in found]
     for down in found:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from superexperts.checkpoints.reader import Checkpoint, Entry
 from superexperts.checkpoints.writer import Change, NewTensor, digest_of
-from superexperts.core.errors import ExpertsError, ModelError
+from superexperts.core.errors import ExpertsError, Field, ModelError
 from superexperts.core.settings import CheckpointConfig
 from superexperts.core.types import ExpertKey, key_name
 from superexperts.models.banks import Bank, check_experts, find_banks
@@ -60,7 +60,7 @@ def plan_removal(config: CheckpointConfig, base: Checkpoint, experts: Collection
     homes = Homes(model, base)
     homes.check_complete(model)
     if homes.quantized:
-        raise ModelError("--mode: 'remove' needs weights that are not quantized; use --mode zero")
+        raise ModelError("'remove' needs weights that are not quantized; use ", Field("mode"), " zero", field="mode")
     _check_ignored(model, banks, homes)
     before, after = (_shapes(structure) for structure in (model, fewer))
     new: dict[str, NewTensor | None] = {}
@@ -70,7 +70,12 @@ def plan_removal(config: CheckpointConfig, base: Checkpoint, experts: Collection
             continue
         bank = next((bank for bank in banks if name.startswith(f"{bank.path.rpartition('.')[0]}.")), None)
         if bank is None:
-            raise ModelError(f"MODEL: the number of experts changes {name}, which is in no MoE layer; use --mode zero")
+            raise ModelError(
+                f"the number of experts changes {name}, which is in no MoE layer; use ",
+                Field("mode"),
+                " zero",
+                field="model",
+            )
         gone = [cast(int, expert) for layer, expert in experts if layer == bank.layer]
         kept = [expert for expert in range(bank.num_experts) if expert not in gone]
         (dim,) = (d for d, (x, y) in enumerate(zip(shape, after[name], strict=True)) if x != y)
@@ -91,14 +96,22 @@ def _each_loses(banks: Sequence[Bank], experts: Collection[ExpertKey]) -> int:
     """How many experts every MoE layer loses."""
     shared = next((key for key in experts if key[1] == "shared"), None)
     if shared is not None:
-        raise ExpertsError(f"--experts: {key_name(shared)} cannot be removed, only zeroed; use --mode zero")
+        raise ExpertsError(
+            f"{key_name(shared)} cannot be removed, only zeroed; use ", Field("mode"), " zero", field="experts"
+        )
     lost = Counter(layer for layer, _ in experts)
     numbers = {bank.layer: lost[bank.layer] for bank in banks}
     few, many = min(numbers, key=numbers.__getitem__), max(numbers, key=numbers.__getitem__)
     if numbers[few] != numbers[many]:
         raise ExpertsError(
-            f"--experts: --mode remove takes as many experts from every MoE layer, since the configuration has one "
-            f"number for all, but layer {many} loses {numbers[many]} and layer {few} {numbers[few]}; use --mode zero"
+            Field("mode"),
+            (
+                " remove takes as many experts from every MoE layer, since the configuration has one number for "
+                f"all, but layer {many} loses {numbers[many]} and layer {few} {numbers[few]}; use "
+            ),
+            Field("mode"),
+            " zero",
+            field="experts",
         )
     return numbers[few]
 
@@ -107,10 +120,14 @@ def _shrunk(settings: Any, config: CheckpointConfig, banks: Sequence[Bank], coun
     """The field of the configuration that holds the number of experts, and the structure with fewer of them."""
     sizes = {bank.num_experts for bank in banks}
     if len(sizes) > 1:
-        raise ModelError(f"MODEL: its MoE layers have {sorted(sizes)} experts, not one number; use --mode zero")
+        raise ModelError(
+            f"its MoE layers have {sorted(sizes)} experts, not one number; use ", Field("mode"), " zero", field="model"
+        )
     (size,) = sizes
     if count >= size:
-        raise ExpertsError(f"--experts: {count} of {size} experts of each layer leave none; use --mode zero")
+        raise ExpertsError(
+            f"{count} of {size} experts of each layer leave none; use ", Field("mode"), " zero", field="experts"
+        )
     text = settings.get_text_config()
     for field, value in text.to_dict().items():
         if type(value) is not int or value != size:
@@ -125,7 +142,10 @@ def _shrunk(settings: Any, config: CheckpointConfig, banks: Sequence[Bank], coun
             _check_routing(fewer, size - count)
             return field, fewer
     raise ModelError(
-        f"MODEL: no one number of its configuration is that of the experts, {size}, in every layer; use --mode zero"
+        f"no one number of its configuration is that of the experts, {size}, in every layer; use ",
+        Field("mode"),
+        " zero",
+        field="model",
     )
 
 
@@ -157,7 +177,10 @@ def _check_routing(model: nn.Module, count: int) -> None:
         except (RuntimeError, ValueError, IndexError) as error:
             why = " ".join(str(error).split())[:120]
             raise ExpertsError(
-                f"--experts: the family's router does not work with {count} experts ({why}); use --mode zero"
+                f"the family's router does not work with {count} experts ({why}); use ",
+                Field("mode"),
+                " zero",
+                field="experts",
             ) from error
         finally:
             bank.module.forward = stock
@@ -174,8 +197,11 @@ def _check_groups(settings: Any, banks: Sequence[Bank], experts: Collection[Expe
         numbers = [lost[group] for group in range(groups)]
         if len(set(numbers)) > 1:
             raise ExpertsError(
-                f"--experts: the router chooses among {groups} groups of {size} experts first, and layer {bank.layer} "
-                f"loses {numbers} of them, so others would change their group; remove as many of each, or use zero"
+                (
+                    f"the router chooses among {groups} groups of {size} experts first, and layer {bank.layer} loses "
+                    f"{numbers} of them, so others would change their group; remove as many of each, or use zero"
+                ),
+                field="experts",
             )
 
 
@@ -185,8 +211,10 @@ def _check_ignored(model: nn.Module, banks: Sequence[Bank], homes: Homes) -> Non
     more = next((key for key in homes.ignored if (found := beyond.match(key)) and int(found[1]) >= layers), None)
     if more is not None:
         raise ModelError(
-            f"MODEL: holds layers that the model does not run ({more!a}), whose experts the new number would not fit; "
-            "use --mode zero"
+            (f"holds layers that the model does not run ({more!a}), whose experts the new number would not fit; use "),
+            Field("mode"),
+            " zero",
+            field="model",
         )
 
 
@@ -217,7 +245,12 @@ def _shrink(
         return [_taken_out(base, entry) for entry in out]
     columns = homes.stacked(name)
     if columns is None or any(len(column) != len(kept) + len(gone) for column in columns):
-        raise ModelError(f"MODEL: the checkpoint keeps {name} in an order that cannot be edited; use --mode zero")
+        raise ModelError(
+            f"the checkpoint keeps {name} in an order that cannot be edited; use ",
+            Field("mode"),
+            " zero",
+            field="model",
+        )
     for column in columns:
         # The experts that stay close ranks: the keys are those of the first ones, whatever the family calls them.
         for place, entry in enumerate(column):

@@ -13,7 +13,7 @@ from superexperts.checkpoints.source import checkpoint_folder
 from superexperts.checkpoints.writer import RECORD, Change, carry_along, digest_of, patch_shards
 from superexperts.core.config_surgery import RestoreConfig
 from superexperts.core.console import note
-from superexperts.core.errors import DataError, OutputError
+from superexperts.core.errors import DataError, Field, OutputError
 from superexperts.core.runs import completed, fingerprint, new_folder, write_bytes, write_manifest
 from superexperts.core.settings import CheckpointConfig
 from superexperts.core.types import ExpertSet
@@ -40,9 +40,9 @@ def run(config: RestoreConfig) -> dict[str, Any]:
         trust_remote_code=config.trust_remote_code,
     )
     folder = checkpoint_folder(base.model, base.revision)
-    for taken, name in ((folder, "the base"), (config.folder, "DIR")):
+    for taken, name in ((folder, "the base"), (config.folder, "folder")):
         if config.out.resolve() == taken.resolve():
-            raise OutputError(f"--out: {config.out} is {name} itself; choose another folder")
+            raise OutputError(f"{config.out} is {name} itself; choose another folder", field="out")
     inputs = {
         "model": fingerprint(folder),
         "folder": fingerprint(config.folder),
@@ -66,21 +66,24 @@ def run(config: RestoreConfig) -> dict[str, Any]:
 
 def _check_base(record: Record, original: Checkpoint, edited: Checkpoint, config: CheckpointConfig) -> None:
     """`DataError` unless the base is bit for bit what the record's folder was made from."""
-    mend = "give the very checkpoint that it was made from as --base"
+    advice = ("give the very checkpoint that it was made from as ", Field("base"))
     found = base_files(original, original.folder)
     for name in sorted(found.keys() | record.files.keys()):
         if found.get(name) != record.files.get(name):
-            raise DataError(f"--base: {name!a} of {config.model!a} is not the one that was changed; {mend}")
+            raise DataError(f"{name!a} of {config.model!a} is not the one that was changed; ", *advice, field="base")
     for change in record.changes:
         entry = original.get(change.key)
         if entry is None or entry.file != change.file or not _within(entry, change) or (
             digest_of(original, part(entry, change.offset, change.bytes)) != change.sha256_before
         ):  # fmt: skip
-            raise DataError(f"--base: {change.key!a} of {config.model!a} is not what it was; {mend}")
+            raise DataError(f"{change.key!a} of {config.model!a} is not what it was; ", *advice, field="base")
     if not record.changes:
         raise DataError(
-            f"DIR: {edited.folder} was written from a loaded model, not from shards, so nothing tells what stayed; "
-            "take the base itself"
+            (
+                f"{edited.folder} was written from a loaded model, not from shards, so nothing tells what "
+                "stayed; take the base itself"
+            ),
+            field="folder",
         )
     pairs = _moved(record, original, edited, config) if record.mode == "remove" else _kept(record, original, edited)
     with ThreadPoolExecutor(THREADS) as workers:
@@ -88,7 +91,9 @@ def _check_base(record: Record, original: Checkpoint, edited: Checkpoint, config
             if not same:
                 workers.shutdown(cancel_futures=True)
                 two = f"{edited.folder} and {config.model!a}"
-                raise DataError(f"DIR: {two} differ in {key!a}, which was not changed; one of the two was edited since")
+                raise DataError(
+                    f"{two} differ in {key!a}, which was not changed; one of the two was edited since", field="folder"
+                )
 
 
 def _within(entry: Entry, change: Change) -> bool:

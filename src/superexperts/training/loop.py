@@ -23,9 +23,9 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from superexperts.adapters.exposure import Exposure
 from superexperts.core.config_train import TrainConfig
-from superexperts.core.console import note, speaks, stderr
+from superexperts.core.console import is_main_process, note, stderr
 from superexperts.core.distributed import process_number, together
-from superexperts.core.errors import DataError, OptionError
+from superexperts.core.errors import DataError, Field, OptionError
 from superexperts.core.runs import read_json, write_json
 from superexperts.training.rows import Example
 
@@ -69,7 +69,7 @@ def fit(
         processing_class=tokenizer,
         callbacks=[progress, keeper, *([_EveryEpoch()] if held_out and not config.eval_steps else [])],
     )
-    if config.report_to == "tensorboard" and speaks:
+    if config.report_to == "tensorboard" and is_main_process:
         from torch.utils.tensorboard import SummaryWriter  # an optional package
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(work / "logs"))))
@@ -169,8 +169,8 @@ def _require_apart(adapted: PeftModel, examples: Sequence[Example]) -> None:
     if not error <= limit:
         family = cast(Any, adapted).config.model_type
         raise OptionError(
-            f"--packing: rows in one sequence would see each other in {family} (logits differ by {error:.1%}); "
-            "leave it out"
+            (f"rows in one sequence would see each other in {family} (logits differ by {error:.1%}); leave it out"),
+            field="packing",
         )
 
 
@@ -181,7 +181,9 @@ def _checkpoint_activations(model: nn.Module) -> None:
         cast(Any, model).disable_input_require_grads()  # which transformers has just asked for
     except ValueError as error:
         family = cast(Any, model).config.model_type
-        raise OptionError(f"--gradient-checkpointing: {family} does not have it ({error}); leave it out") from error
+        raise OptionError(
+            f"{family} does not have it ({error}); leave it out", field="gradient_checkpointing"
+        ) from error
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------
@@ -194,11 +196,16 @@ def last_checkpoint(work: Path) -> Path | None:
     if not whole:
         return None
     checkpoint, processes = found[max(whole)], int(os.environ.get("WORLD_SIZE", "1"))
-    kept = read_json(checkpoint / COMPLETE, "--resume")
+    kept = read_json(checkpoint / COMPLETE, "resume")
     if kept["processes"] != processes:
         raise DataError(
-            f"--resume: {checkpoint} was written by {kept['processes']} processes, now there are {processes}; "
-            "start as many, or leave --resume out"
+            (
+                f"{checkpoint} was written by {kept['processes']} processes, now there are {processes}; start as "
+                "many, or leave "
+            ),
+            Field("resume"),
+            " out",
+            field="resume",
         )
     return checkpoint
 
@@ -244,8 +251,8 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
 
     def restore(self, folder: Path) -> None:
         """Takes up what `on_save` wrote."""
-        kept = read_json(folder / COMPLETE, "--resume")
-        self._exposure.restore(read_json(folder / f"exposure_{process_number()}.json", "--resume"))
+        kept = read_json(folder / COMPLETE, "resume")
+        self._exposure.restore(read_json(folder / f"exposure_{process_number()}.json", "resume"))
         self._worse, self._best = kept["worse"], kept["best"] and (kept["best"][0], kept["best"][1])
         self._tensors = load_file(folder / "best.safetensors") if self._best else {}
 

@@ -19,7 +19,7 @@ from superexperts.adapters.layer import linears
 from superexperts.core.config_train import TrainConfig
 from superexperts.core.console import note
 from superexperts.core.distributed import several
-from superexperts.core.errors import ModelError, OptionError
+from superexperts.core.errors import Field, ModelError, OptionError
 from superexperts.models.decoder import decoder_layers, layer_number
 from superexperts.models.loading import load_as_stored, load_model, load_structure, pick_device
 
@@ -42,9 +42,9 @@ def load_to_train(config: TrainConfig, attach: Callable[[nn.Module], PeftModel],
         layers = decoder_layers(structure, paths[0])
         adapted = {layer_number(structure, path) for path in paths}
     except ModelError as error:
-        option = "--load-in-4bit" if config.load_in_4bit else "--offload"
         raise OptionError(
-            f"{option}: the adapter is on {paths[0]}, outside the decoder's layers; leave it out"
+            f"the adapter is on {paths[0]}, outside the decoder's layers; leave it out",
+            field="load_in_4bit" if config.load_in_4bit else "offload",
         ) from error
     prefix = next(path for path, module in structure.named_modules() if module is layers)
     device = pick_device(config.device)
@@ -56,9 +56,13 @@ def load_to_train(config: TrainConfig, attach: Callable[[nn.Module], PeftModel],
     lowest = min(adapted) if config.offload else 0
     if config.offload:
         if not lowest:
-            raise OptionError("--offload: layer 0 carries an adapter, so no layer lies below the lowest; leave it out")
+            raise OptionError(
+                "layer 0 carries an adapter, so no layer lies below the lowest; leave it out", field="offload"
+            )
         if several():
-            raise OptionError("--offload: True is for one process; use FSDP with offloaded parameters for several")
+            raise OptionError(
+                "True is for one process; use FSDP with offloaded parameters for several", field="offload"
+            )
         more["offload_folder"] = str(folder)
         folder.mkdir(parents=True, exist_ok=True)
     place = "disk" if device.type == "cpu" else "cpu"
@@ -72,9 +76,9 @@ def load_to_train(config: TrainConfig, attach: Callable[[nn.Module], PeftModel],
 
 def _four_bits(model: nn.Module, skipped: list[str], device: torch.device) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise OptionError("--load-in-4bit: bitsandbytes is not installed; run pip install superexperts[4bit]")
+        raise OptionError("bitsandbytes is not installed; run pip install superexperts[4bit]", field="load_in_4bit")
     if getattr(model.config, "quantization_config", None) is not None:
-        raise OptionError("--load-in-4bit: MODEL is quantized already; leave it out")
+        raise OptionError(Field("model"), " is quantized already; leave it out", field="load_in_4bit")
     head = next((name for name, module in model.named_modules() if module is _head(model)), "lm_head")
     kept = [re.escape(path) for path in (*skipped, head)]
     outside = {
@@ -88,8 +92,11 @@ def _four_bits(model: nn.Module, skipped: list[str], device: torch.device) -> Bi
     free = [path for path in outside if path not in odd]
     if not free:
         raise OptionError(
-            "--load-in-4bit: no linear map of a size that fits lies outside the adapted layers (experts held in one "
-            "tensor have no 4 bits in bitsandbytes); leave it out"
+            (
+                "no linear map of a size that fits lies outside the adapted layers (experts held in one tensor "
+                "have no 4 bits in bitsandbytes); leave it out"
+            ),
+            field="load_in_4bit",
         )
     note(f"train: {len(free)} linear maps are held in 4 bits; experts, adapted layers and the head stay as they are")
     return BitsAndBytesConfig(

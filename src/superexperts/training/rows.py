@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from superexperts.core.errors import DataError, ModelError
+from superexperts.core.errors import DataError, Field, ModelError
 from superexperts.core.prompt import prompt_of
 
 __all__ = ["FIELDS", "IGNORED", "Example", "Row", "encode", "prompt", "read_rows", "response"]
@@ -59,27 +59,27 @@ def response(explain: str, answer: str) -> str:
     return f" {explain} The answer is {answer}."
 
 
-def read_rows(file: Path, option: str = "--data") -> list[Row]:
+def read_rows(file: Path, field: str = "data") -> list[Row]:
     """The rows of a JSON array or of a JSONL file (either may be gzipped); `DataError` names file, row and field."""
-    rows = [_row(value, number, file, option) for number, value in _values(file, option)]
+    rows = [_row(value, number, file, field) for number, value in _values(file, field)]
     if not rows:
-        raise DataError(f"{option}: {file} has no rows; give rows of {{question, explain, answer}}")
+        raise DataError(f"{file} has no rows; give rows of {{question, explain, answer}}", field=field)
     return rows
 
 
-def _values(file: Path, option: str) -> Iterator[tuple[int, Any]]:
+def _values(file: Path, field: str) -> Iterator[tuple[int, Any]]:
     try:
         data = file.read_bytes()
         text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig")
     except OSError as error:
-        raise DataError(f"{option}: cannot read {file} ({error.strerror or error}); check the path") from error
+        raise DataError(f"cannot read {file} ({error.strerror or error}); check the path", field=field) from error
     except (UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise DataError(f"{option}: {file} is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise DataError(f"{file} is not UTF-8 text ({error}); save it as UTF-8", field=field) from error
     if text.lstrip().startswith("["):
         try:
             yield from enumerate(json.loads(text), start=1)
         except json.JSONDecodeError as error:
-            raise DataError(f"{option}: {file} is not valid JSON ({error}); repair it") from error
+            raise DataError(f"{file} is not valid JSON ({error}); repair it", field=field) from error
         return
     # Not str.splitlines: JSON may hold the other line ends that it knows, such as U+2028, as they are.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -87,11 +87,11 @@ def _values(file: Path, option: str) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{option}: {file} row {number} is not valid JSON ({error}); repair it") from error
+                raise DataError(f"{file} row {number} is not valid JSON ({error}); repair it", field=field) from error
 
 
-def _row(value: Any, number: int, file: Path, option: str) -> Row:
-    where = f"{option}: {file} row {number}"
+def _row(value: Any, number: int, file: Path, field: str) -> Row:
+    where = f"{field}: {file} row {number}"
     if not isinstance(value, dict):
         raise DataError(f"{where} is {type(value).__name__}, not an object; write {{question, explain, answer}}")
     for field in FIELDS:
@@ -134,7 +134,7 @@ def encode(
     *,
     max_length: int,
     file: Path,
-    option: str = "--data",
+    field: str = "data",
     chat: bool = False,
     truncate: bool = False,
 ) -> list[Example]:
@@ -148,9 +148,9 @@ def encode(
     """
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
-        raise ModelError("MODEL: its tokenizer has no EOS token, so no response could end; set eos_token")
+        raise ModelError("its tokenizer has no EOS token, so no response could end; set eos_token", field="model")
     if chat and tokenizer.chat_template is None:
-        raise ModelError("--prompt: 'chat' needs a chat template, which MODEL's tokenizer has not; give plain")
+        raise ModelError("'chat' needs a chat template, which MODEL's tokenizer has not; give plain", field="prompt")
     examples = []
     long: list[tuple[Row, int]] = []
     for row in rows:
@@ -160,8 +160,14 @@ def encode(
             long.append((row, len(input_ids)))
         if truncate and len(prompt_ids) >= max_length:
             raise DataError(
-                f"{option}: {file} row {row.number}: the prompt alone has {len(prompt_ids)} tokens, which leaves no "
-                f"room for a response under --max-length {max_length}; shorten 'question' or raise --max-length"
+                (
+                    f"{file} row {row.number}: the prompt alone has {len(prompt_ids)} tokens, which leaves no room "
+                    "for a response under "
+                ),
+                Field("max_length"),
+                f" {max_length}; shorten 'question' or raise ",
+                Field("max_length"),
+                field=field,
             )
         labels = [IGNORED] * len(prompt_ids) + response_ids
         truncated = len(input_ids) > max_length
@@ -170,8 +176,13 @@ def encode(
         row, length = long[0]
         others = f", and {len(long) - 1} more rows" if len(long) > 1 else ""
         raise DataError(
-            f"{option}: {file} row {row.number} has {length} tokens, over --max-length {max_length}{others}; "
-            "shorten 'explain', raise --max-length, or give --truncate"
+            f"{file} row {row.number} has {length} tokens, over ",
+            Field("max_length"),
+            f" {max_length}{others}; shorten 'explain', raise ",
+            Field("max_length"),
+            ", or give ",
+            Field("truncate"),
+            field=field,
         )
     return examples
 
@@ -196,8 +207,11 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, eos: int) -> tupl
     whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
     if not whole.startswith(opened):
         raise ModelError(
-            "--prompt: 'chat' needs a chat template whose whole conversation begins with its prompt, which MODEL's "
-            "does not; give plain"
+            (
+                "'chat' needs a chat template whose whole conversation begins with its prompt, which MODEL's "
+                "does not; give plain"
+            ),
+            field="prompt",
         )
     # The template writes BOS itself where there is one.
     prompt_ids = _ids(tokenizer, opened, add_special_tokens=False)

@@ -24,9 +24,9 @@ from superexperts.adapters.exposure import counting
 from superexperts.checkpoints.source import checkpoint_folder
 from superexperts.core.config import identity
 from superexperts.core.config_train import TrainConfig, own_values, recipe_text
-from superexperts.core.console import note, speaks
+from superexperts.core.console import is_main_process, note
 from superexperts.core.distributed import together
-from superexperts.core.errors import DataError, EffectError, ExpertsError, OptionError, SuperExpertsError
+from superexperts.core.errors import DataError, EffectError, ExpertsError, Field, OptionError, SuperExpertsError
 from superexperts.core.runs import (
     completed,
     fingerprint,
@@ -59,7 +59,9 @@ def checkpoints_of(out: Path) -> Path:
 def run(config: TrainConfig) -> dict[str, Any]:
     """The command; `OptionError` for projections where no experts are named, which a study may give to all its runs."""
     if config.experts is None and config.projections != TrainConfig.projections:
-        raise OptionError(f"--projections: {config.projections!r} is of experts; give --experts, or leave it out")
+        raise OptionError(
+            f"{config.projections!r} is of experts; give ", Field("experts"), ", or leave it out", field="projections"
+        )
     return train(config)
 
 
@@ -78,12 +80,14 @@ def train(
     """
     started = time.monotonic()
     chosen = None if config.experts is None else chosen_experts(config.experts, config.model).experts
-    files = {"--data": config.data} | ({"--eval-data": config.eval_data} if config.eval_data else {})
-    for option, file in files.items():
+    files = {"data": config.data} | ({"eval_data": config.eval_data} if config.eval_data else {})
+    for field, file in files.items():
         if not file.is_file():
-            raise DataError(f"{option}: {file} is no file; give a JSON array or JSONL of {{question, explain, answer}}")
+            raise DataError(
+                f"{file} is no file; give a JSON array or JSONL of {{question, explain, answer}}", field=field
+            )
     folder = checkpoint_folder(config.model, config.revision)
-    contents = {option.strip("-"): fingerprint(file) for option, file in files.items()}
+    contents = {field: fingerprint(file) for field, file in files.items()}
     inputs = identity(config, model=fingerprint(folder), experts=chosen, **contents)
     if completed(config.out, "train", inputs):
         note(f"train: {config.out} is up to date, nothing to do")
@@ -109,11 +113,14 @@ def train(
             effect = adapter_effect(adapted, _probe(examples))
             names = None if chosen is None else [key_name(key) for key in chosen]
             if effect.none:
-                option = "--experts" if names is not None else "--attention" if config.attention else "--target"
+                field = "experts" if names is not None else "attention" if config.attention else "target"
                 what = target_name(config, names).removeprefix("experts ")
                 raise EffectError(
-                    f"{option}: the adapter on {what} changes no logit of {len(_probe(examples))} rows of "
-                    f"{config.data}; nothing was written: choose experts that these rows reach, or train longer"
+                    (
+                        f"the adapter on {what} changes no logit of {len(_probe(examples))} rows of {config.data}; "
+                        "nothing was written: choose experts that these rows reach, or train longer"
+                    ),
+                    field=field,
                 )
             result = _result(fitted, adapted, examples, held_out) | {
                 "exposure": seen,
@@ -143,7 +150,7 @@ def train(
             if (work / "logs").is_dir():
                 shutil.move(work / "logs", temporary / "logs")
             write_manifest(temporary, "train", inputs, outputs, time.monotonic() - started)
-    if speaks:
+    if is_main_process:
         shutil.rmtree(work, ignore_errors=True)
     return {"out": str(config.out), **result}
 
@@ -151,7 +158,7 @@ def train(
 @contextlib.contextmanager
 def _written(out: Path) -> Iterator[Path | None]:
     """The folder to write into; None in a process that does not write."""
-    if not speaks:
+    if not is_main_process:
         yield None
         return
     with new_folder(out, "train") as temporary:
@@ -163,16 +170,16 @@ def _prepare(work: Path, key: str, config: TrainConfig) -> Path | None:
     checkpoint = None
     if config.resume:
         there = (work / "key.json").is_file()
-        if there and read_json(work / "key.json", "--resume") != key:
+        if there and read_json(work / "key.json", "resume") != key:
             raise OptionError(
-                f"--resume: the checkpoints of {config.out} are of other settings, data or model; leave it out to "
-                "start anew"
+                (f"the checkpoints of {config.out} are of other settings, data or model; leave it out to start anew"),
+                field="resume",
             )
         checkpoint = last_checkpoint(work) if there else None
         if checkpoint is None:
             note(f"train: --resume: {config.out} has no checkpoint, training starts at the first step")
     together()  # all have looked before the first one clears away
-    if speaks and checkpoint is None:
+    if is_main_process and checkpoint is None:
         shutil.rmtree(work, ignore_errors=True)
         write_json(work / "key.json", key)
     together()
@@ -185,7 +192,7 @@ def _kept_when_killed(work: Path) -> Iterator[None]:
     try:
         yield
     except SuperExpertsError:
-        if speaks:
+        if is_main_process:
             shutil.rmtree(work, ignore_errors=True)
         raise
 
@@ -193,27 +200,27 @@ def _kept_when_killed(work: Path) -> Iterator[None]:
 def _examples(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[Example]]:
     """Rows to train on, and rows set aside, in tokens."""
 
-    def encoded(file: Path, option: str) -> list[Example]:
+    def encoded(file: Path, field: str) -> list[Example]:
         return encode(
-            read_rows(file, option),
+            read_rows(file, field),
             tokenizer,
             max_length=config.max_length,
             file=file,
-            option=option,
+            field=field,
             chat=config.prompt == "chat",
             truncate=config.truncate,
         )
 
-    examples = encoded(config.data, "--data")
+    examples = encoded(config.data, "data")
     cut = sum(example.truncated for example in examples)
     if cut:
         note(f"train: {cut:,} of {len(examples):,} responses were cut off at {config.max_length} tokens")
     if config.eval_data is not None:
-        return examples, encoded(config.eval_data, "--eval-data")
+        return examples, encoded(config.eval_data, "eval_data")
     aside = max(1, round(config.eval_share * len(examples))) if config.eval_share else 0
     if aside >= len(examples):
         raise OptionError(
-            f"--eval-share: {config.eval_share} of {len(examples)} rows leaves none to train on; give less"
+            f"{config.eval_share} of {len(examples)} rows leaves none to train on; give less", field="eval_share"
         )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
     held_out = set(order[:aside])
@@ -228,16 +235,20 @@ def _require_exposure(seen: Mapping[str, int], tokens: int, config: TrainConfig)
     unseen = [name for name, count in seen.items() if not count]
     if unseen and not config.allow_unexposed:
         raise ExpertsError(
-            f"--experts: {', '.join(unseen)} saw none of the {tokens:,} training tokens of {config.data}; nothing was "
-            "written: choose experts that these rows reach, or give --allow-unexposed"
+            (
+                f"{', '.join(unseen)} saw none of the {tokens:,} training tokens of {config.data}; nothing was "
+                "written: choose experts that these rows reach, or give "
+            ),
+            Field("allow_unexposed"),
+            field="experts",
         )
     if unseen:
         note(f"train: {', '.join(unseen)} saw none of the {tokens:,} training tokens")
 
 
 def _attach(model: nn.Module, chosen: Sequence[ExpertKey] | None, config: TrainConfig) -> PeftModel:
-    def keyed(text: str, option: str) -> dict[ExpertKey, Any]:
-        return {ExpertSet.parse(name).experts[0]: value for name, value in own_values(text, option).items()}
+    def keyed(text: str, field: str) -> dict[ExpertKey, Any]:
+        return {ExpertSet.parse(name).experts[0]: value for name, value in own_values(text, field).items()}
 
     return lora.attach(
         model,
@@ -250,8 +261,8 @@ def _attach(model: nn.Module, chosen: Sequence[ExpertKey] | None, config: TrainC
         dropout=config.dropout,
         seed=config.seed,
         rslora=config.rslora,
-        ranks=keyed(config.ranks, "--ranks"),
-        alphas=keyed(config.alphas, "--alphas"),
+        ranks=keyed(config.ranks, "ranks"),
+        alphas=keyed(config.alphas, "alphas"),
     )
 
 
@@ -299,6 +310,6 @@ def _save(
     # Left to itself PEFT asks the Hub whether the embeddings were resized.
     values = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     adapted.save_pretrained(str(folder), state_dict=values, save_embedding_layers=False)
-    _, saved = lora.read_adapter(folder, "--out")
+    _, saved = lora.read_adapter(folder, "out")
     trained = {name.replace(".default.", "."): value for name, value in values.items()}
-    lora.check_keys(trained, saved, folder, "--out", same=torch.equal)
+    lora.check_keys(trained, saved, folder, "out", same=torch.equal)

@@ -1,0 +1,90 @@
+"""Command-line arguments to the settings of a command; whatever is wrong with them is one `OptionError`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import TypeVar, get_args, get_type_hints
+
+import tyro
+from tyro import _errors as refusals  # the only way to learn what was wrong without reading a drawn box back
+
+from superexperts.core.errors import OptionError
+
+__all__ = ["read_arguments", "speller"]
+
+Settings = TypeVar("Settings")
+
+WHAT_NUMBERS_ARE = {int: "a whole number", float: "a number"}
+
+
+def speller(kind: type) -> Callable[[str], str]:
+    """How the command line spells the settings of a command: `seq_len` is `--seq-len`, a positional is its metavar.
+
+    A name that the command does not have stays as it is.
+    """
+    names = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        # Only positionals are declared with a metavar.
+        metavars = [mark.metavar for mark in getattr(hint, "__metadata__", ()) if getattr(mark, "metavar", None)]
+        names[name] = metavars[0] if metavars else "--" + name.replace("_", "-")
+    return lambda name: names.get(name, name)
+
+
+def read_arguments(
+    kind: type[Settings], prog: str, arguments: Sequence[str], default: Settings | None = None
+) -> Settings:
+    """The settings that `arguments` give; `OptionError` names the first argument that is wrong.
+
+    `default` holds the values of options that are not given; `--help` prints the help and raises `SystemExit`.
+    """
+
+    def refuse(event: refusals.ParseErrorEvent) -> None:
+        raise _refusal(event, kind, prog, arguments)
+
+    with refusals.on_parse_error(refuse):
+        if default is None:
+            return tyro.cli(kind, prog=prog, args=list(arguments))
+        return tyro.cli(kind, prog=prog, args=list(arguments), default=default)
+
+
+def _refusal(event: refusals.ParseErrorEvent, kind: type, prog: str, arguments: Sequence[str]) -> OptionError:
+    see = f"see {prog} --help"
+    if isinstance(event, refusals.UnrecognizedArgs):
+        return OptionError(_unknown(event.tokens, kind) + see)
+    if isinstance(event, refusals.MissingArgs):
+        names = ", ".join(speller(kind)(missing.arg.field.intern_name) for missing in event.missing_arguments)
+        return OptionError(f"{names} is missing; {see}")
+    if isinstance(event, refusals.InvalidChoice):
+        field = event.argument.field.intern_name
+        return OptionError(f"{event.value!r} is unknown; choose from {', '.join(event.choices)}", field=field)
+    if isinstance(event, refusals.BadValue):
+        return OptionError(f"needs a value; {see}", field=event.argument.field.intern_name)
+    if isinstance(event, refusals.InstantiationFailure) and event.argument is not None:
+        types = [
+            hint for hint in (event.argument.field.type, *get_args(event.argument.field.type)) if hint is not NoneType
+        ]
+        wanted = next((WHAT_NUMBERS_ARE[hint] for hint in types if hint in WHAT_NUMBERS_ARE), None)
+        if wanted is not None:
+            value = _value_of(event.argument.display_name(), arguments)
+            return OptionError(f"{value!r} is not {wanted}", field=event.argument.field.intern_name)
+    message = getattr(event, "message", type(event).__name__)
+    return OptionError(f"{' '.join(message.split())}; {see}")
+
+
+def _unknown(tokens: Sequence[str], kind: type) -> str:
+    spell = speller(kind)
+    known = [spell(name) for name in get_type_hints(kind)]
+    options = [token for token in tokens if token.startswith("-")]
+    if not options:
+        return f"{tokens[0]!r} is one argument too many; "
+    near = difflib.get_close_matches(options[0].partition("=")[0], known, n=1)
+    return f"there is no option {options[0]}; " + (f"did you mean {near[0]}? " if near else "")
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value that was given for an option, the last one where it was given several times."""
+    given = [arguments[i + 1] for i, word in enumerate(arguments[:-1]) if word == flag]
+    given += [word.partition("=")[2] for word in arguments if word.startswith(f"{flag}=")]
+    return given[-1] if given else None
