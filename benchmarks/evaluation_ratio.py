@@ -44,7 +44,7 @@ def by_evaluate(model: Path, data: Path, limit: int, batch_size: int, tokens: in
 def by_harness(model: Path, data: Path, limit: int, batch_size: int, tokens: int) -> float:
     """Seconds of what `lm-eval run` does with the same task files and rows."""
     begin = time.perf_counter()
-    manager = TaskManager(include_path=Path(superexperts.tasks.__file__).parent, include_defaults=False)
+    manager = TaskManager(include_path=Path(superexperts.benchmarks.__file__).parent, include_defaults=False)
     splits = {"boolq": "validation", "vmlu": "valid"}
     entries = [
         {

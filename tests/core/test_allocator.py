@@ -16,7 +16,7 @@ from superexperts.core import allocator
 CODE = """
 import resource
 import torch
-from superexperts.allocator import keep_memory
+from superexperts.core.allocator import keep_memory
 if {keep}:
     keep_memory()
 for _ in range(3):

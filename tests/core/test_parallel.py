@@ -151,7 +151,7 @@ def test_ten_thousand_answers_are_worth_it() -> None:
 
 SCRIPT = """
 import os, pathlib, sys, time
-from superexperts.cores import by_all_cores
+from superexperts.core.parallel import by_all_cores
 os.sched_getaffinity = lambda _: range(3)
 me = os.getpid()
 def work(item):
@@ -165,7 +165,7 @@ by_all_cores(work, range(3), worth=1)
 
 GROUP = """
 import os, signal, sys, time
-from superexperts.cores import by_all_cores
+from superexperts.core.parallel import by_all_cores
 os.sched_getaffinity = lambda _: range(4)
 signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "ignores" else signal.default_int_handler)
 me = os.getpid()

@@ -131,7 +131,7 @@ def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
     runs.write_json(target, list(range(100_000)))
     code = f"""
 from pathlib import Path
-from superexperts.rundir import write_json
+from superexperts.core.runs import write_json
 print("go", flush=True)
 while True:
     write_json(Path({str(target)!r}), list(range(100_000)))
@@ -148,7 +148,7 @@ while True:
 @contextlib.contextmanager
 def child(code: str, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
     """A process that runs `code`, with `hang` to say that it is there and to wait; alive while the block runs."""
-    head = "import os, shutil, sys\nfrom pathlib import Path\nfrom superexperts import rundir\n"
+    head = "import os, shutil, sys\nfrom pathlib import Path\nfrom superexperts.core import runs\n"
     head += "def hang(*_, **__):\n    print('there', flush=True)\n    sys.stdin.readline()\n"
     command = [sys.executable, "-c", head + code, *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -162,10 +162,10 @@ def child(code: str, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
 
 WRITE = """
 out, when = Path(sys.argv[1]), sys.argv[2]
-with rundir.new_folder(out, "prune") as folder:
+with runs.new_folder(out, "prune") as folder:
     (folder / "deep").mkdir()
     (folder / "deep" / "whole").write_text("killed")
-    rundir.write_manifest(folder, "prune", {}, ["deep"], 0)
+    runs.write_manifest(folder, "prune", {}, ["deep"], 0)
     if when == "writing":
         hang()
     elif when == "between":  # the two renames

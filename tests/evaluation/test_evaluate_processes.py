@@ -24,7 +24,7 @@ LAUNCH = [
 SCRIPT = """
 import os, sys
 from superexperts import cli
-from superexperts.asker import HfAsker
+from superexperts.engines.harness import HfAsker
 stock, seen = HfAsker._model_generate, 0
 def counted(self, context, *arguments, **more):
     global seen

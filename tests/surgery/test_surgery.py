@@ -472,9 +472,9 @@ sys.exit(main(sys.argv[1:]))
 """
 KILLED = """
 import os, signal, sys
-from superexperts import surgery
+from superexperts.checkpoints import writer
 from superexperts.cli import main
-surgery._patch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+writer._patch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main(sys.argv[1:])
 """
 

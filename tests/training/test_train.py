@@ -362,7 +362,7 @@ tags:
 | L2E54 | 1,000 |
 | L3E38 | 7 |
 
-Load with `superexperts.lora.load_adapter(model, folder)`, or `superexperts export` it.
+Load with `superexperts.adapters.lora.load_adapter(model, folder)`, or `superexperts export` it.
 """
 
 

@@ -74,7 +74,7 @@ def _card(experts: list[str], model: str, layout: str) -> str:
         "---\nlibrary_name: peft\ntags:\n- lora\n- superexperts\n---\n\n"
         f"# LoRA on {len(experts)} experts of {model}\n\n"
         f"Read from a file in the layout {layout}: {', '.join(experts)}.\n"
-        "\nLoad with `superexperts.lora.load_adapter(model, folder)`.\n"
+        "\nLoad with `superexperts.adapters.lora.load_adapter(model, folder)`.\n"
     )
 
 

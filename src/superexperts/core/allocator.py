@@ -2,7 +2,7 @@
 
 By default glibc hands every block of more than some MB back to the kernel and gets it anew, page by page cleared, for
 the next tensor of the same size: a norm of 16 MB takes twice as long, attention and generation on a CPU as well
-(docs/lab-log.md, 2026-11-28).
+(docs/decisions/05-keep-freed-memory.md).
 """
 
 from __future__ import annotations
