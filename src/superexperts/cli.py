@@ -127,7 +127,8 @@ def _run(name: str, module: Any, settings: Any) -> int:
     if "json" in vars(settings) and settings.json:
         print(json.dumps(result, ensure_ascii=False))
     else:
-        importlib.import_module("superexperts.core.show").show(name, result)
+        own = getattr(module, "show", None)
+        own(result) if own else _imported("core.show").show(name, result)
     return int(result.get("exit_code", 0)) if name == "compare" else 0
 
 

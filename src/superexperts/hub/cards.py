@@ -71,7 +71,10 @@ def study_card(bundle: Bundle, facts: Mapping[str, Any]) -> str:
             inputs = manifests[str(PurePosixPath(adapter).parent / MANIFEST)].get("inputs", {})
             seed = inputs.get("options", {}).get("seed", "")
             lines.append(f"| `{adapter}` | {_text(title)} | {_text(seed)} |")
-        lines += ["", "Load one with `superexperts.adapters.lora.load_adapter(model, folder)`, or `superexperts export` it."]
+        lines += [
+            "",
+            "Load one with `superexperts.adapters.lora.load_adapter(model, folder)`, or `superexperts export` it.",
+        ]
     return "\n".join([*lines, *_versions(list(manifests.values()))]) + "\n"
 
 

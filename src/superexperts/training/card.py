@@ -78,7 +78,10 @@ def model_card(config: TrainConfig, result: Mapping[str, Any], data: Mapping[str
         lines += ["", "| expert | training tokens that it saw |", "| --- | --- |"]
         lines += [f"| {name} | {count:,} |" for name, count in result["exposure"].items()]
     if experts is not None:
-        lines += ["", "Load with `superexperts.adapters.lora.load_adapter(model, folder)`, or `superexperts export` it."]
+        lines += [
+            "",
+            "Load with `superexperts.adapters.lora.load_adapter(model, folder)`, or `superexperts export` it.",
+        ]
     return "\n".join(lines) + "\n"
 
 
