@@ -10,13 +10,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
-from superexperts.profiling.accumulator import Recorder
-
 __all__ = [
     "agreed",
     "device_of_process",
     "gathered",
-    "merged",
     "my_share",
     "process_number",
     "processes_here",
@@ -40,16 +37,6 @@ def my_share(batches: Sequence[T]) -> Sequence[T]:
         return batches
     state = _state()
     return batches[state.process_index :: state.num_processes]
-
-
-def merged(recorder: Recorder) -> Recorder:
-    """What all processes recorded, in each of them: exactly what one process records of all batches."""
-    if not several():
-        return recorder
-    total, *others = gathered(recorder.cpu())
-    for other in others:
-        total.merge(other)
-    return total
 
 
 def gathered(value: T) -> list[T]:

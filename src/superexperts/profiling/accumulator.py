@@ -16,12 +16,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from superexperts.core.distributed import gathered, several
 from superexperts.core.errors import Field, ModelError
 from superexperts.core.types import ExpertId, ExpertKey, ExpertStats, key_name, key_order
 from superexperts.models.experts import BankCall, Piece
 from superexperts.profiling.select import layer_shares
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "merged"]
 
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -239,6 +240,16 @@ class Recorder:
         return tuple(
             dataclasses.replace(row, token_share=tokens.get(row.key), gate_share=gates.get(row.key)) for row in rows
         )
+
+
+def merged(recorder: Recorder) -> Recorder:
+    """The statistics of all processes, in each of them: exactly what one process computes from all batches."""
+    if not several():
+        return recorder
+    total, *others = gathered(recorder.cpu())
+    for other in others:
+        total.merge(other)
+    return total
 
 
 def _measured(piece: Piece) -> tuple[Piece, Tensor, Tensor, Tensor]:

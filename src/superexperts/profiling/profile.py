@@ -25,7 +25,7 @@ from superexperts.checkpoints import float8
 from superexperts.checkpoints.source import checkpoint_folder
 from superexperts.core.config import QUICK_LENGTH, ProfileConfig, identity
 from superexperts.core.console import is_main_process, note, progress
-from superexperts.core.distributed import agreed, merged, my_share, several
+from superexperts.core.distributed import agreed, my_share, several
 from superexperts.core.errors import OptionError
 from superexperts.core.parallel import by_all_cores
 from superexperts.core.runs import (
@@ -53,7 +53,7 @@ from superexperts.models.loading import (
     settings_of,
 )
 from superexperts.models.streaming import StreamedModel
-from superexperts.profiling.accumulator import Recorder
+from superexperts.profiling.accumulator import Recorder, merged
 from superexperts.profiling.plots import plot_heatmap, plot_layers
 from superexperts.profiling.plots_corpora import plot_corpora, plot_top
 from superexperts.profiling.select import layers_below, peak, super_experts

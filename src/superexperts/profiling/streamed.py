@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from superexperts.core.console import note, progress
-from superexperts.core.distributed import merged, my_share
+from superexperts.core.distributed import my_share
 from superexperts.core.errors import OptionError, OutputError
 from superexperts.core.types import CRITERION_DEPTH, CorpusProfile, ExpertKey, Statistic
 from superexperts.models.banks import Bank, expert_keys, find_banks
@@ -27,7 +27,7 @@ from superexperts.models.decoder import layer_by_layer, num_layers
 from superexperts.models.experts import BankCall, Piece, ready
 from superexperts.models.hooks import tapped
 from superexperts.models.streaming import StreamedModel
-from superexperts.profiling.accumulator import Recorder
+from superexperts.profiling.accumulator import Recorder, merged
 from superexperts.profiling.select import layers_below, super_experts
 
 __all__ = ["banks_below", "profile_streamed", "quick_look"]
