@@ -104,12 +104,13 @@ IMPORTED = """
 import gc, sys
 import superexperts.cli as cli
 imported = cli._imported
-def told(name):
+def watched(name):
     module = imported(name)
-    module.run = lambda _: print(gc.get_freeze_count()) or {"out": gc.isenabled()}
-    print(gc.isenabled())
+    if name == cli.COMMANDS["select"].module:
+        module.run = lambda _: print(gc.get_freeze_count()) or {"out": gc.isenabled()}
+        print(gc.isenabled())
     return module
-cli._imported = told
+cli._imported = watched
 sys.argv = ["superexperts", "select", "x", "--json"]
 sys.exit(cli.main())
 """

@@ -261,7 +261,7 @@ def test_a_linked_folder_is_replaced_where_it_lies(tmp_path: Path) -> None:
 
 
 def test_a_later_write_clears_the_file_of_a_killed_one(tmp_path: Path) -> None:
-    code = "os.fsync = hang\nrundir.write_text(Path(sys.argv[1]), sys.argv[2])"
+    code = "os.fsync = hang\nruns.write_text(Path(sys.argv[1]), sys.argv[2])"
     target = tmp_path / "a.json"
     (tmp_path / ".b.json.abcd1234.tmp").write_text("another file's")
     with child(code, target, "alive") as neighbour:
