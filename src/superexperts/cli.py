@@ -50,7 +50,7 @@ COMMANDS = {
     "check-adapter": Command(
         "does an adapter fit, and does it change anything",
         "evaluation.check_adapter",
-        "core.config_adapters.CheckAdapterConfig",
+        "evaluation.check_adapter.CheckAdapterConfig",
     ),
     "evaluate": Command("ask a model the questions of benchmarks", "evaluation.evaluate", "core.config.EvaluateConfig"),
     "extract": Command("read what each answer commits to", "extraction.extract", "core.config.ExtractConfig"),

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from superexperts.adapters import lora
+from superexperts.adapters.effect import adapter_effect
 from superexperts.adapters.layer import ExpertLoraConfig, ExpertsLora
 from superexperts.core.errors import DataError, ExpertsError, ModelError, OptionError
 from superexperts.core.types import ExpertKey
-from superexperts.evaluation import check_adapter
 from superexperts.models.banks import find_banks
 from tests.support.families import FAMILIES, tiny_model, tiny_tokens
 
@@ -545,10 +545,10 @@ def test_effect_equals_its_definition() -> None:
     model = tiny_model("deepseek_v2")
     adapted = attach(model, [(1, 0), (1, 1), (2, 2)])
     rows = [tiny_tokens(1, 12)[0], tiny_tokens(1, 7, seed=3)[0]]
-    before = check_adapter.adapter_effect(adapted, rows)
+    before = adapter_effect(adapted, rows)
     assert (before.max_logit_change, before.kl, before.none) == (0.0, 0.0, True)
     randomise(adapted)
-    effect = check_adapter.adapter_effect(adapted, rows)
+    effect = adapter_effect(adapted, rows)
     assert not effect.none
     changes, divergences = [], []
     plain = tiny_model("deepseek_v2")
@@ -561,7 +561,7 @@ def test_effect_equals_its_definition() -> None:
     assert effect.kl == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-4)
     assert effect.kl > 1e-4
     block = tiny_tokens(3, 9)
-    assert check_adapter.adapter_effect(adapted, block) == check_adapter.adapter_effect(adapted, list(block))
+    assert adapter_effect(adapted, block) == adapter_effect(adapted, list(block))
 
 
 def test_effect_measures_without_dropout_and_gives_modes_back() -> None:
@@ -570,5 +570,5 @@ def test_effect_measures_without_dropout_and_gives_modes_back() -> None:
     adapted.train()
     adapted.get_submodule("base_model.model.model.layers.2").eval()
     modes = [module.training for module in adapted.modules()]
-    assert check_adapter.adapter_effect(adapted, tiny_tokens()) == check_adapter.adapter_effect(adapted, tiny_tokens())
+    assert adapter_effect(adapted, tiny_tokens()) == adapter_effect(adapted, tiny_tokens())
     assert [module.training for module in adapted.modules()] == modes

@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from superexperts.adapters import export, lora
+from superexperts.adapters.effect import adapter_effect
 from superexperts.adapters.exposure import adapted_experts, counting
 from superexperts.cli import main
 from superexperts.core.config import EvaluateConfig
-from superexperts.core.config_adapters import CheckAdapterConfig, ExportConfig
+from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.errors import DataError, ModelError, OptionError
 from superexperts.core.types import ExpertKey, key_name
 from superexperts.evaluation import check_adapter, evaluate
+from superexperts.evaluation.check_adapter import CheckAdapterConfig
 from superexperts.models.experts import BankCall, is_bank
 from superexperts.models.hooks import tapped
 from tests.adapters.test_export import save_adapter, stock, without
@@ -57,7 +59,7 @@ def test_tokens_are_counted_as_the_router_sends_them(family: str) -> None:
     rows = [tiny_tokens(1, 12)[0], tiny_tokens(1, 7, seed=3)[0]]
     expected, share = routed(tiny_model(family), rows, keys)
     # A fresh adapter changes nothing, so the tokens go where they go without it.
-    effect = check_adapter.adapter_effect(attach(model, keys), rows)
+    effect = adapter_effect(attach(model, keys), rows)
     assert effect.probe_experts == expected
     assert effect.probe_share == pytest.approx(share)
     assert effect.probe_tokens == 19
@@ -66,10 +68,10 @@ def test_tokens_are_counted_as_the_router_sends_them(family: str) -> None:
 
 def test_a_shared_expert_sees_every_token_and_attention_is_no_expert() -> None:
     adapted = attach(tiny_model("deepseek_v2"), [(1, 0), (2, "shared")])
-    effect = check_adapter.adapter_effect(adapted, tiny_tokens())
+    effect = adapter_effect(adapted, tiny_tokens())
     assert (effect.probe_experts["L2shared"], effect.probe_share) == (32, 1.0)
     attention = lora.attach_attention(tiny_model("deepseek_v2"), r=2, alpha=4, dropout=0.0, seed=0)
-    effect = check_adapter.adapter_effect(attention, tiny_tokens())
+    effect = adapter_effect(attention, tiny_tokens())
     assert (effect.probe_experts, effect.probe_share, effect.probe_tokens) == ({}, None, 32)
 
 
@@ -98,12 +100,12 @@ def test_the_adapted_experts_of_pefts_own_layer_are_those_with_a_b(tmp_path: Pat
     keys: list[ExpertKey] = [(1, 3), (2, 0), (2, "shared")]
     adapted = attach(stock(base), keys)
     randomise(adapted)
-    own = check_adapter.adapter_effect(adapted, tiny_tokens())
+    own = adapter_effect(adapted, tiny_tokens())
     adapter = save_adapter(adapted, base, tmp_path / "adapter")
     export.run(ExportConfig(adapter=adapter, format="peft", out=tmp_path / "peft"))
     loaded = lora.load_adapter(stock(base), tmp_path / "peft")
     assert adapted_experts(loaded.get_base_model()) == tuple(keys)
-    effect = check_adapter.adapter_effect(loaded, tiny_tokens())
+    effect = adapter_effect(loaded, tiny_tokens())
     assert (effect.probe_experts, effect.probe_share) == (own.probe_experts, own.probe_share)
     assert effect.max_logit_change == pytest.approx(own.max_logit_change, rel=1e-4)
     assert effect.kl == pytest.approx(own.kl, rel=1e-3)
@@ -190,13 +192,13 @@ def test_an_adapter_that_changes_nothing_is_an_error(tmp_path: Path, capsys: pyt
     assert said.err.count("superexperts: ") == 1
 
 
-def test_an_expert_that_no_probe_token_reached_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_an_expert_that_no_probe_token_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = checkpoint(tmp_path)
     adapter = adapter_on(base, tmp_path / "adapter", [(1, 1), (1, 5)])
     result = check_adapter.run(settings(base, adapter))
     assert result["unreached"] == ["L1E5"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "ADAPTER: L1E5 saw none of 120 probe tokens; 1 other adapted experts were reached" in said
+    assert "adapter: L1E5 saw none of 120 probe tokens; 1 other adapted expert was reached" in said
 
 
 def test_keys_without_a_home_and_modules_without_keys(tmp_path: Path) -> None:

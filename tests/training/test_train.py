@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from superexperts.adapters import lora
+from superexperts.adapters.effect import adapter_effect
 from superexperts.adapters.layer import ExpertLoraConfig
 from superexperts.core.config_train import TrainConfig
 from superexperts.core.errors import DataError, EffectError, ExpertsError, ModelError, OptionError, OutputError
 from superexperts.core.types import key_name
-from superexperts.evaluation import check_adapter
 from superexperts.models.banks import find_banks
 from superexperts.models.experts import BankCall
 from superexperts.models.hooks import tapped
@@ -273,7 +273,7 @@ def test_what_training_writes_and_returns(config: Any, capsys: pytest.CaptureFix
     assert len(written["loss"]) == 6  # 3 batches of up to 2 rows, twice
     adapted = lora.load_adapter(tiny_model("deepseek_v2", vocab_size=259), out / "adapter")
     rows = [torch.tensor(e.input_ids) for e in encode(read_rows(settings.data), tokenizer, max_length=1024, file=out)]
-    effect = check_adapter.adapter_effect(adapted, rows)
+    effect = adapter_effect(adapted, rows)
     assert (effect.max_logit_change, effect.kl) == (written["max_logit_change"], written["kl"])
     assert effect.max_logit_change > 1e-3
     fields = json.loads((out / "adapter" / "adapter_config.json").read_text())

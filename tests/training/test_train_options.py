@@ -20,10 +20,10 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from superexperts.adapters import lora
+from superexperts.adapters.effect import adapter_effect
 from superexperts.cli import main
 from superexperts.core.config_train import TrainConfig, read_recipe
 from superexperts.core.errors import DataError, ModelError, OptionError
-from superexperts.evaluation import check_adapter
 from superexperts.training import loop, train
 from superexperts.training.rows import IGNORED, encode, read_rows
 from tests.support.families import tiny_model
@@ -416,7 +416,7 @@ def test_a_saved_adapter_in_bfloat16_is_the_one_that_was_measured(config: Any, t
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
     adapted = lora.load_adapter(tiny_model("deepseek_v2", vocab_size=259), tmp_path / "out" / "adapter")
     examples = encode(read_rows(tmp_path / "rows.json"), byte_tokenizer(), max_length=1024, file=tmp_path)
-    effect = check_adapter.adapter_effect(adapted, [torch.tensor(example.input_ids) for example in examples])
+    effect = adapter_effect(adapted, [torch.tensor(example.input_ids) for example in examples])
     assert (effect.max_logit_change, effect.kl) == (result["max_logit_change"], result["kl"])
 
 

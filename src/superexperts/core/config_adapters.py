@@ -1,4 +1,4 @@
-"""The commands about adapters as files: export, import, check-adapter and push; `config.py` has the others."""
+"""The commands about adapters as files: export, import and push; `config.py` has the others."""
 
 from __future__ import annotations
 
@@ -10,19 +10,12 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from superexperts.core.errors import Field
 from superexperts.core.settings import (
-    SeededConfig,
-    ServerConfig,
     Switch,
     require,
-    require_device,
-    require_seed,
-    require_sequences,
-    require_url,
 )
 
-__all__ = ["CheckAdapterConfig", "ExportConfig", "ImportConfig", "PushConfig"]
+__all__ = ["ExportConfig", "ImportConfig", "PushConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,52 +65,6 @@ class ImportConfig:
     """Run Python code that comes with the checkpoint. Only for checkpoints that you trust."""
     json: Switch = False
     """Print the result as JSON."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckAdapterConfig(ServerConfig, SeededConfig):
-    """Does the adapter fit the model, does text reach it, and does it change anything? Exit code 2 where it does not.
-
-    Example: superexperts check-adapter pocket runs/lora --tokens 2048
-
-    Example: superexperts check-adapter BASE ADAPTER --base-url http://localhost:8000/v1
-    """
-
-    adapter: Positional[Annotated[Path, tyro.conf.arg(metavar="ADAPTER")]]
-    """Adapter folder, or the folder of `train` that holds it."""
-    corpus: str = "pocket"
-    """Probe text; names as for profile."""
-    column: str | None = None
-    """Column of a .jsonl file or Hub data set that holds the text; default: text."""
-    tokens: int = 2048
-    """Probe tokens, BOS of each sequence counted."""
-    seq_len: int = 256
-    """Tokens per sequence."""
-    base_url: str | None = None
-    """Check what an OpenAI-compatible server does with the adapter instead; MODEL and ADAPTER are its names for the
-    base model and for the adapter."""
-    prompts: int = 32
-    """api: beginnings of texts that both are to continue."""
-    max_new_tokens: int = 32
-    """api: tokens of each continuation."""
-    data_dir: Path | None = None
-    """Folder of local data files instead of the Hub; default: the environment's SUPEREXPERTS_DATA."""
-    json: Switch = False
-    """Print the result as JSON."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_sequences(self.tokens, self.seq_len)
-        require_device(self.device)
-        require_seed(self.seed)
-        require(self.prompts > 0, "prompts", self.prompts, "is not positive; give at least 1")
-        require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "is not positive; give at least 1")
-        if self.base_url is not None:
-            require_url("base_url", self.base_url)
-            differ = str(self.adapter) != self.model
-            require(
-                differ, "adapter", str(self.adapter), "is ", Field("model"), "; give the server's name for the adapter"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -46,8 +46,6 @@ def show(command: str, result: dict[str, Any]) -> None:
         stdout.print(f"layout {result['layout']}: {result['why']}", soft_wrap=True)
         count = len(result["experts"])
         stdout.print(f"{count} expert{'s' * (count != 1)}, rank {result['r']}", soft_wrap=True)
-    elif command == "check-adapter":
-        _show_check(result)
     elif command == "evaluate":
         for task, items in result["tasks"].items():
             stdout.print(f"{task}: {items} answers")
@@ -143,19 +141,6 @@ def _show_compare(result: dict[str, Any]) -> None:
         stdout.print(f"expected, but identical: {', '.join(result['expected_but_identical'])}", soft_wrap=True)
     if result["failed"] is not None:
         stdout.print(f"NOT AS EXPECTED: {result['failed']}", soft_wrap=True, markup=False)
-
-
-def _show_check(result: dict[str, Any]) -> None:
-    if "differ" in result:
-        told = f"{result['differ']:,} of {result['prompts']:,} continuations of {result['corpus']} differ"
-        stdout.print(f"{told} as {result['adapter']}", soft_wrap=True, markup=False)
-        return
-    share = "" if result["probe_share"] is None else f"; {100 * result['probe_share']:.1f}% reach an adapted expert"
-    stdout.print(f"{result['keys']:,} keys, each in its place", soft_wrap=True)
-    stdout.print(f"{result['probe_tokens']:,} probe tokens of {result['corpus']}{share}", soft_wrap=True, markup=False)
-    for name, tokens in result["probe_experts"].items():
-        stdout.print(f"{name}: {tokens:,} tokens")
-    stdout.print(f"logits change by up to {result['max_logit_change']:.3g} (KL {result['kl']:.3g} nats)")
 
 
 def _show_push(result: dict[str, Any]) -> None:

@@ -1,68 +1,131 @@
-"""Whether an adapter does anything: keys and modules fit, tokens reach its experts, logits move.
-
-Shape suffixes: B sequences, L tokens per sequence, V vocabulary.
-"""
+"""The command `check-adapter`: does an adapter fit its model, does text reach its experts, and do logits change?"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
-import torch.nn.functional as F
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+import tyro
+from tyro.conf import Positional
 
-from superexperts.adapters import lora
-from superexperts.adapters.exposure import counting
-from superexperts.checkpoints.source import adapter_folder
-from superexperts.core.config_adapters import CheckAdapterConfig
-from superexperts.core.console import note
-from superexperts.core.errors import DataError, EffectError, Field, OptionError
-from superexperts.data.corpora import corpus_sequences, corpus_texts
-from superexperts.engines.harness import instances, quiet
-from superexperts.engines.server import api, as_chat, request_url
-from superexperts.models.loading import load_model, load_tokenizer
+from superexperts.core.console import stdout
+from superexperts.core.errors import DataError, Field
+from superexperts.core.settings import (
+    SeededConfig,
+    ServerConfig,
+    Switch,
+    require,
+    require_device,
+    require_seed,
+    require_sequences,
+    require_url,
+)
 
-__all__ = ["Effect", "adapter_effect", "gate", "run"]
+__all__ = ["CheckAdapterConfig", "run", "show"]
 
-CHARACTERS = 200
-"""Of each text that a server is to continue."""
+PROMPT_CHARACTERS = 200
+"""How much of each text a server is given to continue."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckAdapterConfig(ServerConfig, SeededConfig):
+    """Does the adapter fit the model, does text reach it, and does it change anything? Exit code 2 if it does not.
+
+    Example: superexperts check-adapter pocket runs/lora --tokens 2048
+
+    Example: superexperts check-adapter BASE ADAPTER --base-url http://localhost:8000/v1
+    """
+
+    adapter: Positional[Annotated[Path, tyro.conf.arg(metavar="ADAPTER")]]
+    """Adapter folder, or the output folder of `train` that holds it."""
+    corpus: str = "pocket"
+    """Probe text; names as for profile."""
+    column: str | None = None
+    """Column of a .jsonl file or Hub data set that holds the text; default: text."""
+    tokens: int = 2048
+    """Probe tokens, the BOS of each sequence included."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    base_url: str | None = None
+    """Check what an OpenAI-compatible server does with the adapter instead; MODEL and ADAPTER are its names for the
+    base model and for the adapter."""
+    prompts: int = 32
+    """Server: how many texts both continue from their beginning."""
+    max_new_tokens: int = 32
+    """Server: tokens of each continuation."""
+    data_dir: Path | None = None
+    """Folder of local data files instead of the Hub; default: the environment's SUPEREXPERTS_DATA."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_sequences(self.tokens, self.seq_len)
+        require_device(self.device)
+        require_seed(self.seed)
+        require(self.prompts > 0, "prompts", self.prompts, "is not positive; give at least 1")
+        require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "is not positive; give at least 1")
+        if self.base_url is not None:
+            require_url("base_url", self.base_url)
+            adapter = str(self.adapter)
+            require(
+                adapter != self.model,
+                "adapter",
+                adapter,
+                "is also given as ",
+                Field("model"),
+                "; give the server's name for the adapter",
+            )
 
 
 def run(config: CheckAdapterConfig) -> dict[str, Any]:
-    """The command; writes nothing. `DataError` for an adapter that does not fit or changes no logit."""
+    """Checks the adapter and returns the numbers that `show` prints; writes nothing.
+
+    `DataError` or `ModelError` for an adapter that does not fit the model, `DataError` for one that changes nothing.
+    """
     if config.base_url is not None:
-        return _served(config, config.base_url)
+        return _check_served(config, config.base_url)
+    # Imported here, so that --help and a wrong option do not wait for torch.
+    from superexperts.adapters.effect import require_effect
+    from superexperts.adapters.lora import load_adapter, read_adapter
+    from superexperts.checkpoints.source import adapter_folder
+    from superexperts.data.corpora import corpus_sequences
+    from superexperts.models.loading import load_model, load_tokenizer
+
     folder = adapter_folder(config.adapter)
-    _, tensors = lora.read_adapter(folder, "adapter")
+    _, tensors = read_adapter(folder, "adapter")
     tokenizer = load_tokenizer(config)
     sequences_BL = corpus_sequences(
         config.corpus, config.data_dir, tokenizer, tokens=config.tokens, seq_len=config.seq_len, column=config.column
     )
-    adapted = lora.load_adapter(load_model(config), folder, "adapter")
-    effect = gate(adapted, list(sequences_BL), folder, "adapter")
+    adapted = load_adapter(load_model(config), folder, "adapter")
+    effect = require_effect(adapted, list(sequences_BL), folder, "adapter")
     return {
         "adapter": str(folder),
         "corpus": config.corpus,
         "keys": len(tensors),
         **dataclasses.asdict(effect),
-        "unreached": [name for name, count in effect.probe_experts.items() if not count],
+        "unreached": effect.unreached,
     }
 
 
-def _served(config: CheckAdapterConfig, url: str) -> dict[str, Any]:
-    """What a server makes of the adapter: greedy continuations under both names; `DataError` where all are the same."""
+def _check_served(config: CheckAdapterConfig, url: str) -> dict[str, Any]:
+    """Compares a server's greedy continuations under the base model's name and the adapter's; `DataError` if all are
+    the same."""
+    # Imported here, so that --help and a wrong option do not wait for the harness.
+    from superexperts.data.corpora import corpus_texts
+    from superexperts.engines.harness import instances, quiet
+    from superexperts.engines.server import api, as_chat, request_url
+
     texts = corpus_texts(config.corpus, config.data_dir, config.column)
-    beginnings = [text[:CHARACTERS] for text in itertools.islice((t for t in texts if t.strip()), config.prompts)]
+    beginnings = [
+        text[:PROMPT_CHARACTERS] for text in itertools.islice((t for t in texts if t.strip()), config.prompts)
+    ]
     replies = []
     for name in (config.model, str(config.adapter)):
-        asker = api(
+        server = api(
             name,
             request_url(url),
             concurrency=config.concurrency,
@@ -70,115 +133,28 @@ def _served(config: CheckAdapterConfig, url: str) -> dict[str, Any]:
             retries=config.retries,
             seed=config.seed,
         )
-        prompts = as_chat(asker, beginnings)
+        prompts = as_chat(server, beginnings)
         with quiet():
-            replies.append(asker.generate_until(instances(prompts, config.max_new_tokens)))
+            replies.append(server.generate_until(instances(prompts, config.max_new_tokens)))
     differ = sum(base != adapted for base, adapted in zip(*replies, strict=True))
     if not differ:
         raise DataError(
-            (
-                f"{url} continues all {len(beginnings)} prompts of {config.corpus} alike as "
-                f"{str(config.adapter)!r} and as {config.model!r}; it may not apply the adapter: check its log, "
-                "or give text that the adapter is for"
-            ),
+            f"{url} continues all {len(beginnings)} prompts of {config.corpus} alike as {str(config.adapter)!r} and as "
+            f"{config.model!r}; it may not apply the adapter: check its log, or give text that the adapter is for",
             field="adapter",
         )
     return {"adapter": str(config.adapter), "corpus": config.corpus, "prompts": len(beginnings), "differ": differ}
 
 
-def gate(adapted: PeftModel, sequences: Sequence[Tensor], folder: Path, field: str) -> Effect:
-    """Measures the adapter on rows of token ids [L]: `DataError` if no logit changes, a note on experts that no token
-    reached."""
-    effect = adapter_effect(adapted, sequences)
-    unreached = [name for name, count in effect.probe_experts.items() if not count]
-    told = f"{', '.join(unreached)} saw none of {effect.probe_tokens:,} probe tokens"
-    if effect.none:
-        why = f" ({told})" if unreached else ""
-        raise DataError(
-            (
-                f"{folder} changes no logit of {effect.probe_tokens:,} probe tokens{why}; train it, or give text "
-                "that reaches its experts"
-            ),
-            field=field,
-        )
-    if unreached:
-        note(f"{field}: {told}; {len(effect.probe_experts) - len(unreached)} other adapted experts were reached")
-    return effect
-
-
-# ---- what an adapter does ----------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Effect:
-    """How far an adapter moves a model on some text."""
-
-    max_logit_change: float
-    """Largest |logit with the adapter - logit without|."""
-    kl: float
-    """KL(with || without) of the next token in nats, mean over positions."""
-    probe_tokens: int
-    """Tokens of the text."""
-    probe_share: float | None
-    """Share of them that reach an adapted expert in some layer; None for an adapter on no expert."""
-    probe_experts: dict[str, int]
-    """How many of them each adapted expert sees."""
-
-    @property
-    def none(self) -> bool:
-        """Whether no logit moves."""
-        return not self.max_logit_change > 0
-
-
-@contextlib.contextmanager
-def _scaled_to_zero(model: nn.Module) -> Iterator[None]:
-    scalings = [module.scaling for module in model.modules() if isinstance(module, LoraLayer)]
-    before = [dict(scaling) for scaling in scalings]
-    for scaling in scalings:
-        scaling.update(dict.fromkeys(scaling, 0.0))
-    try:
-        yield
-    finally:
-        for scaling, values in zip(scalings, before, strict=True):
-            scaling.update(values)
-
-
-@torch.no_grad()
-def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
-    """Compares the model with its adapter against itself without, on rows of token ids [L] (lengths may differ).
-
-    "Without" keeps the layers in place and sets their scaling to 0: the same sums in the same order, so that an adapter
-    that does nothing measures exactly 0, where `disable_adapter` would leave the last bits of another order of sums.
-    Rows run one by one, so nothing is padded and at most two [L, V] tensors are held.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    change, divergence, positions = 0.0, 0.0, 0
-    with counting(model, training=False) as exposure:
-        for ids_L in sequences_BL:
-            ids_BL = ids_L[None].to(next(model.parameters()).device)
-            exposure.on = True
-            with_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
-            exposure.on = False
-            with _scaled_to_zero(model):
-                without_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
-            if not with_LV.isfinite().all():
-                raise EffectError(
-                    "the adapter makes logits that are not finite: training diverged; lower ", Field("learning_rate")
-                )
-            change = max(change, float((with_LV - without_LV).abs().max()))
-            divergence += float(
-                F.kl_div(without_LV.log_softmax(-1), with_LV.log_softmax(-1), reduction="sum", log_target=True)
-            )
-            positions += len(ids_L)
-    for module, training in modes:
-        module.training = training
-    if not positions:
-        raise OptionError("no row to measure the adapter's effect on; give at least one", field="data")
-    return Effect(
-        max_logit_change=change,
-        kl=divergence / positions,
-        probe_tokens=positions,
-        probe_share=exposure.share() if exposure.experts else None,
-        probe_experts=exposure.by_expert(together=False),  # every process measures the same rows
-    )
+def show(result: dict[str, Any]) -> None:
+    """Prints what `run` returned."""
+    if "differ" in result:
+        counts = f"{result['differ']:,} of {result['prompts']:,} continuations of {result['corpus']} differ"
+        stdout.print(f"{counts} as {result['adapter']}", soft_wrap=True, markup=False)
+        return
+    share = "" if result["probe_share"] is None else f"; {100 * result['probe_share']:.1f}% reach an adapted expert"
+    stdout.print(f"{result['keys']:,} keys, each in its place", soft_wrap=True)
+    stdout.print(f"{result['probe_tokens']:,} probe tokens of {result['corpus']}{share}", soft_wrap=True, markup=False)
+    for name, tokens in result["probe_experts"].items():
+        stdout.print(f"{name}: {tokens:,} tokens")
+    stdout.print(f"logits change by up to {result['max_logit_change']:.3g} (KL {result['kl']:.3g} nats)")

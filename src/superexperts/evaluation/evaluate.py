@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from superexperts.adapters.borrow import borrowed
+from superexperts.adapters.effect import require_effect
 from superexperts.adapters.lora import load_adapter
 from superexperts.benchmarks import Benchmark, load_benchmarks, prompt
 from superexperts.checkpoints.source import adapter_folder, checkpoint_folder
@@ -46,7 +47,6 @@ from superexperts.engines.journal import Journal, open_journals, remove_journals
 from superexperts.engines.local import open_engine
 from superexperts.engines.server import request_url
 from superexperts.evaluation.ask import ask, ask_one, chosen_items, finished_answers
-from superexperts.evaluation.check_adapter import gate
 from superexperts.evaluation.perplexity import perplexity_of, sequence_losses
 from superexperts.models.banks import check_experts, find_banks
 from superexperts.models.hooks import silenced
@@ -110,7 +110,7 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
         if config.adapter:
             adapted = load_adapter(model, _adapter(config.adapter))
             probe = _probe(benchmarks, tokenizer)
-            effect = dataclasses.asdict(gate(adapted, probe, _adapter(config.adapter), "adapter"))
+            effect = dataclasses.asdict(require_effect(adapted, probe, _adapter(config.adapter), "adapter"))
             model = adapted
         if silent:
             check_experts(find_banks(model), silent, "silence")

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from superexperts.adapters import lora
 from superexperts.adapters.borrow import borrowed
+from superexperts.adapters.effect import adapter_effect
 from superexperts.adapters.exposure import counting
 from superexperts.checkpoints.source import checkpoint_folder
 from superexperts.core.config import identity
@@ -38,7 +39,6 @@ from superexperts.core.runs import (
     write_text,
 )
 from superexperts.core.types import ExpertKey, ExpertSet, chosen_experts, key_name
-from superexperts.evaluation.check_adapter import adapter_effect
 from superexperts.models.loading import load_tokenizer
 from superexperts.training.card import model_card, target_name
 from superexperts.training.loop import Fitted, fit, last_checkpoint, whole_tensors
