@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,9 @@ import pytest
 
 from superexperts.core import runs
 from superexperts.core.errors import DataError, OutputError
+from superexperts.core.stages import STAGE_VERSIONS
+
+SOURCES = Path(runs.__file__).parents[1]
 
 
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,18 +99,92 @@ def test_completed_needs_the_same_inputs_and_untouched_outputs(tmp_path: Path) -
     assert not runs.completed(tmp_path, "profile", {"x": 1})
 
 
-def test_a_changed_module_or_task_file_makes_results_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The task files hold what ends an answer and what stands around a question."""
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
-    (tmp_path / "tasks").mkdir()
-    seen = [runs._sources.__wrapped__()]
-    for name in ("a.py", "tasks/b.yaml"):
-        for text in ("one", "two"):
-            (tmp_path / name).write_text(text)
-            seen.append(runs._sources.__wrapped__())
-    assert len(set(seen)) == 5
-    (tmp_path / "note.txt").write_text("one")
-    assert runs._sources.__wrapped__() == seen[-1]
+OLD_MANIFEST = """{
+ "schema": "superexperts/manifest/1",
+ "command": "prune",
+ "key": "1edae7549e2ce706e776cf8463a9745dc0c6fe4d0af252eb3ab9a69a1e75c406",
+ "inputs": {"options": {"fold": "False", "revision": "None"}, "model": "175cc5df", "experts": [[1, 3], [2, "shared"]]},
+ "outputs": {"a": "%s"},
+ "versions": {"python": "3.11.7", "superexperts": "0.1.0"},
+ "git_commit": "df60f4adb3b0a8313ea58515e47fbdfff1c76014",
+ "finished": "2026-11-29T02:56:42Z",
+ "seconds": 199.2
+}
+"""
+"""What superexperts 0.1.0 wrote: no version, and a key that also depended on all source files."""
+OLD_INPUTS = {
+    "options": {"revision": "None", "fold": "False"},
+    "model": "175cc5df",
+    "experts": ((1, 3), (2, "shared")),
+}
+
+
+def test_a_manifest_without_a_version_is_complete_until_the_version_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "manifest.json").write_text(OLD_MANIFEST % runs.fingerprint(tmp_path / "a"))
+    assert runs.completed(tmp_path, "prune", OLD_INPUTS)
+    assert not runs.completed(tmp_path, "prune", {**OLD_INPUTS, "model": "another"})
+    assert not runs.completed(tmp_path, "restore", OLD_INPUTS)
+    monkeypatch.setitem(STAGE_VERSIONS, "prune", 2)
+    assert not runs.completed(tmp_path, "prune", OLD_INPUTS)
+
+
+def test_a_raised_version_makes_the_results_of_that_stage_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in ("profile", "train"):
+        (tmp_path / stage).mkdir()
+        runs.write_manifest(tmp_path / stage, stage, {"x": 1}, [], 0)
+    keys = [runs.input_key(stage, {"x": 1}) for stage in ("profile", "train")]
+    monkeypatch.setitem(STAGE_VERSIONS, "profile", STAGE_VERSIONS["profile"] + 1)
+    assert not runs.completed(tmp_path / "profile", "profile", {"x": 1})
+    assert runs.completed(tmp_path / "train", "train", {"x": 1})
+    assert runs.input_key("profile", {"x": 1}) != keys[0]
+    assert runs.input_key("train", {"x": 1}) == keys[1]
+    runs.write_manifest(tmp_path / "profile", "profile", {"x": 1}, [], 0)
+    assert runs.completed(tmp_path / "profile", "profile", {"x": 1})
+
+
+def test_a_comment_in_any_source_file_leaves_every_stage_up_to_date(tmp_path: Path) -> None:
+    """A copy of the package with a comment added to each of its files finds the results of this one complete."""
+    for stage in STAGE_VERSIONS:
+        (tmp_path / stage).mkdir()
+        runs.write_manifest(tmp_path / stage, stage, {"x": 1}, [], 0)
+    copy = tmp_path / "changed" / "superexperts"
+    shutil.copytree(SOURCES, copy, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    for file in [*copy.rglob("*.py"), *copy.rglob("*.yaml")]:
+        file.write_text(file.read_text(encoding="utf-8") + "\n# a comment\n", encoding="utf-8")
+    code = """
+import sys
+from pathlib import Path
+from superexperts.core import runs, stages
+assert "# a comment" in Path(runs.__file__).read_text()
+print([runs.completed(Path(sys.argv[1]) / stage, stage, {"x": 1}) for stage in stages.STAGE_VERSIONS])
+print([runs.input_key(stage, {"x": 1}) for stage in stages.STAGE_VERSIONS])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(copy.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    keys = [runs.input_key(stage, {"x": 1}) for stage in STAGE_VERSIONS]
+    assert done.stdout == f"{[True] * len(STAGE_VERSIONS)}\n{keys}\n"
+
+
+def test_every_stage_that_writes_a_manifest_has_a_version() -> None:
+    calls = [
+        node
+        for file in SOURCES.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "write_manifest"
+    ]
+    names = [call.args[1].value for call in calls if isinstance(call.args[1], ast.Constant)]
+    assert len(names) == len(calls) >= 12
+    assert set(names) == set(STAGE_VERSIONS)
+    with pytest.raises(KeyError, match="'nope' has no version; add it to STAGE_VERSIONS"):
+        runs.input_key("nope", {})
 
 
 def test_fingerprint_sees_contents_names_and_the_ends_of_large_files(
@@ -114,7 +193,7 @@ def test_fingerprint_sees_contents_names_and_the_ends_of_large_files(
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "a").write_text("1")
     first = runs.fingerprint(tmp_path / "d")
-    runs.write_manifest(tmp_path / "d", "x", {}, [], 0)
+    runs.write_manifest(tmp_path / "d", "prune", {}, [], 0)
     assert runs.fingerprint(tmp_path / "d") == first
     (tmp_path / "d" / "a").rename(tmp_path / "d" / "b")
     assert runs.fingerprint(tmp_path / "d") != first

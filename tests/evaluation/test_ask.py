@@ -11,6 +11,7 @@ import torch
 
 from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import OptionError
+from superexperts.core.stages import STAGE_VERSIONS
 from superexperts.engines.harness import HfAsker
 from superexperts.engines.journal import Journal, open_journals
 from superexperts.evaluation import evaluate
@@ -78,6 +79,24 @@ def test_a_larger_limit_asks_only_what_is_new(
     evaluate.run(_config(tmp_path / "a", data, limit=4, shuffle=True))
     assert _ids(tmp_path / "a") == [f"boolq-{i}" for i in chosen_items(200, 4, "0:boolq")]
     assert len(asked) == 5
+
+
+def test_answers_of_the_version_before_are_kept_until_the_stage_version_is_raised(
+    tmp_path: Path, data: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Manifests of superexperts 0.1.0 have no version, and keys that depended on all source files."""
+    evaluate.run(_config(tmp_path, data, limit=2))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["version"]
+    manifest |= {"key": "of all sources", "asked": {"boolq": "of all sources"}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    evaluate.run(_config(tmp_path, data, limit=2))
+    assert asked == [2]
+    evaluate.run(_config(tmp_path, data, limit=3))
+    assert asked == [2, 1]
+    monkeypatch.setitem(STAGE_VERSIONS, "evaluate", STAGE_VERSIONS["evaluate"] + 1)
+    evaluate.run(_config(tmp_path, data, limit=3))
+    assert asked == [2, 1, 3]
 
 
 def test_log_probabilities_are_kept_as_well(tmp_path: Path, data: Path, asked: list[int]) -> None:

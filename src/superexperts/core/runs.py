@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from superexperts.core.errors import DataError, OutputError
+from superexperts.core.stages import stage_version
 
 __all__ = [
     "changed_outputs",
@@ -27,6 +28,7 @@ __all__ = [
     "digest",
     "fingerprint",
     "input_key",
+    "made_from",
     "new_folder",
     "prepare_folder",
     "read_json",
@@ -261,6 +263,7 @@ def write_manifest(
         {
             "schema": MANIFEST_SCHEMA,
             "command": command,
+            "version": stage_version(command),
             "key": input_key(command, inputs),
             "inputs": dict(inputs),
             "outputs": {name: fingerprint(folder / name) for name in outputs},
@@ -274,30 +277,35 @@ def write_manifest(
 
 
 def input_key(command: str, inputs: Mapping[str, Any]) -> str:
-    """What must be equal for a result to stand: the inputs, and this package's own sources."""
-    return digest([command, dict(inputs), _sources()])
+    """A hash of all that must be equal for a result to be up to date: the stage, its version, and its inputs."""
+    return digest([command, stage_version(command), dict(inputs)])
 
 
-@functools.cache
-def _sources() -> str:
-    """Digest of the package's modules and task files: a mended prompt or rule makes old results old."""
-    here = Path(__file__).parents[1]
-    files = sorted([*here.rglob("*.py"), *here.rglob("*.yaml")])
-    return digest([[str(file.relative_to(here)), fingerprint(file)] for file in files])
+def made_from(manifest: Any, command: str) -> dict[str, Any] | None:
+    """The inputs of the result that a manifest describes; None if `command` did not write it in its present version.
+
+    Manifests of superexperts 0.1.0 have no version and count as version 1.
+    """
+    if not isinstance(manifest, dict) or manifest.get("command") != command:
+        return None
+    inputs = manifest.get("inputs")
+    current = manifest.get("version", 1) == stage_version(command)
+    return inputs if current and isinstance(inputs, dict) else None
 
 
 def completed(folder: Path, command: str, inputs: Mapping[str, Any]) -> bool:
-    """Whether `folder` holds this command's result for these very inputs, with every output unchanged.
+    """Whether `folder` holds this command's result for exactly these inputs, with every output unchanged.
 
-    What killed runs left beside it is cleared away first: one may have been killed between moving an older result away
-    and putting its own in that place.
+    First removes what killed runs left beside the folder: one of them may have moved an older result away and not yet
+    put its own in that place.
     """
     _settle(folder)
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         return False
-    manifest = read_json(manifest_path, "manifest")
-    if not isinstance(manifest, dict) or manifest.get("key") != input_key(command, inputs):
+    found = made_from(read_json(manifest_path, "manifest"), command)
+    # The manifest holds JSON values: lists where the inputs may have tuples.
+    if found is None or digest(found) != digest(dict(inputs)):
         return False
     return not changed_outputs(folder)
 

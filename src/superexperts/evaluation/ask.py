@@ -15,12 +15,15 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from superexperts.benchmarks import Benchmark, Item, choice_labels, load_benchmarks, prompt, with_examples
 from superexperts.core.distributed import gathered, my_share
-from superexperts.core.runs import MANIFEST, fingerprint, read_json
+from superexperts.core.runs import MANIFEST, fingerprint, input_key, made_from, read_json
 from superexperts.core.types import Answer
 from superexperts.engines.harness import HfAsker, quiet
 from superexperts.engines.journal import Given, Journal, numbered
 
-__all__ = ["ask", "ask_one", "chosen_items", "finished_answers"]
+__all__ = ["answers_key", "ask", "ask_one", "chosen_items", "finished_answers"]
+
+NOT_OF_AN_ANSWER = ("tasks", "limit", "shuffle", "perplexity", "column", "tokens", "seq_len", "reference_windows")
+"""Options that decide what else is asked, and that cannot change the answer to one item."""
 
 
 def ask(
@@ -158,6 +161,16 @@ def _answer(question: _Question, given: Given, task: str, variant: str, seed: in
     )
 
 
+def answers_key(inputs: Mapping[str, Any], name: str) -> str:
+    """What must be equal for the answers to a benchmark's items to be up to date, whatever else is asked.
+
+    `inputs` are the inputs of the evaluation, as its manifest holds them.
+    """
+    options = {option: value for option, value in inputs["options"].items() if option not in NOT_OF_AN_ANSWER}
+    more = {what: value for what, value in inputs.items() if what not in ("options", "data", "perplexity")}
+    return input_key("evaluate", {"options": options, "data": inputs["data"][name], **more})
+
+
 def finished_answers(folder: Path, keys: Mapping[str, str]) -> dict[str, dict[str, Given]]:
     """What a finished run's files hold for the benchmarks that it asked under these very keys: id -> what was given.
 
@@ -166,7 +179,11 @@ def finished_answers(folder: Path, keys: Mapping[str, str]) -> dict[str, dict[st
     if not (folder / MANIFEST).is_file():
         return {}
     manifest = read_json(folder / MANIFEST, "manifest")
-    asked, outputs = manifest.get("asked", {}), manifest.get("outputs", {})
+    inputs = made_from(manifest, "evaluate")
+    if inputs is None:
+        return {}
+    asked = {name: answers_key(inputs, name) for name in inputs.get("data", {})}
+    outputs = manifest.get("outputs", {})
     found: dict[str, dict[str, Given]] = {}
     for name, key in keys.items():
         file = folder / "answers" / f"{name}.jsonl"

@@ -32,7 +32,6 @@ from superexperts.core.runs import (
     MANIFEST,
     completed,
     fingerprint,
-    input_key,
     prepare_folder,
     read_json,
     versions,
@@ -46,7 +45,7 @@ from superexperts.engines.harness import HfAsker
 from superexperts.engines.journal import Journal, open_journals, remove_journals
 from superexperts.engines.local import open_engine
 from superexperts.engines.server import request_url
-from superexperts.evaluation.ask import ask, ask_one, chosen_items, finished_answers
+from superexperts.evaluation.ask import answers_key, ask, ask_one, chosen_items, finished_answers
 from superexperts.evaluation.perplexity import perplexity_of, sequence_losses
 from superexperts.models.banks import check_experts, find_banks
 from superexperts.models.hooks import silenced
@@ -56,8 +55,6 @@ __all__ = ["ask", "run"]
 
 PROBES, PROBE_TOKENS = 16, 256
 """Prompts on which an adapter's effect is measured before the evaluation, and the tokens kept of each."""
-NOT_OF_AN_ANSWER = ("tasks", "limit", "shuffle", "perplexity", "column", "tokens", "seq_len", "reference_windows")
-"""Options that say what else is asked, and nothing about the answer to one item."""
 PERPLEXITY_SCHEMA = "superexperts/perplexity/1"
 
 
@@ -115,7 +112,7 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
         if silent:
             check_experts(find_banks(model), silent, "silence")
     asker = open_engine(config) if model is None else _hf_asker(config, model)
-    keys = {name: _answers_key(inputs, name) for name in benchmarks}
+    keys = {name: answers_key(inputs, name) for name in benchmarks}
     journals = _begin(out, keys)
     outputs = []
     with silenced(model, silent) if model is not None and silent else contextlib.nullcontext():
@@ -145,16 +142,9 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
     if truncated:
         note(f"evaluate: {truncated} prompts are too long for the model and lost their beginning")
     seconds = time.monotonic() - started
-    write_manifest(out, "evaluate", inputs, outputs, seconds, truncated=truncated, effect=effect, asked=keys)
+    write_manifest(out, "evaluate", inputs, outputs, seconds, truncated=truncated, effect=effect)
     remove_journals(out / "answers")
     return _summary(config, truncated)
-
-
-def _answers_key(inputs: Mapping[str, Any], name: str) -> str:
-    """What must be equal for an answer to one of a benchmark's items to stand, whatever else is asked."""
-    options = {option: value for option, value in inputs["options"].items() if option not in NOT_OF_AN_ANSWER}
-    more = {what: value for what, value in inputs.items() if what not in ("options", "data", "perplexity")}
-    return input_key("answers", {"options": options, "data": inputs["data"][name], **more})
 
 
 def _own(out: Path) -> None:
