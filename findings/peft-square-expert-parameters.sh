@@ -40,7 +40,7 @@ class Experts(nn.Module):
         self.weight = nn.Parameter(torch.randn(4, rows, columns, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, x):
-        return torch.einsum("eoi,ti->eto", self.weight, x)
+        return torch.einsum("eoi,ti->teo", self.weight, x)
 
 
 class Model(nn.Module):
