@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import errno
 import importlib
@@ -10,13 +9,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
 from rich.markup import escape
 
-from superexperts.core import config_train
 from superexperts.core.allocator import keep_memory
 from superexperts.core.arguments import read_arguments, speller
 from superexperts.core.console import is_main_process, stdout
@@ -42,9 +38,7 @@ COMMANDS = {
     "prune": Command("a checkpoint without the chosen experts", "surgery.prune", "core.config_surgery.PruneConfig"),
     "restore": Command("undo what prune did", "surgery.restore", "core.config_surgery.RestoreConfig"),
     "compare": Command("what differs between two checkpoints", "surgery.compare", "core.config_surgery.CompareConfig"),
-    "train": Command(
-        "LoRA on chosen experts, on attention, or both", "training.train", "core.config_train.TrainConfig"
-    ),
+    "train": Command("LoRA on chosen experts, on attention, or both", "training.train", "training.train.TrainConfig"),
     "export": Command("write an adapter for other programs", "adapters.export", "core.config_adapters.ExportConfig"),
     "import": Command("read an adapter of another program", "adapters.import_", "core.config_adapters.ImportConfig"),
     "check-adapter": Command(
@@ -114,7 +108,8 @@ def _command(name: str) -> Command:
 
 
 def _settings(name: str, kind: type, words: Sequence[str]) -> Any:
-    default = _recipe(words) if name == "train" else None
+    # A command whose options depend on each other more than tyro can say offers `defaults(words)`.
+    default = getattr(sys.modules[kind.__module__], "defaults", lambda _: None)(words)
     if name == "study":
         words = _with_address(words)
     return read_arguments(kind, f"superexperts {name}", words, default)
@@ -149,20 +144,3 @@ def _with_address(arguments: Sequence[str]) -> list[str]:
         if after == len(words) or words[after].startswith("-") or words[after].endswith((".yaml", ".yml")):
             words.insert(after, "")
     return words
-
-
-def _recipe(arguments: Sequence[str]) -> config_train.TrainConfig | None:
-    """The settings of the file that `train --recipe FILE` names, which take the place of the defaults of train."""
-    if {"-h", "--help"} & set(arguments):
-        return None
-    files = [arguments[i + 1] for i, word in enumerate(arguments[:-1]) if word == "--recipe"]
-    files += [word.removeprefix("--recipe=") for word in arguments if word.startswith("--recipe=")]
-    if not files:
-        return None
-    settings = config_train.read_recipe(Path(files[-1]))
-    # Checked after the arguments have replaced some of them: what is to be adapted may come from either.
-    unchecked = object.__new__(config_train.TrainConfig)
-    for field in dataclasses.fields(config_train.TrainConfig):
-        default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
-        object.__setattr__(unchecked, field.name, settings.get(field.name, default))
-    return unchecked

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from superexperts.adapters import lora
-from superexperts.core.config_train import TrainConfig
 from superexperts.models.banks import find_banks
 from superexperts.training import loop, train
+from superexperts.training.train import TrainConfig
 from tests.adapters.test_lora import ALPHA, TRANSPOSED, UNGATED, R, attach, logits, randomise
 from tests.support.families import FAMILIES, tiny_model, tiny_tokens
 from tests.training.test_train import byte_tokenizer, save_checkpoint

@@ -20,11 +20,11 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
 
 from superexperts.cli import main
-from superexperts.core.config_train import TrainConfig
 from superexperts.core.runs import read_json, write_json, write_manifest, write_text
 from superexperts.core.types import ExpertSet
 from superexperts.results.results import markdown_table
 from superexperts.training.card import model_card
+from superexperts.training.train import TrainConfig
 from tests.support import study_folder
 from tests.support.hub import TOKEN, Hub, serving
 
@@ -43,7 +43,7 @@ def train_folder(folder: Path, model: str = "owner/moe") -> Path:
     save_file({"a": np.arange(64, dtype=np.float32)}, adapter / "adapter_model.safetensors")
     settings = {"base_model_name_or_path": model, "peft_type": "LORA", "r": 4}
     write_text(adapter / "adapter_config.json", json.dumps(settings, indent=2, sort_keys=True))
-    write_text(adapter / "README.md", model_card(config, RESULT, {"rows.json": "ab" * 32}))
+    write_text(adapter / "README.md", model_card(vars(config), RESULT, {"rows.json": "ab" * 32}))
     write_text(adapter / "recipe.yaml", f"model: {model}\nseed: 11\n")
     write_json(folder / "training.json", RESULT)
     write_text(folder / "recipe.yaml", "data: /home/somebody/rows.json\n")  # not sent: adapter/recipe.yaml is

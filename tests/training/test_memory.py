@@ -13,10 +13,10 @@ import pytest
 from safetensors.torch import load_file
 from torch import nn
 
-from superexperts.core.config_train import TrainConfig
 from superexperts.core.errors import OptionError
 from superexperts.models.loading import load_structure
 from superexperts.training import memory, train
+from superexperts.training.train import TrainConfig
 from tests.training.test_train import save_checkpoint
 from tests.training.test_train_options import EIGHT, WEIGHTS
 
@@ -69,14 +69,14 @@ def test_what_cannot_be_offloaded_or_quantized(config: Any, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         find = importlib.util.find_spec
         patch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
-        with pytest.raises(OptionError, match=r"load_in-4bit: bitsandbytes is not installed; run pip install superex"):
+        with pytest.raises(OptionError, match=r"load_in_4bit: bitsandbytes is not installed; run pip install superex"):
             train.run(config("b", load_in_4bit=True))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(OptionError, match="load_in-4bit: no linear map of a size that fits lies outside"):
+    with pytest.raises(OptionError, match="load_in_4bit: no linear map of a suitable size lies outside"):
         train.run(config("c", load_in_4bit=True))  # its maps are 32 wide
     with monkeypatch.context() as patch:
         patch.setattr(memory, "load_structure", quantized)
-        with pytest.raises(OptionError, match="load_in-4bit: model is quantized already; leave it out"):
+        with pytest.raises(OptionError, match="load_in_4bit: the model is quantized already; leave it out"):
             train.run(config("d", load_in_4bit=True))
     assert sorted(tmp_path.iterdir()) == before
 

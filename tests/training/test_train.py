@@ -26,16 +26,15 @@ from trl import SFTConfig, SFTTrainer
 from superexperts.adapters import lora
 from superexperts.adapters.effect import adapter_effect
 from superexperts.adapters.layer import ExpertLoraConfig
-from superexperts.core.config_train import TrainConfig
 from superexperts.core.errors import DataError, EffectError, ExpertsError, ModelError, OptionError, OutputError
 from superexperts.core.types import key_name
 from superexperts.models.banks import find_banks
 from superexperts.models.experts import BankCall
 from superexperts.models.hooks import tapped
-from superexperts.training import card, train
-from superexperts.training import loop as fit
+from superexperts.training import card, loop, memory, train
 from superexperts.training import rows as sft_data
 from superexperts.training.rows import IGNORED, Row, encode, read_rows
+from superexperts.training.train import TrainConfig
 from tests.support.families import tiny_model
 
 BOS, EOS = 1, 2
@@ -377,9 +376,11 @@ def test_the_card_names_experts_data_settings_and_measurements() -> None:
         "loss": [(1, 2.5), (30, 1.25)], "eval_loss": [(10, 2.0), (20, 1.5), (30, 1.75)], "max_logit_change": 0.125,
         "kl": 0.01234, "exposure": {"L2E54": 1000, "L3E38": 7},
     }  # fmt: skip
-    assert card.model_card(config, result, {"rows.json": "abc", "aside.json": "def"}) == CARD
+    assert card.model_card(vars(config), result, {"rows.json": "abc", "aside.json": "def"}) == CARD
     plain = dataclasses.replace(config, model="pocket", experts=None, eval_data=None, ranks="", alphas="")
-    text = card.model_card(plain, {**result, "experts": None, "eval_loss": [], "exposure": {}}, {"rows.json": "abc"})
+    text = card.model_card(
+        vars(plain), {**result, "experts": None, "eval_loss": [], "exposure": {}}, {"rows.json": "abc"}
+    )
     assert "# LoRA on attention of pocket" in text
     assert not [word for word in ("base_model", "projections", "load_adapter", "set aside", "L2E54") if word in text]
 
@@ -415,7 +416,7 @@ def test_the_learning_rate_rises_and_falls_as_a_cosine(config: Any, monkeypatch:
         assert (type(optimizer.optimizer).__name__, group["weight_decay"], args.max_grad_norm) == ("AdamW", 0, 1)
         rates.append(group["lr"])
 
-    monkeypatch.setattr(fit._Keeper, "on_pre_optimizer_step", note)
+    monkeypatch.setattr(loop._Keeper, "on_pre_optimizer_step", note)
     train.run(config(warmup=0.25, epochs=4))
     peak, rising, steps = 0.01, 3, 12
     falling = [peak * (1 + math.cos(math.pi * step / (steps - rising))) / 2 for step in range(steps - rising)]
@@ -491,13 +492,13 @@ def test_attention(config: Any) -> None:
 
 def test_done_work_is_not_done_again_and_changed_work_is(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
-    fit = train.fit
+    train_loop = loop.train_loop
 
-    def counted(adapted: Any, tokenizer: Any, examples: Any, held_out: Any, settings: TrainConfig, *more: Any) -> Any:
+    def counted(adapted: Any, tokenizer: Any, examples: Any, held_out: Any, settings: Any, *more: Any) -> Any:
         calls.append(settings.learning_rate)
-        return fit(adapted, tokenizer, examples, held_out, settings, *more)
+        return train_loop(adapted, tokenizer, examples, held_out, settings, *more)
 
-    monkeypatch.setattr(train, "fit", counted)
+    monkeypatch.setattr(loop, "train_loop", counted)
     first = train.run(config())
     second = train.run(config())
     assert calls == [0.01]
@@ -530,7 +531,7 @@ def test_an_adapter_without_effect_is_an_error_and_leaves_nothing(config: Any, t
 
 def test_an_expert_that_no_training_token_reaches_is_an_error_unless_allowed(config: Any, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
-    words = r"--experts: L1E5 saw none of the [\d,]+ training tokens of .*rows\.json.*--allow-unexposed"
+    words = r"experts: L1E5 saw none of the [\d,]+ training tokens of .*rows\.json.*allow_unexposed"
     with pytest.raises(ExpertsError, match=words) as caught:
         train.run(config("deepseek_v3", experts="L1E5,L2E4,L2shared"))
     assert (caught.value.exit_code, str(caught.value).count("\n")) == (2, 0)
@@ -570,20 +571,20 @@ def test_wrong_input_is_refused_before_any_work(config: Any, tmp_path: Path, mon
     with pytest.raises(ExpertsError, match="L0E1 is not in the model"):
         train.run(config(experts="L0E1"))
 
-    def no_model(*_: Any) -> nn.Module:
+    def no_model(*_: Any, **__: Any) -> nn.Module:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(train, "load_to_train", no_model)
+    monkeypatch.setattr(memory, "load_to_train", no_model)
     for options, error, words in (
-        ({"data": tmp_path / "none.json"}, DataError, r"--data: .*none\.json is no file"),
+        ({"data": tmp_path / "none.json"}, DataError, r"data: .*none\.json is not a file"),
         ({"data": tmp_path / "bad.json"}, DataError, r"bad\.json row 6 has no 'answer'"),
-        ({"max_length": 60}, DataError, r"rows\.json row \d has \d+ tokens, over --max-length 60"),
-        ({"out": tmp_path / "file" / "out"}, OutputError, "--out"),
+        ({"max_length": 60}, DataError, r"rows\.json row \d has \d+ tokens, over max_length 60"),
+        ({"out": tmp_path / "file" / "out"}, OutputError, "out: "),
         ({"out": tmp_path / "mine"}, OutputError, "was not made by `train`"),
         ({"experts": "L1"}, ExpertsError, "neither a file nor like"),
     ):
         with pytest.raises(error, match=words):
             train.run(config(**options))
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(OptionError, match="experts: None is missing; give an expert set, attention, or target"):
+    with pytest.raises(OptionError, match="experts: missing; give an expert set, attention, or target"):
         config(experts=None)

@@ -22,10 +22,10 @@ from transformers.integrations import integration_utils
 from superexperts.adapters import lora
 from superexperts.adapters.effect import adapter_effect
 from superexperts.cli import main
-from superexperts.core.config_train import TrainConfig, read_recipe
 from superexperts.core.errors import DataError, ModelError, OptionError
-from superexperts.training import loop, train
+from superexperts.training import loop, outcome, resume, train
 from superexperts.training.rows import IGNORED, encode, read_rows
+from superexperts.training.train import TrainConfig, recipe_settings
 from tests.support.families import tiny_model
 from tests.training.test_train import BOS, EOS, ROWS, byte_tokenizer, ids, quick_settings, row, save_checkpoint
 
@@ -48,9 +48,10 @@ def config(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[..., TrainC
 
 KILLED = """
 import os, signal, sys
-from superexperts import cli, fit
+from superexperts import cli
+from superexperts.training import loop
 step, moment = int(sys.argv[1]), sys.argv[2]
-class Killer(fit._Keeper):
+class Killer(loop._Keeper):
     def on_step_end(self, args, state, control, **kwargs):
         if moment == "step" and state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -58,7 +59,7 @@ class Killer(fit._Keeper):
         if moment == "saving" and state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         super().on_save(args, state, control, **kwargs)
-fit._Keeper = Killer
+loop._Keeper = Killer
 sys.exit(cli.main(sys.argv[3:]))
 """
 
@@ -111,7 +112,7 @@ def test_checkpoints_of_other_settings_are_refused_and_left_alone(config: Any, t
     work = tmp_path / ".out.checkpoints"
     work.mkdir()
     (work / "key.json").write_text('"another"')
-    with pytest.raises(OptionError, match="resume: the checkpoints of .* are of other settings"):
+    with pytest.raises(OptionError, match="resume: the checkpoints in .* belong to other settings"):
         train.run(config(resume=True))
     assert (work / "key.json").is_file()
     train.run(config())  # starts anew
@@ -127,7 +128,7 @@ def test_an_interrupted_run_keeps_its_checkpoints(config: Any, tmp_path: Path, m
     with pytest.raises(KeyboardInterrupt):
         train.run(config(checkpoint_steps=2, out=tmp_path / "new" / "out"))
     monkeypatch.undo()
-    assert loop.last_checkpoint(tmp_path / "new" / ".out.checkpoints") is not None
+    assert resume.last_checkpoint(tmp_path / "new" / ".out.checkpoints") is not None
     train.run(config(checkpoint_steps=2, out=tmp_path / "new" / "out", resume=True))
     train.run(config(checkpoint_steps=0, out=tmp_path / "whole"))
     assert (tmp_path / "new" / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
@@ -162,7 +163,7 @@ def test_the_loss_of_an_epoch_that_ends_with_a_checkpoint_is_kept(
     assert (len(whole["loss"]), [at for at, _ in whole["eval_loss"]]) == (6, [3, 6])
     with monkeypatch.context() as patch:
         if step is None:
-            patch.setattr(train, "adapter_effect", interrupted)
+            patch.setattr(outcome, "adapter_effect", interrupted)
         else:
             patch.setattr(loop._Keeper, "on_step_end", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -377,9 +378,9 @@ def test_the_saved_recipe_trains_the_same_adapter_again(config: Any, tmp_path: P
     ("text", "said"),
     [
         ("r: [", "is not valid YAML"),
-        ("- r", "is no mapping of options"),
-        ("rank: 16", "'rank' is no option of train"),
-        ("trust_remote_code: true", "'trust_remote_code' is no option"),
+        ("- r", "is not a mapping of settings"),
+        ("rank: 16", "'rank' is not a setting of a recipe; did you mean 'ranks'?"),
+        ("trust_remote_code: true", "'trust_remote_code' is not a setting of a recipe"),
         ("prompt: neither", "prompt: 'neither' is unknown; choose from plain, chat"),
         ("r: many", "r: 'many' is not a whole number"),
         ("r: true", "r: True is not a whole number"),
@@ -397,7 +398,7 @@ def test_a_wrong_recipe_is_one_line(text: str, said: str, tmp_path: Path, capsys
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("learning_rate: 1e-4\nalpha: 8\neval_data: null\ndata: x.json\n")
-    settings = read_recipe(tmp_path / "recipe.yaml")
+    settings = recipe_settings(tmp_path / "recipe.yaml")
     assert settings == {"learning_rate": 1e-4, "alpha": 8, "eval_data": None, "data": Path("x.json")}
 
 
@@ -405,7 +406,7 @@ def test_shipped_recipes_can_be_read() -> None:
     recipes = sorted((Path(__file__).parents[2] / "recipes" / "train").glob("*.yaml"))
     assert len(recipes) >= 4
     for recipe in recipes:
-        settings = {"data": Path("x.json"), **read_recipe(recipe)}
+        settings = {"data": Path("x.json"), **recipe_settings(recipe)}
         if not {"experts", "attention", "target"} & settings.keys():
             settings["experts"] = "L1E0"  # a recipe for any model leaves its experts to the command line
         TrainConfig(**settings)
@@ -451,7 +452,7 @@ def test_every_loss_goes_to_the_tracker_that_was_asked_for(
         add_hparams = flush = close = add_text
 
     there = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name))
-    monkeypatch.setattr("superexperts.core.config_train.importlib", there)
+    monkeypatch.setattr("superexperts.training.train.importlib", there)
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
     for name in ("wandb", "trackio"):
         other = Callback if name == tracker else TrainerCallback
@@ -482,13 +483,13 @@ def test_other_processes_checkpoints_are_refused_and_kept(config: Any, tmp_path:
     with pytest.raises(KeyboardInterrupt):
         train.run(config(checkpoint_steps=2))
     monkeypatch.undo()
-    checkpoint = loop.last_checkpoint(tmp_path / ".out.checkpoints")
+    checkpoint = resume.last_checkpoint(tmp_path / ".out.checkpoints")
     assert checkpoint is not None
-    kept = json.loads((checkpoint / loop.COMPLETE).read_text())
-    (checkpoint / loop.COMPLETE).write_text(json.dumps({**kept, "processes": 4}))
+    kept = json.loads((checkpoint / resume.COMPLETE).read_text())
+    (checkpoint / resume.COMPLETE).write_text(json.dumps({**kept, "processes": 4}))
     with pytest.raises(DataError, match=r"resume: .* was written by 4 processes, now there are 1; start as many"):
         train.run(config(checkpoint_steps=2, resume=True))
-    assert (checkpoint / loop.COMPLETE).is_file()
+    assert (checkpoint / resume.COMPLETE).is_file()
 
 
 def test_a_tracker_that_is_not_installed_is_named(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

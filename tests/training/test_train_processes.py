@@ -30,7 +30,8 @@ import json, os, signal, sys
 from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from superexperts import cli, fit
+from superexperts import cli
+from superexperts.training import loop
 way, commands = sys.argv[1], json.loads(sys.argv[2])
 stock = PartialState.__init__
 def pretended(self, *arguments, **settings):
@@ -38,7 +39,7 @@ def pretended(self, *arguments, **settings):
     if way == "fsdp2" and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = DistributedType.MULTI_GPU
 PartialState.__init__ = pretended
-class Watched(fit._Keeper):
+class Watched(loop._Keeper):
     def on_step_end(self, args, state, control, **more):
         kinds = {type(parameter).__name__ for parameter in self._adapted.parameters()}
         assert kinds == {"DTensor" if way == "fsdp2" else "Parameter"}, kinds
@@ -52,7 +53,7 @@ class Watched(fit._Keeper):
         if args.run_name == "killed" and "--resume" not in commands[-1]:
             Path("killed.note").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-fit._Keeper = Watched
+loop._Keeper = Watched
 for command in commands:
     assert cli.main(command) == 0
 """

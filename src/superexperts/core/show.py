@@ -33,11 +33,6 @@ def show(command: str, result: dict[str, Any]) -> None:
         stdout.print(f"undone: {result['undone']}; the files of {result['base']}", soft_wrap=True, markup=False)
     elif command == "compare":
         _show_compare(result)
-    elif command == "train":
-        stdout.print(
-            f"trained {result['trainable_parameters']:,} parameters on {result['rows']:,} rows; "
-            f"the adapter changes logits by up to {result['max_logit_change']:.3g} (KL {result['kl']:.3g} nats)"
-        )
     elif command == "export":
         stdout.print(f"{result['format']}: {result['keys']:,} tensors, {result['bytes']:,} bytes", soft_wrap=True)
         if "max_lora_rank" in result:

@@ -14,10 +14,10 @@ import yaml
 
 from superexperts.core.config import EvaluateConfig, ProfileConfig
 from superexperts.core.config_surgery import PruneConfig
-from superexperts.core.config_train import TrainConfig
 from superexperts.core.runs import read_json
 from superexperts.core.types import key_name
 from superexperts.results.results import Results, task_title
+from superexperts.training.train import TrainConfig
 
 __all__ = ["Stage", "facts", "read_manifests", "stages", "study_file", "versions"]
 

@@ -16,7 +16,6 @@ from superexperts.adapters import export
 from superexperts.adapters.borrow import Shelf
 from superexperts.core.config import EvaluateConfig, ExtractConfig, ProfileConfig, PruneConfig, SelectConfig
 from superexperts.core.config_adapters import ExportConfig
-from superexperts.core.config_train import TrainConfig
 from superexperts.core.errors import OptionError
 from superexperts.core.runs import completed, new_folder, write_json, write_manifest
 from superexperts.core.types import ExpertSet
@@ -30,6 +29,8 @@ from superexperts.results.variants import Run
 from superexperts.studies.plan import Plan, expert_files
 from superexperts.surgery import prune
 from superexperts.training import train
+from superexperts.training.resume import checkpoints_folder
+from superexperts.training.train import TrainConfig
 
 __all__ = ["Cell", "Worker", "cells"]
 
@@ -174,7 +175,7 @@ class Worker:
         if less_memory:
             self.shelf.clear()
         load = None if less_memory else functools.partial(self.shelf.take, config)
-        if train.checkpoints_of(config.out).is_dir():  # it was killed
+        if checkpoints_folder(config.out).is_dir():  # it was killed
             with contextlib.suppress(OptionError):  # while other settings were trained
                 train.train(dataclasses.replace(config, resume=True), load=load)
         train.train(config, load=load)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from superexperts.core.config import TASKS, EvaluateConfig, ExtractConfig, ProfileConfig, SelectConfig
-from superexperts.core.config_train import TrainConfig
 from superexperts.core.errors import DataError, ExpertsError, OptionError
 from superexperts.core.settings import typed
 from superexperts.core.types import ExpertSet
 from superexperts.results.variants import DEFAULT_SETS, DEFAULT_VARIANTS, Kind, Run
 from superexperts.studies.lined_yaml import LinedYaml, Place
+from superexperts.training.train import TrainConfig
 
 __all__ = ["Plan", "VariantPlan", "expert_files", "line_of", "parse"]
 

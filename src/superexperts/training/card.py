@@ -1,4 +1,4 @@
-"""The model card of a trained adapter: what it is on, what it was trained from, and what was measured."""
+"""The model card of a trained adapter: what is adapted, what it was trained on, and what was measured."""
 
 from __future__ import annotations
 
@@ -8,61 +8,55 @@ from typing import Any
 
 import yaml
 
-from superexperts.core.config_train import TrainConfig
-
-__all__ = ["front_matter", "model_card", "target_name"]
+__all__ = ["adapted_parts", "front_matter", "model_card"]
 
 
-def target_name(config: TrainConfig, experts: Sequence[str] | None) -> str:
-    """What is adapted, in words."""
+def adapted_parts(experts: Sequence[str] | None, *, attention: bool, target: str | None) -> str:
+    """What an adapter is on, in words; `experts` are names such as `L2E54`."""
     parts = []
     if experts is not None:
         parts.append("experts " + ", ".join(experts))
-    if config.attention:
+    if attention:
         parts.append("attention")
-    if config.target is not None:
-        parts.append(f"linear maps `{config.target}`")
+    if target is not None:
+        parts.append(f"linear maps `{target}`")
     return " and ".join(parts)
 
 
 def front_matter(facts: Mapping[str, Any]) -> list[str]:
-    """The lines at the head of a card that the Hub reads."""
+    """The lines at the top of a card that the Hub reads."""
     return ["---", yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True).strip(), "---", ""]
 
 
-def model_card(config: TrainConfig, result: Mapping[str, Any], data: Mapping[str, str]) -> str:
-    """README.md; `result` is training.json's content, `data` the SHA-256 of each data file by its name."""
-    experts = result["experts"]
+def model_card(settings: Mapping[str, Any], result: Mapping[str, Any], data: Mapping[str, str]) -> str:
+    """The text of README.md.
+
+    `settings` are those of the recipe, `result` is the content of training.json, and `data` holds the SHA-256 of each
+    data file by the file's name.
+    """
+    model, experts = settings["model"], result["experts"]
     front = {
         "library_name": "peft",
-        **({} if config.model == "pocket" or Path(config.model).is_dir() else {"base_model": config.model}),
+        **({} if model == "pocket" or Path(model).is_dir() else {"base_model": model}),
         "tags": ["lora", "superexperts"],
     }
-    own = [f"{option} {text}" for option, text in (("ranks", config.ranks), ("alphas", config.alphas)) if text]
-    settings = [
-        f"rank {config.r}, alpha {config.alpha:g}, dropout {config.dropout:g}" + (", rsLoRA" if config.rslora else ""),
-        *own,
-        *([f"projections {config.projections}"] if experts is not None else []),
-        f"{config.epochs:g} epochs at a learning rate of {config.learning_rate:g}, "
-        f"{config.batch_size * config.accumulation} sequences a step and process, seed {config.seed}",
-        f"prompt: {config.prompt}",
-    ]
     metrics = [
         ("rows", f"{result['rows']:,}"),
         ("tokens of one epoch", f"{result['tokens']:,}"),
         ("trainable parameters", f"{result['trainable_parameters']:,}"),
         ("loss of the first step", f"{result['loss'][0][1]:.4f}"),
         ("loss of the last step", f"{result['loss'][-1][1]:.4f}"),
-        *([("loss on rows set aside", f"{_kept(result):.4f}")] if result["eval_loss"] else []),
+        *([("loss on rows set aside", f"{_kept_loss(result):.4f}")] if result["eval_loss"] else []),
         ("adapter of step", f"{result['kept_step']:,}"),
         ("largest change of a logit", f"{result['max_logit_change']:.3g}"),
         ("KL of the next token", f"{result['kl']:.3g} nats"),
     ]
+    parts = adapted_parts(experts, attention=settings["attention"], target=settings["target"])
     lines = [
         *front_matter(front),
-        f"# LoRA on {target_name(config, experts)} of {config.model}",
+        f"# LoRA on {parts} of {model}",
         "",
-        *(f"- {setting}" for setting in settings),
+        *(f"- {line}" for line in _setting_lines(settings, on_experts=experts is not None)),
         "",
         "`recipe.yaml` holds every setting: `superexperts train --recipe recipe.yaml` trains it again.",
         "",
@@ -85,7 +79,19 @@ def model_card(config: TrainConfig, result: Mapping[str, Any], data: Mapping[str
     return "\n".join(lines) + "\n"
 
 
-def _kept(result: Mapping[str, Any]) -> float:
-    """The loss on rows set aside at, or last before, the step whose adapter was kept."""
+def _setting_lines(settings: Mapping[str, Any], *, on_experts: bool) -> list[str]:
+    rslora = ", rsLoRA" if settings["rslora"] else ""
+    return [
+        f"rank {settings['r']}, alpha {settings['alpha']:g}, dropout {settings['dropout']:g}{rslora}",
+        *(f"{name} {settings[name]}" for name in ("ranks", "alphas") if settings[name]),
+        *([f"projections {settings['projections']}"] if on_experts else []),
+        f"{settings['epochs']:g} epochs at a learning rate of {settings['learning_rate']:g}, "
+        f"{settings['batch_size'] * settings['accumulation']} sequences a step and process, seed {settings['seed']}",
+        f"prompt: {settings['prompt']}",
+    ]
+
+
+def _kept_loss(result: Mapping[str, Any]) -> float:
+    """The loss on rows set aside at the step whose adapter was kept, or at the last evaluation before it."""
     losses = [loss for step, loss in result["eval_loss"] if step <= result["kept_step"]]
     return float(losses[-1] if losses else result["eval_loss"][0][1])

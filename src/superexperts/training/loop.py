@@ -1,10 +1,9 @@
-"""The training loop: TRL's trainer, checkpoints that a killed run goes on from, and the adapter of the lowest loss."""
+"""The training loop: TRL's trainer, with checkpoints to resume from and the adapter of the lowest loss kept."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,138 +21,163 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from superexperts.adapters.exposure import Exposure
-from superexperts.core.config_train import TrainConfig
 from superexperts.core.console import is_main_process, note, stderr
 from superexperts.core.distributed import process_number, together
-from superexperts.core.errors import DataError, Field, OptionError
+from superexperts.core.errors import OptionError
 from superexperts.core.runs import read_json, write_json
+from superexperts.training.resume import COMPLETE
 from superexperts.training.rows import Example
 
-__all__ = ["Fitted", "fit", "last_checkpoint", "whole_tensors"]
-
-COMPLETE = "complete.json"
-"""Written into a checkpoint last of all: one without it was cut off."""
+__all__ = ["LoopResult", "LoopSettings", "train_loop", "whole_tensors"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fitted:
+class LoopSettings:
+    """How the loop runs. The fields mean what the settings of `train` with the same names mean."""
+
+    learning_rate: float
+    warmup: float
+    epochs: float
+    batch_size: int
+    accumulation: int
+    max_length: int
+    packing: bool
+    gradient_checkpointing: bool
+    eval_steps: int
+    patience: int
+    checkpoint_steps: int
+    seed: int
+    report_to: str
+    run_name: str
+    """Name of the run for a tracker."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopResult:
     """What the loop did."""
 
     losses: list[tuple[int, float]]
     """(step, mean loss of the step in nats per response token)."""
     eval_losses: list[tuple[int, float]]
-    """The same of the rows set aside."""
+    """The same for the rows set aside."""
     kept_step: int
     """Step whose adapter is on the model now."""
 
 
-def fit(
+def train_loop(
     adapted: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     held_out: Sequence[Example],
-    config: TrainConfig,
+    settings: LoopSettings,
     exposure: Exposure,
     work: Path,
     checkpoint: Path | None = None,
-) -> Fitted:
-    """Trains the adapter in place, from a checkpoint in `work` where one is given; checkpoints and logs go there."""
-    progress, keeper = _Progress(), _Keeper(adapted, exposure, config.patience)
+) -> LoopResult:
+    """Trains the adapter in place. Checkpoints and logs go to `work`; `checkpoint` is one of them to go on from.
+
+    `exposure` counts the tokens of this training; its counts are kept in the checkpoints. `OptionError` for packing or
+    gradient checkpointing that the model's family does not support.
+    """
+    progress, keeper = _Progress(), _Keeper(adapted, exposure, settings.patience)
     if checkpoint is not None:
         keeper.restore(checkpoint)
     trainer = SFTTrainer(
         model=adapted,
-        args=_settings(adapted, config, work, evaluate=bool(held_out)),
-        train_dataset=_dataset(examples, config),
-        eval_dataset=_dataset(held_out, config) if held_out else None,
+        args=_trainer_settings(adapted, settings, work, evaluate=bool(held_out)),
+        train_dataset=_dataset(examples, settings),
+        eval_dataset=_dataset(held_out, settings) if held_out else None,
         processing_class=tokenizer,
-        callbacks=[progress, keeper, *([_EveryEpoch()] if held_out and not config.eval_steps else [])],
+        callbacks=[progress, keeper, *([_EveryEpoch()] if held_out and not settings.eval_steps else [])],
     )
-    if config.report_to == "tensorboard" and is_main_process:
+    if settings.report_to == "tensorboard" and is_main_process:
         from torch.utils.tensorboard import SummaryWriter  # an optional package
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(work / "logs"))))
     trainer.remove_callback(PrinterCallback)  # it prints every step to standard output
-    if config.packing:
-        _require_apart(adapted, examples)
+    if settings.packing:
+        _require_rows_apart(adapted, examples)
     base = cast(nn.Module, adapted.get_base_model())
-    if config.gradient_checkpointing:
+    if settings.gradient_checkpointing:
         _checkpoint_activations(base)
     try:
         if checkpoint is not None and keeper.exhausted:
+            # It was killed after early stopping had ended the training: there is no step left to run.
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         progress.close()
-        if config.gradient_checkpointing:
+        if settings.gradient_checkpointing:
             cast(Any, base).activation_checkpointing_disable()
     history = trainer.state.log_history
-    return Fitted(
+    return LoopResult(
         losses=[(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
         eval_losses=[(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
         kept_step=keeper.finish(trainer.state.global_step),
     )
 
 
-def _settings(adapted: PeftModel, config: TrainConfig, work: Path, *, evaluate: bool) -> SFTConfig:
+def _trainer_settings(adapted: PeftModel, settings: LoopSettings, work: Path, *, evaluate: bool) -> SFTConfig:
     parameter = next(adapted.parameters())
     on_gpu = parameter.device.type == "cuda"
-    settings = SFTConfig(
+    trainer_settings = SFTConfig(
         output_dir=str(work),
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=config.warmup,  # below 1 it is a share of the steps
-        seed=config.seed,
+        warmup_steps=settings.warmup,  # below 1 it is a share of the steps
+        seed=settings.seed,
         use_cpu=not on_gpu,
         bf16=on_gpu and parameter.dtype == torch.bfloat16,
         fp16=on_gpu and parameter.dtype == torch.float16,
-        # Backward stops at the lowest adapted layer; TRL's checkpointing would take it down to the embeddings.
+        # TRL's own way would compute gradients down to the embeddings; see `_checkpoint_activations`.
         activation_checkpointing=False,
-        # The loss is that of the response and nothing else; families ask for a router loss over all tokens.
+        # The loss covers the response only; some families ask for a router loss over all tokens.
         router_aux_loss_coef=0.0,
-        # The rows are tokens with labels already, and too long ones were refused or cut off.
+        # The rows are tokens with labels already, and rows that are too long were refused or cut off.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
-        packing=config.packing,
+        packing=settings.packing,
         eval_packing=False,
-        eval_strategy="steps" if evaluate and config.eval_steps else "no",  # or see `_EveryEpoch`
-        eval_steps=config.eval_steps or None,
-        save_strategy="steps" if config.checkpoint_steps else "no",
-        save_steps=config.checkpoint_steps or 500,
+        eval_strategy="steps" if evaluate and settings.eval_steps else "no",  # once an epoch: see `_EveryEpoch`
+        eval_steps=settings.eval_steps or None,
+        save_strategy="steps" if settings.checkpoint_steps else "no",
+        save_steps=settings.checkpoint_steps or 500,
         save_total_limit=2,
         logging_steps=1,
-        report_to=[config.report_to] if config.report_to in ("trackio", "wandb") else [],
-        run_name=config.out.name,
+        report_to=[settings.report_to] if settings.report_to in ("trackio", "wandb") else [],
+        run_name=settings.run_name,
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
         # An expert that a batch does not reach has a gradient of 0, so every process has every gradient.
         ddp_find_unused_parameters=False,
     )
-    _ = settings.device  # finds the GPUs, several of which TRL refuses in one process
-    settings._n_gpu = min(settings._n_gpu, 1)
-    return settings
+    # TRL refuses several GPUs in one process. Reading `device` counts them; after that the count can be lowered.
+    _ = trainer_settings.device
+    trainer_settings._n_gpu = min(trainer_settings._n_gpu, 1)
+    return trainer_settings
 
 
-def _dataset(examples: Sequence[Example], config: TrainConfig) -> Dataset:
+def _dataset(examples: Sequence[Example], settings: LoopSettings) -> Dataset:
     rows = Dataset.from_dict(
         {
             "input_ids": [example.input_ids for example in examples],
             "labels": [example.labels for example in examples],
         }
     )
-    return pack_dataset(rows, config.max_length, "bfd") if config.packing else rows
+    return pack_dataset(rows, settings.max_length, "bfd") if settings.packing else rows
 
 
 @torch.no_grad()
-def _require_apart(adapted: PeftModel, examples: Sequence[Example]) -> None:
-    """`OptionError` where rows in one sequence see each other, as in families with more than attention between tokens.
+def _require_rows_apart(adapted: PeftModel, examples: Sequence[Example]) -> None:
+    """`OptionError` if rows in one sequence see each other, as in families that mix tokens by more than attention.
 
-    Measured, since no list of families would stay right: a row's logits behind another one against those alone.
+    This is measured, because a list of families would become outdated: a row's logits behind another row are compared
+    with its logits alone.
     """
     first, second, *_ = [*examples, *examples]
     training = adapted.training
@@ -169,49 +193,32 @@ def _require_apart(adapted: PeftModel, examples: Sequence[Example]) -> None:
     if not error <= limit:
         family = cast(Any, adapted).config.model_type
         raise OptionError(
-            (f"rows in one sequence would see each other in {family} (logits differ by {error:.1%}); leave it out"),
+            f"rows in one sequence would see each other in {family} (logits differ by {error:.1%}); leave it out",
             field="packing",
         )
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
-    """Without reentry, which needs no gradient at the embeddings: layers below the lowest adapter stay without one."""
+    """Lets the model compute activations again in the backward pass, from the lowest adapted layer on.
+
+    The variant without reentry needs no gradient at the embeddings, so layers below the lowest adapter have no backward
+    pass. transformers switches gradients at the embeddings on all the same; this switches them off again.
+    """
     try:
         cast(Any, model).activation_checkpointing_enable({"use_reentrant": False})
-        cast(Any, model).disable_input_require_grads()  # which transformers has just asked for
+        cast(Any, model).disable_input_require_grads()
     except ValueError as error:
         family = cast(Any, model).config.model_type
         raise OptionError(
-            f"{family} does not have it ({error}); leave it out", field="gradient_checkpointing"
+            f"{family} does not support it ({error}); leave it out", field="gradient_checkpointing"
         ) from error
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------
 
 
-def last_checkpoint(work: Path) -> Path | None:
-    """The latest whole checkpoint; `DataError` where another number of processes wrote it."""
-    found = {int(match[1]): path for path in work.glob("checkpoint-*") if (match := re.search(r"-(\d+)$", path.name))}
-    whole = [step for step, path in found.items() if (path / COMPLETE).is_file()]
-    if not whole:
-        return None
-    checkpoint, processes = found[max(whole)], int(os.environ.get("WORLD_SIZE", "1"))
-    kept = read_json(checkpoint / COMPLETE, "resume")
-    if kept["processes"] != processes:
-        raise DataError(
-            (
-                f"{checkpoint} was written by {kept['processes']} processes, now there are {processes}; start as "
-                "many, or leave "
-            ),
-            Field("resume"),
-            " out",
-            field="resume",
-        )
-    return checkpoint
-
-
 class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """What a checkpoint has to hold beside the trainer's own: token counts, and the adapter of the lowest loss."""
+    """Keeps the adapter of the lowest loss, stops early, and adds both and the token counts to the checkpoints."""
 
     def __init__(self, adapted: PeftModel, exposure: Exposure, patience: int) -> None:
         self._adapted = adapted
@@ -223,7 +230,7 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
 
     @property
     def exhausted(self) -> bool:
-        """Whether so many evaluations brought nothing that training is over."""
+        """Whether early stopping has ended the training."""
         return 0 < self._patience <= self._worse
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
@@ -250,14 +257,14 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
         write_json(folder / COMPLETE, {"worse": self._worse, "best": self._best, "processes": args.world_size})
 
     def restore(self, folder: Path) -> None:
-        """Takes up what `on_save` wrote."""
-        kept = read_json(folder / COMPLETE, "resume")
+        """Reads what `on_save` wrote."""
+        saved = read_json(folder / COMPLETE, "resume")
         self._exposure.restore(read_json(folder / f"exposure_{process_number()}.json", "resume"))
-        self._worse, self._best = kept["worse"], kept["best"] and (kept["best"][0], kept["best"][1])
+        self._worse, self._best = saved["worse"], saved["best"] and (saved["best"][0], saved["best"][1])
         self._tensors = load_file(folder / "best.safetensors") if self._best else {}
 
     def finish(self, step: int) -> int:
-        """Puts the adapter of the lowest loss on the model, where one was kept; returns its step."""
+        """Puts the adapter of the lowest loss on the model, if one was kept; returns its step, otherwise `step`."""
         if self._best is None:
             return step
         with torch.no_grad():
@@ -268,22 +275,25 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
                         best = distribute_tensor(best, parameter.device_mesh, parameter.placements)
                     parameter.copy_(best)
         if self._best[1] < step:
-            note(f"train: the adapter of step {self._best[1]} is kept, whose loss on rows set aside is the lowest")
+            note(f"train: the adapter of step {self._best[1]} is kept: its loss on the rows set aside is the lowest")
         return self._best[1]
 
 
 def whole_tensors(adapted: PeftModel) -> dict[str, Tensor]:
-    """The adapter's tensors on the CPU, gathered where FSDP holds a part in each process: all of them have to call."""
+    """Copies of the adapter's tensors on the CPU, by parameter name.
+
+    FSDP holds a part of each tensor in each process; the parts are gathered, so every process has to call this.
+    """
     found = {name: parameter.detach() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     gathered = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in found.items()}
     return {name: tensor.cpu().clone() for name, tensor in gathered.items()}
 
 
 class _EveryEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """Evaluates after the last step of each epoch, before a checkpoint of that step is written.
+    """Evaluates after the last step of each epoch, before the checkpoint of that step is written.
 
-    The trainer's own `eval_strategy="epoch"` does so after it, and a run that goes on from there would have no loss of
-    that epoch, and other random numbers.
+    The trainer's own `eval_strategy="epoch"` evaluates after the checkpoint. A training resumed from that checkpoint
+    would miss the loss of the epoch and go on with other random numbers.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, train_dataloader: Any, **kwargs: Any) -> None:
@@ -292,7 +302,7 @@ class _EveryEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is not
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """A bar with the loss on standard error."""
+    """A progress bar with the loss, on standard error."""
 
     def __init__(self) -> None:
         self._bar = Progress(
@@ -314,5 +324,5 @@ class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is not t
             self._bar.update(self._task, completed=state.global_step, loss=f"loss {logs['loss']:.3f}")
 
     def close(self) -> None:
-        """Gives the terminal back, also after an error."""
+        """Removes the bar; called after an error as well."""
         self._bar.stop()

@@ -1,4 +1,4 @@
-"""Loading a model to train on in less memory: 4-bit linear maps, and layers below the lowest adapter out of the way."""
+"""Loads a model to train on in less memory: linear maps in 4 bits, and lower layers outside the device's memory."""
 
 from __future__ import annotations
 
@@ -16,22 +16,31 @@ from transformers import BitsAndBytesConfig
 
 from superexperts.adapters import lora
 from superexperts.adapters.layer import linears
-from superexperts.core.config_train import TrainConfig
 from superexperts.core.console import note
 from superexperts.core.distributed import several
-from superexperts.core.errors import Field, ModelError, OptionError
+from superexperts.core.errors import ModelError, OptionError
+from superexperts.core.settings import ModelConfig
 from superexperts.models.decoder import decoder_layers, layer_number
 from superexperts.models.loading import load_as_stored, load_model, load_structure, pick_device
 
 __all__ = ["load_to_train"]
 
 
-def load_to_train(config: TrainConfig, attach: Callable[[nn.Module], PeftModel], folder: Path) -> nn.Module:
-    """The model as `load_model` has it, or in less memory; what is on disk goes into `folder`.
+def load_to_train(
+    config: ModelConfig,
+    attach: Callable[[nn.Module], PeftModel],
+    folder: Path,
+    *,
+    load_in_4bit: bool = False,
+    offload: bool = False,
+) -> nn.Module:
+    """The model as `load_model` loads it, or in less memory.
 
-    `attach` puts the adapter on: it is tried on a model without weights, to know the layers it leaves alone.
+    `load_in_4bit` holds linear maps outside the adapted layers in 4 bits. `offload` keeps the layers below the lowest
+    adapted one in main memory, or in files below `folder` where there is no GPU. `attach` puts the adapter on a model;
+    it is tried on one without weights, to find the adapted layers. `OptionError` if one of the two cannot be done.
     """
-    if not config.load_in_4bit and not config.offload:
+    if not load_in_4bit and not offload:
         return load_model(config)
     structure = load_structure(config)
     attach(structure)
@@ -44,24 +53,24 @@ def load_to_train(config: TrainConfig, attach: Callable[[nn.Module], PeftModel],
     except ModelError as error:
         raise OptionError(
             f"the adapter is on {paths[0]}, outside the decoder's layers; leave it out",
-            field="load_in_4bit" if config.load_in_4bit else "offload",
+            field="load_in_4bit" if load_in_4bit else "offload",
         ) from error
     prefix = next(path for path, module in structure.named_modules() if module is layers)
     device = pick_device(config.device)
     dtype = "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype
     more: dict[str, Any] = {}
-    if config.load_in_4bit:
+    if load_in_4bit:
         skipped = [f"{prefix}.{layer}" for layer in adapted]
         more["quantization_config"] = _four_bits(structure, skipped, device)
-    lowest = min(adapted) if config.offload else 0
-    if config.offload:
+    lowest = min(adapted) if offload else 0
+    if offload:
         if not lowest:
             raise OptionError(
-                "layer 0 carries an adapter, so no layer lies below the lowest; leave it out", field="offload"
+                "layer 0 carries an adapter, so no layer is below the lowest adapted one; leave it out", field="offload"
             )
         if several():
             raise OptionError(
-                "True is for one process; use FSDP with offloaded parameters for several", field="offload"
+                "works in one process only; for several use FSDP with offloaded parameters", field="offload"
             )
         more["offload_folder"] = str(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +87,7 @@ def _four_bits(model: nn.Module, skipped: list[str], device: torch.device) -> Bi
     if importlib.util.find_spec("bitsandbytes") is None:
         raise OptionError("bitsandbytes is not installed; run pip install superexperts[4bit]", field="load_in_4bit")
     if getattr(model.config, "quantization_config", None) is not None:
-        raise OptionError(Field("model"), " is quantized already; leave it out", field="load_in_4bit")
+        raise OptionError("the model is quantized already; leave it out", field="load_in_4bit")
     head = next((name for name, module in model.named_modules() if module is _head(model)), "lm_head")
     kept = [re.escape(path) for path in (*skipped, head)]
     outside = {
@@ -86,16 +95,13 @@ def _four_bits(model: nn.Module, skipped: list[str], device: torch.device) -> Bi
         for path, linear in linears(model).items()
         if not any(re.match(rf"{pattern}(\.|$)", path) for pattern in kept)
     }
-    # What bitsandbytes computes with on a CPU takes maps of these sizes only.
-    odd = [path for path, linear in outside.items() if device.type == "cpu" and not _fits_cpu(linear)]
-    kept += [re.escape(path) for path in odd]
-    free = [path for path in outside if path not in odd]
+    unfit = [path for path, linear in outside.items() if device.type == "cpu" and not _fits_cpu(linear)]
+    kept += [re.escape(path) for path in unfit]
+    free = [path for path in outside if path not in unfit]
     if not free:
         raise OptionError(
-            (
-                "no linear map of a size that fits lies outside the adapted layers (experts held in one tensor "
-                "have no 4 bits in bitsandbytes); leave it out"
-            ),
+            "no linear map of a suitable size lies outside the adapted layers (bitsandbytes has no 4 bits for experts "
+            "held in one tensor); leave it out",
             field="load_in_4bit",
         )
     note(f"train: {len(free)} linear maps are held in 4 bits; experts, adapted layers and the head stay as they are")
@@ -108,6 +114,7 @@ def _four_bits(model: nn.Module, skipped: list[str], device: torch.device) -> Bi
 
 
 def _fits_cpu(linear: Any) -> bool:
+    """Whether bitsandbytes' kernels for CPUs take a map of this size."""
     return bool(linear.in_features % 64 == 0 and linear.out_features % 32 == 0)
 
 
@@ -117,7 +124,7 @@ def _head(model: Any) -> nn.Module | None:
 
 
 def _device_map(model: nn.Module, away: dict[str, str], device: torch.device) -> dict[str, Any]:
-    """Every module's place: those named, and the device for all others."""
+    """The place of every module, as Accelerate takes it: `away` for the modules in it, the device for all others."""
     if not away:
         return {"": device}
     elsewhere = device.index or 0 if device.type == "cuda" else device.type  # as Accelerate names devices

@@ -1,7 +1,7 @@
-"""Rows for fine-tuning: `{question, explain, answer}` -> token ids, and a label for every token that is learnt.
+"""Rows for fine-tuning: `{question, explain, answer}` becomes token ids, with labels for the response only.
 
-The question holds its choices already. The prompt is what `evaluate` asks too, so the model is trained on what it
-will see; only the response and its EOS are learnt.
+The question already holds its choices. The prompt is the one that `evaluate` uses, so that the model is trained on what
+it will be asked. Only the response and its EOS are learnt.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
-from superexperts.core.errors import DataError, Field, ModelError
+from superexperts.core.console import note
+from superexperts.core.errors import DataError, Field, ModelError, OptionError
 from superexperts.core.prompt import prompt_of
 
-__all__ = ["FIELDS", "IGNORED", "Example", "Row", "encode", "prompt", "read_rows", "response"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["IGNORED", "Example", "Row", "encode", "load_examples", "prompt", "read_rows", "response"]
 
 FIELDS = ("question", "explain", "answer")
 IGNORED = -100
-"""Label of a token that the loss leaves out (torch's cross entropy's default)."""
+"""Label of a token that the loss leaves out: the default of torch's cross entropy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,17 +52,54 @@ class Example:
 
 
 def prompt(question: str) -> str:
-    """What the model is asked."""
+    """The text before the response."""
     return prompt_of(question)
 
 
 def response(explain: str, answer: str) -> str:
-    """What it is to say, before EOS."""
+    """The text that the model learns to write, without the EOS that ends it."""
     return f" {explain} The answer is {answer}."
 
 
+def load_examples(
+    data: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    chat: bool = False,
+    truncate: bool = False,
+    eval_data: Path | None = None,
+    eval_share: float = 0,
+    seed: int = 0,
+) -> tuple[list[Example], list[Example]]:
+    """Rows to train on and rows set aside, in tokens: those of `eval_data`, or a share of `data` drawn by `seed`."""
+    import torch  # here, because a study's check reads rows without it
+
+    rules: dict[str, Any] = {"max_length": max_length, "chat": chat, "truncate": truncate}
+    examples = encode(read_rows(data), tokenizer, file=data, **rules)
+    cut = sum(example.truncated for example in examples)
+    if cut:
+        note(f"train: {cut:,} of {len(examples):,} responses were cut off at {max_length} tokens")
+    if eval_data is not None:
+        rows = read_rows(eval_data, "eval_data")
+        return examples, encode(rows, tokenizer, file=eval_data, field="eval_data", **rules)
+    aside = max(1, round(eval_share * len(examples))) if eval_share else 0
+    if aside >= len(examples):
+        what = f"{eval_share} of {len(examples)} rows"
+        raise OptionError(f"{what} leaves none to train on; give less", field="eval_share")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = set(order[:aside])
+    return (
+        [example for number, example in enumerate(examples) if number not in drawn],
+        [example for number, example in enumerate(examples) if number in drawn],
+    )
+
+
 def read_rows(file: Path, field: str = "data") -> list[Row]:
-    """The rows of a JSON array or of a JSONL file (either may be gzipped); `DataError` names file, row and field."""
+    """The rows of a JSON array or of a JSONL file (either may be gzipped).
+
+    `DataError` about `field`, which names the file, the row and what is wrong in it.
+    """
     rows = [_row(value, number, file, field) for number, value in _values(file, field)]
     if not rows:
         raise DataError(f"{file} has no rows; give rows of {{question, explain, answer}}", field=field)
@@ -81,7 +120,7 @@ def _values(file: Path, field: str) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             raise DataError(f"{file} is not valid JSON ({error}); repair it", field=field) from error
         return
-    # Not str.splitlines: JSON may hold the other line ends that it knows, such as U+2028, as they are.
+    # Not str.splitlines: it also splits at characters such as U+2028, which JSON texts may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
@@ -91,29 +130,33 @@ def _values(file: Path, field: str) -> Iterator[tuple[int, Any]]:
 
 
 def _row(value: Any, number: int, file: Path, field: str) -> Row:
-    where = f"{field}: {file} row {number}"
+    where = f"{file} row {number}"
+
+    def wrong(text: str) -> DataError:
+        return DataError(f"{where}{text}", field=field)
+
     if not isinstance(value, dict):
-        raise DataError(f"{where} is {type(value).__name__}, not an object; write {{question, explain, answer}}")
-    for field in FIELDS:
-        if field not in value:
-            raise DataError(f"{where} has no {field!r}; give question, explain and answer")
-        if not isinstance(value[field], str):
-            raise DataError(f"{where}: {field!r} is {json.dumps(value[field])[:60]}, not text; write it in quotes")
-        if not value[field].strip():
-            raise DataError(f"{where}: {field!r} is empty; fill it in or leave the row out")
+        raise wrong(f" is {type(value).__name__}, not an object; write {{question, explain, answer}}")
+    for name in FIELDS:
+        if name not in value:
+            raise wrong(f" has no {name!r}; give question, explain and answer")
+        if not isinstance(value[name], str):
+            raise wrong(f": {name!r} is {json.dumps(value[name])[:60]}, not text; write it in quotes")
+        if not value[name].strip():
+            raise wrong(f": {name!r} is empty; fill it in or leave the row out")
     choices = _choices(value["question"])
     answer = value["answer"].strip()
     accepted = {_bare(text) for letter, text in choices.items() for text in (letter, text, f"{letter}. {text}")}
     if choices and _bare(answer) not in accepted:
-        raise DataError(
-            f"{where}: 'answer' is {json.dumps(answer, ensure_ascii=False)[:60]}, which is neither a letter among the "
+        raise wrong(
+            f": 'answer' is {json.dumps(answer, ensure_ascii=False)[:60]}, which is neither a letter among the "
             f"question's choices ({', '.join(choices)}) nor the text of one; correct it or leave the row out"
         )
-    return Row(number=number, **{field: value[field] for field in FIELDS})
+    return Row(number=number, **{name: value[name] for name in FIELDS})
 
 
 def _choices(question: str) -> dict[str, str]:
-    """The choices that end a question, a line each from `A. ` or `A) ` on: letter -> text; none for other questions."""
+    """The choices at the end of a question, one line each that begins like `A. ` or `A) `: letter -> text."""
     found: list[tuple[str, str]] = []
     for line in reversed(question.rstrip().split("\n")):
         match = re.fullmatch(r"\s*\(?([A-Z])[.):]\s+(.*\S)\s*", line)
@@ -138,19 +181,21 @@ def encode(
     chat: bool = False,
     truncate: bool = False,
 ) -> list[Example]:
-    """Each row as prompt, response and one EOS, in tokens; BOS is put in front where the tokenizer itself puts one.
+    """Each row as prompt, response and one EOS, in tokens; with BOS in front if the tokenizer itself puts one there.
 
-    The prompt's tokens are always those of the prompt alone, as at inference: where the tokenizer would merge over
-    the border, the response is encoded by itself. With `chat` the prompt is the user's message in the tokenizer's chat
-    template and the response the assistant's, up to what the template ends a turn with. A row of more than
-    `max_length` tokens is cut off, and marked, with `truncate`, and otherwise a `DataError` that says how many there
-    are; so is a prompt that leaves no room for a response.
+    The prompt's tokens are always those of the prompt alone, as at inference: where the tokenizer would merge across
+    the boundary, the response is encoded separately. With `chat` the prompt is the user's message in the tokenizer's
+    chat template, and the response is the assistant's message up to the end of its turn.
+
+    A row of more than `max_length` tokens is cut off and marked if `truncate` is given, and a `DataError` otherwise;
+    a prompt that leaves no room for a response always is. `file` and `field` are for messages. `ModelError` for a
+    tokenizer without EOS, or without a chat template that `chat` can use.
     """
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise ModelError("its tokenizer has no EOS token, so no response could end; set eos_token", field="model")
     if chat and tokenizer.chat_template is None:
-        raise ModelError("'chat' needs a chat template, which MODEL's tokenizer has not; give plain", field="prompt")
+        raise ModelError("'chat' needs a chat template, which the tokenizer does not have; give plain", field="prompt")
     examples = []
     long: list[tuple[Row, int]] = []
     for row in rows:
@@ -160,10 +205,8 @@ def encode(
             long.append((row, len(input_ids)))
         if truncate and len(prompt_ids) >= max_length:
             raise DataError(
-                (
-                    f"{file} row {row.number}: the prompt alone has {len(prompt_ids)} tokens, which leaves no room "
-                    "for a response under "
-                ),
+                f"{file} row {row.number}: the prompt alone has {len(prompt_ids)} tokens, which leaves no room for a "
+                "response under ",
                 Field("max_length"),
                 f" {max_length}; shorten 'question' or raise ",
                 Field("max_length"),
@@ -198,7 +241,7 @@ def _plain_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, eos: int) -> tup
 
 
 def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, eos: int) -> tuple[list[int], list[int]]:
-    """The user's turn and what opens the assistant's; the assistant's, which EOS ends if the template does not."""
+    """Tokens of the user's turn with the opening of the assistant's, and of the assistant's turn, which ends in EOS."""
     turns = [
         {"role": "user", "content": prompt(row.question)},
         {"role": "assistant", "content": response(row.explain, row.answer).strip()},
@@ -207,13 +250,11 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, eos: int) -> tupl
     whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
     if not whole.startswith(opened):
         raise ModelError(
-            (
-                "'chat' needs a chat template whose whole conversation begins with its prompt, which MODEL's "
-                "does not; give plain"
-            ),
+            "'chat' needs a chat template in which the whole conversation begins with its prompt, which this one does "
+            "not; give plain",
             field="prompt",
         )
-    # The template writes BOS itself where there is one.
+    # The template itself writes BOS if there is one.
     prompt_ids = _ids(tokenizer, opened, add_special_tokens=False)
     response_ids = _ids(tokenizer, whole[len(opened) :], add_special_tokens=False)
     return prompt_ids, response_ids if eos in response_ids else [*response_ids, eos]
@@ -224,5 +265,5 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: b
 
 
 def _without_final(ids: list[int], eos: int) -> list[int]:
-    """A few tokenizers end every text with EOS of their own accord."""
+    """The ids without a final EOS, which a few tokenizers put after every text."""
     return ids[:-1] if ids and ids[-1] == eos else ids

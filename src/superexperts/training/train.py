@@ -1,66 +1,228 @@
-"""Supervised fine-tuning of LoRA on chosen experts, attention or any linear maps; `fit.py` has the loop."""
+"""The command `train`: LoRA on chosen experts, attention or any linear maps, by supervised fine-tuning."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
+import math
+import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-import torch
-from peft import PeftModel
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+import tyro
 
-from superexperts.adapters import lora
-from superexperts.adapters.borrow import borrowed
-from superexperts.adapters.effect import adapter_effect
-from superexperts.adapters.exposure import counting
-from superexperts.checkpoints.source import checkpoint_folder
 from superexperts.core.config import identity
-from superexperts.core.config_train import TrainConfig, own_values, recipe_text
-from superexperts.core.console import is_main_process, note
-from superexperts.core.distributed import together
-from superexperts.core.errors import DataError, EffectError, ExpertsError, Field, OptionError, SuperExpertsError
-from superexperts.core.runs import (
-    completed,
-    fingerprint,
-    input_key,
-    new_folder,
-    read_json,
-    write_json,
-    write_manifest,
-    write_text,
-)
+from superexperts.core.console import is_main_process, note, stdout
+from superexperts.core.errors import DataError, Field, OptionError
+from superexperts.core.runs import completed, fingerprint, input_key, new_folder, read_json, write_manifest
+from superexperts.core.settings import SeededConfig, Switch, require, require_device, require_seed
 from superexperts.core.types import ExpertKey, ExpertSet, chosen_experts, key_name
-from superexperts.models.loading import load_tokenizer
-from superexperts.training.card import model_card, target_name
-from superexperts.training.loop import Fitted, fit, last_checkpoint, whole_tensors
-from superexperts.training.memory import load_to_train
-from superexperts.training.rows import Example, encode, read_rows
+from superexperts.training.recipe import read_recipe
 
-__all__ = ["checkpoints_of", "run", "train"]
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
-PROBE_ROWS = 32
-"""Rows, evenly spread over the data, on which the adapter's effect is measured."""
+    from superexperts.training.loop import LoopSettings
+
+__all__ = ["TrainConfig", "defaults", "recipe_settings", "run", "show", "train"]
+
+PROJECTIONS = ("gate", "up", "down")
+NOT_IN_RECIPE = ("recipe", "out", "resume", "checkpoint_steps", "report_to", "json", "device", "trust_remote_code")
+"""Settings that say where and how a training runs, not what it trains. They are not written into recipes."""
+NEVER_FROM_RECIPE = ("recipe", "resume", "trust_remote_code")
+"""Settings that a recipe cannot give. Only the person at the command line can allow a checkpoint's own code to run."""
 
 
-def checkpoints_of(out: Path) -> Path:
-    """Where a training keeps what `--resume` goes on from; it is there only while it runs, or was killed."""
-    return out.with_name(f".{out.name}.checkpoints")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(SeededConfig):
+    """Fine-tune LoRA on chosen experts only, on attention, or on any linear maps.
+
+    Example: superexperts train pocket --data train.json --experts runs/super.json --out runs/lora
+
+    Example: superexperts train --recipe recipes/train/pocket-super.yaml --data train.json --out runs/lora
+    """
+
+    recipe: Path | None = None
+    """YAML file with these options, such as the recipe.yaml of an earlier run; options given as well override it."""
+    data: Path
+    """JSON array or JSONL of {question, explain, answer}."""
+    experts: str | None = None
+    """Expert set, as a file or inline (L2E54,L3E38): adapt these experts' projections."""
+    attention: Switch = False
+    """Adapt the attention projections."""
+    target: str | None = None
+    """Adapt the linear maps whose whole path this regular expression matches."""
+    projections: str = "gate,up,down"
+    """Which projections of the experts to adapt."""
+    out: Path = Path("runs/train")
+    """Folder for adapter/ and training.json."""
+    r: int = 16
+    """LoRA rank."""
+    alpha: float = 32
+    """LoRA alpha; the update is scaled by alpha / r."""
+    ranks: str = ""
+    """Ranks of single experts, such as L2E54=32,L3E38=8."""
+    alphas: str = ""
+    """Alphas of single experts, such as L2E54=64."""
+    rslora: Switch = False
+    """Scale by alpha / sqrt(r) instead."""
+    dropout: float = 0.05
+    """Dropout on the LoRA branch's input."""
+    adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the saved adapter, which is trained in float32; `auto`: that of the model's weights in memory."""
+    prompt: Literal["plain", "chat"] = "plain"
+    """`plain`: Question: ... Answer: ..., as evaluate asks; `chat`: that as the user's message in the chat template."""
+    learning_rate: float = 1e-4
+    """Peak learning rate; the schedule is cosine."""
+    warmup: float = 0.03
+    """Share of the steps over which the learning rate rises."""
+    epochs: float = 2
+    """Passes over the data."""
+    batch_size: int = 16
+    """Rows per device and forward pass; with --packing, sequences of up to --max-length tokens."""
+    accumulation: int = 1
+    """Forward passes per optimiser step."""
+    max_length: int = 1024
+    """Longest prompt and response in tokens; longer rows are an error."""
+    truncate: Switch = False
+    """Cut responses off at --max-length instead, and count them."""
+    packing: Switch = False
+    """Put several rows into one sequence of up to --max-length tokens; they do not see each other."""
+    gradient_checkpointing: Switch = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    eval_data: Path | None = None
+    """Rows to measure the loss on, not to train on."""
+    eval_share: float = 0
+    """Or: share of --data to set aside for that, drawn by --seed."""
+    eval_steps: int = 0
+    """Optimiser steps between evaluations; 0: once an epoch."""
+    patience: int = 0
+    """Stop after so many evaluations without a lower loss, and keep the adapter of the lowest; 0: train to the end."""
+    checkpoint_steps: int = 50
+    """Optimiser steps between checkpoints for --resume; 0: no checkpoints."""
+    resume: Switch = False
+    """Go on from the last checkpoint of a killed run with the same settings."""
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Log losses there as well; TensorBoard's files go into logs/ of --out."""
+    load_in_4bit: Switch = False
+    """Keep linear maps outside the adapted layers in 4 bits (needs bitsandbytes)."""
+    offload: Switch = False
+    """Keep the layers below the lowest adapted one in main memory, or on disk where there is no GPU."""
+    allow_unexposed: Switch = False
+    """Accept an adapted expert that no training token reached, which is an error otherwise."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        if self.experts is None and not self.attention and self.target is None:
+            raise OptionError(
+                "missing; give an expert set, ",
+                Field("attention"),
+                ", or ",
+                Field("target"),
+                " with a regular expression",
+                field="experts",
+            )
+        require_device(self.device)
+        require_seed(self.seed)
+        for name in ("r", "alpha", "learning_rate", "epochs", "batch_size", "accumulation", "max_length"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, name, value, "is not positive and finite; give more than 0")
+        for name in ("eval_steps", "patience", "checkpoint_steps"):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "is negative; give 0 or more")
+        for name in ("dropout", "warmup", "eval_share"):
+            value = getattr(self, name)
+            require(0 <= value < 1, name, value, "is out of range; give a share in [0, 1)")
+        parts = self.projections.split(",")
+        known = len(set(parts)) == len(parts) and set(parts) <= set(PROJECTIONS)
+        require(known, "projections", self.projections, f"is unknown; choose from {','.join(PROJECTIONS)}")
+        if self.target is not None:
+            try:
+                re.compile(self.target)
+            except re.error as error:
+                raise OptionError(
+                    f"{self.target!r} is not a regular expression ({error}); fix it", field="target"
+                ) from error
+        values_by_expert(self.ranks, "ranks")
+        values_by_expert(self.alphas, "alphas")
+        self._check_evaluation()
+        if self.resume and not self.checkpoint_steps:
+            raise OptionError("needs ", Field("checkpoint_steps"), " over 0", field="resume")
+        if self.report_to != "none":
+            installed = importlib.util.find_spec(self.report_to) is not None
+            require(installed, "report_to", self.report_to, f"is not installed; run pip install {self.report_to}")
+
+    def _check_evaluation(self) -> None:
+        both = self.eval_data is not None and self.eval_share > 0
+        clash = ("cannot be combined with ", Field("eval_data"), "; give one of the two")
+        require(not both, "eval_share", self.eval_share, *clash)
+        if self.eval_data is None and not self.eval_share:
+            for name in ("eval_steps", "patience"):
+                what_to_do = ("needs rows to evaluate; give ", Field("eval_data"), " or ", Field("eval_share"))
+                require(not getattr(self, name), name, getattr(self, name), *what_to_do)
+
+
+def values_by_expert(text: str, field: str) -> dict[ExpertKey, float]:
+    """`L2E54=32,L8shared=8` -> {(2, 54): 32, (8, "shared"): 8}; `OptionError` about `field` for other text."""
+    values: dict[ExpertKey, float] = {}
+    for part in filter(None, text.split(",")):
+        found = re.fullmatch(r"(L\d+(?:E\d+|shared))=(\d+(?:\.\d+)?)", part)
+        if found is None or not float(found[2]) or (field == "ranks" and "." in found[2]):
+            raise OptionError(f"{part!r} is not like L2E54=32; write EXPERT=NUMBER, separated by commas", field=field)
+        (expert,) = ExpertSet.parse(found[1]).experts
+        if expert in values:
+            raise OptionError(f"{found[1]} is named twice; give each expert one number", field=field)
+        values[expert] = float(found[2]) if "." in found[2] else int(found[2])
+    return values
+
+
+# ---- recipes ------------------------------------------------------------------------------------------------------
+
+
+def defaults(words: Sequence[str]) -> TrainConfig | None:
+    """The settings of the file that `--recipe FILE` names among a command line's words: they become the defaults of the
+    other options. None without a recipe, or where help is asked for."""
+    if {"-h", "--help"} & set(words):
+        return None
+    files = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--recipe"]
+    files += [word.removeprefix("--recipe=") for word in words if word.startswith("--recipe=")]
+    if not files:
+        return None
+    settings = recipe_settings(Path(files[-1]))
+    # Made without __post_init__: the checks run after the command line has overridden some of the settings, since what
+    # is to be adapted may come from either.
+    unchecked = object.__new__(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
+        object.__setattr__(unchecked, field.name, settings.get(field.name, default))
+    return unchecked
+
+
+def recipe_settings(file: Path) -> dict[str, Any]:
+    """The settings of `train` that a recipe holds; `OptionError` for a name or a type that `train` does not have."""
+    kinds = {name: kind for name, kind in get_type_hints(TrainConfig).items() if name not in NEVER_FROM_RECIPE}
+    return read_recipe(file, kinds)
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """The command; `OptionError` for projections where no experts are named, which a study may give to all its runs."""
+    """Trains as `train` does. `OptionError` for projections without experts, which are an error here only: a study may
+    give them to all its trainings."""
     if config.experts is None and config.projections != TrainConfig.projections:
         raise OptionError(
-            f"{config.projections!r} is of experts; give ", Field("experts"), ", or leave it out", field="projections"
+            f"{config.projections!r} is for experts; give ", Field("experts"), ", or leave it out", field="projections"
         )
     return train(config)
 
@@ -74,78 +236,96 @@ def train(
     """Trains an adapter and writes `adapter/`, `recipe.yaml`, `training.json` and, last, the manifest into
     `config.out`.
 
-    What `load` gives is the model that `config.model` names; it comes back as it was, adapter taken off.
-    Returns training.json's content and `out`. `EffectError`, with nothing written, where the adapter changes no logit.
-    Of several processes that a launcher started, the first one writes.
+    `load` gives the model that `config.model` names, instead of loading it here; the adapter is taken off again, so
+    the model comes back as it was. Returns the content of training.json and `out`. `EffectError`, with nothing written,
+    if the adapter changes no logit. Of several processes that a launcher started, only the main one writes.
     """
+    # Imported here, so that --help and a wrong option do not wait for torch.
+    from superexperts.adapters.borrow import borrowed
+    from superexperts.adapters.exposure import counting
+    from superexperts.adapters.lora import trainable_parameters
+    from superexperts.checkpoints.source import checkpoint_folder
+    from superexperts.models.loading import load_tokenizer
+    from superexperts.training import outcome
+    from superexperts.training.card import adapted_parts
+    from superexperts.training.loop import train_loop, whole_tensors
+    from superexperts.training.memory import load_to_train
+    from superexperts.training.resume import checkpoint_to_resume, checkpoints_folder, kept_when_killed
+    from superexperts.training.rows import load_examples
+
     started = time.monotonic()
     chosen = None if config.experts is None else chosen_experts(config.experts, config.model).experts
-    files = {"data": config.data} | ({"eval_data": config.eval_data} if config.eval_data else {})
-    for field, file in files.items():
-        if not file.is_file():
-            raise DataError(
-                f"{file} is no file; give a JSON array or JSONL of {{question, explain, answer}}", field=field
-            )
+    names = None if chosen is None else [key_name(key) for key in chosen]
+    files = _data_files(config)
     folder = checkpoint_folder(config.model, config.revision)
     contents = {field: fingerprint(file) for field, file in files.items()}
     inputs = identity(config, model=fingerprint(folder), experts=chosen, **contents)
     if completed(config.out, "train", inputs):
         note(f"train: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "training.json", "training")}
-    work = checkpoints_of(config.out)
-    # Within the temporary folder, so that what a killed training left goes with it.
-    with _written(config.out) as temporary, tempfile.TemporaryDirectory(prefix="weights-", dir=temporary) as weights:
-        scratch = Path(weights)
+    work = checkpoints_folder(config.out)
+    # Weights on disk lie in the temporary output folder: what a killed training leaves is cleared away with it.
+    with _output_folder(config.out) as temporary, tempfile.TemporaryDirectory(prefix="weights-", dir=temporary) as disk:
         tokenizer = tokenizer or load_tokenizer(config)
-        examples, held_out = _examples(config, tokenizer)
-        model = load() if load else load_to_train(config, lambda empty: _attach(empty, chosen, config), scratch)
-        checkpoint = _prepare(work, input_key("train", inputs), config)
-        with _kept_when_killed(work), borrowed(model):
+        examples, held_out = load_examples(
+            config.data,
+            tokenizer,
+            max_length=config.max_length,
+            chat=config.prompt == "chat",
+            truncate=config.truncate,
+            eval_data=config.eval_data,
+            eval_share=config.eval_share,
+            seed=config.seed,
+        )
+        model = load() if load else load_to_train(
+            config,
+            lambda empty: _attach(empty, chosen, config),
+            Path(disk),
+            load_in_4bit=config.load_in_4bit,
+            offload=config.offload,
+        )  # fmt: skip
+        checkpoint = checkpoint_to_resume(work, input_key("train", inputs), resume=config.resume)
+        with kept_when_killed(work), borrowed(model):
             adapted = _attach(model, chosen, config)
-            # Trackers print where results belong.
+            # Trackers print to standard output, which is for results.
             with counting(adapted, training=True) as exposure, contextlib.redirect_stdout(sys.stderr):
                 if checkpoint is not None:
                     note(f"train: going on from step {checkpoint.name.partition('-')[2]}")
-                fitted = fit(adapted, tokenizer, examples, held_out, config, exposure, work, checkpoint)
-            seen = exposure.by_expert()
-            _require_exposure(seen, exposure.tokens, config)
-            dtype = _round(adapted, config)
-            effect = adapter_effect(adapted, _probe(examples))
-            names = None if chosen is None else [key_name(key) for key in chosen]
-            if effect.none:
-                field = "experts" if names is not None else "attention" if config.attention else "target"
-                what = target_name(config, names).removeprefix("experts ")
-                raise EffectError(
-                    (
-                        f"the adapter on {what} changes no logit of {len(_probe(examples))} rows of {config.data}; "
-                        "nothing was written: choose experts that these rows reach, or train longer"
-                    ),
-                    field=field,
+                done = train_loop(
+                    adapted, tokenizer, examples, held_out, _loop_settings(config), exposure, work, checkpoint
                 )
-            result = _result(fitted, adapted, examples, held_out) | {
+            seen = exposure.by_expert()
+            outcome.require_exposure(seen, exposure.tokens, config.data, allow_unexposed=config.allow_unexposed)
+            dtype = outcome.round_adapter(adapted, config.adapter_dtype)
+            effect = outcome.measure_effect(
+                adapted,
+                examples,
+                config.data,
+                what=adapted_parts(names, attention=config.attention, target=config.target).removeprefix("experts "),
+                field="experts" if chosen is not None else "attention" if config.attention else "target",
+            )
+            result = {
+                "loss": done.losses,
+                "eval_loss": done.eval_losses,
+                "kept_step": done.kept_step,
+                "trainable_parameters": trainable_parameters(adapted),
+                "rows": len(examples),
+                "eval_rows": len(held_out),
+                "truncated": sum(example.truncated for example in examples),
+                "tokens": sum(len(example.input_ids) for example in examples),
                 "exposure": seen,
                 **dataclasses.asdict(effect),
                 "experts": names,
             }
-            tensors = whole_tensors(adapted)
+            tensors = {name: tensor.to(dtype) for name, tensor in whole_tensors(adapted).items()}
             if temporary is not None:
-                _save(adapted, tensors, temporary / "adapter", config, dtype)
+                outcome.save_adapter(
+                    adapted, tensors, temporary / "adapter", model=config.model, revision=config.revision
+                )
         if temporary is not None:
             digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()}
-            write_text(temporary / "adapter" / "README.md", model_card(config, result, digests))
-            comment = "superexperts train --recipe FILE; " + ", ".join(
-                f"{name}: sha256 {digest}" for name, digest in digests.items()
-            )
-            named = None if names is None else ",".join(names)
-            write_text(temporary / "recipe.yaml", recipe_text(config, named, comment))
-            # What is published with the adapter names the data, not where they lie on this machine.
-            published = dataclasses.replace(
-                config,
-                data=Path(config.data.name),
-                eval_data=None if config.eval_data is None else Path(config.eval_data.name),
-            )
-            write_text(temporary / "adapter" / "recipe.yaml", recipe_text(published, named, comment))
-            write_json(temporary / "training.json", result)
+            experts = None if names is None else ",".join(names)
+            outcome.write_description(temporary, _recipe(config, experts), result, digests)
             outputs = ["adapter", "recipe.yaml", "training.json"]
             if (work / "logs").is_dir():
                 shutil.move(work / "logs", temporary / "logs")
@@ -155,8 +335,31 @@ def train(
     return {"out": str(config.out), **result}
 
 
+def show(result: dict[str, Any]) -> None:
+    """Prints what `run` returned."""
+    stdout.print(
+        f"trained {result['trainable_parameters']:,} parameters on {result['rows']:,} rows; "
+        f"the adapter changes logits by up to {result['max_logit_change']:.3g} (KL {result['kl']:.3g} nats)"
+    )
+    stdout.print(f"in {result['out']}", soft_wrap=True)
+
+
+# ---- settings as plain arguments ----------------------------------------------------------------------------------
+
+
+def _data_files(config: TrainConfig) -> dict[str, Path]:
+    """The files of rows by the setting that names them; `DataError` for one that does not exist."""
+    files = {"data": config.data} | ({"eval_data": config.eval_data} if config.eval_data else {})
+    for field, file in files.items():
+        if not file.is_file():
+            raise DataError(
+                f"{file} is not a file; give a JSON array or JSONL of {{question, explain, answer}}", field=field
+            )
+    return files
+
+
 @contextlib.contextmanager
-def _written(out: Path) -> Iterator[Path | None]:
+def _output_folder(out: Path) -> Iterator[Path | None]:
     """The folder to write into; None in a process that does not write."""
     if not is_main_process:
         yield None
@@ -165,92 +368,10 @@ def _written(out: Path) -> Iterator[Path | None]:
         yield temporary
 
 
-def _prepare(work: Path, key: str, config: TrainConfig) -> Path | None:
-    """The folder of checkpoints and logs, and the checkpoint to go on from."""
-    checkpoint = None
-    if config.resume:
-        there = (work / "key.json").is_file()
-        if there and read_json(work / "key.json", "resume") != key:
-            raise OptionError(
-                (f"the checkpoints of {config.out} are of other settings, data or model; leave it out to start anew"),
-                field="resume",
-            )
-        checkpoint = last_checkpoint(work) if there else None
-        if checkpoint is None:
-            note(f"train: --resume: {config.out} has no checkpoint, training starts at the first step")
-    together()  # all have looked before the first one clears away
-    if is_main_process and checkpoint is None:
-        shutil.rmtree(work, ignore_errors=True)
-        write_json(work / "key.json", key)
-    together()
-    return checkpoint
-
-
-@contextlib.contextmanager
-def _kept_when_killed(work: Path) -> Iterator[None]:
-    """Checkpoints stay for --resume after an interruption, and go with an error that training again would meet too."""
-    try:
-        yield
-    except SuperExpertsError:
-        if is_main_process:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def _examples(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[Example]]:
-    """Rows to train on, and rows set aside, in tokens."""
-
-    def encoded(file: Path, field: str) -> list[Example]:
-        return encode(
-            read_rows(file, field),
-            tokenizer,
-            max_length=config.max_length,
-            file=file,
-            field=field,
-            chat=config.prompt == "chat",
-            truncate=config.truncate,
-        )
-
-    examples = encoded(config.data, "data")
-    cut = sum(example.truncated for example in examples)
-    if cut:
-        note(f"train: {cut:,} of {len(examples):,} responses were cut off at {config.max_length} tokens")
-    if config.eval_data is not None:
-        return examples, encoded(config.eval_data, "eval_data")
-    aside = max(1, round(config.eval_share * len(examples))) if config.eval_share else 0
-    if aside >= len(examples):
-        raise OptionError(
-            f"{config.eval_share} of {len(examples)} rows leaves none to train on; give less", field="eval_share"
-        )
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    held_out = set(order[:aside])
-    return (
-        [example for number, example in enumerate(examples) if number not in held_out],
-        [example for number, example in enumerate(examples) if number in held_out],
-    )
-
-
-def _require_exposure(seen: Mapping[str, int], tokens: int, config: TrainConfig) -> None:
-    """`ExpertsError` for an adapted expert that saw no training token, unless allowed: its A and B are untrained."""
-    unseen = [name for name, count in seen.items() if not count]
-    if unseen and not config.allow_unexposed:
-        raise ExpertsError(
-            (
-                f"{', '.join(unseen)} saw none of the {tokens:,} training tokens of {config.data}; nothing was "
-                "written: choose experts that these rows reach, or give "
-            ),
-            Field("allow_unexposed"),
-            field="experts",
-        )
-    if unseen:
-        note(f"train: {', '.join(unseen)} saw none of the {tokens:,} training tokens")
-
-
 def _attach(model: nn.Module, chosen: Sequence[ExpertKey] | None, config: TrainConfig) -> PeftModel:
-    def keyed(text: str, field: str) -> dict[ExpertKey, Any]:
-        return {ExpertSet.parse(name).experts[0]: value for name, value in own_values(text, field).items()}
+    from superexperts.adapters.lora import attach  # it imports torch
 
-    return lora.attach(
+    return attach(
         model,
         experts=chosen or (),
         attention=config.attention,
@@ -261,55 +382,19 @@ def _attach(model: nn.Module, chosen: Sequence[ExpertKey] | None, config: TrainC
         dropout=config.dropout,
         seed=config.seed,
         rslora=config.rslora,
-        ranks=keyed(config.ranks, "ranks"),
-        alphas=keyed(config.alphas, "alphas"),
+        ranks={expert: int(rank) for expert, rank in values_by_expert(config.ranks, "ranks").items()},
+        alphas=values_by_expert(config.alphas, "alphas"),
     )
 
 
-def _probe(examples: Sequence[Example]) -> list[Tensor]:
-    step = max(1, len(examples) // PROBE_ROWS)
-    return [torch.tensor(example.input_ids) for example in examples[::step][:PROBE_ROWS]]
+def _loop_settings(config: TrainConfig) -> LoopSettings:
+    from superexperts.training.loop import LoopSettings  # it imports trl
+
+    same = {field.name for field in dataclasses.fields(LoopSettings)} - {"run_name"}
+    return LoopSettings(run_name=config.out.name, **{name: getattr(config, name) for name in same})
 
 
-def _result(
-    fitted: Fitted, adapted: PeftModel, examples: Sequence[Example], held_out: Sequence[Example]
-) -> dict[str, Any]:
-    return {
-        "loss": fitted.losses,
-        "eval_loss": fitted.eval_losses,
-        "kept_step": fitted.kept_step,
-        "trainable_parameters": lora.trainable_parameters(adapted),
-        "rows": len(examples),
-        "eval_rows": len(held_out),
-        "truncated": sum(example.truncated for example in examples),
-        "tokens": sum(len(example.input_ids) for example in examples),
-    }
-
-
-def _round(adapted: PeftModel, config: TrainConfig) -> torch.dtype:
-    """Rounds the adapter to the values that will be saved, before anything is measured on it; returns their dtype."""
-    own = next(parameter for parameter in adapted.parameters() if not parameter.requires_grad).dtype
-    if config.adapter_dtype == "auto":
-        dtype = own if own in (torch.float16, torch.bfloat16) else torch.float32
-    else:
-        dtype = getattr(torch, config.adapter_dtype)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(parameter.to(dtype))
-    return dtype
-
-
-def _save(
-    adapted: PeftModel, tensors: dict[str, Tensor], folder: Path, config: TrainConfig, dtype: torch.dtype
-) -> None:
-    """PEFT's files, with the base model as the user names it instead of a path of this machine; what was written must
-    be what was trained, key for key."""
-    settings = adapted.peft_config["default"]
-    settings.base_model_name_or_path, settings.revision = config.model, config.revision
-    # Left to itself PEFT asks the Hub whether the embeddings were resized.
-    values = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    adapted.save_pretrained(str(folder), state_dict=values, save_embedding_layers=False)
-    _, saved = lora.read_adapter(folder, "out")
-    trained = {name.replace(".default.", "."): value for name, value in values.items()}
-    lora.check_keys(trained, saved, folder, "out", same=torch.equal)
+def _recipe(config: TrainConfig, experts: str | None) -> dict[str, Any]:
+    """Every setting that decides what is trained; `experts` names them instead of the file that holds the set."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_RECIPE}
+    return settings | {"experts": experts}
