@@ -77,8 +77,8 @@ def test_upstream_report(tmp_path: Path) -> None:
     ("value", "message"),
     [
         ([], "the set is empty"),
-        ([{"layer_index": 1}], "a field is missing"),
-        ([{"layer_index": 1, "expert_index": "x", "output_max": 1}], "'x' is no expert"),
+        ([{"layer_index": 1}], "expert_index is missing"),
+        ([{"layer_index": 1, "expert_index": "x", "output_max": 1}], "'x' is not an expert"),
         ([{"layer_index": 1, "expert_index": 2, "output_max": 1}] * 2, "L1E2 is named twice"),
         ({"schema": "superexperts/profile/1"}, "expected a file of schema"),
         ("text", "expected a file of schema"),
@@ -96,3 +96,60 @@ def test_a_missing_expert_file_is_named() -> None:
 
 def test_key_names() -> None:
     assert [key_name((2, 54)), key_name((8, "shared"))] == ["L2E54", "L8shared"]
+
+
+WRITTEN_BY_0_1_0: dict[type[Any], str] = {
+    Profile: """{"schema": "superexperts/profile/1", "model": "pocket", "num_layers": 5, "depth": 0.75,
+ "statistic": "all", "corpora": {"pocket": {"tokens": 16384, "experts": [{"layer": 1, "expert": 0, "tokens": 1248,
+ "output_max": 13.653791427612305, "channel": 15, "position": 123, "token_id": 324,
+ "first_token_output_max": 8.983195304870605, "input_max": 25.254169464111328, "input_channel": 3,
+ "input_position": 123, "input_token_id": 324, "gate_sum": 297.71563822589815, "reap": 2.7726173656771564,
+ "token_share": 0.0126953125, "gate_share": 0.01148428507317516}, {"layer": 1, "expert": "shared", "tokens": 0,
+ "output_max": 0.0, "channel": null, "position": null, "token_id": null, "first_token_output_max": 0.0,
+ "input_max": 0.0, "input_channel": null, "input_position": null, "input_token_id": null, "gate_sum": 0.0,
+ "reap": 0.0, "token_share": null, "gate_share": null}], "stable": null}}}""",
+    ExpertSet: """{"schema": "superexperts/experts/1", "model": "pocket", "rule": {"name": "super", "depth": 0.75,
+ "corpora": ["pocket"]}, "experts": [{"layer": 3, "expert": 54, "score": 1502.715576171875},
+ {"layer": 1, "expert": "shared", "score": null}]}""",
+    Answer: """{"id": "mmlu-0", "prompt": "Question: Is it?\\nAnswer:", "response": " A", "gold": "A",
+ "choices": [["A", "yes"], ["B", "no"]], "kind": "choice", "task": "mmlu", "variant": "base", "seed": 0,
+ "subject": "anatomy", "num_fewshot": 5, "loglikelihoods": [["A", -1.5, 3], ["B", -2.0, 2]]}""",
+    Extraction: '{"id": "mmlu-0", "extracted": "A", "how": "rule:statement", "correct": true}',
+    Score: """{"task": "mmlu", "variant": "base", "items": 100, "correct": 59, "unparsed": 20, "accuracy": 0.59,
+ "low": 0.4920143005341078, "high": 0.6813268697886348}""",
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN_BY_0_1_0, ids=lambda kind: kind.__name__)
+def test_a_file_of_the_version_before_is_read_and_written_the_same(kind: Any) -> None:
+    text = json.dumps(json.loads(WRITTEN_BY_0_1_0[kind]))
+    assert json.dumps(kind.from_json(json.loads(text)).to_json()) == text
+
+
+def test_newer_fields_that_are_missing_take_their_defaults() -> None:
+    value = json.loads(WRITTEN_BY_0_1_0[Profile])
+    del value["depth"], value["corpora"]["pocket"]["stable"], value["corpora"]["pocket"]["experts"][0]["reap"]
+    found = Profile.from_json(value)
+    assert (found.depth, found.corpora["pocket"].stable, found.corpora["pocket"].experts[0].reap) == (1.0, None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (Answer, {"kind": "essay"}, "answers: kind: 'essay' should be 'choice', 'number' or 'yesno'; evaluate again"),
+        (Answer, {"response": 5}, "answers: response: 5 should be a valid string; evaluate again"),
+        (Answer, {"gold": 3}, "answers: gold: 3 should be a valid string; evaluate again"),
+        (Answer, {"choices": [["A"]]}, "answers: choices.0.1 is missing; evaluate again"),
+        (Answer, {"task": "a\nb"}, "answers: 'a\\nb' is not a name of a benchmark or variant; rename it"),
+        (Extraction, {"correct": "perhaps"}, "extractions: correct: 'perhaps' should be a valid boolean"),
+        (Profile, {"corpora": {}}, "profile: it has no corpus; profile again"),
+        (Profile, {"corpora": {"a": 1}}, "profile: corpora.a: 1 should be an object; profile again"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_with_a_field(kind: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        kind.from_json(json.loads(WRITTEN_BY_0_1_0[kind]) | change)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="should be an object|found 'list'"):
+        kind.from_json([])

@@ -562,7 +562,7 @@ def test_a_folder_with_such_a_name_is_refused_as_a_variant(tmp_path: Path) -> No
     folder = tmp_path / "a\x1b[31mb"
     folder.mkdir()
     (folder / "raw_result_gsm8k.json").write_text(json.dumps([{"question": "1 + 1?", "gold": "2", "answer": "2"}]))
-    with pytest.raises(DataError, match="is no name of a benchmark or variant; rename it"):
+    with pytest.raises(DataError, match="is not a name of a benchmark or variant; rename it"):
         extract_folder(folder)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -61,11 +63,13 @@ def test_signed_points(difference: float, text: str) -> None:
 
 
 def test_from_json_refuses_what_it_cannot_use() -> None:
-    with pytest.raises(DataError, match="expected schema"):
+    with pytest.raises(
+        DataError, match="expected a file of schema 'superexperts/results/2', found 'list'; run the study again"
+    ):
         Results.from_json([])
     value = results_json()
     del value["variants"][0]["mean"]
-    with pytest.raises(DataError, match="'mean'"):
+    with pytest.raises(DataError, match=r"results: variants\.0\.mean is missing; run the study again"):
         Results.from_json(value)
     value = results_json()
     value["variants"][0]["kind"] = "prune"
@@ -75,3 +79,44 @@ def test_from_json_refuses_what_it_cannot_use() -> None:
     del value["comparisons"][0]
     with pytest.raises(DataError, match="prune-super has no test against base"):
         Results.from_json(value)
+
+
+WRITTEN_BY_0_1_0 = """{
+ "schema": "superexperts/results/2", "name": "demo", "model": "pocket", "revision": null, "limit": 100,
+ "protocol": "generative", "corpora": ["pocket"], "tasks": ["mmlu"],
+ "variants": [
+  {"name": "base", "title": "baseline", "kind": "base", "target": null, "random": false, "runs": [
+    {"name": "base", "seed": 0, "experts": null, "trainable_parameters": null, "exposure": null,
+     "perplexity": 2.0822561736721212, "perplexity_interval": [2.0462863059903005, 2.1188583240297634], "scores": [
+      {"task": "mmlu", "variant": "base", "items": 100, "correct": 59, "unparsed": 20, "accuracy": 0.59,
+       "low": 0.4920143005341078, "high": 0.6813268697886348}]}],
+   "mean": 0.59, "perplexity": 2.0822561736721212, "scores": [
+    {"task": "mmlu", "items": 100, "runs": 1, "correct": 59, "unparsed": 20, "accuracy": 0.59,
+     "low": 0.4920143005341078, "high": 0.6813268697886348, "clustered": [0.0, 0.3851454782474236]}]},
+  {"name": "prune-super", "title": "prune super experts", "kind": "prune", "target": "super", "random": false, "runs": [
+    {"name": "prune-super", "seed": 0, "experts": ["L3E54"], "trainable_parameters": null, "exposure": null,
+     "perplexity": 4.89, "perplexity_interval": null, "scores": []}],
+   "mean": 0.19, "perplexity": 4.89, "scores": []}],
+ "comparisons": [
+  {"family": "base", "variant": "prune-super", "reference": "base", "task": null, "n": 100, "runs": [1, 1],
+   "only_base": 45, "only_variant": 5, "difference": -0.4, "low": -0.5254009082960244, "high": -0.2,
+   "clustered": [-0.56, -0.2], "seed_sd": [null, null], "test": "mcnemar", "subjects": null, "p": 1.9e-15,
+   "bootstrap": [-0.55, -0.25], "detectable": 0.1, "adjusted": 1.9e-15},
+  {"family": "benchmark", "variant": "prune-super", "reference": "base", "task": "mmlu", "n": 100, "runs": [1, 1],
+   "only_base": 45, "only_variant": 5, "difference": -0.4, "low": -0.5254009082960244, "high": -0.2,
+   "clustered": null, "seed_sd": [null, 0.01], "test": "seeds", "subjects": 21, "p": 1.9e-15,
+   "bootstrap": null, "detectable": 0.1, "adjusted": 1.9e-15}]
+}"""
+
+
+def test_a_file_of_the_version_before_is_read() -> None:
+    value = json.loads(WRITTEN_BY_0_1_0)
+    results = Results.from_json(value)
+    assert json.loads(json.dumps({"schema": value["schema"], **dataclasses.asdict(results)})) == value
+    assert results.base.runs[0].perplexity_interval == (2.0462863059903005, 2.1188583240297634)
+    assert results.family("benchmark")[0].seed_sd == (None, 0.01)
+    # Later versions may add fields, and fields that an earlier one did not have take their defaults.
+    value["added_later"] = value["variants"][0]["added_later"] = 1
+    for row in value["comparisons"]:
+        del row["bootstrap"]
+    assert Results.from_json(value).comparisons[0].bootstrap is None

@@ -88,13 +88,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Reads a JSON file; `what` names the option or the artifact in the error."""
+    """Reads a JSON file; an error is about the field `what`: the setting that named the file, or the kind of file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{what}: cannot read {path} ({error.strerror}); check the path") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is one that json does not name
-        raise DataError(f"{what}: {path} is not valid JSON ({error}); write it again") from error
+        raise DataError(f"cannot read {path} ({error.strerror}); check the path", field=what) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+        raise DataError(f"{path} is not valid JSON ({error}); write it again", field=what) from error
 
 
 def digest(value: Any) -> str:
@@ -314,7 +314,9 @@ def changed_outputs(folder: Path) -> list[str]:
     """The outputs named in `folder`'s manifest, relative to it, that are missing or not as they were written."""
     manifest = read_json(folder / MANIFEST, "manifest")
     if not isinstance(manifest, dict) or manifest.get("schema") != MANIFEST_SCHEMA:
-        raise DataError(f"manifest: {folder / MANIFEST} was not written by superexperts; give a folder that it wrote")
+        raise DataError(
+            f"{folder / MANIFEST} was not written by superexperts; give a folder that it wrote", field="manifest"
+        )
     outputs: dict[str, str] = manifest["outputs"]
     return [name for name, sha in outputs.items() if not (folder / name).exists() or fingerprint(folder / name) != sha]
 

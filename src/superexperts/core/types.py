@@ -1,4 +1,6 @@
-"""The nouns that travel between stages: frozen, plain, and each with `to_json` / `from_json`.
+"""The objects that stages hand to each other: frozen dataclasses, each with `to_json` and `from_json`.
+
+Pydantic checks what is read (`core.validation`). Objects that the package makes itself are not checked again.
 
 Profile -> ExpertSet -> Variant (a checkpoint or an adapter folder)      Answer -> Extraction -> Score
 """
@@ -14,6 +16,7 @@ from typing import Any, Literal
 from superexperts.core.console import is_shown, note
 from superexperts.core.errors import DataError, ExpertsError
 from superexperts.core.runs import read_json
+from superexperts.core.validation import check_schema, validated
 
 __all__ = [
     "Answer",
@@ -130,32 +133,16 @@ class Profile:
     @classmethod
     def from_json(cls, value: Any) -> Profile:
         """The inverse of `to_json`; `DataError` for anything else."""
-        _check_schema(value, PROFILE_SCHEMA, "PROFILE")
-        try:
-            corpora = {
-                name: CorpusProfile(
-                    tokens=section["tokens"],
-                    experts=tuple(ExpertStats(**_own_fields(ExpertStats, row)) for row in section["experts"]),
-                    stable=section.get("stable"),
-                )
-                for name, section in value["corpora"].items()
-            }
-            if not corpora:
-                raise DataError("PROFILE: it has no corpus; profile again")
-            return cls(
-                model=value["model"],
-                num_layers=value["num_layers"],
-                depth=value["depth"],
-                statistic=value["statistic"],
-                corpora=corpora,
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"PROFILE: a field is missing or wrong ({error}); profile again") from error
+        check_schema(value, PROFILE_SCHEMA, "profile")
+        profile = validated(cls, value, "profile", "profile again")
+        if not profile.corpora:
+            raise DataError("it has no corpus; profile again", field="profile")
+        return profile
 
     @classmethod
     def load(cls, path: Path) -> Profile:
         """Reads `profile.json`, or the one in a folder."""
-        return cls.from_json(read_json(path / "profile.json" if path.is_dir() else path, "PROFILE"))
+        return cls.from_json(read_json(path / "profile.json" if path.is_dir() else path, "profile"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,17 +166,13 @@ class ExpertSet:
     def from_json(cls, value: Any) -> ExpertSet:
         """Reads our own file, or the upstream profiler's `Super Experts Report.json` (a list of
         `{"layer_index", "expert_index", "output_max", "rank"}`, indices as strings or numbers)."""
-        try:
-            if isinstance(value, list):
-                rows = [(int(r["layer_index"]), _expert_id(r["expert_index"]), float(r["output_max"])) for r in value]
-                return cls._from_rows("", {"name": "upstream report"}, rows)
-            _check_schema(value, EXPERTS_SCHEMA, "experts")
-            rows = [(int(r["layer"]), _expert_id(r["expert"]), r["score"]) for r in value["experts"]]
-            return cls._from_rows(value["model"], value["rule"], rows)
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, ExpertsError | DataError):
-                raise
-            raise ExpertsError(f"a field is missing or wrong ({error}); select again", field="experts") from error
+        if isinstance(value, list):
+            reported = [validated(_ReportedExpert, row, "experts", "select again") for row in value]
+            rows = [(row.layer_index, _expert_id(row.expert_index), row.output_max) for row in reported]
+            return cls._from_rows("", {"name": "upstream report"}, rows)
+        check_schema(value, EXPERTS_SCHEMA, "experts")
+        file = validated(_ExpertsFile, value, "experts", "select again")
+        return cls._from_rows(file.model, file.rule, [(r.layer, _expert_id(r.expert), r.score) for r in file.experts])
 
     @classmethod
     def parse(cls, text: str) -> ExpertSet:
@@ -219,6 +202,33 @@ class ExpertSet:
             twice = next(key for key in experts if experts.count(key) > 1)
             raise ExpertsError(f"{key_name(twice)} is named twice; name each expert once", field="experts")
         return cls(model=model, rule=rule, experts=experts, scores=tuple(score for *_, score in rows))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ExpertRow:
+    """An entry of `experts` in experts.json."""
+
+    layer: int
+    expert: int | str
+    score: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ExpertsFile:
+    """experts.json as it is written."""
+
+    model: str
+    rule: Mapping[str, Any]
+    experts: tuple[_ExpertRow, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ReportedExpert:
+    """An entry of the upstream profiler's report."""
+
+    layer_index: int
+    expert_index: int | str
+    output_max: float
 
 
 def chosen_experts(text: str, model: str, field: str = "experts") -> ExpertSet:
@@ -256,7 +266,7 @@ class Answer:
     def __post_init__(self) -> None:
         for name in (self.task, self.variant):
             if not is_shown(name):
-                raise DataError(f"answers: {name!r:.60} is no name of a benchmark or variant; rename it")
+                raise DataError(f"{name!r:.60} is not a name of a benchmark or variant; rename it", field="answers")
 
     @property
     def question(self) -> str:
@@ -274,22 +284,8 @@ class Answer:
 
     @classmethod
     def from_json(cls, value: Any) -> Answer:
-        """The inverse of `to_json`."""
-        try:
-            choices = tuple((str(label), str(text)) for label, text in value["choices"])
-            optional = {name: value[name] for name in _OPTIONAL if name in value}
-            if optional.get("loglikelihoods") is not None:
-                listed = optional["loglikelihoods"]
-                optional["loglikelihoods"] = tuple((str(label), float(nats), int(size)) for label, nats, size in listed)
-            needed = {field.name: value[field.name] for field in dataclasses.fields(cls) if field.name not in _OPTIONAL}
-            answer = cls(**{**needed, **optional, "choices": choices})
-            if not isinstance(answer.response, str) or answer.kind not in ("choice", "number", "yesno"):
-                raise TypeError(f"response {answer.response!r:.40}, kind {answer.kind!r:.40}")
-            if not isinstance(answer.gold, str | None):
-                raise TypeError(f"gold {answer.gold!r:.40}")
-            return answer
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"answers: a field is missing or wrong ({error}); evaluate again") from error
+        """The inverse of `to_json`; `DataError` for anything else."""
+        return validated(cls, value, "answers", "evaluate again")
 
 
 _OPTIONAL = ("subject", "num_fewshot", "loglikelihoods")
@@ -313,11 +309,8 @@ class Extraction:
 
     @classmethod
     def from_json(cls, value: Any) -> Extraction:
-        """The inverse of `to_json`."""
-        try:
-            return cls(**_own_fields(cls, value))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"extractions: a field is missing or wrong ({error}); extract again") from error
+        """The inverse of `to_json`; `DataError` for anything else."""
+        return validated(cls, value, "extractions", "extract again")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -342,11 +335,8 @@ class Score:
 
     @classmethod
     def from_json(cls, value: Any) -> Score:
-        """The inverse of `to_json`."""
-        try:
-            return cls(**_own_fields(cls, value))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"scores: a field is missing or wrong ({error}); extract again") from error
+        """The inverse of `to_json`; `DataError` for anything else."""
+        return validated(cls, value, "scores", "extract again")
 
 
 def _expert_id(value: object) -> ExpertId:
@@ -355,15 +345,4 @@ def _expert_id(value: object) -> ExpertId:
         return "shared"
     if isinstance(value, int | str) and not isinstance(value, bool) and str(value).isdigit():
         return int(value)
-    raise ExpertsError(f"{value!r} is no expert; give an index, or 'shared'", field="experts")
-
-
-def _own_fields(cls: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that `cls` declares; later versions of a file may hold more."""
-    return {field.name: value[field.name] for field in dataclasses.fields(cls)}
-
-
-def _check_schema(value: Any, schema: str, field: str) -> None:
-    found = value.get("schema") if isinstance(value, dict) else type(value).__name__
-    if found != schema:
-        raise DataError(f"expected a file of schema {schema!r}, found {found!r}; give the right file", field=field)
+    raise ExpertsError(f"{value!r} is not an expert; give an index, or 'shared'", field="experts")

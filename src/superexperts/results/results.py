@@ -20,6 +20,7 @@ from rich.text import Text
 from superexperts.core.errors import DataError
 from superexperts.core.runs import read_json, write_text
 from superexperts.core.types import Score
+from superexperts.core.validation import check_schema, validated
 from superexperts.results.variants import Kind
 
 __all__ = [
@@ -60,25 +61,16 @@ class RunResult:
     name: str
     """Its folder below `variants/`."""
     seed: int
-    experts: tuple[str, ...] | None
+    experts: tuple[str, ...] | None = None
     """Pruned or adapted experts, such as L2E54; None where the run has none."""
-    trainable_parameters: int | None
-    exposure: Mapping[str, int] | None
+    trainable_parameters: int | None = None
+    exposure: Mapping[str, int] | None = None
     """Training tokens that each adapted expert saw; None for what was not trained."""
-    perplexity: float | None
+    perplexity: float | None = None
     """On held-out text; None where it was not measured."""
-    perplexity_interval: tuple[float, float] | None
+    perplexity_interval: tuple[float, float] | None = None
     """95%, over the sequences; None also where there is only one."""
     scores: tuple[Score, ...]
-
-    @classmethod
-    def from_json(cls, value: Any) -> RunResult:
-        """Reads one entry of `runs`; KeyError or TypeError where a field is missing or wrong."""
-        own = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-        own["experts"] = None if own["experts"] is None else tuple(own["experts"])
-        own["perplexity_interval"] = _interval(own["perplexity_interval"])
-        own["scores"] = tuple(Score.from_json(score) for score in own["scores"])
-        return cls(**own)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,19 +89,13 @@ class VariantScore:
     low: float
     high: float
     """95% interval of the accuracy: Wilson's for one run; over items and seeds for several (`effects.proportion`)."""
-    clustered: tuple[float, float] | None
+    clustered: tuple[float, float] | None = None
     """95% interval with items of one subject as one cluster; None where there are too few subjects."""
 
     @property
     def unparsed_share(self) -> float:
         """Of all answers of all runs."""
         return self.unparsed / (self.items * self.runs)
-
-    @classmethod
-    def from_json(cls, value: Any) -> VariantScore:
-        """Reads one entry of a variant's `scores`."""
-        own = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-        return cls(**own | {"clustered": _interval(own["clustered"])})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,28 +106,20 @@ class VariantResult:
     """base, prune-SET, lora-SET or lora-attention."""
     title: str
     kind: Kind
-    target: str | None
+    target: str | None = None
     """The set of experts, or "attention"; None for base."""
     random: bool
     """Whether another seed would give another model: what was trained, or drawn."""
     runs: tuple[RunResult, ...]
     mean: float
     """Mean accuracy of the benchmarks, each counting once, in 0..1."""
-    perplexity: float | None
+    perplexity: float | None = None
     """Mean over the runs; None where it was not measured."""
     scores: tuple[VariantScore, ...]
 
     def score(self, task: str) -> VariantScore | None:
         """The variant's score on a benchmark, None where it was not run."""
         return next((score for score in self.scores if score.task == task), None)
-
-    @classmethod
-    def from_json(cls, value: Any) -> VariantResult:
-        """Reads one entry of `variants`; KeyError or TypeError where a field is missing or wrong."""
-        own = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-        own["runs"] = tuple(RunResult.from_json(run) for run in own["runs"])
-        own["scores"] = tuple(VariantScore.from_json(score) for score in own["scores"])
-        return cls(**own)
 
 
 Family = Literal["base", "benchmark", "control"]
@@ -161,24 +139,24 @@ class Comparison:
     """Items that both answered."""
     runs: tuple[int, int]
     """Of the variant and of the reference."""
-    only_base: int | None
+    only_base: int | None = None
     """Items that only the reference has right; None where a side has several runs, as the next one."""
-    only_variant: int | None
+    only_variant: int | None = None
     """Items that only the variant has right."""
     difference: float
     """In -1..1."""
     low: float
     high: float
     """95% interval: Tango's for one run each; over items and seeds where a side has several runs."""
-    clustered: tuple[float, float] | None
+    clustered: tuple[float, float] | None = None
     """95% interval with items of one subject as one cluster; None where there are too few subjects."""
-    bootstrap: tuple[float, float] | None
+    bootstrap: tuple[float, float] | None = None
     """95% percentile interval over resampled items (subjects, where there are), the runs being what they are."""
-    seed_sd: tuple[float | None, float | None]
+    seed_sd: tuple[float | None, float | None] = (None, None)
     """Standard deviation of the accuracy between runs, the items' share taken off, of the variant and of the reference;
     None for one run."""
     test: Literal["mcnemar", "seeds"]
-    subjects: int | None
+    subjects: int | None = None
     """Subjects that the test took as the sample too, the larger p-value counting; None where there are under twenty."""
     p: float
     """Two-sided: the exact McNemar test, or the test with seeds as a random effect. Not adjusted."""
@@ -192,14 +170,6 @@ class Comparison:
         """Whether a difference was detected at 5%."""
         return self.adjusted < SIGNIFICANT
 
-    @classmethod
-    def from_json(cls, value: Any) -> Comparison:
-        """Reads one entry of `comparisons`; KeyError or TypeError where a field is missing or wrong."""
-        own = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-        for name in ("clustered", "bootstrap", "runs", "seed_sd"):
-            own[name] = _interval(own[name])
-        return cls(**own)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
@@ -207,10 +177,10 @@ class Results:
 
     name: str
     model: str
-    revision: str | None
-    limit: int | None
+    revision: str | None = None
+    limit: int | None = None
     """Items per benchmark at most; None when all were asked."""
-    protocol: str
+    protocol: str = "generative"
     """How the benchmarks were asked."""
     corpora: tuple[str, ...]
     """Corpora of the profile; the first one is the perplexity's."""
@@ -255,17 +225,8 @@ class Results:
     @classmethod
     def from_json(cls, value: Any) -> Results:
         """Reads results.json's value; `DataError` for anything else, and unless exactly one variant is the base."""
-        found = value.get("schema") if isinstance(value, dict) else type(value).__name__
-        if found != RESULTS_SCHEMA:
-            raise DataError(f"results: expected schema {RESULTS_SCHEMA!r}, found {found!r}; run the study again")
-        try:
-            own = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-            own["corpora"], own["tasks"] = tuple(own["corpora"]), tuple(own["tasks"])
-            own["variants"] = tuple(VariantResult.from_json(row) for row in own["variants"])
-            own["comparisons"] = tuple(Comparison.from_json(row) for row in own["comparisons"])
-        except (KeyError, TypeError, IndexError) as error:
-            raise DataError(f"results: a field is missing or wrong ({error}); run the study again") from error
-        results = cls(**own)
+        check_schema(value, RESULTS_SCHEMA, "results", "run the study again")
+        results = validated(cls, value, "results", "run the study again")
         bases = sum(variant.kind == "base" for variant in results.variants)
         if bases != 1:
             raise DataError(f"results: {bases} variants are the base, one is needed; run the study again")
@@ -285,11 +246,6 @@ class Results:
     def load(cls, folder: Path) -> Results:
         """Reads `results.json` of a study's folder."""
         return cls.from_json(read_json(folder / "results.json", "results"))
-
-
-def _interval(value: Any) -> Any:
-    """A pair as JSON has it, or None."""
-    return None if value is None else (value[0], value[1])
 
 
 def task_title(task: str) -> str:
