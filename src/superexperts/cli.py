@@ -34,7 +34,7 @@ COMMANDS = {
     "profile": Command(
         "what every expert writes, and which tokens it sees", "profiling.profile", "core.config.ProfileConfig"
     ),
-    "select": Command("choose experts from a profile", "profiling.select", "core.config.SelectConfig"),
+    "select": Command("choose experts from a profile", "profiling.select", "profiling.select.SelectConfig"),
     "prune": Command("a checkpoint without the chosen experts", "surgery.prune", "core.config_surgery.PruneConfig"),
     "restore": Command("undo what prune did", "surgery.restore", "core.config_surgery.RestoreConfig"),
     "compare": Command("what differs between two checkpoints", "surgery.compare", "core.config_surgery.CompareConfig"),

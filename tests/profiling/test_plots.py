@@ -18,9 +18,9 @@ from superexperts.core.errors import OutputError
 from superexperts.core.types import CorpusProfile
 from superexperts.plotting import DARK, LIGHT, Theme
 from superexperts.profiling import plots, plots_corpora
+from superexperts.profiling.criterion import considered, threshold
 from superexperts.profiling.plots import plot_heatmap, plot_layers
 from superexperts.profiling.plots_corpora import plot_corpora, plot_top
-from superexperts.profiling.select import considered, threshold
 from tests.support.study_folder import profile
 
 CHOSEN = ((1, 2), (2, 5))

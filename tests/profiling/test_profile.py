@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from superexperts.core.config import ModelConfig, ProfileConfig, SelectConfig
+from superexperts.core.config import ModelConfig, ProfileConfig
 from superexperts.core.errors import ModelError, OptionError
 from superexperts.core.show import show
 from superexperts.core.types import CorpusProfile, ExpertSet, ExpertStats, Profile
@@ -29,9 +29,10 @@ from superexperts.models.loading import load_model, load_tokenizer
 from superexperts.pocket import PLANTED
 from superexperts.profiling import profile
 from superexperts.profiling.accumulator import _peaks, _Rows
+from superexperts.profiling.criterion import super_experts
 from superexperts.profiling.profile import profile_corpus
+from superexperts.profiling.select import SelectConfig
 from superexperts.profiling.select import run as select_run
-from superexperts.profiling.select import super_experts
 from tests.models.test_hooks import by_hand
 from tests.support.families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from superexperts.core.config import SelectConfig
 from superexperts.core.errors import DataError, ExpertsError, OptionError
 from superexperts.core.runs import digest, write_json
 from superexperts.core.types import CorpusProfile, ExpertKey, ExpertSet, ExpertStats, Profile
-from superexperts.profiling.select import (
-    considered,
-    highest,
-    layer_shares,
-    random_experts,
-    run,
-    super_experts,
-    threshold,
-)
+from superexperts.profiling.criterion import considered, super_experts, threshold
+from superexperts.profiling.rules import highest, layer_shares, random_experts
+from superexperts.profiling.select import SelectConfig, run
 from superexperts.profiling.stability import stability
 
 
@@ -140,7 +136,7 @@ def test_command_writes_the_experts_that_every_corpus_agrees_on(tmp_path: Path) 
 
 def test_command_names_what_is_wrong(tmp_path: Path) -> None:
     write_json(tmp_path / "profile.json", profile(flat(range(1, 3), 150)).to_json())
-    with pytest.raises(ExpertsError, match="no expert is over both bounds"):
+    with pytest.raises(ExpertsError, match="super finds no expert over both bounds"):
         run(SelectConfig(profile=tmp_path, out=tmp_path / "x.json"))
     with pytest.raises(OptionError, match="'c4' is not in the profile; choose from corpus0"):
         run(SelectConfig(profile=tmp_path, corpus="c4", out=tmp_path / "x.json"))
@@ -268,13 +264,13 @@ FOR_SUPER: dict[str, Any] = {"criterion": "reference", "percentile": 90.0, "rati
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rule": "gate"}, "--count: None is missing for --rule gate"),
-        ({"rule": "reap", "count": 2, "share": 0.5}, "--share: 0.5 excludes --count"),
-        ({"rule": "routed", "share": 1.5}, "--share: 1.5 is out of range"),
-        ({"ratio": math.inf}, "--ratio: inf is not positive and finite"),
-        ({"ratio": math.nan}, "--ratio: nan is not positive and finite"),
+        ({"rule": "gate"}, "rule: gate needs count, share or like"),
+        ({"rule": "reap", "count": 2, "share": 0.5}, "share: 0.5 excludes count; give one of the two"),
+        ({"rule": "routed", "share": 1.5}, "share: 1.5 is out of range"),
+        ({"ratio": math.inf}, "ratio: inf is not positive and finite"),
+        ({"ratio": math.nan}, "ratio: nan is not positive and finite"),
         *(
-            ({"rule": rule, name: value} | needed, f"--{name}: {value!r} does nothing for --rule {rule}, only for ")
+            ({"rule": rule, name: value} | needed, f"{name}: {value!r} does nothing for rule {rule}, only for ")
             for rule, needed, useless in (
                 ("super", {}, {"count": 2, "share": 0.5, "lowest": True, "like": "L1E0", "anywhere": True, "seed": 1}),
                 *(
@@ -286,20 +282,26 @@ FOR_SUPER: dict[str, Any] = {"criterion": "reference", "percentile": 90.0, "rati
             )
             for name, value in useless.items()
         ),
-        ({"rule": "layers"}, "--like: None is missing for --rule layers"),
-        ({"rule": "reap", "count": 2, "like": "L1E0"}, "--like: 'L1E0' excludes --count and --share"),
-        ({"rule": "random", "count": 2, "anywhere": True}, "--anywhere: True is the default without --like"),
-        ({"rule": "random", "share": 0.5, "like": "L1E0", "anywhere": True}, "--anywhere: True does nothing with --sh"),
+        ({"rule": "layers"}, "rule: layers needs like"),
+        (
+            {"rule": "reap", "count": 2, "like": "L1E0"},
+            "like: 'L1E0' excludes count; give only one of",
+        ),
+        ({"rule": "random", "count": 2, "anywhere": True}, "anywhere: True is the default without like; leave it out"),
+        (
+            {"rule": "random", "share": 0.5, "like": "L1E0", "anywhere": True},
+            "anywhere: True does nothing with share",
+        ),
     ],
 )
 def test_wrong_options(options: Any, said: str) -> None:
-    with pytest.raises(OptionError, match=said):
+    with pytest.raises(OptionError, match=re.escape(said)):
         SelectConfig(profile=Path("p"), **options)
 
 
-@pytest.mark.parametrize(("depth", "told"), [(0.5, True), (1.0, False)])
-def test_a_choice_from_the_lower_layers_only_is_told_and_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], depth: float, told: bool
+@pytest.mark.parametrize(("depth", "noted"), [(0.5, True), (1.0, False)])
+def test_a_choice_from_the_lower_layers_only_is_noted_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], depth: float, noted: bool
 ) -> None:
     made = Profile(model="m", num_layers=6, depth=depth, corpora={"c": CorpusProfile(tokens=9, experts=tuple(table()))})
     write_json(tmp_path / "profile.json", made.to_json())
@@ -310,14 +312,14 @@ def test_a_choice_from_the_lower_layers_only_is_told_and_written(
         run(SelectConfig(profile=tmp_path, out=tmp_path / "e.json", **options))
         said = " ".join(capsys.readouterr().err.split())
         # A draw in the layers of --like loses nothing.
-        assert ("the profile has layers 0 to 2 of 6 only" in said) == (told and "like" not in options)
+        assert ("the profile has only layers 0 to 2 of 6" in said) == (noted and "like" not in options)
         assert ExpertSet.parse(str(tmp_path / "e.json")).rule["profile_depth"] == depth
 
 
 @pytest.mark.parametrize("corpora", [{}, [], None])
 def test_a_profile_without_corpora_is_named(tmp_path: Path, corpora: Any) -> None:
     write_json(tmp_path / "profile.json", profile(flat(range(1, 3), 3)).to_json() | {"corpora": corpora})
-    with pytest.raises(DataError, match="PROFILE: "):
+    with pytest.raises(DataError, match="(?i)profile: "):
         run(SelectConfig(profile=tmp_path, out=tmp_path / "e.json"))
 
 
@@ -355,3 +357,51 @@ def test_stability_by_hand() -> None:
     equal = stability(dataclasses.replace(profile(flat(range(1, 3), 3), one), depth=0.75))
     assert equal["pairs"][0]["rank_correlation"] is None
     assert equal["pairs"][0]["jaccard"] == 0.0
+
+
+NEW_RULE = """
+import sys
+from superexperts.core.types import ExpertSet
+from superexperts.profiling.rules import RULES, Rule
+
+def least_used(profile, corpora, *, count, lowest):
+    rows = sorted(profile.corpora[corpora[0]].experts, key=lambda row: row.tokens, reverse=not lowest)[:count]
+    return ExpertSet(
+        model=profile.model,
+        rule={"count": count},
+        experts=tuple(row.key for row in rows),
+        scores=tuple(float(row.tokens) for row in rows),
+    )
+
+RULES["used"] = Rule(help="the experts with the most tokens", choose=least_used, needs=("count",))
+
+from superexperts.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_rule_is_one_function_and_one_entry(tmp_path: Path) -> None:
+    """A rule that is added to the registry can be chosen by name, and help and checks know what it reads."""
+    made = Profile(model="m", num_layers=3, corpora={"c": CorpusProfile(tokens=50, experts=tuple(table()))})
+    write_json(tmp_path / "profile.json", made.to_json())
+
+    def select(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", NEW_RULE, "select", str(tmp_path), "--rule", "used", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    out = tmp_path / "e.json"
+    done = select("--count", "2", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    chosen = ExpertSet.parse(str(out))
+    most = sorted((row.tokens for row in table()), reverse=True)[:2]
+    assert list(chosen.scores) == most
+    assert (chosen.rule["name"], chosen.rule["count"]) == ("used", 2)
+    for words, said in (
+        ((), "--rule: used needs --count"),
+        (("--count", "2", "--share", "0.5"), "--share: 0.5 does nothing for --rule used, only for routed, gate, reap,"),
+    ):
+        done = select(*words)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    shown = " ".join(select("--help").stdout.split())
+    assert "`used`: the experts with the most tokens" in shown
+    assert "routed, gate, reap, used: the lowest scores" in shown

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from superexperts.core.config_surgery import PruneConfig
 from superexperts.core.console import is_shown
-from superexperts.core.errors import Field, OptionError
+from superexperts.core.errors import Field
 from superexperts.core.settings import CheckpointConfig, ModelConfig, SeededConfig, ServerConfig, Switch
 from superexperts.core.settings import require as _require
 from superexperts.core.settings import require_device as _require_device
@@ -30,7 +30,6 @@ __all__ = [
     "PocketConfig",
     "ProfileConfig",
     "PruneConfig",
-    "SelectConfig",
     "ServerConfig",
     "identity",
 ]
@@ -128,100 +127,6 @@ class ProfileConfig(ModelConfig):
             "is for models in memory; drop ",
             Field(streamed),
         )
-
-
-SCORED = ("routed", "gate", "reap")
-RULES_OF = (
-    dict.fromkeys(("criterion", "percentile", "ratio", "depth"), ("super",))
-    | dict.fromkeys(("count", "share"), (*SCORED, "random"))
-    | {"lowest": SCORED, "like": (*SCORED, "random", "layers")}
-    | dict.fromkeys(("anywhere", "seed"), ("random",))
-)
-"""Options of `select` that only some rules read; another rule refuses them unless they are at their default."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectConfig:
-    """Choose experts from a profile by a published rule, or at random as a control.
-
-    Example: superexperts select runs/profile --rule super --out runs/super.json
-    """
-
-    profile: Positional[Annotated[Path, tyro.conf.arg(metavar="PROFILE")]]
-    """profile.json, or the folder that holds it."""
-    rule: Literal["super", "routed", "gate", "reap", "random", "layers"] = "super"
-    """`super`: the paper's criterion; `routed`, `gate`, `reap`: the largest share of a layer's tokens, routing weights,
-    or REAP saliencies; `random`: a seeded control; `layers`: all routed experts of the layers of --like."""
-    criterion: Literal["paper", "reference"] = "paper"
-    """super: `reference` is the paper's code to the letter (first token of each sequence, floor division)."""
-    corpus: str | None = None
-    """Corpus of the profile; default: its only one, or the experts that the rule finds in every one."""
-    percentile: float = 99.5
-    """super: an expert's peak must be over this percentile of all considered peaks."""
-    ratio: float = 10.0
-    """super: and over the largest considered peak divided by this."""
-    depth: float = 0.75
-    """super: consider layers below round(depth x layers) only."""
-    count: int | None = None
-    """All but super: how many; for random the default is as many as --like has."""
-    share: float | None = None
-    """All but super: this share of each layer's routed experts instead, at least one a layer."""
-    lowest: Switch = False
-    """routed, gate, reap: the lowest scores instead, as one does to prune."""
-    like: str | None = None
-    """All but super: an expert set (file or inline) to take as many experts as, layer by layer; a random draw never
-    overlaps it."""
-    anywhere: Switch = False
-    """random: draw from every MoE layer instead of the layers of --like."""
-    seed: int = 0
-    """random: seed of the draw."""
-    out: Path = Path("runs/experts.json")
-    """File to write."""
-    json: Switch = False
-    """Print the result as JSON."""
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.percentile <= 100, "percentile", self.percentile, "is out of range; give 0 to 100")
-        _require(0 < self.ratio < math.inf, "ratio", self.ratio, "is not positive and finite; the paper's is 10")
-        _require(0 < self.depth <= 1, "depth", self.depth, "is out of range; give a share in (0, 1]")
-        _require(self.count is None or self.count > 0, "count", self.count, "is not positive; give at least 1")
-        _require(self.share is None or 0 < self.share <= 1, "share", self.share, "is out of range; give one in (0, 1]")
-        both = self.count is not None and self.share is not None
-        _require(not both, "share", self.share, "excludes ", Field("count"), "; give one of the two")
-        given = self.count is not None or self.share is not None or self.like is not None
-        if self.rule == "layers":
-            _require(given, "like", self.like, "is missing for ", Field("rule"), " layers; give an expert set")
-        elif self.rule != "super":
-            needed = (" needs ", Field("count"), ", ", Field("share"), " or ", Field("like"))
-            if not given:
-                raise OptionError(self.rule, *needed, field="rule")
-        if self.rule in SCORED:
-            several = (self.count, self.share, self.like).count(None) < 2
-            _require(
-                not several,
-                "like",
-                self.like,
-                "excludes ",
-                Field("count"),
-                " and ",
-                Field("share"),
-                "; give one of the three",
-            )
-        for field in dataclasses.fields(self):
-            value, rules = getattr(self, field.name), RULES_OF.get(field.name, (self.rule,))
-            _require(
-                self.rule in rules or value == field.default,
-                field.name,
-                value,
-                "does nothing for ",
-                Field("rule"),
-                f" {self.rule}, only for {', '.join(rules)}; leave it out",
-            )
-        if self.anywhere:
-            _require(
-                self.like is not None, "anywhere", True, "is the default without ", Field("like"), "; leave it out"
-            )
-            _require(self.share is None, "anywhere", True, "does nothing with ", Field("share"), "; leave it out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,6 @@ def show(command: str, result: dict[str, Any]) -> None:
     """Prints a command's result for a person; model output goes through `ascii` and `Text`."""
     if command == "profile":
         _show_profile(result)
-    elif command == "select":
-        for row in result["experts"]:
-            score = "" if row["score"] is None else f"  {row['score']:.4g}"
-            stdout.print(f"{key_name((row['layer'], row['expert']))}{score}")
     elif command == "prune":
         told = {"zero": "", "mean": " to their mean outputs", "remove": ", which are gone"}[result["mode"]]
         stdout.print(f"pruned {', '.join(result['pruned'])}{told}", soft_wrap=True)

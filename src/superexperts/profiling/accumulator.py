@@ -20,7 +20,7 @@ from superexperts.core.distributed import gathered, several
 from superexperts.core.errors import Field, ModelError
 from superexperts.core.types import ExpertId, ExpertKey, ExpertStats, key_name, key_order
 from superexperts.models.experts import BankCall, Piece
-from superexperts.profiling.select import layer_shares
+from superexperts.profiling.rules import layer_shares
 
 __all__ = ["Recorder", "merged"]
 

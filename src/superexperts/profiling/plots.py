@@ -33,7 +33,7 @@ from superexperts.plotting import (
     put_title,
     save,
 )
-from superexperts.profiling.select import considered, layers_below, peak, threshold
+from superexperts.profiling.criterion import considered, layers_below, peak, threshold
 
 __all__ = ["plot_heatmap", "plot_layers"]
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from superexperts.core.types import ExpertKey, Profile, key_name, key_order
 from superexperts.plotting import COLUMN, LIGHT, PAGE, Theme, figure_in, put_title, save, shorten
-from superexperts.profiling.select import considered, peak, threshold
+from superexperts.profiling.criterion import considered, peak, threshold
 from superexperts.profiling.stability import found_on
 
 __all__ = ["plot_corpora", "plot_top"]

@@ -54,9 +54,9 @@ from superexperts.models.loading import (
 )
 from superexperts.models.streaming import StreamedModel
 from superexperts.profiling.accumulator import Recorder, merged
+from superexperts.profiling.criterion import layers_below, peak, super_experts
 from superexperts.profiling.plots import plot_heatmap, plot_layers
 from superexperts.profiling.plots_corpora import plot_corpora, plot_top
-from superexperts.profiling.select import layers_below, peak, super_experts
 from superexperts.profiling.sinks import compare_sinks, plot_sinks
 from superexperts.profiling.stability import stability
 from superexperts.profiling.streamed import QUICK_SEQUENCES, banks_below, profile_streamed, quick_look

@@ -1,331 +1,180 @@
-"""Profile -> ExpertSet: the published rules, and random controls. Pure functions; scores in, (layer, expert) out."""
+"""The command `select`: chooses experts from a profile by one of the rules in `rules.py`."""
 
 from __future__ import annotations
 
 import dataclasses
-import random
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
+import tyro
+from tyro.conf import Positional
 
-from superexperts.core.config import SelectConfig
-from superexperts.core.console import note
+from superexperts.core.console import note, stdout
 from superexperts.core.errors import ExpertsError, Field, OptionError
 from superexperts.core.runs import digest, write_json
-from superexperts.core.types import ExpertId, ExpertKey, ExpertSet, ExpertStats, Profile, Statistic, key_name, key_order
+from superexperts.core.settings import Switch, require
+from superexperts.core.types import ExpertKey, ExpertSet, Profile, key_name
+from superexperts.profiling.criterion import layers_below
+from superexperts.profiling.rules import RULES, readers
 
-__all__ = [
-    "Threshold",
-    "considered",
-    "highest",
-    "highest_like",
-    "layer_shares",
-    "layers_below",
-    "peak",
-    "random_experts",
-    "run",
-    "super_experts",
-    "threshold",
-]
+__all__ = ["SelectConfig", "run", "show"]
+
+if TYPE_CHECKING:
+    RuleName = str
+else:
+    RuleName = Literal[tuple(RULES)]
+
+
+def _of_rules(setting: str, text: str) -> Any:
+    """The help of a setting that only some rules read, with their names in front."""
+    return tyro.conf.arg(help=f"{', '.join(readers(setting))}: {text}")
+
+
+_RULE_HELP = "; ".join(f"`{name}`: {rule.help}" for name, rule in RULES.items()) + "."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Threshold:
-    """The two bounds of the paper's criterion; a super expert's peak is over both."""
+class SelectConfig:
+    """Choose experts from a profile by a published rule, or at random as a control.
 
-    percentile: float
-    """P99.5 of the considered peaks."""
-    ratio: float
-    """The largest considered peak / 10."""
-
-    @property
-    def value(self) -> float:
-        """The bound that counts."""
-        return max(self.percentile, self.ratio)
-
-
-def layers_below(depth: float, num_layers: int) -> int:
-    """How many layers, dense ones counted, lie below a depth: round(depth x layers), as the reference code has it."""
-    return round(depth * num_layers)
-
-
-def peak(row: ExpertStats, statistic: Statistic) -> float:
-    """The peak that the criterion is about: over all tokens, or over the first one of each sequence."""
-    return row.output_max if statistic == "all" else row.first_token_output_max
-
-
-def considered(stats: Sequence[ExpertStats], num_layers: int, depth: float) -> list[ExpertStats]:
-    """Experts of the layers below round(depth x layers), dense layers counted."""
-    return [row for row in stats if row.layer < layers_below(depth, num_layers)]
-
-
-def threshold(
-    peaks: Sequence[float], percentile: float = 99.5, ratio: float = 10.0, *, floor: bool = False
-) -> Threshold:
-    """The bounds over the considered experts' peaks, routed and shared together, unreached experts counting as 0.
-
-    arXiv 2507.23279, Eq. 8; percentiles between two values are linear, as in the reference code (numpy's default).
-    `floor` divides the maximum as that code does, by `//`.
+    Example: superexperts select runs/profile --rule super --out runs/super.json
     """
-    largest = max(peaks) // ratio if floor else max(peaks) / ratio
-    return Threshold(percentile=float(np.percentile(peaks, percentile)), ratio=largest)
 
+    profile: Positional[Annotated[Path, tyro.conf.arg(metavar="PROFILE")]]
+    """profile.json, or the folder that holds it."""
+    rule: Annotated[RuleName, tyro.conf.arg(help=_RULE_HELP)] = "super"
+    criterion: Annotated[
+        Literal["paper", "reference"],
+        _of_rules("criterion", "`reference` follows the paper's code exactly (first token of each sequence, //)."),
+    ] = "paper"
+    corpus: str | None = None
+    """Corpus of the profile; default: all of them (`super` takes the experts that it finds on every one, scores are
+    averaged)."""
+    percentile: Annotated[
+        float, _of_rules("percentile", "the peak of an expert must be over this percentile of all considered peaks.")
+    ] = 99.5
+    ratio: Annotated[float, _of_rules("ratio", "and over the largest considered peak divided by this.")] = 10.0
+    depth: Annotated[float, _of_rules("depth", "consider only the layers below round(depth x layers).")] = 0.75
+    count: Annotated[
+        int | None, _of_rules("count", "number of experts; default for random: as many as --like has.")
+    ] = None
+    share: Annotated[
+        float | None,
+        _of_rules("share", "this share of the routed experts of each layer instead, at least one in each."),
+    ] = None
+    lowest: Annotated[Switch, _of_rules("lowest", "the lowest scores instead, as for pruning.")] = False
+    like: Annotated[
+        str | None,
+        _of_rules(
+            "like",
+            "an expert set (file or inline); take as many experts in each layer as it has there. A random draw never "
+            "takes an expert of it.",
+        ),
+    ] = None
+    anywhere: Annotated[
+        Switch, _of_rules("anywhere", "draw from every MoE layer instead of only the layers of --like.")
+    ] = False
+    seed: Annotated[int, _of_rules("seed", "seed of the draw.")] = 0
+    out: Path = Path("runs/experts.json")
+    """File to write."""
+    json: Switch = False
+    """Print the result as JSON."""
 
-def super_experts(
-    stats: Sequence[ExpertStats],
-    num_layers: int,
-    *,
-    percentile: float = 99.5,
-    ratio: float = 10.0,
-    depth: float = 0.75,
-    statistic: Statistic = "all",
-    floor: bool = False,
-) -> tuple[ExpertStats, ...]:
-    """The experts whose peak is over both bounds of `threshold`, the largest peak first.
+    def __post_init__(self) -> None:
+        require(0 <= self.percentile <= 100, "percentile", self.percentile, "is out of range; give 0 to 100")
+        require(0 < self.ratio < math.inf, "ratio", self.ratio, "is not positive and finite; the paper's is 10")
+        require(0 < self.depth <= 1, "depth", self.depth, "is out of range; give a share in (0, 1]")
+        require(self.count is None or self.count > 0, "count", self.count, "is not positive; give at least 1")
+        require(self.share is None or 0 < self.share <= 1, "share", self.share, "is out of range; give one in (0, 1]")
+        self._check_rule()
+        if self.anywhere:
+            require(self.like is not None, "anywhere", True, "is the default without ", Field("like"), "; leave it out")
+            require(self.share is None, "anywhere", True, "does nothing with ", Field("share"), "; leave it out")
 
-    The defaults are the paper's criterion; `statistic="first"` with `floor` is its reference code's, to the letter.
-    """
-    rows = considered(stats, num_layers, depth)
-    if not rows:
-        raise OptionError(f"{depth} leaves no MoE layer of {num_layers} layers; give a larger share", field="depth")
-    bound = threshold([peak(row, statistic) for row in rows], percentile, ratio, floor=floor)
-    found = [row for row in rows if peak(row, statistic) > bound.value]
-    return tuple(sorted(found, key=lambda row: (-peak(row, statistic), key_order(row.key))))
-
-
-def layer_shares(stats: Sequence[ExpertStats], rule: str) -> dict[ExpertKey, float]:
-    """Every routed expert's share of its layer's total, so that experts of different layers can be compared.
-
-    `routed`: of the routed tokens (ESFT's token selection ratio, arXiv 2407.01906, Eq. 9; MoE-Sieve, arXiv 2603.24044);
-    `gate`: of the routing weights (ESFT's average gate score, Eq. 8, up to normalisation);
-    `reap`: of REAP's saliencies (arXiv 2510.13999). 0 in a layer that no token reached.
-    """
-    routed = [row for row in stats if row.expert != "shared"]
-    values = {
-        "routed": [float(row.tokens) for row in routed],
-        "gate": [row.gate_sum for row in routed],
-        "reap": [row.reap for row in routed],
-    }[rule]
-    totals: dict[int, float] = defaultdict(float)
-    for row, value in zip(routed, values, strict=True):
-        totals[row.layer] += value
-    return {
-        row.key: value / totals[row.layer] if totals[row.layer] else 0.0
-        for row, value in zip(routed, values, strict=True)
-    }
-
-
-def highest(
-    scores: Mapping[ExpertKey, float], *, count: int | None = None, share: float | None = None, lowest: bool = False
-) -> tuple[ExpertKey, ...]:
-    """The `count` experts with the highest scores over all layers, or `share` of each layer's (at least one).
-
-    `lowest` takes the other end, as one does to prune by REAP. Equal scores go by layer and index.
-    """
-    order = sorted(scores, key=lambda key: (scores[key] if lowest else -scores[key], key_order(key)))
-    if share is None:
-        if count is None or count > len(order):
+    def _check_rule(self) -> None:
+        """`OptionError` for a setting that the rule needs and does not get, or gets and does not read."""
+        rule = RULES[self.rule]
+        for field in dataclasses.fields(self):
+            value, rules = getattr(self, field.name), readers(field.name)
+            require(
+                not rules or self.rule in rules or value == field.default,
+                field.name,
+                value,
+                "does nothing for ",
+                Field("rule"),
+                f" {self.rule}, only for {', '.join(rules)}; leave it out",
+            )
+        given = [name for name in rule.needs if getattr(self, name) is not None]
+        if rule.needs and not given:
+            raise OptionError(f"{self.rule} needs ", *_alternatives(rule.needs), field="rule")
+        both = self.count is not None and self.share is not None
+        require(not both, "share", self.share, "excludes ", Field("count"), "; give one of the two")
+        if rule.exactly_one and len(given) > 1:
+            more = given[-1]
             raise OptionError(
-                f"{count} of {len(order)} routed experts; ask for fewer, or give ", Field("share"), field="count"
-            )
-        return tuple(order[:count])
-    sizes = Counter(layer for layer, _ in order)
-    taken: Counter[int] = Counter()
-    chosen = []
-    for key in order:
-        if taken[key[0]] < max(1, round(share * sizes[key[0]])):
-            taken[key[0]] += 1
-            chosen.append(key)
-    return tuple(chosen)
+                f"{getattr(self, more)!r} excludes ", Field(given[0]), "; give only one of ",
+                *_alternatives(rule.needs), field=more,
+            )  # fmt: skip
 
 
-def highest_like(
-    scores: Mapping[ExpertKey, float], like: Collection[ExpertKey], *, lowest: bool = False
-) -> tuple[ExpertKey, ...]:
-    """The experts with the highest scores, in each layer as many as `like` has there: a set of the same budget."""
-    wanted = Counter(layer for layer, _ in like)
-    chosen: list[ExpertKey] = []
-    for layer, count in sorted(wanted.items()):
-        own = {key: score for key, score in scores.items() if key[0] == layer}
-        if count > len(own):
-            raise ExpertsError(
-                f"{count} experts of layer {layer}, which has {len(own)}; give another set", field="like"
-            )
-        chosen += highest(own, count=count, lowest=lowest)
-    return tuple(chosen)
-
-
-def random_experts(
-    experts: Collection[ExpertKey],
-    *,
-    seed: int,
-    count: int | None = None,
-    like: Collection[ExpertKey] = (),
-    anywhere: bool = False,
-) -> tuple[ExpertKey, ...]:
-    """A seeded draw of routed experts that never overlaps `like`.
-
-    With `like` it takes as many per layer as `like` has there, so that layer and budget match; with `anywhere`, or
-    without `like`, `count` (default: as many as `like`) from every layer.
-    """
-    draw = random.Random(seed)
-    free = sorted((key for key in experts if key not in set(like) and key[1] != "shared"), key=key_order)
-    if like and not anywhere:
-        per_layer = Counter(layer for layer, _ in like)
-        if count is not None and count != len(like):
-            raise OptionError(
-                f"{count} differs from the {len(like)} of ",
-                Field("like"),
-                "; leave it out or add ",
-                Field("anywhere"),
-                field="count",
-            )
-        chosen: list[ExpertKey] = []
-        for layer, wanted in sorted(per_layer.items()):
-            chosen += _sample(draw, [key for key in free if key[0] == layer], wanted, f"layer {layer}")
-    else:
-        chosen = _sample(draw, free, count or len(like), "the model")
-    return tuple(sorted(chosen, key=key_order))
-
-
-def _sample(draw: random.Random, free: Sequence[ExpertKey], count: int, where: str) -> list[ExpertKey]:
-    if count > len(free):
-        raise ExpertsError(
-            f"{count} random experts asked for, {where} has {len(free)} others; ask for fewer", field="count"
-        )
-    return draw.sample(free, count)
+def _alternatives(names: Sequence[str]) -> list[str]:
+    """`--count, --share or --like`, as parts of a message."""
+    parts: list[str] = []
+    for place, name in enumerate(names):
+        if place:
+            parts.append(" or " if place == len(names) - 1 else ", ")
+        parts.append(Field(name))
+    return parts
 
 
 def run(config: SelectConfig) -> dict[str, Any]:
-    """The command: reads the profile, applies the rule, writes experts.json."""
+    """Reads the profile, applies the rule, writes experts.json and returns it."""
     profile = Profile.load(config.profile)
     if config.corpus is not None and config.corpus not in profile.corpora:
-        have = ", ".join(profile.corpora)
-        raise OptionError(f"{config.corpus!r} is not in the profile; choose from {have}", field="corpus")
-    names = [config.corpus] if config.corpus is not None else list(profile.corpora)
-    if config.rule == "super":
-        chosen = _super(profile, names, config)
-    elif config.rule == "random":
-        chosen = _random(profile, names, config)
-    elif config.rule == "layers":
-        chosen = _layers(profile, names, config)
-    else:
-        chosen = _highest(profile, names, config)
-    follows = config.like is not None and config.share is None and not config.anywhere
-    run_layers = layers_below(profile.depth, profile.num_layers)
-    if config.rule != "super" and not follows and run_layers < profile.num_layers:
-        note(
-            f"--rule {config.rule}: the profile has layers 0 to {run_layers - 1} of {profile.num_layers} only, and no "
-            "expert of the others can be chosen; profile with --depth 1.0 for all"
-        )
-    made_from = {"corpora": names, "profile": digest(profile.to_json()), "profile_depth": profile.depth}
-    chosen = dataclasses.replace(chosen, rule={**chosen.rule, **made_from})
+        names = ", ".join(profile.corpora)
+        raise OptionError(f"{config.corpus!r} is not in the profile; choose from {names}", field="corpus")
+    corpora = [config.corpus] if config.corpus is not None else list(profile.corpora)
+    rule = RULES[config.rule]
+    settings = {name: getattr(config, name) for name in rule.settings}
+    if "like" in settings:
+        settings["like"] = _like(profile, corpora[0], config.like)
+    chosen = rule.choose(profile, corpora, **settings)
+    _note_missing_layers(profile, config)
+    made_from = {"corpora": corpora, "profile": digest(profile.to_json()), "profile_depth": profile.depth}
+    chosen = dataclasses.replace(chosen, rule={"name": config.rule, **chosen.rule, **made_from})
     write_json(config.out, chosen.to_json())
     return {"out": str(config.out), **chosen.to_json()}
 
 
-def _super(profile: Profile, names: Sequence[str], config: SelectConfig) -> ExpertSet:
-    if layers_below(config.depth, profile.num_layers) > layers_below(profile.depth, profile.num_layers):
-        raise OptionError(
-            f"{config.depth} is over the profile's {profile.depth}; profile again with ", Field("depth"), field="depth"
-        )
-    reference = config.criterion == "reference"
-    statistic: Statistic = "first" if reference else profile.statistic
-    found = [
-        super_experts(
-            profile.corpora[name].experts,
-            profile.num_layers,
-            percentile=config.percentile,
-            ratio=config.ratio,
-            depth=config.depth,
-            statistic=statistic,
-            floor=reference,
-        )
-        for name in names
-    ]
-    everywhere = set.intersection(*({row.key for row in rows} for rows in found))
-    rows = [row for row in found[0] if row.key in everywhere]
-    if not rows:
-        raise ExpertsError(
-            Field("rule"),
-            f" super: no expert is over both bounds on {', '.join(names)}; lower ",
-            Field("percentile"),
-            ", or raise ",
-            Field("ratio"),
-            " or ",
-            Field("depth"),
-        )
-    rule = {
-        "name": "super",
-        "criterion": config.criterion,
-        "statistic": statistic,
-        "percentile": config.percentile,
-        "ratio": config.ratio,
-        "depth": config.depth,
-    }
-    return ExpertSet(
-        model=profile.model,
-        rule=rule,
-        experts=tuple(row.key for row in rows),
-        scores=tuple(peak(row, statistic) for row in rows),
-    )
-
-
-def _highest(profile: Profile, names: Sequence[str], config: SelectConfig) -> ExpertSet:
-    """By the mean over the corpora of each expert's share of its layer."""
-    shares = [layer_shares(profile.corpora[name].experts, config.rule) for name in names]
-    scores = {key: sum(share[key] for share in shares) / len(shares) for key in shares[0]}
-    like = _like(profile, names, config)
-    if like:
-        chosen = highest_like(scores, like, lowest=config.lowest)
-    else:
-        chosen = highest(scores, count=config.count, share=config.share, lowest=config.lowest)
-    rule = {
-        "name": config.rule,
-        "count": config.count,
-        "share": config.share,
-        "lowest": config.lowest,
-        "like": [list(key) for key in like],
-    }
-    return ExpertSet(model=profile.model, rule=rule, experts=chosen, scores=tuple(scores[key] for key in chosen))
-
-
-def _layers(profile: Profile, names: Sequence[str], config: SelectConfig) -> ExpertSet:
-    like = _like(profile, names, config)
-    layers = {layer for layer, _ in like}
-    experts = [row.key for row in profile.corpora[names[0]].experts]
-    chosen = tuple(sorted((key for key in experts if key[0] in layers and key[1] != "shared"), key=key_order))
-    rule = {"name": "layers", "like": [list(key) for key in like]}
-    return ExpertSet(model=profile.model, rule=rule, experts=chosen, scores=(None,) * len(chosen))
-
-
-def _like(profile: Profile, names: Sequence[str], config: SelectConfig) -> tuple[ExpertKey, ...]:
-    if config.like is None:
-        return ()
-    like = ExpertSet.parse(config.like).experts
-    experts = {row.key for row in profile.corpora[names[0]].experts}
-    unknown: list[tuple[int, ExpertId]] = [key for key in like if key not in experts]
-    if unknown:
-        raise ExpertsError(f"{key_name(unknown[0])} is not in the profile; select it from the same model", field="like")
+def _like(profile: Profile, corpus: str, text: str | None) -> tuple[ExpertKey, ...]:
+    """The experts of `like`; `ExpertsError` for one that the profile does not have."""
+    like = () if text is None else ExpertSet.parse(text).experts
+    experts = {row.key for row in profile.corpora[corpus].experts}
+    unknown = next((key for key in like if key not in experts), None)
+    if unknown is not None:
+        raise ExpertsError(f"{key_name(unknown)} is not in the profile; select it from the same model", field="like")
     return like
 
 
-def _random(profile: Profile, names: Sequence[str], config: SelectConfig) -> ExpertSet:
-    experts = [row.key for row in profile.corpora[names[0]].experts]
-    like = _like(profile, names, config)
-    if config.share is not None:
-        draw = random.Random(config.seed)
-        scores = {key: draw.random() for key in experts if key[1] != "shared" and key not in set(like)}
-        chosen = highest(scores, share=config.share)
-    else:
-        chosen = random_experts(experts, seed=config.seed, count=config.count, like=like, anywhere=config.anywhere)
-    rule = {
-        "name": "random",
-        "seed": config.seed,
-        "share": config.share,
-        "like": [list(key) for key in like],
-        "anywhere": config.anywhere,
-    }
-    return ExpertSet(model=profile.model, rule=rule, experts=chosen, scores=(None,) * len(chosen))
+def _note_missing_layers(profile: Profile, config: SelectConfig) -> None:
+    """A note where the rule would consider all layers, and the profile stopped before the last one."""
+    stays_in_layers = config.like is not None and config.share is None and not config.anywhere
+    # A rule that reads `depth` compares it with the profile's itself.
+    if "depth" in RULES[config.rule].settings or stays_in_layers:
+        return
+    measured = layers_below(profile.depth, profile.num_layers)
+    if measured < profile.num_layers:
+        note(
+            f"select: the profile has only layers 0 to {measured - 1} of {profile.num_layers}, so {config.rule} cannot "
+            "choose experts of the others; profile with depth 1.0 for all layers"
+        )
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints each chosen expert with its score."""
+    for row in result["experts"]:
+        score = "" if row["score"] is None else f"  {row['score']:.4g}"
+        stdout.print(f"{key_name((row['layer'], row['expert']))}{score}")
+    stdout.print(f"in {result['out']}", soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from superexperts.core.types import ExpertKey, Profile, key_name, key_order
-from superexperts.profiling.select import peak, super_experts
+from superexperts.profiling.criterion import peak, super_experts
 
 __all__ = ["STABILITY_SCHEMA", "found_on", "stability"]
 

@@ -28,7 +28,7 @@ from superexperts.models.experts import BankCall, Piece, ready
 from superexperts.models.hooks import tapped
 from superexperts.models.streaming import StreamedModel
 from superexperts.profiling.accumulator import Recorder, merged
-from superexperts.profiling.select import layers_below, super_experts
+from superexperts.profiling.criterion import layers_below, super_experts
 
 __all__ = ["banks_below", "profile_streamed", "quick_look"]
 

@@ -22,8 +22,8 @@ from superexperts.core.errors import DataError, ExpertsError, ModelError
 from superexperts.core.runs import read_json
 from superexperts.core.types import ExpertKey, ExpertSet, Profile, key_name
 from superexperts.plotting import DARK, LETTERS, LIGHT, PAGE, Spots, Theme
+from superexperts.profiling.criterion import super_experts
 from superexperts.profiling.plots import plot_heatmap, plot_layers
-from superexperts.profiling.select import super_experts
 from superexperts.reports.plots import (
     ForestRow,
     LearningCurve,

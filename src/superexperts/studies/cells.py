@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from superexperts.adapters import export
 from superexperts.adapters.borrow import Shelf
-from superexperts.core.config import EvaluateConfig, ExtractConfig, ProfileConfig, PruneConfig, SelectConfig
+from superexperts.core.config import EvaluateConfig, ExtractConfig, ProfileConfig, PruneConfig
 from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.errors import OptionError
 from superexperts.core.runs import completed, new_folder, write_json, write_manifest
@@ -25,8 +25,9 @@ from superexperts.extraction import extract
 from superexperts.extraction.judge import Judge, open_judge
 from superexperts.pocket import write_data
 from superexperts.profiling import profile, select
+from superexperts.profiling.select import SelectConfig
 from superexperts.results.variants import Run
-from superexperts.studies.plan import Plan, expert_files
+from superexperts.studies.plan import Plan, expert_files, reads
 from superexperts.surgery import prune
 from superexperts.training import train
 from superexperts.training.resume import checkpoints_folder
@@ -151,7 +152,7 @@ class Worker:
                 continue
             if options.get("like") in plan.experts:
                 options["like"] = self._experts(options["like"])
-            if options.get("rule", "super") == "super":
+            if reads(options, "depth"):
                 options["depth"] = plan.depth
             if plan.drawn(name):
                 options["seed"] = seed

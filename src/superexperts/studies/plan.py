@@ -8,15 +8,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
-from superexperts.core.config import TASKS, EvaluateConfig, ExtractConfig, ProfileConfig, SelectConfig
+from superexperts.core.config import TASKS, EvaluateConfig, ExtractConfig, ProfileConfig
 from superexperts.core.errors import DataError, ExpertsError, OptionError
 from superexperts.core.settings import typed
 from superexperts.core.types import ExpertSet
+from superexperts.profiling.rules import RULES
+from superexperts.profiling.select import SelectConfig
 from superexperts.results.variants import DEFAULT_SETS, DEFAULT_VARIANTS, Kind, Run
 from superexperts.studies.lined_yaml import LinedYaml, Place
 from superexperts.training.train import TrainConfig
 
-__all__ = ["Plan", "VariantPlan", "expert_files", "line_of", "parse"]
+__all__ = ["Plan", "VariantPlan", "expert_files", "line_of", "parse", "reads"]
 
 PER_RUN = {"out", "json", "device", "trust_remote_code"}
 """Options that belong to where a study is run, not to what it is."""
@@ -100,7 +102,7 @@ class Plan:
 
     def drawn(self, name: str | None) -> bool:
         """Whether a set of experts is another one for each seed."""
-        return name is not None and self.experts.get(name, {}).get("rule") == "random"
+        return name is not None and reads(self.experts.get(name, {}), "seed")
 
     def variant(self, name: str) -> VariantPlan:
         """The variant of that name."""
@@ -242,7 +244,7 @@ class _Reader(LinedYaml):
         if "experts" in options:
             return
         like = options.get("like")
-        if like is not None and like in sets and ("like" in sets[like] or sets[like].get("rule") == "random"):
+        if like is not None and like in sets and ("like" in sets[like] or reads(sets[like], "seed")):
             self.error((*path, "like"), f"like: {like!r} follows another set or is drawn; name the set itself")
         elif like is not None and like not in sets:
             self._check_set((*path, "like"), like)
@@ -286,7 +288,7 @@ class _Reader(LinedYaml):
             return None
         own = dict(options)
         number = own.pop("seeds", None)
-        random = kind == "lora" or (target in sets and sets[target].get("rule") == "random")
+        random = kind == "lora" or (target in sets and reads(sets[target], "seed"))
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
             self.error((*path, name, "seeds"), f"seeds: {number!r} is no count of runs; give 1 or more")
         elif number is not None and number > 1 and not random:
@@ -367,3 +369,9 @@ def expert_files(plan: Plan) -> dict[str, tuple[str, int]]:
     followed = {plan.experts[name].get("like") for name, _ in needed.values()}
     first = {name: (name, plan.seed) for name in plan.experts if name in followed}
     return first | needed
+
+
+def reads(options: Mapping[str, Any], setting: str) -> bool:
+    """Whether the rule that a set's options name reads a setting of `select`, such as `seed`."""
+    rule = RULES.get(options.get("rule", "super"))
+    return rule is not None and setting in rule.settings

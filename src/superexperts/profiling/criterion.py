@@ -1,0 +1,79 @@
+"""The paper's criterion for super experts (arXiv 2507.23279, Eq. 8), as functions of a profile's statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from superexperts.core.errors import OptionError
+from superexperts.core.types import ExpertStats, Statistic, key_order
+
+__all__ = ["Threshold", "considered", "layers_below", "peak", "super_experts", "threshold"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """The two bounds of the criterion. The peak of a super expert is over both."""
+
+    percentile: float
+    """P99.5 of the considered peaks."""
+    ratio: float
+    """The largest considered peak / 10."""
+
+    @property
+    def value(self) -> float:
+        """The larger of the two, which decides."""
+        return max(self.percentile, self.ratio)
+
+
+def layers_below(depth: float, num_layers: int) -> int:
+    """Number of layers, dense ones included, below a depth: round(depth x layers), as in the reference code."""
+    return round(depth * num_layers)
+
+
+def peak(row: ExpertStats, statistic: Statistic) -> float:
+    """The peak that the criterion compares: over all tokens, or over the first token of each sequence."""
+    return row.output_max if statistic == "all" else row.first_token_output_max
+
+
+def considered(stats: Sequence[ExpertStats], num_layers: int, depth: float) -> list[ExpertStats]:
+    """The experts of the layers below round(depth x layers), dense layers included in the count."""
+    return [row for row in stats if row.layer < layers_below(depth, num_layers)]
+
+
+def threshold(
+    peaks: Sequence[float], percentile: float = 99.5, ratio: float = 10.0, *, floor: bool = False
+) -> Threshold:
+    """The bounds over the peaks of the considered experts, routed and shared together. Experts that no token reached
+    count as 0.
+
+    arXiv 2507.23279, Eq. 8. Percentiles between two values are interpolated linearly, as in the reference code (numpy's
+    default). `floor` divides the maximum by `//`, as that code does.
+    """
+    largest = max(peaks) // ratio if floor else max(peaks) / ratio
+    return Threshold(percentile=float(np.percentile(peaks, percentile)), ratio=largest)
+
+
+def super_experts(
+    stats: Sequence[ExpertStats],
+    num_layers: int,
+    *,
+    percentile: float = 99.5,
+    ratio: float = 10.0,
+    depth: float = 0.75,
+    statistic: Statistic = "all",
+    floor: bool = False,
+) -> tuple[ExpertStats, ...]:
+    """The experts whose peak is over both bounds of `threshold`, the largest peak first.
+
+    The defaults are the paper's criterion; `statistic="first"` with `floor` follows its reference code exactly.
+    `OptionError` if no layer with experts is below `depth`.
+    """
+    rows = considered(stats, num_layers, depth)
+    if not rows:
+        raise OptionError(f"{depth} leaves no MoE layer of {num_layers} layers; give a larger share", field="depth")
+    bound = threshold([peak(row, statistic) for row in rows], percentile, ratio, floor=floor)
+    found = [row for row in rows if peak(row, statistic) > bound.value]
+    return tuple(sorted(found, key=lambda row: (-peak(row, statistic), key_order(row.key))))
