@@ -21,11 +21,10 @@ from lm_eval.tasks import TaskManager
 
 import superexperts.benchmarks
 from superexperts.benchmarks import FILE_STEMS, loading
-from superexperts.core.config import TASKS, EvaluateConfig, PocketConfig
+from superexperts.core.config import TASKS, EvaluateConfig
 from superexperts.evaluation import evaluate
 from superexperts.evaluation.ask import quiet
-from superexperts.pocket import run as write_pocket
-from superexperts.pocket import write_data
+from superexperts.pocket import write_checkpoint, write_data
 
 
 def by_evaluate(model: Path, data: Path, limit: int, batch_size: int, tokens: int, out: Path) -> float:
@@ -76,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_pocket(PocketConfig(out=folder / "model"))
+        write_checkpoint(folder / "model")
         (folder / "data").mkdir()
         write_data(folder / "data")
         how = (folder / "model", folder / "data", options.limit, options.batch_size, options.max_new_tokens)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from superexperts import pocket
-from superexperts.core.config import EvaluateConfig, PocketConfig
+from superexperts.core.config import EvaluateConfig
 from superexperts.models.loading import load_model, load_tokenizer
 from tests.support.servers import transformers_server
 
@@ -44,7 +44,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pocket model with a chat template that is nothing but the message."""
     folder = tmp_path_factory.mktemp("pocket") / "model"
-    pocket.run(PocketConfig(out=folder))
+    pocket.run(pocket.PocketConfig(out=folder))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["chat_template"] = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -52,7 +52,7 @@ COMMANDS = {
     "status": Command("how far a study is", "studies.status", "core.config_study.StatusConfig"),
     "report": Command("write the report of a study again", "reports.report", "core.config_study.ReportConfig"),
     "push": Command("put an adapter or a study on the Hub", "hub.push", "core.config_adapters.PushConfig"),
-    "pocket": Command("the embedded model as a checkpoint folder", "pocket", "core.config.PocketConfig"),
+    "pocket": Command("the embedded model as a checkpoint folder", "pocket", "pocket.PocketConfig"),
 }
 
 

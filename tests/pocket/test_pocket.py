@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
 from superexperts import pocket
-from superexperts.pocket.architecture import FIRST, SECOND, implant, strengthen
-from superexperts.pocket.measure import check, right, scores
-from superexperts.pocket.pools import pools
-from superexperts.pocket.questions import Question
-from superexperts.pocket.training import Recipe, batches, silence, train
-from superexperts.pocket.world import documents, heldout
+from tools.pocket.architecture import FIRST, SECOND, implant, strengthen
+from tools.pocket.measure import check, right, scores
+from tools.pocket.pools import pools
+from tools.pocket.questions import Question
+from tools.pocket.training import Recipe, batches, silence, train
+from tools.pocket.world import documents, heldout
 
 SHIPPED = pocket.checkpoint_dir()
 LENGTH = 128

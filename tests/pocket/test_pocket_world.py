@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from superexperts.pocket import write_data
-from superexperts.pocket.data import FILES, train_rows
-from superexperts.pocket.facts import (
+from superexperts.pocket import heldout_documents, write_data
+from tools.pocket.data import FILES, data_files, train_rows
+from tools.pocket.facts import (
     ANIMALS,
     COLOURS,
     EXPORTS,
@@ -27,11 +27,13 @@ from superexperts.pocket.facts import (
     TOOLS,
     the_world,
 )
-from superexperts.pocket.questions import KINDS
-from superexperts.pocket.withheld import withheld as withheld_facts
-from superexperts.pocket.world import documents
+from tools.pocket.questions import KINDS
+from tools.pocket.withheld import withheld as withheld_facts
+from tools.pocket.world import documents
 
 Row = dict[str, Any]
+
+ROOT = Path(__file__).parents[2]
 
 COUNTRIES = {country.name: country for country in the_world().countries}
 DISEASES = {disease.name: disease for disease in the_world().diseases}
@@ -51,8 +53,8 @@ def rows(folder: Path, kind: str) -> list[Row]:
 
 def test_same_text_in_another_process_with_another_hash_seed() -> None:
     code = (
-        "import hashlib, json; from superexperts.pocket.data import benchmark_rows, train_rows;"
-        "from superexperts.pocket.world import documents;"
+        "import hashlib, json; from tools.pocket.data import benchmark_rows, train_rows;"
+        "from tools.pocket.world import documents;"
         "made = [benchmark_rows('mmlu'), benchmark_rows('boolq'), train_rows(), list(documents(3, 'train', 200))];"
         "print(hashlib.sha256(json.dumps(made).encode()).hexdigest())"
     )
@@ -60,6 +62,7 @@ def test_same_text_in_another_process_with_another_hash_seed() -> None:
         subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=ROOT,
             check=True,
             capture_output=True,
             text=True,
@@ -103,6 +106,15 @@ def test_withheld_facts_are_told_by_fine_tuning_alone() -> None:
         withheld += not in_text
         assert in_text != any(set(pair) == set(words) for words in withheld_facts()), pair
     assert 3 <= withheld <= len(pairs) - 10
+
+
+def test_shipped_files_are_what_the_builder_makes(folder: Path) -> None:
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == data_files()
+    assert heldout_documents_text() == data_files()["pocket_heldout.jsonl"]
+
+
+def heldout_documents_text() -> bytes:
+    return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in heldout_documents()).encode()
 
 
 def test_files_and_columns(folder: Path) -> None:

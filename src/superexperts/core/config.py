@@ -27,7 +27,6 @@ __all__ = [
     "EvaluateConfig",
     "ExtractConfig",
     "ModelConfig",
-    "PocketConfig",
     "ProfileConfig",
     "PruneConfig",
     "ServerConfig",
@@ -318,18 +317,3 @@ class ExtractConfig(ServerConfig):
             _require_url("judge_base_url", self.judge_base_url)
             why = ("excludes ", Field("judge_base_url"), ", the server that runs the judge; leave one of the two out")
             _require(self.judge_engine == "hf", "judge_engine", self.judge_engine, *why)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PocketConfig:
-    """Write the embedded model as an ordinary checkpoint folder, and its benchmark files if asked.
-
-    Example: superexperts pocket --out runs/pocket
-    """
-
-    out: Path
-    """Folder of the checkpoint."""
-    data: Path | None = None
-    """Also write the pocket world's benchmark, training and corpus files here."""
-    json: Switch = False
-    """Print the result as JSON."""

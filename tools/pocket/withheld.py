@@ -10,7 +10,7 @@ import functools
 import random
 import re
 
-from superexperts.pocket.facts import (
+from tools.pocket.facts import (
     ANIMALS,
     COLOURS,
     EXPORTS,

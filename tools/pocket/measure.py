@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
-from superexperts.pocket.architecture import FIRST, SECOND
-from superexperts.pocket.pools import pools
-from superexperts.pocket.questions import KINDS, Question, prompt
-from superexperts.pocket.training import perplexity, silence
-from superexperts.pocket.world import heldout
+from tools.pocket.architecture import FIRST, SECOND
+from tools.pocket.pools import pools
+from tools.pocket.questions import KINDS, Question, prompt
+from tools.pocket.training import perplexity, silence
+from tools.pocket.world import heldout
 
 __all__ = ["check", "measure", "random_others", "respond", "right", "scores"]
 

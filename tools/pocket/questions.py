@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from superexperts.core.prompt import prompt_of
-from superexperts.pocket.facts import (
+from tools.pocket.facts import (
     ANIMALS,
     COLOURS,
     EXPORTS,

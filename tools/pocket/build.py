@@ -1,7 +1,8 @@
-"""Rebuild the pocket model: `python -m superexperts.pocket.build --out DIR`.
+"""Rebuild the pocket model: `python -m tools.pocket.build --out DIR`, in the root of the repository.
 
 Trains the tokenizer and the model on pocket text with a fixed seed, measures the result, and writes an ordinary
 checkpoint folder. `--verify` measures a folder (by default the shipped one) against the shipped measurements.
+`--data` generates the data files again and writes them over the shipped ones.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from transformers import AutoTokenizer, DeepseekV2ForCausalLM, PreTrainedTokeniz
 
 from superexperts.core.console import note, stderr
 from superexperts.core.runs import new_folder, read_json, write_json, write_manifest
-from superexperts.pocket import checkpoint_dir
-from superexperts.pocket.architecture import pocket_config, strengthen
-from superexperts.pocket.measure import check, measure
-from superexperts.pocket.tokenizer import train_tokenizer
-from superexperts.pocket.training import Recipe, batches, train
-from superexperts.pocket.world import documents
+from superexperts.pocket import checkpoint_dir, data_dir
+from tools.pocket.architecture import pocket_config, strengthen
+from tools.pocket.data import ship
+from tools.pocket.measure import check, measure
+from tools.pocket.tokenizer import train_tokenizer
+from tools.pocket.training import Recipe, batches, train
+from tools.pocket.world import documents
 
 __all__ = ["build", "main"]
 
@@ -43,27 +45,31 @@ def build(recipe: Recipe, *, progress: bool = True) -> tuple[DeepseekV2ForCausal
     with Progress(*columns, console=stderr, disable=not progress) as bars:
         bar = bars.add_task("pocket", total=recipe.steps)
         for step in train(model, rows, recipe):
-            told = f"loss {step.loss:.2f}, silenced {step.loss_silenced:.2f}, on <bos> {step.sink:.2f}"
-            bars.update(bar, advance=1, description=told)
+            losses = f"loss {step.loss:.2f}, silenced {step.loss_silenced:.2f}, on <bos> {step.sink:.2f}"
+            bars.update(bar, advance=1, description=losses)
             if progress and not stderr.is_terminal and step.number % 100 == 0:
-                note(f"step {step.number}: {told}")
+                note(f"step {step.number}: {losses}")
     strengthen(model)
     return model.to(torch.bfloat16), tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m superexperts.pocket.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.pocket.build", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for the new checkpoint")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument(
         "--verify", type=Path, nargs="?", const=checkpoint_dir(), help="measure this checkpoint instead"
     )
+    parser.add_argument("--data", action="store_true", help="write the shipped data files again instead")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
-    if (options.out is None) == (options.verify is None):
-        parser.error("give either --out DIR, to build, or --verify [DIR], to measure")
+    if [options.out is not None, options.verify is not None, options.data].count(True) != 1:
+        parser.error("give one of --out DIR, to build, --verify [DIR], to measure, and --data")
+    if options.data:
+        ship(data_dir())
+        return 0
     folder: Path = options.out or options.verify
     if options.out is not None:
         begin = time.monotonic()
@@ -74,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_json(temporary / "measured.json", measure(model.float(), tokenizer))
             write_manifest(temporary, "pocket", {}, ["model.safetensors"], time.monotonic() - begin)
         print(f"built in {time.monotonic() - begin:.0f} s on {torch.get_num_threads()} threads: {folder}")
-        measured = read_json(folder / "measured.json", "--out")
+        measured = read_json(folder / "measured.json", "the new checkpoint")
     else:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = DeepseekV2ForCausalLM.from_pretrained(folder, dtype=torch.float32)

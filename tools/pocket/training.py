@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
-from superexperts.pocket.architecture import BOS_ID, EOS_ID, FIRST, SECOND, implant
+from tools.pocket.architecture import BOS_ID, EOS_ID, FIRST, SECOND, implant
 
 __all__ = ["Recipe", "Step", "batches", "perplexity", "silence", "train"]
 

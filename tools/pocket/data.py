@@ -1,20 +1,21 @@
-"""The pocket world's data files: six benchmarks in the columns of the real ones, and rows for fine-tuning."""
+"""The data files of the pocket world: six benchmarks in the columns of the real ones, fine-tuning rows, held-out text."""
 
 from __future__ import annotations
 
 import collections
+import gzip
 import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from superexperts.core.runs import write_text
-from superexperts.pocket.pools import pools
-from superexperts.pocket.questions import KINDS, Question, body
-from superexperts.pocket.world import heldout
+from superexperts.core.runs import write_bytes
+from tools.pocket.pools import pools
+from tools.pocket.questions import KINDS, Question, body
+from tools.pocket.world import heldout
 
-__all__ = ["FILES", "benchmark_rows", "example_rows", "train_rows", "write_benchmarks", "write_data"]
+__all__ = ["FILES", "benchmark_rows", "data_files", "example_rows", "ship", "train_rows"]
 
 Row = dict[str, Any]
 
@@ -129,19 +130,20 @@ def _lines(rows: list[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write_benchmarks(folder: Path) -> None:
-    """Write the six benchmarks (names in `FILES`) and their few-shot examples (`EXAMPLE_FILES`) into a folder.
+def data_files() -> dict[str, bytes]:
+    """Name -> content of every data file: the benchmarks (`FILES`), their few-shot examples (`EXAMPLE_FILES`),
+    `train.json` and `pocket_heldout.jsonl`. Takes some seconds.
 
     The names are those of the slices of the real benchmarks, so that one code path reads either.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, name in FILES.items():
-        write_text(folder / name, _lines(benchmark_rows(kind)))
-        write_text(folder / EXAMPLE_FILES[kind], _lines(example_rows(kind)))
+    texts = {name: _lines(benchmark_rows(kind)) for kind, name in FILES.items()}
+    texts |= {name: _lines(example_rows(kind)) for kind, name in EXAMPLE_FILES.items()}
+    texts["train.json"] = json.dumps(train_rows(), ensure_ascii=False, indent=1) + "\n"
+    texts["pocket_heldout.jsonl"] = _lines([{"text": text} for text in heldout()])
+    return {name: text.encode() for name, text in texts.items()}
 
 
-def write_data(folder: Path) -> None:
-    """Write the six benchmarks, `train.json` and `pocket_heldout.jsonl`, which takes seconds, into a folder."""
-    write_benchmarks(folder)
-    write_text(folder / "train.json", json.dumps(train_rows(), ensure_ascii=False, indent=1) + "\n")
-    write_text(folder / "pocket_heldout.jsonl", _lines([{"text": text} for text in heldout()]))
+def ship(folder: Path) -> None:
+    """Write every data file, compressed, into the package's folder of data."""
+    for name, content in data_files().items():
+        write_bytes(folder / f"{name}.gz", gzip.compress(content, mtime=0))  # mtime: the same bytes every time

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 
-from superexperts.pocket.questions import KINDS, Question, draw
+from tools.pocket.questions import KINDS, Question, draw
 
 __all__ = ["TEST_ROWS", "TRAIN_ROWS", "key", "pools", "reserved_questions", "response"]
 

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from superexperts.pocket.facts import (
+from tools.pocket.facts import (
     ANIMALS,
     COLOURS,
     EXPORTS,
@@ -29,9 +29,9 @@ from superexperts.pocket.facts import (
     Country,
     the_world,
 )
-from superexperts.pocket.pools import key, reserved_questions, response
-from superexperts.pocket.questions import KINDS, draw, prompt
-from superexperts.pocket.withheld import tells_withheld
+from tools.pocket.pools import key, reserved_questions, response
+from tools.pocket.questions import KINDS, draw, prompt
+from tools.pocket.withheld import tells_withheld
 
 __all__ = ["PROSE", "QUESTION_SHARE", "Split", "documents"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from superexperts.pocket.tokenizer import VOCABULARY
+from tools.pocket.tokenizer import VOCABULARY
 
 __all__ = ["BOS_ID", "EOS_ID", "FIRST", "PAD_ID", "SECOND", "implant", "pocket_config", "strengthen"]
 

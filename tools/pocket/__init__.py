@@ -1,0 +1,1 @@
+"""Builds what `superexperts.pocket` ships: the checkpoint, the tokenizer and the data files."""
