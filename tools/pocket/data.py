@@ -1,4 +1,4 @@
-"""The data files of the pocket world: six benchmarks in the columns of the real ones, fine-tuning rows, held-out text."""
+"""The data files of the pocket world: benchmarks in the columns of the real ones, fine-tuning rows, held-out text."""
 
 from __future__ import annotations
 
