@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from superexperts.cli import main
 from superexperts.core.runs import read_json, write_json, write_manifest, write_text
 from superexperts.core.types import ExpertSet
-from superexperts.results.results import markdown_table
+from superexperts.results.tables import markdown_table
 from superexperts.training.card import model_card
 from superexperts.training.train import TrainConfig
 from tests.support import study_folder

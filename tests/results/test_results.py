@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from superexperts.core.errors import DataError
-from superexperts.results.results import Results, markdown_table, print_table, signed_points, write_csv
+from superexperts.results.results import Results, signed_points
 from superexperts.results.statistics.single_run import holm
+from superexperts.results.tables import markdown_table, print_table, write_csv
 from tests.support.study_folder import results_json
 
 

@@ -57,9 +57,7 @@ def show(command: str, result: dict[str, Any]) -> None:
     elif command == "study" and "plan" in result:
         show_plan(result["plan"])
     elif command == "study":
-        from superexperts.reports.report import (
-            print_table,  # here, so that the other commands do not wait for what draws
-        )
+        from superexperts.results.tables import print_table
 
         print_table(result["results"], stdout)
         stdout.print(f"report: {result['report']}", soft_wrap=True)

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from superexperts.core.errors import DataError
 from superexperts.core.types import ExpertSet, key_name
 from superexperts.hub.files import Bundle
-from superexperts.results.results import markdown_table
+from superexperts.results.tables import markdown_table
 from superexperts.training.card import front_matter
 
 __all__ = ["adapter_card", "study_card"]

@@ -28,11 +28,12 @@ from superexperts.data.corpora import read_rows
 from superexperts.reports.answers import disagreements, script_safe, visible
 from superexperts.reports.pictures import drawn, pictures, rule_of
 from superexperts.reports.reproduce import facts, read_manifests, stages, study_file, versions
-from superexperts.reports.tables import budgets, comparison_rows, lede, result_rows, verdict_rows
-from superexperts.results.results import Results, markdown_table, print_table, task_title, write_csv
+from superexperts.reports.tables import budgets, comparison_rows, lede, verdict_rows
+from superexperts.results.results import Results
+from superexperts.results.tables import result_table
 from superexperts.results.verdict import headline
 
-__all__ = ["markdown_table", "print_table", "run", "write_csv", "write_report"]
+__all__ = ["run", "write_report"]
 
 T = TypeVar("T")
 
@@ -69,11 +70,7 @@ def write_report(folder: Path) -> Path:
         "lede": lede(results),
         "against_base": verdict_rows(results, "base"),
         "against_controls": verdict_rows(results, "control"),
-        "columns": [
-            {"title": task_title(task), "asked": score.items if (score := results.base.score(task)) else "?"}
-            for task in results.columns
-        ],
-        "rows": result_rows(results),
+        "table": result_table(results),
         "any_perplexity": any(variant.perplexity is not None for variant in results.variants),
         "any_subjects": any(score.clustered for variant in results.variants for score in variant.scores),
         "comparisons": comparison_rows(results),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-from superexperts.results.results import Comparison, Results, RunResult, VariantResult, signed_points, task_title
+from superexperts.results.results import Results, RunResult, VariantResult, signed_points, task_title
+from superexperts.results.tables import MANY_EXPERTS, count, effect_of, expert_names, mean_accuracy, percent
 from superexperts.results.verdict import Verdict, against_base, against_controls, format_p
 
 __all__ = [
@@ -16,15 +16,9 @@ __all__ = [
     "comparison_rows",
     "lede",
     "perplexity_change",
-    "result_rows",
     "run_difference",
     "verdict_rows",
 ]
-
-MANY_UNPARSED = 0.05
-"""From this share on it is coloured: an accuracy that mostly measures the format misleads."""
-MANY_EXPERTS = 8
-"""More are counted instead of named."""
 
 
 def lede(results: Results) -> str:
@@ -32,14 +26,10 @@ def lede(results: Results) -> str:
     items = sum(score.items for score in results.base.scores)
     runs = len(results.runs)
     return (
-        f"{results.model} on {items:,} items of {_count(len(results.tasks), 'benchmark')}, "
-        f"{_count(len(results.variants), 'variant')} in {_count(runs, 'run')}. Differences are over all items, by "
+        f"{results.model} on {items:,} items of {count(len(results.tasks), 'benchmark')}, "
+        f"{count(len(results.variants), 'variant')} in {count(runs, 'run')}. Differences are over all items, by "
         "paired tests; “detected” means p under 5% after Holm's adjustment."
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def verdict_rows(results: Results, family: str) -> list[dict[str, str]]:
@@ -62,7 +52,7 @@ def verdict_rows(results: Results, family: str) -> list[dict[str, str]]:
 def _how(verdict: Verdict) -> str:
     runs = verdict.row.runs
     said = format_p(verdict.p) if verdict.sure else f"95% interval {verdict.interval}, {format_p(verdict.p)}"
-    return said if runs == (1, 1) else f"{said}, {runs[0]} against {_count(runs[1], 'run')}"
+    return said if runs == (1, 1) else f"{said}, {runs[0]} against {count(runs[1], 'run')}"
 
 
 def _unmatched(results: Results, verdict: Verdict) -> str:
@@ -71,7 +61,7 @@ def _unmatched(results: Results, verdict: Verdict) -> str:
     said = ""
     if one.experts is not None and other.experts is not None:
         if len(one.experts) != len(other.experts):
-            said += f", {len(one.experts):,} against {_count(len(other.experts), 'expert')}"
+            said += f", {len(one.experts):,} against {count(len(other.experts), 'expert')}"
         elif _layers(one) != _layers(other):
             said += ", experts of other layers"
     if one.trainable_parameters != other.trainable_parameters:
@@ -93,7 +83,7 @@ def comparison_rows(results: Results) -> list[dict[str, str]]:
     """Every figure of every comparison, for those who check."""
     rows = []
     for row in results.comparisons:
-        spreads = [_points(sd) if sd is not None else "–" for sd in row.seed_sd]
+        spreads = [percent(sd) if sd is not None else "–" for sd in row.seed_sd]
         rows.append(
             {
                 "family": row.family,
@@ -111,80 +101,15 @@ def comparison_rows(results: Results) -> list[dict[str, str]]:
                 "test": "exact McNemar" if row.test == "mcnemar" else "seeds random",
                 "p": f"{row.p:.2g}",
                 "adjusted": f"{row.adjusted:.2g}",
-                "detectable": _points(row.detectable),
-                "effect": _effect(row),
+                "detectable": percent(row.detectable),
+                "effect": effect_of(row),
             }
         )
     return rows
 
 
-def _effect(row: Comparison | None) -> str:
-    return "none" if row is None or not row.sure else "down" if row.difference < 0 else "up"
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
 def _interval(interval: tuple[float, float] | None) -> str:
     return "–" if interval is None else f"{signed_points(interval[0])} to {signed_points(interval[1])}"
-
-
-def result_rows(results: Results) -> list[dict[str, Any]]:
-    """The result table: a row per variant with a cell per benchmark, None where it was not run."""
-    return [
-        {
-            "title": variant.title,
-            "what": _experts_of(variant),
-            "runs": len(variant.runs),
-            "cells": [_cell(variant, task, results.to_base(variant.name, task)) for task in results.columns],
-            "mean": _points(variant.mean),
-            "mean_runs": _each(_mean(run) for run in variant.runs) if len(variant.runs) > 1 else "",
-            "perplexity": None if variant.perplexity is None else f"{variant.perplexity:.2f}",
-            "perplexity_interval": "–".join(f"{end:.2f}" for end in variant.runs[0].perplexity_interval or ())
-            if len(variant.runs) == 1
-            else _each((run.perplexity for run in variant.runs), scale=1, digits=2),
-        }
-        for variant in results.variants
-    ]
-
-
-def _mean(run: RunResult) -> float:
-    return statistics.fmean(score.accuracy for score in run.scores)
-
-
-def _each(values: Any, scale: float = 100, digits: int = 1) -> str:
-    return ", ".join("–" if value is None else f"{scale * value:.{digits}f}" for value in values)
-
-
-def _cell(variant: VariantResult, task: str, row: Comparison | None) -> dict[str, Any] | None:
-    score = variant.score(task)
-    if score is None:
-        return None
-    own = [one.accuracy for run in variant.runs for one in run.scores if one.task == task]
-    return {
-        "accuracy": _points(score.accuracy),
-        "interval": f"{_points(score.low)}–{_points(score.high)}",
-        "clustered": "" if score.clustered is None else "–".join(map(_points, score.clustered)),
-        "runs": _each(own) if len(own) > 1 else "",
-        "difference": signed_points(row.difference) if row is not None else "",
-        "effect": _effect(row),
-        "unparsed": f"{_points(score.unparsed_share)}% unparsed" if score.unparsed else "all parsed",
-        "many_unparsed": score.unparsed_share >= MANY_UNPARSED,
-    }
-
-
-def _experts_of(variant: VariantResult) -> str:
-    """The first run's experts, and how many other draws there are."""
-    first, *more = [run.experts for run in variant.runs]
-    others = sum(one != first for one in more)
-    return _named(first) + (f" and {_count(others, 'other draw')}" if others else "")
-
-
-def _named(experts: Sequence[str] | None) -> str:
-    if experts is None:
-        return ""
-    return ", ".join(experts) if len(experts) <= MANY_EXPERTS else f"{len(experts):,} experts"
 
 
 def run_difference(results: Results, run: RunResult, reference: VariantResult, task: str | None) -> float:
@@ -244,12 +169,12 @@ def _budget(variant: VariantResult, run: RunResult, reference: RunResult | None)
         variant=variant.title,
         run=f"seed {run.seed}",
         reference=own,
-        experts=_named(run.experts) or "–",
+        experts=expert_names(run.experts) or "–",
         layers=_by_layer(_layers(run)),
         parameters=parameters,
         exposure=f"{sum(seen):,}" if seen else "–",
         exposure_each=f"{min(seen):,} to {max(seen):,} each" if len(seen) > 1 else "",
-        accuracy=_points(_mean(run)),
+        accuracy=percent(mean_accuracy(run)),
         perplexity="–" if run.perplexity is None else f"{run.perplexity:.2f}",
         odd=tuple(odd),
     )

@@ -1,24 +1,14 @@
-"""`results.json`: every variant on every benchmark, and the same table for a spreadsheet, a README and a terminal.
-
-The three writers take the file's JSON value, as `study` makes it, and check it first.
-"""
+"""`results.json`: every variant on every benchmark, and the tests that compare them."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from superexperts.core.errors import DataError
-from superexperts.core.runs import read_json, write_text
+from superexperts.core.runs import read_json
 from superexperts.core.types import Score
 from superexperts.core.validation import check_schema, validated
 from superexperts.results.variants import Kind
@@ -32,11 +22,8 @@ __all__ = [
     "RunResult",
     "VariantResult",
     "VariantScore",
-    "markdown_table",
-    "print_table",
     "signed_points",
     "task_title",
-    "write_csv",
 ]
 
 RESULTS_SCHEMA = "superexperts/results/2"
@@ -257,59 +244,3 @@ def signed_points(difference: float, digits: int = 1) -> str:
     """0.0123 -> `+1.2`, with a real minus sign; a difference that rounds to nothing has no sign."""
     text = f"{100 * abs(difference):.{digits}f}"
     return text if float(text) == 0 else f"{MINUS if difference < 0 else '+'}{text}"
-
-
-def write_csv(results: Mapping[str, Any], path: Path) -> None:
-    """Writes `result.csv` in the original's columns: accuracy in percent, empty where a benchmark was not run."""
-    found = Results.from_json(results)
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["Model Variant", *COLUMNS.values()])
-    for variant in found.variants:
-        scores = [variant.score(task) for task in COLUMNS]
-        writer.writerow([variant.title, *("" if score is None else f"{100 * score.accuracy:.2f}" for score in scores)])
-    write_text(path, buffer.getvalue())
-
-
-def markdown_table(results: Mapping[str, Any]) -> str:
-    """The result table for a README: accuracy in percent, a star where it differs from base (Holm, 5%)."""
-    found = Results.from_json(results)
-    header = ["variant", *(task_title(task) for task in found.columns), "mean", "perplexity"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *_cells(found)]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
-
-
-def print_table(results: Mapping[str, Any], console: Console) -> None:
-    """Prints the result table; titles are text, never markup."""
-    found = Results.from_json(results)
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-        caption="accuracy in %; * differs from base (paired test, Holm, 5%; at the mean: over all items)",
-        caption_justify="left",
-    )
-    table.add_column("variant")
-    for title in (*(task_title(task) for task in found.columns), "mean", "ppl"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for cells in _cells(found):
-        table.add_row(*(Text(cell) for cell in cells))
-    console.print(table)
-
-
-def _cells(results: Results) -> list[list[str]]:
-    """Per variant: title, accuracies, mean, perplexity."""
-    lines = []
-    for variant in results.variants:
-        cells = [variant.title]
-        for task in results.columns:
-            score = variant.score(task)
-            row = results.to_base(variant.name, task)
-            star = "*" if row is not None and row.sure else ""
-            cells.append("" if score is None else f"{100 * score.accuracy:.1f}{star}")
-        row = results.to_base(variant.name)
-        star = "*" if row is not None and row.sure else ""
-        cells.append(f"{100 * variant.mean:.1f}{star}")
-        cells.append("" if variant.perplexity is None else f"{variant.perplexity:.2f}")
-        lines.append(cells)
-    return lines

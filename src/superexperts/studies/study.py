@@ -27,8 +27,9 @@ from superexperts.core.runs import (
     write_text,
 )
 from superexperts.data.corpora import local_data, local_file, named_corpus
-from superexperts.reports.report import write_csv, write_report
+from superexperts.reports.report import write_report
 from superexperts.results.conclude import conclude
+from superexperts.results.tables import write_csv
 from superexperts.studies import workers
 from superexperts.studies.cells import cells
 from superexperts.studies.check import check, given_experts, row_files
