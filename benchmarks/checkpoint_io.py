@@ -33,7 +33,7 @@ from watching import watched
 
 from superexperts.adapters import export
 from superexperts.adapters.factors import Factor, Place, own_layout, save_layout
-from superexperts.core.config import CheckpointConfig
+from superexperts.checkpoints.source import resolve
 from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.config_surgery import CompareConfig, PruneConfig, RestoreConfig
 from superexperts.models.experts import DOWN, GATE, UP
@@ -77,7 +77,7 @@ def superexperts(*arguments: str) -> list[str]:
 
 def write_adapter(folder: Path, base: Path, experts: tuple[tuple[int, int], ...]) -> None:
     """LoRA of rank 16 on the experts."""
-    model = load_structure(CheckpointConfig(model=str(base)))
+    model = load_structure(resolve(str(base)))
     generator = torch.Generator().manual_seed(0)
     factors = {}
     for layer, expert in experts:

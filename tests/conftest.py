@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from superexperts import pocket
-from superexperts.core.config import EvaluateConfig
+from superexperts.checkpoints.source import resolve
 from superexperts.models.loading import load_model, load_tokenizer
 from tests.support.servers import transformers_server
 
@@ -31,13 +31,13 @@ def shared_data() -> Path:
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     """The pocket model, each test file's own: a test may leave it with an adapter."""
-    return load_model(EvaluateConfig(device="cpu", dtype="float32"))
+    return load_model(resolve("pocket"), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     """The pocket model's."""
-    return load_tokenizer(EvaluateConfig())
+    return load_tokenizer(resolve("pocket"))
 
 
 @pytest.fixture(scope="session")

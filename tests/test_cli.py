@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from superexperts.checkpoints.source import resolve
 from superexperts.cli import COMMANDS, main
-from superexperts.core.config import CheckpointConfig
 from superexperts.core.types import Answer, ExpertSet
 from superexperts.models.loading import load_tokenizer
 
@@ -253,7 +253,7 @@ def test_a_dense_model_is_one_line(here: Path, capsys: Any) -> None:
         vocab_size=2048, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
     LlamaForCausalLM(config).save_pretrained(here / "dense")
-    load_tokenizer(CheckpointConfig()).save_pretrained(here / "dense")
+    load_tokenizer(resolve("pocket")).save_pretrained(here / "dense")
     assert "llama has no routed experts" in wrong(capsys, "profile", "dense", "--tokens", "512", "--out", "out")
     assert "llama has no routed experts" in wrong(capsys, "prune", "dense", "--experts", "L1E1", "--out", "out2")
     assert [path for path in here.rglob("*") if path.is_file() and "dense" not in path.parts] == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from superexperts.core.config import CheckpointConfig
+from superexperts.checkpoints.source import resolve
 from superexperts.core.errors import DataError
 from superexperts.data import corpora
 from superexperts.data.corpora import HUB_CORPORA, documents, named_corpus, pack, reference_windows
@@ -19,7 +19,7 @@ from superexperts.models.loading import load_tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer():  # type: ignore[no-untyped-def]
-    return load_tokenizer(CheckpointConfig())
+    return load_tokenizer(resolve("pocket"))
 
 
 def test_pack_is_the_plain_concatenation_cut_with_bos_in_front(tokenizer) -> None:  # type: ignore[no-untyped-def]

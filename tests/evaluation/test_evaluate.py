@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from superexperts.adapters.lora import attach_attention
+from superexperts.checkpoints.source import resolve
 from superexperts.core.config import TASKS, EvaluateConfig, PruneConfig
 from superexperts.core.errors import DataError, ExpertsError, OptionError, OutputError
 from superexperts.core.types import Answer
@@ -85,7 +86,7 @@ def test_stops_at_a_new_question(
 
 def test_an_adapter_is_asked_the_same_way(tokenizer: PreTrainedTokenizerBase, data: Path) -> None:
     """A fresh LoRA changes no answer; one with weights does."""
-    model = load_model(EvaluateConfig(device="cpu", dtype="float32"))
+    model = load_model(resolve("pocket"), device="cpu", dtype="float32")
 
     def responses(asked: nn.Module) -> list[str]:
         found = ask(asked, tokenizer, tasks=["arc_easy"], data_dir=data, limit=6, max_new_tokens=NEW_TOKENS)
@@ -129,7 +130,7 @@ def test_run_writes_answers_and_does_no_work_twice(
     assert first["perplexity"] == pytest.approx(perplexity(model, ids_BL), rel=1e-6)
     assert not list((tmp_path / "run" / "answers").glob(".*"))
 
-    monkeypatch.setattr(evaluate, "load_model", lambda _: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("the model was loaded again"))
     assert evaluate.run(config) == first
     with pytest.raises(pytest.fail.Exception, match="loaded again"):  # another question of the same number
         evaluate.run(_config(tmp_path / "run", data, limit=2))
@@ -239,12 +240,12 @@ def test_an_earlier_runs_files_are_not_left_behind(
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"max_new_tokens": 2048}, OptionError, "--max-new-tokens: 2048 leaves no room"),
-        ({"adapter": Path("no/such")}, OptionError, "--adapter: 'no/such' is no folder"),
+        ({"max_new_tokens": 2048}, OptionError, "max_new_tokens: 2048 leaves no room"),
+        ({"adapter": Path("no/such")}, OptionError, "adapter: 'no/such' is no folder"),
         ({"perplexity": "no-such-corpus"}, DataError, "no-such-corpus"),
-        ({"silence": "L1E99"}, ExpertsError, "--silence: L1E99 is not in the model"),
-        ({"silence": "L1E9", "adapter": Path("a")}, OptionError, "--silence: 'L1E9' excludes --adapter"),
-        ({"tokens": 256}, OptionError, "--tokens: 256 is under one sequence of 512"),
+        ({"silence": "L1E99"}, ExpertsError, "silence: L1E99 is not in the model"),
+        ({"silence": "L1E9", "adapter": Path("a")}, OptionError, "silence: 'L1E9' excludes adapter"),
+        ({"tokens": 256}, OptionError, "tokens: 256 is under one sequence of 512"),
     ],
 )
 def test_bad_options(tmp_path: Path, data: Path, changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -257,7 +258,7 @@ def test_bad_options(tmp_path: Path, data: Path, changes: dict[str, Any], error:
 def test_answers_of_somebody_elses_are_left_alone(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "answers").mkdir()
     (tmp_path / "answers" / "mmlu.jsonl").write_text("mine")
-    monkeypatch.setattr(evaluate, "load_model", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(OutputError, match=r"out: .*mmlu\.jsonl was not written by `evaluate`.*choose another folder"):
         evaluate.run(_config(tmp_path, data, perplexity=None))
     assert (tmp_path / "answers" / "mmlu.jsonl").read_text() == "mine"
@@ -272,7 +273,7 @@ def test_unwritable_folder(tmp_path: Path, data: Path) -> None:
 def test_bad_rows_stop_it_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = {"question": "a", "passage": "b", "answer": True}
     (tmp_path / "boolq_validation.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | {'answer': None})}\n")
-    monkeypatch.setattr(evaluate, "load_model", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(DataError, match=r"boolq_validation\.jsonl: boolq: row 2: field 'answer' is missing"):
         evaluate.run(_config(tmp_path / "out", tmp_path, tasks="boolq", limit=1))
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from superexperts.core.config import ModelConfig, ProfileConfig
+from superexperts.checkpoints.source import resolve
+from superexperts.core.config import ProfileConfig
 from superexperts.core.errors import ModelError, OptionError
 from superexperts.core.show import show
 from superexperts.core.types import CorpusProfile, ExpertSet, ExpertStats, Profile
@@ -371,9 +372,9 @@ def test_the_seven_real_corpora_profile_under_their_names(
 
 
 def test_real_english_text_has_the_same_super_experts(shared_data: Path) -> None:
-    settings = ModelConfig()
-    tokenizer = load_tokenizer(settings)
+    source = resolve("pocket")
+    tokenizer = load_tokenizer(source)
     ids_BL = pack(documents("wikitext2", data_dir=shared_data), tokenizer, corpus="w", tokens=4096, seq_len=128)
-    model = load_model(settings)
+    model = load_model(source)
     found = super_experts(profile_corpus(model, ids_BL).experts, num_layers(model))
     assert {row.key for row in found} == set(PLANTED)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from superexperts.core.config import ModelConfig, ProfileConfig
+from superexperts.checkpoints.source import resolve
+from superexperts.core.config import ProfileConfig
 from superexperts.core.runs import read_json
 from superexperts.core.show import show
 from superexperts.data.corpora import documents, pack
@@ -60,9 +61,9 @@ def test_every_family_shows_its_attention_and_is_left_as_it_was(family: str) -> 
 
 @pytest.fixture(scope="module")
 def pocket() -> tuple[Any, torch.Tensor]:
-    settings = ModelConfig()
-    tokenizer = load_tokenizer(settings)
-    return load_model(settings), pack(documents("pocket"), tokenizer, corpus="pocket", tokens=512, seq_len=128)
+    source = resolve("pocket")
+    tokenizer = load_tokenizer(source)
+    return load_model(source), pack(documents("pocket"), tokenizer, corpus="pocket", tokens=512, seq_len=128)
 
 
 def test_without_the_super_experts_the_pocket_models_sinks_fall(pocket: tuple[Any, torch.Tensor]) -> None:

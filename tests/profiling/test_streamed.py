@@ -23,9 +23,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig
 
 from superexperts.checkpoints import float8
-from superexperts.checkpoints.reader import SINGLE, Checkpoint
+from superexperts.checkpoints.reader import SINGLE
+from superexperts.checkpoints.source import resolve
 from superexperts.cli import main
-from superexperts.core.config import ModelConfig, ProfileConfig
+from superexperts.core.config import ProfileConfig
 from superexperts.core.errors import ModelError, OptionError, OutputError
 from superexperts.core.types import CorpusProfile, ExpertStats, Profile
 from superexperts.data.corpora import documents
@@ -46,14 +47,14 @@ IDS_SL = tiny_tokens(5, 16)
 def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Writes a tiny model as transformers does; returns it as transformers loads it."""
     tiny_model(family, dtype).save_pretrained(folder)
-    return load_as_stored(ModelConfig(model=str(folder)))
+    return load_as_stored(resolve(str(folder)))
 
 
 @contextmanager
 def streaming(folder: Path, **settings: Any) -> Iterator[StreamedModel]:
-    config = ModelConfig(model=str(folder), **settings)
-    with float8.opened(folder, settings_of(config, folder)) as checkpoint:
-        empty = empty_model(config, checkpoint)
+    source = resolve(str(folder))
+    with float8.opened(folder, settings_of(source)) as checkpoint:
+        empty = empty_model(source, **settings)
         yield StreamedModel(empty, checkpoint, torch.device("cpu"))
 
 
@@ -105,7 +106,7 @@ def test_experts_are_computed_side_by_side_while_others_are_read(
     """More experts than are read ahead, so that memory is read into again; some take long."""
     monkeypatch.setattr(read_ahead, "AHEAD", 1)
     tiny_model("deepseek_v2", dtype, n_routed_experts=40).save_pretrained(tmp_path)
-    wanted = profile_corpus(load_as_stored(ModelConfig(model=str(tmp_path))), IDS_SL, batch_size=5)
+    wanted = profile_corpus(load_as_stored(resolve(str(tmp_path))), IDS_SL, batch_size=5)
     threads, before = set(), torch.get_num_threads()
 
     def slow(module: nn.Module, up_NU: Tensor) -> Tensor:
@@ -168,10 +169,10 @@ def test_fused_keys_are_read_as_well(tmp_path: Path, family: str) -> None:
 
 def test_every_dtype_that_is_asked_for(tmp_path: Path) -> None:
     saved(tmp_path, "qwen3_moe", torch.bfloat16)
-    wanted = profile_corpus(load_as_stored(ModelConfig(model=str(tmp_path)), "float32"), IDS_SL)
+    wanted = profile_corpus(load_as_stored(resolve(str(tmp_path)), "float32"), IDS_SL)
     with streaming(tmp_path, dtype="float32") as streamed:
         assert_same(profile_streamed(streamed, IDS_SL), wanted, 1e-5)
-        wanted = profile_corpus(load_as_stored(ModelConfig(model=str(tmp_path)), "float32"), IDS_SL[:4])
+        wanted = profile_corpus(load_as_stored(resolve(str(tmp_path)), "float32"), IDS_SL[:4])
         assert_same(quick_look(streamed, IDS_SL[:4], depth=1.0, statistic="all"), wanted, 1e-5)
 
 
@@ -253,7 +254,7 @@ def test_float8_is_profiled_as_the_bfloat16_that_it_stands_for(
     meant = quantize(tmp_path / "float8", block)
     assert len(meant) > 20
     change(tmp_path / "plain", lambda tensors: tensors.update(meant))
-    wanted = profile_corpus(load_as_stored(ModelConfig(model=str(tmp_path / "plain"))), IDS_SL)
+    wanted = profile_corpus(load_as_stored(resolve(str(tmp_path / "plain"))), IDS_SL)
     with streaming(tmp_path / "float8") as streamed:
         assert profile_streamed(streamed, IDS_SL) == wanted
         found = quick_look(streamed, IDS_SL, depth=1.0, statistic="all")
@@ -384,9 +385,8 @@ def test_no_weight_is_made_on_the_way_to_a_model_without_weights(tmp_path: Path)
                 made.append(result.shape)
             return result
 
-    config = ModelConfig(model=str(tmp_path))
-    with Checkpoint(tmp_path) as checkpoint, Watch():
-        assert next(empty_model(config, checkpoint).parameters()).is_meta
+    with Watch():
+        assert next(empty_model(resolve(str(tmp_path))).parameters()).is_meta
     assert not made
 
 
@@ -407,7 +407,7 @@ def test_a_model_too_large_for_memory_is_streamed_by_itself(
 @pytest.mark.parametrize("more", [{"sinks": True}, {"device_map": "auto"}])
 def test_options_that_need_the_model_in_memory_do_not_go_with_stream(more: Any) -> None:
     for streamed in ({"stream": True}, {"quick": True}):
-        with pytest.raises(OptionError, match="memory; drop --(stream|quick)"):
+        with pytest.raises(OptionError, match="memory; drop (stream|quick)"):
             ProfileConfig(**streamed, **more)
 
 

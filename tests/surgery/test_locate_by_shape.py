@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from superexperts.checkpoints.reader import Checkpoint, Entry
+from superexperts.checkpoints.source import resolve
 from superexperts.checkpoints.writer import RECORD
 from superexperts.core.config import PruneConfig
 from superexperts.core.config_surgery import RestoreConfig
@@ -41,7 +42,7 @@ no family of their own (gemma4_text)."""
 def test_headers_tell_what_the_structure_tells(family: str, tmp_path: Path) -> None:
     tiny_model(family, torch.bfloat16).save_pretrained(tmp_path, max_shard_size="30KB")  # type: ignore[operator]
     config = PruneConfig(model=str(tmp_path), experts="L1E0")
-    banks = find_banks(load_structure(config))
+    banks = find_banks(load_structure(resolve(str(tmp_path))))
     keys = [key for key in expert_keys(banks) if key[1] != "shared"]
     with Checkpoint(tmp_path) as base:
         found = locate_by_shape.find(base, keys)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from superexperts.checkpoints.source import resolve
 from superexperts.core.config import PruneConfig
 from superexperts.core.errors import ExpertsError, ModelError, OutputError
 from superexperts.models.banks import find_banks
@@ -23,7 +24,7 @@ from tests.support.families import FAMILIES, tiny_model
 def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     model: Any = tiny_model(family, dtype=dtype)
     model.save_pretrained(folder)
-    load_tokenizer(PruneConfig(experts="L1E0")).save_pretrained(folder)
+    load_tokenizer(resolve("pocket")).save_pretrained(folder)
     return model
 
 

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import nn
 
+from superexperts.checkpoints.source import ModelSource, resolve
 from superexperts.core.errors import OptionError
 from superexperts.models.loading import load_structure
 from superexperts.training import memory, train
@@ -56,8 +57,8 @@ def test_layers_on_disk_train_the_same_adapter(config: Any, tmp_path: Path, caps
     assert (tmp_path / "away" / WEIGHTS).read_bytes() == (tmp_path / "here" / WEIGHTS).read_bytes()
 
 
-def quantized(config: TrainConfig) -> Any:
-    model: Any = load_structure(config)
+def quantized(source: ModelSource) -> Any:
+    model: Any = load_structure(source)
     model.config.quantization_config = {"quant_method": "fp8"}
     return model
 
@@ -97,7 +98,7 @@ def test_four_bits_are_for_maps_outside_the_adapted_layers(config: Any, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train.run(TrainConfig(**pocket))
     kept = told[0].llm_int8_skip_modules
-    maps = [name for name, m in load_structure(TrainConfig(**pocket)).named_modules() if isinstance(m, nn.Linear)]
+    maps = [name for name, m in load_structure(resolve("pocket")).named_modules() if isinstance(m, nn.Linear)]
     quantized = {name for name in maps if not any(re.match(rf"{pattern}(\.|$)", name) for pattern in kept)}
     assert {name.split(".")[2] for name in quantized} == {"0", "2", "4"}  # layers 1 and 3 and the head stay
     assert "model.layers.2.self_attn.o_proj" in quantized

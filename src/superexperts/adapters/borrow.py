@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from superexperts.adapters.lora import detach
-from superexperts.checkpoints.source import checkpoint_folder
-from superexperts.core.runs import digest, fingerprint
-from superexperts.core.settings import ModelConfig
+from superexperts.checkpoints.source import ModelSource
+from superexperts.core.runs import digest
 from superexperts.models.loading import load_model
 
 __all__ = ["Shelf", "borrowed"]
@@ -26,13 +25,12 @@ class Shelf:
         self._key: str | None = None
         self._model: nn.Module | None = None
 
-    def take(self, config: ModelConfig) -> nn.Module:
+    def take(self, source: ModelSource, *, device: str, dtype: str) -> nn.Module:
         """The model as `load_model` gives it; it must come back as it was, see `borrowed`."""
-        folder = checkpoint_folder(config.model, config.revision)
-        how = [fingerprint(folder), config.device, config.dtype, config.trust_remote_code]
+        how = [source.fingerprint, device, dtype, source.trust_remote_code]
         if self._model is None or self._key != digest(how):
             self.clear()
-            self._key, self._model = digest(how), load_model(config)
+            self._key, self._model = digest(how), load_model(source, device=device, dtype=dtype)
         return self._model
 
     def clear(self) -> None:

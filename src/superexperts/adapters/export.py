@@ -15,9 +15,9 @@ from superexperts.adapters.formats import write_fused, write_per_expert
 from superexperts.adapters.merge import merged_patches
 from superexperts.checkpoints.provenance import Record, base_files, name_of
 from superexperts.checkpoints.reader import Checkpoint
-from superexperts.checkpoints.source import adapter_folder, checkpoint_folder
+from superexperts.checkpoints.source import ModelSource, adapter_folder, resolve
 from superexperts.checkpoints.writer import Change, carry_along, patch_shards
-from superexperts.core.config import CheckpointConfig, identity
+from superexperts.core.config import identity
 from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.console import note
 from superexperts.core.errors import DataError, Field, ModelError, OptionError, OutputError
@@ -37,10 +37,10 @@ def run(config: ExportConfig) -> dict[str, Any]:
     folder = adapter_folder(config.adapter)
     fields = lora.read_fields(folder, "adapter")
     checkpoint = _base(config, fields)
-    base = checkpoint_folder(checkpoint.model, checkpoint.revision)
+    base = checkpoint.folder
     if config.out.resolve() in (folder.resolve(), config.adapter.resolve(), base.resolve()):
         raise OutputError(f"{config.out} is what is to be exported; choose another folder", field="out")
-    inputs = identity(config, model=fingerprint(base), adapter=fingerprint(folder))
+    inputs = identity(config, model=checkpoint.fingerprint, adapter=fingerprint(folder))
     if completed(config.out, "export", inputs):
         note(f"export: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "manifest.json", "manifest")["result"]}
@@ -49,27 +49,27 @@ def run(config: ExportConfig) -> dict[str, Any]:
             result = _merged(folder, checkpoint, config.copy, temporary)
         else:
             result = _adapter(config.format, folder, checkpoint, base, temporary)
-        result = {"format": config.format, "model": checkpoint.model, **result}
+        result = {"format": config.format, "model": checkpoint.name, **result}
         outputs = sorted(file.name for file in temporary.iterdir())
         write_manifest(temporary, "export", inputs, outputs, time.monotonic() - started, result=result)
     return {"out": str(config.out), **result}
 
 
-def _base(config: ExportConfig, fields: dict[str, Any]) -> CheckpointConfig:
+def _base(config: ExportConfig, fields: dict[str, Any]) -> ModelSource:
     model = config.model or fields.get("base_model_name_or_path")
     if not model:
         raise OptionError(f"{config.adapter} names no base model; give its checkpoint", field="model")
     revision = config.revision if config.revision or config.model else fields.get("revision")
-    return CheckpointConfig(model=model, revision=revision, trust_remote_code=config.trust_remote_code)
+    return resolve(model, revision, trust_remote_code=config.trust_remote_code)
 
 
-def _merged(adapter: Path, checkpoint: CheckpointConfig, copy: bool, out: Path) -> dict[str, Any]:
+def _merged(adapter: Path, checkpoint: ModelSource, copy: bool, out: Path) -> dict[str, Any]:
     """The whole checkpoint, in its own dtype, with the adapter added to the weights; a standard one in every way.
 
     Only shards that hold a changed tensor are written; the model is loaded only where its checkpoint keeps what
     changes in an order that cannot be edited, or the adapter is more than A and B.
     """
-    folder = checkpoint_folder(checkpoint.model, checkpoint.revision)
+    folder = checkpoint.folder
     with Checkpoint(folder) as base:
         model = load_structure(checkpoint)
         settings, _ = lora.read_adapter(adapter, "adapter")  # what is broken is so in memory, too
@@ -88,7 +88,7 @@ def _merged(adapter: Path, checkpoint: CheckpointConfig, copy: bool, out: Path) 
             command="export",
             mode="merged",
             experts=(),
-            model=name_of(checkpoint.model),
+            model=name_of(checkpoint.name),
             revision=checkpoint.revision,
             files=base_files(base, folder),
             changes=tuple(changes),
@@ -97,7 +97,7 @@ def _merged(adapter: Path, checkpoint: CheckpointConfig, copy: bool, out: Path) 
         return {"keys": len(written), "bytes": _size(out), "changed": len({change.key for change in changes})}
 
 
-def _merged_in_memory(adapter: Path, checkpoint: CheckpointConfig, out: Path) -> None:
+def _merged_in_memory(adapter: Path, checkpoint: ModelSource, out: Path) -> None:
     model = load_as_stored(checkpoint)
     adapted = lora.load_adapter(model, adapter, "adapter")
     # PEFT's safe merge rounds the change before it is added, and so rounds twice in bfloat16.
@@ -112,7 +112,7 @@ def _merged_in_memory(adapter: Path, checkpoint: CheckpointConfig, out: Path) ->
     cast(AutoModelForCausalLM, merged).save_pretrained(out)
 
 
-def _adapter(layout: str, adapter: Path, checkpoint: CheckpointConfig, base: Path, out: Path) -> dict[str, Any]:
+def _adapter(layout: str, adapter: Path, checkpoint: ModelSource, base: Path, out: Path) -> dict[str, Any]:
     """An adapter in another layout; the model's weights are not read."""
     model = load_structure(checkpoint)
     factors = read_factors(model, adapter, "adapter")
@@ -137,19 +137,19 @@ def _adapter(layout: str, adapter: Path, checkpoint: CheckpointConfig, base: Pat
         ]
         if strangers:
             raise ModelError(
-                f"{checkpoint.model} holds no weight {strangers[0]}; give the adapter's own model", field="model"
+                f"{checkpoint.name} holds no weight {strangers[0]}; give the adapter's own model", field="model"
             )
         if config.r > ENGINE_RANKS[-1]:
             raise OptionError(f"'vllm' has ranks up to {ENGINE_RANKS[-1]}, not {config.r}; use merged", field="format")
         more["max_lora_rank"] = next(rank for rank in ENGINE_RANKS if rank >= config.r)
         if any(".kv_b_proj." in key for key in tensors):
             note("export: vLLM drops LoRA on kv_b_proj unless it runs with VLLM_MLA_DISABLE=1")
-    save_layout(out, config, tensors, base=checkpoint.model, revision=checkpoint.revision)
+    save_layout(out, config, tensors, base=checkpoint.name, revision=checkpoint.revision)
     experts = expert_names(model, factors)
     what = ", ".join(experts) or "linear maps"
     write_text(
         out / "README.md",
-        f"---\nlibrary_name: peft\ntags:\n- lora\n---\n\n# LoRA on {what} of {checkpoint.model}\n\n"
+        f"---\nlibrary_name: peft\ntags:\n- lora\n---\n\n# LoRA on {what} of {checkpoint.name}\n\n"
         f"In the layout that {'PEFT' if layout == 'peft' else 'vLLM'} loads; every other expert of the layers named "
         "is filled with zeros.\n",
     )

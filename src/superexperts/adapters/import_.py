@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from superexperts.adapters import lora
 from superexperts.adapters.factors import PREFIX, Factors, expert_names, own_layout, save_layout
 from superexperts.adapters.formats import Layout, read_fused, read_per_expert, shapes, targeted
-from superexperts.checkpoints.source import adapter_folder, checkpoint_folder
-from superexperts.core.config import CheckpointConfig, identity
+from superexperts.checkpoints.source import adapter_folder, resolve
+from superexperts.core.config import identity
 from superexperts.core.config_adapters import ImportConfig
 from superexperts.core.console import note
 from superexperts.core.errors import DataError, OptionError
@@ -33,13 +33,10 @@ FUSED = {
 def run(config: ImportConfig) -> dict[str, Any]:
     """The command: finds the layout out, reads the file by it, and writes adapter/ and the manifest."""
     started = time.monotonic()
-    checkpoint = CheckpointConfig(
-        model=config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
     folder = adapter_folder(config.adapter)
     fields = lora.read_fields(folder, "adapter")
-    base = checkpoint_folder(checkpoint.model, checkpoint.revision)
-    inputs = identity(config, model=fingerprint(base), adapter=fingerprint(folder))
+    checkpoint = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    inputs = identity(config, model=checkpoint.fingerprint, adapter=fingerprint(folder))
     if completed(config.out, "import", inputs):
         note(f"import: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "manifest.json", "manifest")["result"]}
@@ -61,7 +58,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
         if not factors:
             raise DataError(f"{folder} holds zeros only, it changes nothing; train it first", field="adapter")
         own_config, own_tensors = own_layout(model, factors)
-        save_layout(temporary / "adapter", own_config, own_tensors, base=checkpoint.model, revision=checkpoint.revision)
+        save_layout(temporary / "adapter", own_config, own_tensors, base=checkpoint.name, revision=checkpoint.revision)
         experts = expert_names(model, factors)
         write_text(temporary / "adapter" / "README.md", _card(experts, config.model, name))
         result = {"layout": name, "why": why, "experts": experts, "keys": len(own_tensors), "r": own_config.r}

@@ -17,9 +17,8 @@ import torch
 
 from superexperts.adapters.factors import Factor, read_factors
 from superexperts.checkpoints.reader import Checkpoint, Entry
-from superexperts.checkpoints.source import checkpoint_folder
+from superexperts.checkpoints.source import resolve
 from superexperts.core.errors import ModelError
-from superexperts.core.settings import CheckpointConfig
 from superexperts.core.types import ExpertKey, key_order
 from superexperts.models.experts import DOWN, up_name
 from superexperts.models.loading import load_structure
@@ -51,9 +50,9 @@ def adapter_changes(model: str, revision: str | None, adapters: Mapping[str, Pat
     `ModelError` where it is not, where it is quantized, or where it keeps its experts in another order than the model
     has them; `DataError` for an adapter that is not one of A and B.
     """
-    folder = checkpoint_folder(model, revision, fetch=False)
-    with Checkpoint(folder) as checkpoint:
-        structure = load_structure(CheckpointConfig(model=str(folder)))
+    source = resolve(model, revision, fetch=False)
+    with Checkpoint(source.folder) as checkpoint:
+        structure = load_structure(source)
         anatomy = Anatomy(structure, checkpoint)
         if anatomy.homes.quantized:
             raise ModelError(f"{model!r} is quantized, so its weights have no norm to compare with", field="model")

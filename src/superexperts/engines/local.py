@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, cast
 
-from superexperts.checkpoints.source import checkpoint_folder
+from superexperts.checkpoints.source import resolve
 from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import Field, OptionError
 from superexperts.data.corpora import bos_prefix
@@ -54,7 +54,7 @@ def open_engine(config: EvaluateConfig) -> Any:
     require_engine(config.engine)
     # Both are told what the harness's defaults leave out: the tokenizer's own BOS, and no code from the checkpoint.
     settings = {
-        "pretrained": str(checkpoint_folder(config.model, config.revision)),
+        "pretrained": str(resolve(config.model, config.revision).folder),
         "dtype": config.dtype,
         "trust_remote_code": config.trust_remote_code,
         "batch_size": config.batch_size,

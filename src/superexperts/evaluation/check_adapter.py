@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional
 
+from superexperts.checkpoints.source import resolve
 from superexperts.core.console import stdout
 from superexperts.core.errors import DataError, Field
 from superexperts.core.settings import (
@@ -96,11 +97,12 @@ def run(config: CheckAdapterConfig) -> dict[str, Any]:
 
     folder = adapter_folder(config.adapter)
     _, tensors = read_adapter(folder, "adapter")
-    tokenizer = load_tokenizer(config)
+    source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(source)
     sequences_BL = corpus_sequences(
         config.corpus, config.data_dir, tokenizer, tokens=config.tokens, seq_len=config.seq_len, column=config.column
     )
-    adapted = load_adapter(load_model(config), folder, "adapter")
+    adapted = load_adapter(load_model(source, device=config.device, dtype=config.dtype), folder, "adapter")
     effect = require_effect(adapted, list(sequences_BL), folder, "adapter")
     return {
         "adapter": str(folder),

@@ -23,7 +23,7 @@ from superexperts.adapters.borrow import borrowed
 from superexperts.adapters.effect import require_effect
 from superexperts.adapters.lora import load_adapter
 from superexperts.benchmarks import Benchmark, load_benchmarks, prompt
-from superexperts.checkpoints.source import adapter_folder, checkpoint_folder
+from superexperts.checkpoints.source import ModelSource, adapter_folder, resolve
 from superexperts.core.config import EvaluateConfig, identity
 from superexperts.core.console import is_main_process, note
 from superexperts.core.distributed import agreed, gathered, my_share
@@ -58,7 +58,7 @@ PROBES, PROBE_TOKENS = 16, 256
 PERPLEXITY_SCHEMA = "superexperts/perplexity/1"
 
 
-def run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module] | None = None) -> dict[str, Any]:
+def run(config: EvaluateConfig, load: Callable[..., nn.Module] | None = None) -> dict[str, Any]:
     """The command: writes answers/<task>.jsonl, perplexity.json if asked for, and the manifest.
 
     The data are checked before the model is loaded. Nothing is done where the folder holds these very answers.
@@ -66,15 +66,15 @@ def run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module] | No
     """
     with contextlib.ExitStack() as stack:
 
-        def borrow(config: EvaluateConfig) -> nn.Module:
-            model = (load or load_model)(config)
+        def borrow(source: ModelSource) -> nn.Module:
+            model = (load or load_model)(source, device=config.device, dtype=config.dtype)
             stack.enter_context(borrowed(model))
             return model
 
         return _run(config, borrow)
 
 
-def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) -> dict[str, Any]:
+def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> dict[str, Any]:
     started = time.monotonic()
     out = config.out
     benchmarks = load_benchmarks(
@@ -85,10 +85,13 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
         split=config.split,
     )
     silent = chosen_experts(config.silence, config.model, "silence").experts if config.silence else ()
-    sequences_BL = _sequences(config)
+    source = None
+    if config.engine != "api":  # a server knows its model by a name of its own
+        source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    sequences_BL = _sequences(config, source)
     inputs = identity(
         config,
-        model=_model_identity(config),
+        model=_model_identity(config, source),
         adapter=fingerprint(_adapter(config.adapter)) if config.adapter else None,
         silence=silent,
         data={name: benchmark.sha for name, benchmark in benchmarks.items()},
@@ -101,9 +104,9 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
     if is_main_process:
         _own(out)
     model, effect = None, None
-    if config.engine == "hf":
-        tokenizer = load_tokenizer(config)
-        model = load(config)
+    if config.engine == "hf" and source is not None:
+        tokenizer = load_tokenizer(source)
+        model = load(source)
         if config.adapter:
             adapted = load_adapter(model, _adapter(config.adapter))
             probe = _probe(benchmarks, tokenizer)
@@ -111,7 +114,10 @@ def _run(config: EvaluateConfig, load: Callable[[EvaluateConfig], nn.Module]) ->
             model = adapted
         if silent:
             check_experts(find_banks(model), silent, "silence")
-    asker = open_engine(config) if model is None else _hf_asker(config, model)
+    if model is None:
+        asker = open_engine(config)
+    else:
+        asker = HfAsker(model, tokenizer, config.batch_size, config.max_new_tokens)
     keys = {name: answers_key(inputs, name) for name in benchmarks}
     journals = _begin(out, keys)
     outputs = []
@@ -216,23 +222,23 @@ def _probe(benchmarks: Mapping[str, Benchmark], tokenizer: PreTrainedTokenizerBa
     return [torch.tensor(tokenizer(text, verbose=False).input_ids[-PROBE_TOKENS:]) for text in texts]
 
 
-def _model_identity(config: EvaluateConfig) -> str | dict[str, str]:
+def _model_identity(config: EvaluateConfig, source: ModelSource | None) -> str | dict[str, str]:
     """The checkpoint's digest; of a server no more is known than its address and the name that it gives the model."""
-    if config.engine == "api":
+    if source is None:
         assert config.base_url is not None
         return {"server": request_url(config.base_url), "name": config.model}
-    return fingerprint(checkpoint_folder(config.model, config.revision))
+    return source.fingerprint
 
 
-def _hf_asker(config: EvaluateConfig, model: nn.Module) -> HfAsker:
-    return HfAsker(model, load_tokenizer(config), config.batch_size, config.max_new_tokens)
-
-
-def _sequences(config: EvaluateConfig) -> Tensor | None:
+def _sequences(config: EvaluateConfig, source: ModelSource | None) -> Tensor | None:
     """Token ids [B, L] of the corpus whose perplexity is wanted, None where none is."""
-    if config.perplexity is None:
+    if config.perplexity is None or source is None:
         return None
-    where: Any = (config.perplexity, config.data_dir, load_tokenizer(config))
+    where: Any = (
+        config.perplexity,
+        config.data_dir,
+        load_tokenizer(source),
+    )
     if config.reference_windows:
         return reference_windows(*where, seq_len=config.seq_len, column=config.column)
     return corpus_sequences(*where, tokens=config.tokens, seq_len=config.seq_len, column=config.column)

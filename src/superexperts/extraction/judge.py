@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from superexperts.core.config import EvaluateConfig, ExtractConfig
 from superexperts.core.errors import ModelError, OutputError
-from superexperts.core.runs import digest, fingerprint
+from superexperts.core.runs import digest
 from superexperts.extraction import find_numbers, normalise, plain
 from superexperts.extraction.statements import Choices, Kind
 
@@ -229,7 +229,7 @@ def open_judge(config: ExtractConfig, cache: Path | None) -> Judge | None:
     if config.judge == "off":
         return None
     # torch and the harness take seconds to import, and extraction by rules needs neither.
-    from superexperts.checkpoints.source import checkpoint_folder
+    from superexperts.checkpoints.source import resolve
     from superexperts.engines.harness import Asker, HfAsker
     from superexperts.engines.local import open_engine, require_engine
     from superexperts.engines.server import api, chat_url
@@ -260,12 +260,17 @@ def open_judge(config: ExtractConfig, cache: Path | None) -> Judge | None:
         with _named():
             if config.judge_engine != "hf":
                 return cast(Asker, open_engine(settings))
-            return HfAsker(load_model(settings), load_tokenizer(settings), config.batch_size, MAX_NEW_TOKENS)
+            return HfAsker(
+                load_model(source, device=config.device, dtype=config.dtype),
+                load_tokenizer(source),
+                config.batch_size,
+                MAX_NEW_TOKENS,
+            )
 
     require_engine(config.judge_engine, "judge_engine")
     with _named():
-        identity = fingerprint(checkpoint_folder(config.judge))
-    return Judge(config.judge, identity, _asking(load), replies)
+        source = resolve(config.judge, field="judge")
+    return Judge(config.judge, source.fingerprint, _asking(load), replies)
 
 
 @contextlib.contextmanager

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -15,8 +14,7 @@ from transformers.initialization import meta_device_safe_creation_ops
 from transformers.utils.logging import disable_progress_bar
 
 from superexperts.checkpoints.reader import Checkpoint
-from superexperts.checkpoints.source import checkpoint_folder
-from superexperts.core.config import CheckpointConfig, ModelConfig
+from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import stderr
 from superexperts.core.distributed import device_of_process, processes_here
 from superexperts.core.errors import Field, ModelError, OptionError
@@ -50,55 +48,53 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
-def load_model(config: ModelConfig, *, spread: bool = False) -> nn.Module:
+def load_model(source: ModelSource, *, device: str = "auto", dtype: str = "auto", spread: bool = False) -> nn.Module:
     """The causal language model in evaluation mode on its device, or `spread` over all GPUs by Accelerate.
 
     A checkpoint whose weights do not fill the model, or that holds keys without a home, is an error.
     """
-    device = pick_device(config.device)
-    dtype = "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype
+    place = pick_device(device)
+    dtype = "float32" if dtype == "auto" and place.type == "cpu" else dtype
     if spread:
-        return load_as_stored(config, dtype, device_map="auto")
-    return load_as_stored(config, dtype).to(device)
+        return load_as_stored(source, dtype, device_map="auto")
+    return load_as_stored(source, dtype).to(place)
 
 
-def dtype_to_run(config: ModelConfig, *, streamed: bool) -> Literal["float32", "bfloat16", "float16"]:
+def dtype_to_run(source: ModelSource, device: str, dtype: str, *, streamed: bool) -> str:
     """What `auto` means: float32 in a CPU's memory; else, and if the model is streamed, the checkpoint's own."""
-    if config.dtype != "auto":
-        return config.dtype
-    if pick_device(config.device).type == "cpu" and not streamed:
+    if dtype != "auto":
+        return dtype
+    if pick_device(device).type == "cpu" and not streamed:
         return "float32"
-    folder = checkpoint_folder(config.model, config.revision)
-    stored = settings_of(config, folder).get_text_config().dtype
+    stored = settings_of(source).get_text_config().dtype
     if stored is None:
-        with Checkpoint(folder) as checkpoint:
+        with Checkpoint(source.folder) as checkpoint:
             stored = next(entry.dtype for entry in checkpoint.values() if entry.dtype.is_floating_point)
-    return cast(Literal["float32", "bfloat16", "float16"], str(stored).removeprefix("torch."))
+    return str(stored).removeprefix("torch.")
 
 
-def fits_in_memory(config: ModelConfig) -> bool:
+def fits_in_memory(source: ModelSource, device: str, dtype: str) -> bool:
     """Whether the model's weights, in the dtype to run in, fit into what is free on the device for each of this
     machine's processes, a tenth of it left for the rest."""
-    device, target = pick_device(config.device), getattr(torch, dtype_to_run(config, streamed=False))
-    with Checkpoint(checkpoint_folder(config.model, config.revision)) as checkpoint:
+    place, target = pick_device(device), getattr(torch, dtype_to_run(source, device, dtype, streamed=False))
+    with Checkpoint(source.folder) as checkpoint:
         size = sum(entry.nbytes / entry.dtype.itemsize * target.itemsize for entry in checkpoint.values())
-    if device.type == "cuda":
-        return bool(size < 0.9 * torch.cuda.mem_get_info(device)[0])
+    if place.type == "cuda":
+        return bool(size < 0.9 * torch.cuda.mem_get_info(place)[0])
     return bool(size * processes_here() < 0.9 * psutil.virtual_memory().available)
 
 
 def load_as_stored(
-    config: CheckpointConfig, dtype: str = "auto", device_map: str | dict[str, Any] | None = None, **more: Any
+    source: ModelSource, dtype: str = "auto", device_map: str | dict[str, Any] | None = None, **more: Any
 ) -> nn.Module:
     """The model on the CPU in the checkpoint's own dtypes unless told otherwise, checked as by `load_model`."""
-    folder = checkpoint_folder(config.model, config.revision)
     if not stderr.is_terminal:
         disable_progress_bar()  # in a log, a bar of 65 tensors is 65 lines
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
+            source.folder,
             dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
             device_map=device_map,
             output_loading_info=True,
@@ -106,91 +102,92 @@ def load_as_stored(
         )
     except Exception as error:  # as in `_readable`
         raise ModelError(
-            f"{config.model!r} cannot be loaded ({_first_line(error)}); check the checkpoint", field="model"
+            f"{source.name!r} cannot be loaded ({_first_line(error)}); check the checkpoint", field=source.field
         ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             some = ", ".join(map(str, sorted(info[what])[:3]))
             raise ModelError(
-                f"{config.model!r} has {len(info[what])} {what} ({some}); repair the checkpoint", field="model"
+                f"{source.name!r} has {len(info[what])} {what} ({some}); repair the checkpoint", field=source.field
             )
     return cast(nn.Module, model.eval())
 
 
-def empty_model(config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
+def empty_model(source: ModelSource, *, device: str = "auto", dtype: str = "auto") -> nn.Module:
     """The model without weights, in the dtype to run in: the checkpoint's own unless told otherwise.
 
     Parameters are on the meta device; buffers are real and on the device to run on.
     """
-    settings = settings_of(config, checkpoint.folder)
-    settings.quantization_config = None  # the checkpoint gives what its float8 stands for
-    dtype = getattr(torch, dtype_to_run(config, streamed=True))
+    settings = settings_of(source)
+    settings.quantization_config = None  # the reader turns float8 blocks into ordinary numbers
+    to_run = getattr(torch, dtype_to_run(source, device, dtype, streamed=True))
     try:
         # As from_pretrained does: on a bank of 30 GB even an empty tensor of the CPU fails.
         with torch.device("meta"), meta_device_safe_creation_ops():
-            model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(settings, dtype=to_run, trust_remote_code=source.trust_remote_code)
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ModelError(
             (
-                f"{config.model!r} cannot be streamed: {settings.model_type} does not build without its "
+                f"{source.name!r} cannot be streamed: {settings.model_type} does not build without its "
                 f"weights ({_first_line(error)}); "
                 "leave out "
             ),
             Field("stream"),
             " and ",
             Field("quick"),
-            field="model",
+            field=source.field,
         ) from error
-    device = pick_device(config.device)
+    place = pick_device(device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_like(buffer, device=device))
+            setattr(module, name, torch.empty_like(buffer, device=place))
     model.initialize_weights()  # fills the buffers
     return cast(nn.Module, model.eval())
 
 
-def settings_of(config: CheckpointConfig, folder: Path) -> Any:
+def settings_of(source: ModelSource) -> Any:
     """What config.json says; `ModelError` where that is nothing transformers can read."""
-    with _readable(config):
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    with _readable(source):
+        settings = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
         layers = settings.get_text_config().to_dict().get("num_hidden_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:
-        raise ModelError(f"{config.model!r} is said to have {layers} layers; check its config.json", field="model")
+        raise ModelError(f"{source.name!r} is said to have {layers} layers; check its config.json", field=source.field)
     return settings
 
 
 @contextlib.contextmanager
-def _readable(config: CheckpointConfig) -> Iterator[None]:
+def _readable(source: ModelSource) -> Iterator[None]:
     """Turns whatever transformers says of a config.json, in which anything may stand, into one line."""
     try:
         yield
     except Exception as error:  # a family's code divides by, indexes with and calls what it is told
         raise ModelError(
-            f"{config.model!r} cannot be built ({_first_line(error)}); check its config.json", field="model"
+            f"{source.name!r} cannot be built ({_first_line(error)}); check its config.json", field=source.field
         ) from error
 
 
-def load_structure(config: CheckpointConfig) -> nn.Module:
+def load_structure(source: ModelSource) -> nn.Module:
     """The model without its weights (on the meta device): every module and shape, in no memory."""
-    return structure_of(settings_of(config, checkpoint_folder(config.model, config.revision)), config)
+    return structure_of(settings_of(source), source)
 
 
-def structure_of(settings: Any, config: CheckpointConfig) -> nn.Module:
+def structure_of(settings: Any, source: ModelSource | None = None) -> nn.Module:
     """As `load_structure`, of settings that may differ from the checkpoint's own."""
-    with _readable(config), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+    remote_code = source is not None and source.trust_remote_code
+    readable = _readable(source) if source else contextlib.nullcontext()
+    with readable, torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=remote_code)
     return cast(nn.Module, model.eval())
 
 
-def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with a padding token (EOS where it has none)."""
-    folder = checkpoint_folder(config.model, config.revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{config.model!r} has no tokenizer that loads ({_first_line(error)}); add its tokenizer files",
-            field="model",
+            f"{source.name!r} has no tokenizer that loads ({_first_line(error)}); add its tokenizer files",
+            field=source.field,
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

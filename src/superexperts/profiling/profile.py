@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from superexperts.checkpoints import float8
-from superexperts.checkpoints.source import checkpoint_folder
+from superexperts.checkpoints.source import resolve
 from superexperts.core.config import QUICK_LENGTH, ProfileConfig, identity
 from superexperts.core.console import is_main_process, note, progress
 from superexperts.core.distributed import agreed, my_share, several
@@ -30,7 +30,6 @@ from superexperts.core.errors import OptionError
 from superexperts.core.parallel import by_all_cores
 from superexperts.core.runs import (
     completed,
-    fingerprint,
     input_key,
     prepare_folder,
     read_json,
@@ -112,11 +111,12 @@ def run(config: ProfileConfig) -> dict[str, Any]:
     started = time.monotonic()
     config = _settled(config)
     names = tuple(dict.fromkeys(config.corpus)) or ("pocket",)
-    tokenizer = load_tokenizer(config)
+    source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(source)
     sequences = {name: _sequences(config, name, tokenizer) for name in names}
     inputs = identity(
         config,
-        model=fingerprint(checkpoint_folder(config.model, config.revision)),
+        model=source.fingerprint,
         corpora={name: digest_ids(ids_BL) for name, ids_BL in sequences.items()},
     )
     if agreed(inputs) != inputs:
@@ -134,21 +134,24 @@ def run(config: ProfileConfig) -> dict[str, Any]:
 def _settled(config: ProfileConfig) -> ProfileConfig:
     """Whether the model is streamed, in which dtype it runs and on how much text, where the options leave it open: the
     numbers depend on it."""
-    folder = checkpoint_folder(config.model, config.revision)
-    settings = settings_of(config, folder)
+    source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    settings = settings_of(source)
     if config.quick and several():
         raise OptionError("True is for one process; leave accelerate launch out", field="quick")
     if not (config.stream or config.quick):
         # What transformers builds of a quantized checkpoint has other experts than the family's own.
         quantized = float8.is_quantized(settings)
-        if agreed(quantized or (config.device_map == "none" and not fits_in_memory(config))):
+        if agreed(
+            quantized or (config.device_map == "none" and not fits_in_memory(source, config.device, config.dtype))
+        ):
             why = "is quantized" if quantized else "does not fit in memory"
             if config.sinks:
                 raise OptionError(f"True needs the model in memory, and it {why}; drop the option", field="sinks")
             config = dataclasses.replace(config, stream=True)
             note(f"profile: the model {why}, so it is streamed a layer at a time (--stream)")
     if config.dtype == "auto":
-        config = dataclasses.replace(config, dtype=dtype_to_run(config, streamed=config.stream or config.quick))
+        dtype: Any = dtype_to_run(source, config.device, "auto", streamed=config.stream or config.quick)
+        config = dataclasses.replace(config, dtype=dtype)
     if config.quick:
         seq_len = min(config.seq_len, QUICK_LENGTH)
         tokens = min(config.tokens, QUICK_SEQUENCES * seq_len)
@@ -159,8 +162,9 @@ def _settled(config: ProfileConfig) -> ProfileConfig:
 @contextlib.contextmanager
 def _opened(config: ProfileConfig) -> Iterator[tuple[nn.Module, Callable[[str, Tensor], CorpusProfile]]]:
     """The model, in memory or without weights, and how a corpus is profiled on it."""
+    resolved = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     if not (config.stream or config.quick):
-        model = load_model(config, spread=config.device_map == "auto")
+        model = load_model(resolved, device=config.device, dtype=config.dtype, spread=config.device_map == "auto")
         yield (
             model,
             lambda name, ids_BL: profile_corpus(
@@ -168,10 +172,10 @@ def _opened(config: ProfileConfig) -> Iterator[tuple[nn.Module, Callable[[str, T
             ),
         )
         return
-    folder = checkpoint_folder(config.model, config.revision)
-    settings = settings_of(config, folder)
-    with float8.opened(folder, settings) as checkpoint:
-        source = StreamedModel(empty_model(config, checkpoint), checkpoint, pick_device(config.device))
+    with float8.opened(resolved.folder, settings_of(resolved)) as checkpoint:
+        source = StreamedModel(
+            empty_model(resolved, device=config.device, dtype=config.dtype), checkpoint, pick_device(config.device)
+        )
 
         def profile_one(name: str, ids_BL: Tensor) -> CorpusProfile:
             told = f"profile {name}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,7 +174,7 @@ class Worker:
         less_memory = config.load_in_4bit or config.offload
         if less_memory:
             self.shelf.clear()
-        load = None if less_memory else functools.partial(self.shelf.take, config)
+        load = None if less_memory else self.shelf.take
         if checkpoints_folder(config.out).is_dir():  # it was killed
             with contextlib.suppress(OptionError):  # while other settings were trained
                 train.train(dataclasses.replace(config, resume=True), load=load)

@@ -17,10 +17,9 @@ from urllib.parse import urlsplit
 from transformers import AutoConfig
 
 from superexperts.benchmarks import load_benchmarks
-from superexperts.checkpoints.source import checkpoint_folder
+from superexperts.checkpoints.source import resolve
 from superexperts.core.config import ExtractConfig
 from superexperts.core.errors import DataError, ModelError, OptionError, UserError
-from superexperts.core.settings import CheckpointConfig
 from superexperts.core.types import ExpertSet
 from superexperts.data.corpora import documents, local_data, named_corpus, pack
 from superexperts.models.banks import check_experts, find_banks
@@ -165,7 +164,7 @@ def _corpus(plan: Plan, name: str, column: str, field: str, quick: bool) -> None
         texts = documents(name, column, data_dir)
         folder = None if quick or name == "pocket" else _folder_here(plan)
         if folder is not None:
-            tokenizer = load_tokenizer(CheckpointConfig(model=str(folder)))
+            tokenizer = load_tokenizer(resolve(str(folder)))
             pack(texts, tokenizer, corpus=name, tokens=plan.tokens, seq_len=plan.seq_len)
         elif next(texts, None) is None:
             raise DataError(f"{name} is empty, it has no text; give another")
@@ -176,7 +175,7 @@ def _corpus(plan: Plan, name: str, column: str, field: str, quick: bool) -> None
 def _folder_here(plan: Plan) -> Path | None:
     """The model's folder, if it is on this machine."""
     try:
-        return checkpoint_folder(plan.model, plan.revision, fetch=False)
+        return resolve(plan.model, plan.revision, fetch=False).folder
     except ModelError:
         return None
 
@@ -191,7 +190,7 @@ def _experts(plan: Plan, settings: Any) -> Iterator[Look]:
     counts = {name: options["count"] for name, options in plan.experts.items() if options.get("count") is not None}
     if not given and not counts:
         return
-    banks = find_banks(structure_of(settings, CheckpointConfig()))
+    banks = find_banks(structure_of(settings))
     for name, experts in given.items():
         yield ("experts", name), partial(check_experts, banks, experts.experts, f"experts.{name}")
     for name, count in counts.items():

@@ -16,7 +16,6 @@ import torch
 
 from superexperts.benchmarks import load_benchmarks
 from superexperts.core.config_study import StudyConfig
-from superexperts.core.settings import CheckpointConfig
 from superexperts.data.corpora import local_data
 from superexperts.models.banks import find_banks
 from superexperts.models.loading import pick_device, structure_of
@@ -49,7 +48,7 @@ class Size:
     """A model's size, from its configuration alone."""
 
     def __init__(self, settings: Any) -> None:
-        model = structure_of(settings, CheckpointConfig())
+        model = structure_of(settings)
         text = settings.get_text_config().to_dict()
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         banks = find_banks(model)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from superexperts.benchmarks import Benchmark, load_benchmarks
-from superexperts.checkpoints.source import checkpoint_folder
+from superexperts.checkpoints.source import resolve
 from superexperts.core.config_study import StudyConfig
 from superexperts.core.console import note, stderr
 from superexperts.core.errors import DataError, Field, OptionError, OutputError
@@ -118,7 +118,7 @@ def _inputs(plan: Plan) -> dict[str, Any]:
     """What a finished study depends on."""
     return {
         "plan": {name: str(value) for name, value in dataclasses.asdict(plan).items()},
-        "model": fingerprint(checkpoint_folder(plan.model, plan.revision)),
+        "model": resolve(plan.model, plan.revision).fingerprint,
         "rows": {option: fingerprint(file) for option, file in row_files(plan)},
         "experts": {name: experts.to_json() for name, experts in given_experts(plan).items()},
         "data": _data_identity(plan),

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from superexperts.checkpoints.reader import Checkpoint
-from superexperts.checkpoints.source import CONFIG_FILE, adapter_folder, checkpoint_folder
+from superexperts.checkpoints.source import CONFIG_FILE, ModelSource, adapter_folder, resolve
 from superexperts.core.config_surgery import CompareConfig
 from superexperts.core.console import note, progress
 from superexperts.core.errors import ExpertsError, ModelError
 from superexperts.core.runs import fingerprint, new_folder, read_json, write_json, write_manifest
-from superexperts.core.settings import CheckpointConfig
 from superexperts.core.types import ExpertKey, ExpertSet, key_name, key_order
 from superexperts.models.banks import check_experts
 from superexperts.models.decoder import num_layers
@@ -40,18 +39,18 @@ def run(config: CompareConfig) -> dict[str, Any]:
     """The command: `exit_code` of the result is 1 where what was expected does not hold, and `failed` says why."""
     started = time.monotonic()
     expected = _expected(config.expect_only)
-    one = CheckpointConfig(model=config.a, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    other = CheckpointConfig(model=config.b, revision=config.revision_b, trust_remote_code=config.trust_remote_code)
     adapter = adapter_folder(Path(config.b))
     is_adapter = (adapter / CONFIG_FILE).is_file()
-    folder_a = checkpoint_folder(one.model, one.revision)
-    folder_b = adapter if is_adapter else checkpoint_folder(other.model, other.revision)
+    code = config.trust_remote_code
+    one = resolve(config.a, config.revision, trust_remote_code=code, field="a")
+    other = None if is_adapter else resolve(config.b, config.revision_b, trust_remote_code=code, field="b")
+    folder_a, folder_b = one.folder, adapter if other is None else other.folder
     with Checkpoint(folder_a) as a:
         anatomy = _anatomy(one, a, needed=is_adapter or expected is not None)
         if anatomy is not None and expected is not None:
             check_experts(anatomy.banks, expected, "expect_only")
             anatomy.homes.check_complete(anatomy.model)  # what both lack would differ nowhere
-        if is_adapter:
+        if other is None:
             assert anatomy is not None
             differences = _with_adapter(anatomy, adapter)
         else:
@@ -90,10 +89,10 @@ def _expected(text: str | None) -> tuple[ExpertKey, ...] | None:
         raise error.about("expect_only") from error
 
 
-def _anatomy(config: CheckpointConfig, checkpoint: Checkpoint, *, needed: bool) -> Anatomy | None:
+def _anatomy(source: ModelSource, checkpoint: Checkpoint, *, needed: bool) -> Anatomy | None:
     """What belongs to which expert; None, with a note, for a checkpoint without experts that are known here."""
     try:
-        return Anatomy(load_structure(config), checkpoint)
+        return Anatomy(load_structure(source), checkpoint)
     except ModelError as error:
         if needed:
             raise

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
 from superexperts.checkpoints.reader import Checkpoint, Entry
+from superexperts.checkpoints.source import ModelSource, resolve
 from superexperts.core.config_surgery import PruneConfig
 from superexperts.core.errors import Field, ModelError
 from superexperts.core.types import ExpertKey, key_name
@@ -23,7 +23,7 @@ __all__ = ["check_biases", "downs", "find"]
 
 def find(config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKey]) -> list[Down] | None:
     """As `downs`, of a checkpoint that is proved to be whole first, and to have the experts."""
-    model = load_structure(config)
+    model = load_structure(resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code))
     banks = find_banks(model)
     check_experts(banks, experts)
     homes = Homes(model, base)
@@ -64,15 +64,15 @@ def downs(model: nn.Module, homes: Homes, experts: Sequence[ExpertKey]) -> list[
     return found
 
 
-def check_biases(config: PruneConfig, folder: Path, experts: Sequence[ExpertKey]) -> None:
+def check_biases(source: ModelSource, experts: Sequence[ExpertKey]) -> None:
     """`ModelError` in families that have no place for a mean."""
-    banks = find_banks(load_structure(config))
+    banks = find_banks(load_structure(source))
     check_experts(banks, experts)
     for layer, expert in experts:
         bank = next(bank for bank in banks if bank.layer == layer)
         shared = bank.shared_down is not None and bank.shared_down.bias is not None
         if not (shared if expert == "shared" else cast(Any, bank.module).has_bias):
-            family = settings_of(config, folder).get_text_config().model_type
+            family = settings_of(source).get_text_config().model_type
             raise ModelError(
                 (
                     f"'mean' needs a bias of down_proj to hold the mean, which {family} does not have for "

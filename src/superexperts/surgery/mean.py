@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from superexperts.checkpoints.reader import Checkpoint
-from superexperts.core.config import ModelConfig
+from superexperts.checkpoints.source import resolve
 from superexperts.core.config_surgery import PruneConfig
 from superexperts.core.console import progress
 from superexperts.core.errors import DataError, Field
@@ -32,7 +32,7 @@ def sequences(config: PruneConfig) -> Tensor:
     return corpus_sequences(
         config.corpus,
         config.data_dir,
-        load_tokenizer(config),
+        load_tokenizer(resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)),
         tokens=config.tokens,
         seq_len=config.seq_len,
         column=config.column,
@@ -44,14 +44,9 @@ def means(
 ) -> dict[ExpertKey, Tensor]:
     """`mean_outputs` of a checkpoint, in float32 on a CPU, else in the checkpoint's dtype."""
     device = pick_device(config.device)
-    running = ModelConfig(
-        model=config.model,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        device=config.device,
-        dtype="float32" if device.type == "cpu" else "auto",
-    )
-    streamed = StreamedModel(empty_model(running, base), base, device)
+    source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    dtype = "float32" if device.type == "cpu" else "auto"
+    streamed = StreamedModel(empty_model(source, device=config.device, dtype=dtype), base, device)
     return mean_outputs(streamed, ids_SL, experts, batch_size=config.batch_size)
 
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from superexperts.checkpoints.provenance import Record, base_files, name_of
 from superexperts.checkpoints.reader import Checkpoint, Entry
-from superexperts.checkpoints.source import checkpoint_folder
+from superexperts.checkpoints.source import resolve
 from superexperts.checkpoints.writer import Change, Patch, Zeros, carry_along, patch_shards, rewrite_shards
 from superexperts.core.config import PruneConfig, identity
 from superexperts.core.console import note
 from superexperts.core.errors import Field, ModelError, OutputError
-from superexperts.core.runs import completed, fingerprint, new_folder, write_manifest, write_text
+from superexperts.core.runs import completed, new_folder, write_manifest, write_text
 from superexperts.core.types import ExpertKey, chosen_experts, key_name
 from superexperts.surgery import locate_by_shape
 
@@ -37,17 +37,18 @@ def run(config: PruneConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     chosen = chosen_experts(config.experts, config.model)
-    folder = checkpoint_folder(config.model, config.revision)
+    source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    folder = source.folder
     if config.out.resolve().is_relative_to(folder.resolve()):
         raise OutputError(f"{config.out} is ", Field("model"), " itself or in it; choose another folder", field="out")
-    inputs = identity(config, model=fingerprint(folder), experts=chosen.experts)
+    inputs = identity(config, model=source.fingerprint, experts=chosen.experts)
     ids_SL: Tensor | None = None
     if config.mode == "mean":
         from superexperts.data.corpora import digest_ids
         from superexperts.surgery.locate import check_biases
         from superexperts.surgery.mean import sequences
 
-        check_biases(config, folder, chosen.experts)
+        check_biases(source, chosen.experts)
         ids_SL = sequences(config)
         inputs["corpus"] = digest_ids(ids_SL)
     result = {"out": str(config.out), "mode": config.mode, "pruned": [key_name(key) for key in chosen.experts]}
@@ -76,7 +77,9 @@ def run(config: PruneConfig) -> dict[str, Any]:
 def _removed(config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKey], out: Path) -> Sequence[Change]:
     from superexperts.surgery.remove import plan_removal
 
-    removal = plan_removal(config, base, experts)
+    removal = plan_removal(
+        resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code), base, experts
+    )
     rewrite_shards(base, removal.shards, out, copy=config.copy)
     carry_along(base.folder, out, skip=["config.json"])
     # Not `write_json`: some families have an Infinity here, which transformers writes and reads.
@@ -126,7 +129,7 @@ def _in_memory(config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKe
     from superexperts.models.loading import load_as_stored
 
     note("prune: this checkpoint keeps the experts in an order that cannot be edited in place; the model is loaded")
-    model: Any = load_as_stored(config)
+    model: Any = load_as_stored(resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code))
     zero_experts(model, experts)
     model.save_pretrained(out)
     carry_along(base.folder, out, skip=sorted(file.name for file in out.iterdir()))

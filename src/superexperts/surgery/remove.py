@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from superexperts.checkpoints.reader import Checkpoint, Entry
+from superexperts.checkpoints.source import ModelSource
 from superexperts.checkpoints.writer import Change, NewTensor, digest_of
 from superexperts.core.errors import ExpertsError, Field, ModelError
-from superexperts.core.settings import CheckpointConfig
 from superexperts.core.types import ExpertKey, key_name
 from superexperts.models.banks import Bank, check_experts, find_banks
 from superexperts.models.decoder import decoder_layers, in_layer, num_layers, text_config
@@ -45,17 +45,17 @@ class Removal:
     """What was taken out."""
 
 
-def plan_removal(config: CheckpointConfig, base: Checkpoint, experts: Collection[ExpertKey]) -> Removal:
+def plan_removal(source: ModelSource, base: Checkpoint, experts: Collection[ExpertKey]) -> Removal:
     """Finds out what changes; `ExpertsError` or `ModelError` where the result would be no model of the family.
 
     Nothing is read but what is taken out.
     """
-    settings = settings_of(config, base.folder)
-    model = structure_of(settings, config)
+    settings = settings_of(source)
+    model = structure_of(settings, source)
     banks = find_banks(model)
     check_experts(banks, experts)
     count = _each_loses(banks, experts)
-    field, fewer = _shrunk(settings, config, banks, count)
+    field, fewer = _shrunk(settings, source, banks, count)
     _check_groups(settings, banks, experts)
     homes = Homes(model, base)
     homes.check_complete(model)
@@ -116,7 +116,7 @@ def _each_loses(banks: Sequence[Bank], experts: Collection[ExpertKey]) -> int:
     return numbers[few]
 
 
-def _shrunk(settings: Any, config: CheckpointConfig, banks: Sequence[Bank], count: int) -> tuple[str, nn.Module]:
+def _shrunk(settings: Any, source: ModelSource, banks: Sequence[Bank], count: int) -> tuple[str, nn.Module]:
     """The field of the configuration that holds the number of experts, and the structure with fewer of them."""
     sizes = {bank.num_experts for bank in banks}
     if len(sizes) > 1:
@@ -135,7 +135,7 @@ def _shrunk(settings: Any, config: CheckpointConfig, banks: Sequence[Bank], coun
         changed = copy.deepcopy(settings)
         try:
             setattr(changed.get_text_config(), field, size - count)
-            fewer = structure_of(changed, config)
+            fewer = structure_of(changed, source)
         except (ValueError, RuntimeError, AssertionError, IndexError):  # another field of this value
             continue
         if _only_fewer_experts(banks, fewer, size - count):

@@ -16,10 +16,10 @@ from transformers import BitsAndBytesConfig
 
 from superexperts.adapters import lora
 from superexperts.adapters.layer import linears
+from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import note
 from superexperts.core.distributed import several
 from superexperts.core.errors import ModelError, OptionError
-from superexperts.core.settings import ModelConfig
 from superexperts.models.decoder import decoder_layers, layer_number
 from superexperts.models.loading import load_as_stored, load_model, load_structure, pick_device
 
@@ -27,10 +27,12 @@ __all__ = ["load_to_train"]
 
 
 def load_to_train(
-    config: ModelConfig,
+    source: ModelSource,
     attach: Callable[[nn.Module], PeftModel],
     folder: Path,
     *,
+    device: str = "auto",
+    dtype: str = "auto",
     load_in_4bit: bool = False,
     offload: bool = False,
 ) -> nn.Module:
@@ -41,8 +43,8 @@ def load_to_train(
     it is tried on one without weights, to find the adapted layers. `OptionError` if one of the two cannot be done.
     """
     if not load_in_4bit and not offload:
-        return load_model(config)
-    structure = load_structure(config)
+        return load_model(source, device=device, dtype=dtype)
+    structure = load_structure(source)
     attach(structure)
     paths = [path for path, module in structure.named_modules() if isinstance(module, LoraLayer)]
     paths = [path.removeprefix("base_model.model.") for path in paths]
@@ -56,12 +58,12 @@ def load_to_train(
             field="load_in_4bit" if load_in_4bit else "offload",
         ) from error
     prefix = next(path for path, module in structure.named_modules() if module is layers)
-    device = pick_device(config.device)
-    dtype = "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype
+    to_run_on = pick_device(device)
+    dtype = "float32" if dtype == "auto" and to_run_on.type == "cpu" else dtype
     more: dict[str, Any] = {}
     if load_in_4bit:
         skipped = [f"{prefix}.{layer}" for layer in adapted]
-        more["quantization_config"] = _four_bits(structure, skipped, device)
+        more["quantization_config"] = _four_bits(structure, skipped, to_run_on)
     lowest = min(adapted) if offload else 0
     if offload:
         if not lowest:
@@ -74,9 +76,9 @@ def load_to_train(
             )
         more["offload_folder"] = str(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    place = "disk" if device.type == "cpu" else "cpu"
+    place = "disk" if to_run_on.type == "cpu" else "cpu"
     away = {f"{prefix}.{layer}": place for layer in range(lowest)}
-    model = load_as_stored(config, dtype, device_map=_device_map(structure, away, device), **more)
+    model = load_as_stored(source, dtype, device_map=_device_map(structure, away, to_run_on), **more)
     if away:
         where = "on disk" if place == "disk" else "in main memory"
         note(f"train: layers 0 to {lowest - 1} stay {where}; no gradient reaches them")

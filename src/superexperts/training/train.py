@@ -230,7 +230,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 def train(
     config: TrainConfig,
     *,
-    load: Callable[[], nn.Module] | None = None,
+    load: Callable[..., nn.Module] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
     """Trains an adapter and writes `adapter/`, `recipe.yaml`, `training.json` and, last, the manifest into
@@ -244,7 +244,7 @@ def train(
     from superexperts.adapters.borrow import borrowed
     from superexperts.adapters.exposure import counting
     from superexperts.adapters.lora import trainable_parameters
-    from superexperts.checkpoints.source import checkpoint_folder
+    from superexperts.checkpoints.source import resolve
     from superexperts.models.loading import load_tokenizer
     from superexperts.training import outcome
     from superexperts.training.card import adapted_parts
@@ -257,16 +257,16 @@ def train(
     chosen = None if config.experts is None else chosen_experts(config.experts, config.model).experts
     names = None if chosen is None else [key_name(key) for key in chosen]
     files = _data_files(config)
-    folder = checkpoint_folder(config.model, config.revision)
+    source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     contents = {field: fingerprint(file) for field, file in files.items()}
-    inputs = identity(config, model=fingerprint(folder), experts=chosen, **contents)
+    inputs = identity(config, model=source.fingerprint, experts=chosen, **contents)
     if completed(config.out, "train", inputs):
         note(f"train: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "training.json", "training")}
     work = checkpoints_folder(config.out)
     # Weights on disk lie in the temporary output folder: what a killed training leaves is cleared away with it.
     with _output_folder(config.out) as temporary, tempfile.TemporaryDirectory(prefix="weights-", dir=temporary) as disk:
-        tokenizer = tokenizer or load_tokenizer(config)
+        tokenizer = tokenizer or load_tokenizer(source)
         examples, held_out = load_examples(
             config.data,
             tokenizer,
@@ -277,10 +277,12 @@ def train(
             eval_share=config.eval_share,
             seed=config.seed,
         )
-        model = load() if load else load_to_train(
-            config,
+        model = load(source, device=config.device, dtype=config.dtype) if load else load_to_train(
+            source,
             lambda empty: _attach(empty, chosen, config),
             Path(disk),
+            device=config.device,
+            dtype=config.dtype,
             load_in_4bit=config.load_in_4bit,
             offload=config.offload,
         )  # fmt: skip
