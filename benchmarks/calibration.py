@@ -27,9 +27,9 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from superexperts.results.statistics import across_seeds
-from superexperts.results.statistics.across_seeds import Items, Seeds, seeds_of
-from superexperts.results.statistics.across_subjects import Clusters, bootstrap, clusters_of, items
-from superexperts.results.statistics.paired import items_of, proportion, with_test
+from superexperts.results.statistics.across_seeds import ItemVariance, SeedVariance, seed_variance
+from superexperts.results.statistics.across_subjects import Clusters, bootstrap, clusters_of, item_variance_by_subject
+from superexperts.results.statistics.paired import compare_without_bootstrap, item_variance, proportion
 from superexperts.results.statistics.single_run import detectable, holm, wilson
 
 Floats = NDArray[np.float64]
@@ -105,7 +105,7 @@ def row_of(
     models: list[Floats], clusters: Clusters | None, pair: tuple[int, int], tests: int
 ) -> tuple[dict[str, Any], Callable[[], float]]:
     variant, reference = pair
-    return with_test(
+    return compare_without_bootstrap(
         models[variant],
         models[reference],
         clusters,
@@ -170,19 +170,19 @@ def predicted(design: Design, seed: int, studies: int = 500) -> float | None:
         for _ in range(studies):
             models, clusters = study(rng, design, effect)
             difference_N = models[3].mean(0) - models[0][0]
-            _, null = items_of(difference_N)
-            part = seeds_of(models[3]) if len(models[3]) > 1 else None
+            _, null = item_variance(difference_N)
+            part = seed_variance(models[3]) if len(models[3]) > 1 else None
             between, rest = (part.between, part.rest) if part is not None else (0.0, 0.0)
-            by_subject = items(difference_N, clusters).variance if clusters is not None else 0.0
+            by_subject = item_variance_by_subject(difference_N, clusters).variance if clusters is not None else 0.0
             found.append((float((difference_N**2).mean()), null.variance, by_subject, between, rest))
         square, variance, by_subject, between, rest = np.mean(found, axis=0).tolist()
         runs = design.runs[3]
-        parts = [Seeds(between=between, df=runs - 1, rest=rest, weight=1 / runs)] if runs > 1 else []
+        parts = [SeedVariance(between=between, df=runs - 1, rest=rest, weight=1 / runs)] if runs > 1 else []
         sizes = [detectable(round(square * design.items), design.items, 5)]
         if parts:
-            sizes = [across_seeds.detectable(square, Items(variance=variance), parts, 5, 0.8)]
+            sizes = [across_seeds.detectable(square, ItemVariance(variance=variance), parts, 5, 0.8)]
         if design.subjects:
-            wider = Items(variance=max(by_subject, variance), df=design.subjects - 1)
+            wider = ItemVariance(variance=max(by_subject, variance), df=design.subjects - 1)
             sizes.append(across_seeds.detectable(square, wider, parts, 5, 0.8))
         return max(sizes) - effect
 

@@ -193,7 +193,7 @@ def test_answers_without_subjects_are_no_error(folder: Path, tmp_path: Path) -> 
 def test_errors_name_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"boolq\.jsonl is missing|mmlu\.jsonl is missing"):
         conclude(tmp_path, RUNS[:1], **FACTS)
-    with pytest.raises(DataError, match="do not stand together"):
+    with pytest.raises(DataError, match="are not listed one after another"):
         conclude(folder, [RUNS[0], RUNS[2], RUNS[1], RUNS[3]], **FACTS)
     for file in folder.rglob("*.json*"):
         write_text(tmp_path / file.relative_to(folder), file.read_text())

@@ -1,6 +1,6 @@
-"""The files of a study's runs -> the value of `results.json`: scores, intervals, and every comparison with its test.
+"""From the files of a study's runs to the value of `results.json`: scores, intervals, comparisons with their tests.
 
-Suffixes of the arrays' names: R runs, N items.
+Suffixes of array names: R runs, N items.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from superexperts.results.variants import Run, title_of
 __all__ = ["conclude"]
 
 WHOLE = ("layers", "attention")
-"""Targets that are nobody's choice of experts: controls, which have none of their own."""
+"""Targets that are not a choice of single experts. They are controls, and have no controls themselves."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Variant:
-    """A variant's runs with their answers."""
+    """A variant with the answers of its runs."""
 
     name: str
     runs: tuple[Run, ...]
     correct: Mapping[str, Floats]
-    """Per benchmark, right (1) or wrong (0) [R, N], items in base's order."""
+    """Benchmark -> right (1) or wrong (0) [R, N], items in the order of the base."""
 
     @property
     def first(self) -> Run:
@@ -49,7 +49,7 @@ class _Variant:
         return self.first.random
 
     def all(self, task: str | None) -> Floats:
-        """[R, N] of one benchmark, or of all of them."""
+        """[R, N] of one benchmark, or of all benchmarks."""
         return self.correct[task] if task is not None else np.concatenate(list(self.correct.values()), axis=1)
 
 
@@ -65,10 +65,10 @@ def conclude(
     corpora: Sequence[str],
     tasks: Sequence[str],
 ) -> dict[str, Any]:
-    """The value of results.json, with nothing in it that differs between two equal runs of a study.
+    """The value of results.json; two equal runs of a study give the same value.
 
-    `out` is the study's folder; `runs` come with the base's first, those of one variant together. `DataError` where a
-    file is missing, or where two runs did not answer the same items.
+    `out` is the study's folder. In `runs` the base comes first, and the runs of a variant come one after another.
+    `DataError` if a file is missing, or if two runs did not answer the same items.
     """
     found = {run.name: _answers(out, run, tasks) for run in runs}
     ids = {task: list(found[runs[0].name][task]) for task in tasks}
@@ -77,7 +77,7 @@ def conclude(
         for variant, group in itertools.groupby(runs, key=lambda run: run.variant)
     ]
     if len({variant.name for variant in variants}) < len(variants):
-        raise DataError("the runs of a variant do not stand together; list each variant's runs in a row")
+        raise DataError("the runs of a variant are not listed one after another; list them so")
     subjects = {task: _subjects(out, runs[0], task) for task in tasks}
     return {
         "schema": RESULTS_SCHEMA,
@@ -94,7 +94,7 @@ def conclude(
 
 
 def _answers(out: Path, run: Run, tasks: Sequence[str]) -> dict[str, dict[str, bool]]:
-    """Per benchmark, id -> right or wrong."""
+    """Benchmark -> item id -> whether the answer is right."""
     found: dict[str, dict[str, bool]] = {}
     for task in tasks:
         file = out / "variants" / run.name / "extractions" / f"{task}.jsonl"
@@ -127,7 +127,7 @@ def _variant(
 
 
 def _subjects(out: Path, run: Run, task: str) -> list[str | None]:
-    """Each item's subject, in the order of the answers; all None where the file knows none."""
+    """The subject of each item, in the order of the answers; None for an item without one."""
     file = out / "variants" / run.name / "answers" / f"{task}.jsonl"
     if not file.is_file():
         return []
@@ -192,7 +192,7 @@ def _score_row(
 
 
 def _comparisons(variants: Sequence[_Variant], subjects: Mapping[str, Sequence[str | None]]) -> list[dict[str, Any]]:
-    """Every comparison of three families, each corrected by Holm."""
+    """All comparisons, in three families, each adjusted by Holm's procedure."""
     base, others = variants[0], variants[1:]
     families: dict[str, list[tuple[_Variant, _Variant, str | None]]] = {
         "base": [(other, base, None) for other in others],
@@ -223,10 +223,10 @@ def _comparisons(variants: Sequence[_Variant], subjects: Mapping[str, Sequence[s
 
 
 def _controls(others: Sequence[_Variant]) -> list[tuple[_Variant, _Variant]]:
-    """Each variant on chosen experts with its controls of the same kind.
+    """Pairs of a variant on chosen experts and a control of the same kind (prune or LoRA).
 
-    Super experts, or else the first chosen set, are compared with every other variant; further chosen sets with those
-    drawn at random.
+    Super experts, or the first chosen set if there are none, are compared with every other variant. Further chosen
+    sets are compared only with those drawn at random.
     """
     pairs: list[tuple[_Variant, _Variant]] = []
     for kind in ("prune", "lora"):

@@ -43,45 +43,45 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """One model that was asked: a variant with one seed."""
+    """One evaluated model: a variant with one seed."""
 
     name: str
     """Its folder below `variants/`."""
     seed: int
     experts: tuple[str, ...] | None = None
-    """Pruned or adapted experts, such as L2E54; None where the run has none."""
+    """Pruned or adapted experts, such as L2E54; None if the run has none."""
     trainable_parameters: int | None = None
     exposure: Mapping[str, int] | None = None
-    """Training tokens that each adapted expert saw; None for what was not trained."""
+    """Training tokens routed to each adapted expert; None for a model that was not trained."""
     perplexity: float | None = None
-    """On held-out text; None where it was not measured."""
+    """On held-out text; None if it was not measured."""
     perplexity_interval: tuple[float, float] | None = None
-    """95%, over the sequences; None also where there is only one."""
+    """95% interval over the sequences; None also if there is only one sequence."""
     scores: tuple[Score, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VariantScore:
-    """A variant on one benchmark, all its runs together."""
+    """A variant on one benchmark, over all its runs."""
 
     task: str
     items: int
-    """Asked of each run."""
+    """Items per run."""
     runs: int
     correct: int
-    """Summed over the runs, as `unparsed`."""
+    """Right answers, summed over the runs; `unparsed` as well."""
     unparsed: int
     accuracy: float
     """Mean over the runs, in 0..1."""
     low: float
     high: float
-    """95% interval of the accuracy: Wilson's for one run; over items and seeds for several (`effects.proportion`)."""
+    """95% interval of the accuracy: Wilson's for one run; over items and seeds for several (`statistics.paired.proportion`)."""
     clustered: tuple[float, float] | None = None
-    """95% interval with items of one subject as one cluster; None where there are too few subjects."""
+    """95% interval with subjects as the sample; None if there are too few subjects."""
 
     @property
     def unparsed_share(self) -> float:
-        """Of all answers of all runs."""
+        """Share of unparsed answers in all answers of all runs."""
         return self.unparsed / (self.items * self.runs)
 
 
@@ -96,16 +96,16 @@ class VariantResult:
     target: str | None = None
     """The set of experts, or "attention"; None for base."""
     random: bool
-    """Whether another seed would give another model: what was trained, or drawn."""
+    """Whether another seed would give another model, because it was trained or its experts were drawn."""
     runs: tuple[RunResult, ...]
     mean: float
-    """Mean accuracy of the benchmarks, each counting once, in 0..1."""
+    """Mean accuracy over the benchmarks, each with the same weight, in 0..1."""
     perplexity: float | None = None
-    """Mean over the runs; None where it was not measured."""
+    """Mean over the runs; None if it was not measured."""
     scores: tuple[VariantScore, ...]
 
     def score(self, task: str) -> VariantScore | None:
-        """The variant's score on a benchmark, None where it was not run."""
+        """The variant's score on a benchmark; None if the benchmark was not run."""
         return next((score for score in self.scores if score.task == task), None)
 
 
@@ -114,43 +114,43 @@ Family = Literal["base", "benchmark", "control"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One variant against another on the same items; `difference` is the variant's accuracy minus the reference's."""
+    """One variant compared with another on the same items; `difference` is its accuracy minus the reference's."""
 
     family: Family
-    """Tests that are corrected together: against base over all items, on each benchmark, and against controls."""
+    """Tests that are adjusted together: against base over all items, against base by benchmark, against controls."""
     variant: str
     reference: str
     task: str | None
-    """None for all items of all benchmarks, each counting once."""
+    """None for all items of all benchmarks, each item with the same weight."""
     n: int
-    """Items that both answered."""
+    """Items, which both answered."""
     runs: tuple[int, int]
-    """Of the variant and of the reference."""
+    """Number of runs of the variant and of the reference."""
     only_base: int | None = None
-    """Items that only the reference has right; None where a side has several runs, as the next one."""
+    """Items that only the reference has right; None if a side has several runs. So for the next field."""
     only_variant: int | None = None
     """Items that only the variant has right."""
     difference: float
     """In -1..1."""
     low: float
     high: float
-    """95% interval: Tango's for one run each; over items and seeds where a side has several runs."""
+    """95% interval: Tango's for one run on each side; over items and seeds if a side has several runs."""
     clustered: tuple[float, float] | None = None
-    """95% interval with items of one subject as one cluster; None where there are too few subjects."""
+    """95% interval with subjects as the sample; None if there are too few subjects."""
     bootstrap: tuple[float, float] | None = None
-    """95% percentile interval over resampled items (subjects, where there are), the runs being what they are."""
+    """95% percentile interval over resampled items, or subjects if there are enough; the runs are not resampled."""
     seed_sd: tuple[float | None, float | None] = (None, None)
-    """Standard deviation of the accuracy between runs, the items' share taken off, of the variant and of the reference;
-    None for one run."""
+    """Standard deviation between the seeds of the variant and of the reference, without the residual's share; None for
+    a side with one run."""
     test: Literal["mcnemar", "seeds"]
     subjects: int | None = None
-    """Subjects that the test took as the sample too, the larger p-value counting; None where there are under twenty."""
+    """Number of subjects that were also tested as the sample (the larger p-value counts); None if under twenty."""
     p: float
-    """Two-sided: the exact McNemar test, or the test with seeds as a random effect. Not adjusted."""
+    """Two-sided p-value of the exact McNemar test, or of the test with seeds as a random effect. Not adjusted."""
     adjusted: float
-    """By Holm within the family."""
+    """p-value adjusted by Holm within the family."""
     detectable: float
-    """The smallest difference that this test would have detected with 80% power, at the family's first step."""
+    """The smallest difference that this test detects with 80% power, at the first step of Holm's procedure."""
 
     @property
     def sure(self) -> bool:
@@ -160,24 +160,24 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """What a study found; holds no path and no date, so that two runs with one seed give the same file."""
+    """The results of a study. They hold no path and no date, so that two runs with one seed give the same file."""
 
     name: str
     model: str
     revision: str | None = None
     limit: int | None = None
-    """Items per benchmark at most; None when all were asked."""
+    """Most items per benchmark; None if all were asked."""
     protocol: str = "generative"
     """How the benchmarks were asked."""
     corpora: tuple[str, ...]
-    """Corpora of the profile; the first one is the perplexity's."""
+    """Corpora of the profile; perplexity is measured on the first one."""
     tasks: tuple[str, ...]
     variants: tuple[VariantResult, ...]
     comparisons: tuple[Comparison, ...]
 
     @property
     def base(self) -> VariantResult:
-        """The variant that the others are compared with."""
+        """The unchanged model, which the other variants are compared with."""
         return next(variant for variant in self.variants if variant.kind == "base")
 
     @property
@@ -197,7 +197,7 @@ class Results:
         return tuple(sorted(self.tasks, key=lambda task: known.index(task) if task in COLUMNS else len(known)))
 
     def variant(self, name: str) -> VariantResult:
-        """The variant of that name, which must be there."""
+        """The variant with this name, which must exist."""
         return next(variant for variant in self.variants if variant.name == name)
 
     def family(self, name: Family) -> tuple[Comparison, ...]:
@@ -205,7 +205,7 @@ class Results:
         return tuple(row for row in self.comparisons if row.family == name)
 
     def to_base(self, variant: str, task: str | None = None) -> Comparison | None:
-        """The variant against base on a benchmark, or over all items; None for base itself."""
+        """The comparison of a variant with base, on a benchmark or over all items; None for base itself."""
         rows = self.family("base" if task is None else "benchmark")
         return next((row for row in rows if (row.variant, row.task) == (variant, task)), None)
 
@@ -216,17 +216,18 @@ class Results:
         results = validated(cls, value, "results", "run the study again")
         bases = sum(variant.kind == "base" for variant in results.variants)
         if bases != 1:
-            raise DataError(f"results: {bases} variants are the base, one is needed; run the study again")
+            raise DataError(f"{bases} variants are the base, one is needed; run the study again", field="results")
         names = {variant.name for variant in results.variants}
         for row in results.comparisons:
             if not {row.variant, row.reference} <= names:
                 raise DataError(
-                    f"results: {row.variant} against {row.reference} compares no variant; run the study again"
+                    f"{row.variant} or {row.reference} is compared but not a variant; run the study again",
+                    field="results",
                 )
         for variant in results.others:
             for task in (None, *results.tasks):
                 if results.to_base(variant.name, task) is None:
-                    raise DataError(f"results: {variant.name} has no test against base; run the study again")
+                    raise DataError(f"{variant.name} has no test against base; run the study again", field="results")
         return results
 
     @classmethod
@@ -236,7 +237,7 @@ class Results:
 
 
 def task_title(task: str) -> str:
-    """A benchmark's column title; a name that the original did not have stays as it is."""
+    """The column title of a benchmark; its own name if it has none."""
     return COLUMNS.get(task, task)
 
 

@@ -1,4 +1,4 @@
-"""What a study compares: variants, each a way to change the model, and their runs, one for each seed."""
+"""What a study compares: variants, each a way to change the model, and their runs, one per seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETS = {
     "reap": "experts of highest saliency",
     "layers": "all experts of the layers",
 }
-"""Sets of experts that every study knows, and how they are called."""
+"""Sets of experts that every study has, and their titles."""
 DEFAULT_SETS: dict[str, dict[str, Any]] = {
     "super": {"rule": "super"},
     "random": {"rule": "random", "like": "super"},
@@ -28,27 +28,27 @@ DEFAULT_SETS: dict[str, dict[str, Any]] = {
     "reap": {"rule": "reap", "like": "super"},
     "layers": {"rule": "layers", "like": "super"},
 }
-"""Options of `select` for each; `like` names another set."""
+"""Settings of `select` for each set; `like` names another set."""
 DEFAULT_VARIANTS = ("base", "prune-super", "prune-random", "lora-super", "lora-random", "lora-attention")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One model that is asked: a variant with one seed."""
+    """One model to evaluate: a variant with one seed."""
 
     name: str
-    """Folder below `variants/`: the variant's name, with `-s1`, `-s2` for its second and third run."""
+    """Folder below `variants/`: the variant's name, with `-s1`, `-s2` for the second and third run."""
     variant: str
     """base, prune-SET, lora-SET or lora-attention."""
     kind: Kind
     target: str | None
     """The set of experts, or "attention"; None for the base model."""
     seed: int
-    """Seed of everything random in it: the draw of random experts, the adapter's start, the order of the rows."""
+    """Seed of the draw of random experts, of the adapter's initial values, and of the order of the training rows."""
     experts: str | None
-    """Stem of its file below `experts/`; None for base and attention."""
+    """Stem of its file in `experts/`; None for base and attention."""
     drawn: bool
-    """Whether these experts are another set with another seed."""
+    """Whether another seed draws other experts."""
 
     @property
     def random(self) -> bool:
@@ -57,7 +57,7 @@ class Run:
 
 
 def title_of(kind: Kind, target: str | None) -> str:
-    """How the table calls a variant, such as `prune super experts`."""
+    """The title of a variant in tables, such as `prune super experts`."""
     if kind == "base" or target is None:
         return "baseline"
     what = "attention" if target == "attention" else SETS.get(target, f"set '{target}'")

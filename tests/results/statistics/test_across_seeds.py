@@ -22,7 +22,7 @@ from statsmodels.regression.mixed_linear_model import MixedLM
 from statsmodels.stats.anova import anova_lm
 
 from superexperts.results.statistics import across_seeds, across_subjects
-from superexperts.results.statistics.across_seeds import Items, Seeds, seeds_of
+from superexperts.results.statistics.across_seeds import ItemVariance, SeedVariance, seed_variance
 from superexperts.results.statistics.across_subjects import clusters_of
 from superexperts.results.statistics.paired import compare, proportion
 from superexperts.results.statistics.single_run import mcnemar, wilson
@@ -40,7 +40,7 @@ def test_seeds_are_those_of_the_two_way_analysis_of_variance() -> None:
     frame = pd.DataFrame({"y": correct_RN.ravel(), "run": np.repeat(range(4), 30), "item": np.tile(range(30), 4)})
     table = anova_lm(ols("y ~ C(run) + C(item)", frame).fit())
     squares = table["sum_sq"] / table["df"]
-    found = seeds_of(correct_RN)
+    found = seed_variance(correct_RN)
     assert found.between == pytest.approx(squares["C(run)"] / 30)
     assert found.rest == pytest.approx(squares["Residual"] / 30)
     assert (found.df, found.weight) == (3, 0.25)
@@ -56,7 +56,7 @@ def test_seeds_are_those_of_a_mixed_model() -> None:
     parts = {"run": "0 + C(run)", "item": "0 + C(item)"}
     fitted = MixedLM.from_formula("y ~ 1", groups="one", vc_formula=parts, data=frame).fit(reml=True)
     between = dict(zip(fitted.model.exog_vc.names, fitted.vcomp, strict=True))["run"]
-    found = seeds_of(values_RN)
+    found = seed_variance(values_RN)
     assert found.sd**2 == pytest.approx(between, rel=1e-3)
     assert found.rest * 40 == pytest.approx(fitted.scale, rel=1e-3)
     items = values_RN.mean(0).var(ddof=1) / 40
@@ -68,7 +68,7 @@ def test_seeds_are_those_of_a_mixed_model() -> None:
 @pytest.mark.parametrize("df", [1, 2, 4])
 @pytest.mark.parametrize(("items", "between"), [(1.0, 1.0), (1.0, 0.01), (0.01, 1.0)])
 def test_p_value_is_the_tail_of_a_normal_and_a_scaled_t(df: int, items: float, between: float) -> None:
-    part = Seeds(between=between, df=df, rest=0.0, weight=1.0)
+    part = SeedVariance(between=between, df=df, rest=0.0, weight=1.0)
     for distance in (0.5, 2.0, 5.0):
 
         def both_tails(x: float, distance: float = distance) -> float:
@@ -76,33 +76,36 @@ def test_p_value_is_the_tail_of_a_normal_and_a_scaled_t(df: int, items: float, b
             return float(student.pdf(x, df) * (norm.sf(ends[0]) + norm.cdf(ends[1])))
 
         wanted = integrate.quad(both_tails, -np.inf, np.inf, limit=2000, epsabs=1e-12)[0]
-        assert across_seeds.p_value(distance, Items(variance=items), [part]) == pytest.approx(wanted, rel=1e-3)
-        edge = across_seeds.critical(Items(variance=items), [part], wanted)
+        assert across_seeds.p_value(distance, ItemVariance(variance=items), [part]) == pytest.approx(wanted, rel=1e-3)
+        edge = across_seeds.half_width(ItemVariance(variance=items), [part], wanted)
         assert edge == pytest.approx(distance, rel=1e-4)
 
 
 @pytest.mark.parametrize("df", [4, 9, 30, 56, 900])
 def test_items_alone_are_students_t(df: int) -> None:
     for distance in (0.5, 2.0, 4.0):
-        found = across_seeds.p_value(distance, Items(variance=1.0, df=df), [])
+        found = across_seeds.p_value(distance, ItemVariance(variance=1.0, df=df), [])
         assert found == pytest.approx(2 * student.sf(distance, df), rel=5e-3)
 
 
 def test_two_sides_against_simulation() -> None:
     rng = np.random.default_rng(1)
-    parts = [Seeds(between=2.0, df=2, rest=0.0, weight=1 / 3), Seeds(between=1.0, df=4, rest=0.0, weight=1 / 5)]
+    parts = [
+        SeedVariance(between=2.0, df=2, rest=0.0, weight=1 / 3),
+        SeedVariance(between=1.0, df=4, rest=0.0, weight=1 / 5),
+    ]
     draws = 0.5 * rng.standard_normal(10**6)
     draws += math.sqrt(2 / 3) * rng.standard_t(2, 10**6) + math.sqrt(1 / 5) * rng.standard_t(4, 10**6)
     for distance in (1.0, 3.0):
         wanted = float((abs(draws) > distance).mean())
-        assert across_seeds.p_value(distance, Items(variance=0.25), parts) == pytest.approx(wanted, abs=0.0015)
+        assert across_seeds.p_value(distance, ItemVariance(variance=0.25), parts) == pytest.approx(wanted, abs=0.0015)
 
 
 def test_a_seed_variance_below_zero_counts_as_zero() -> None:
     # Runs that are all equally often right say that seeds add nothing, and never that items add less.
-    part = Seeds(between=0.0, df=2, rest=1e-4, weight=1 / 3)
+    part = SeedVariance(between=0.0, df=2, rest=1e-4, weight=1 / 3)
     assert part.sd == 0
-    assert across_seeds.critical(Items(variance=1e-4), [part]) == pytest.approx(1.96 * 0.01, rel=1e-3)
+    assert across_seeds.half_width(ItemVariance(variance=1e-4), [part]) == pytest.approx(1.96 * 0.01, rel=1e-3)
 
 
 def test_clustered_interval_is_statsmodels_and_the_sandwich() -> None:
@@ -112,13 +115,13 @@ def test_clustered_interval_is_statsmodels_and_the_sandwich() -> None:
     values_N = rng.normal(0, 0.3, 240) + np.array([shift[number % 12] for number in range(240)])
     found = clusters_of(names)
     assert found is not None
-    items = across_subjects.items(values_N, found)
+    items = across_subjects.item_variance_by_subject(values_N, found)
     sums = [sum(values_N[i] - values_N.mean() for i in range(240) if names[i] == name) for name in set(names)]
     wanted = 12 / 11 * 239 / 239 * sum(one**2 for one in sums) / 240**2
     assert items.variance == pytest.approx(wanted)
     assert items.df == 11
     fitted = OLS(values_N, np.ones(240)).fit(cov_type="cluster", cov_kwds={"groups": found.codes_N}, use_t=True)
-    half = across_seeds.critical(items, [])
+    half = across_seeds.half_width(items, [])
     assert [values_N.mean() - half, values_N.mean() + half] == pytest.approx(list(fitted.conf_int()[0]), rel=1e-4)
 
 
@@ -128,7 +131,7 @@ def test_items_without_a_subject_stand_for_themselves() -> None:
     assert found is not None
     assert (found.subjects, len(set(found.codes_N))) == (6, 26)
     values_N = np.random.default_rng(3).normal(size=38)
-    assert 5 < across_subjects.items(values_N, found).df < 25
+    assert 5 < across_subjects.item_variance_by_subject(values_N, found).df < 25
     assert clusters_of(["a", "b", "c", "d", None]) is None
     assert clusters_of([]) is None
 
@@ -253,5 +256,5 @@ def test_detectable_is_seen_with_80_percent_power(calibration: Any) -> None:
 
 def test_detectable_of_very_few_items_is_at_most_everything() -> None:
     """Ten items and seeds that agree: no difference would be seen for sure, which once stopped the conclusion."""
-    agreeing = Seeds(between=0.0, df=2, rest=0.0, weight=1 / 3)
-    assert across_seeds.detectable(5 / 36, Items(variance=1 / 72), [agreeing], 30, 0.8) == 1.0
+    agreeing = SeedVariance(between=0.0, df=2, rest=0.0, weight=1 / 3)
+    assert across_seeds.detectable(5 / 36, ItemVariance(variance=1 / 72), [agreeing], 30, 0.8) == 1.0

@@ -1,10 +1,10 @@
-"""Items that depend on each other: those of one subject. What an interval is when subjects are the sample.
+"""Items of one subject depend on each other: variances and intervals with subjects as the sample.
 
-Sources: K.-Y. Liang and S. L. Zeger, Biometrika 73 (1986) 13-22 for the covariance, as statsmodels computes it, with
-Student's t of clusters - 1 degrees of freedom; B. Efron, Annals of Statistics 7 (1979) 1-26 for the bootstrap, by
-scipy.
+Sources: K.-Y. Liang and S. L. Zeger, Biometrika 73 (1986) 13-22 for the cluster-robust variance, computed by
+statsmodels and used with Student's t of clusters - 1 degrees of freedom; B. Efron, Annals of Statistics 7 (1979) 1-26
+for the bootstrap, computed by scipy.
 
-Suffixes of the arrays' names: N items, G clusters.
+Suffixes of array names: N items, G clusters.
 """
 
 from __future__ import annotations
@@ -17,33 +17,36 @@ from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.regression.linear_model import OLS
 
-from superexperts.results.statistics.across_seeds import Floats, Items
+from superexperts.results.statistics.across_seeds import Floats, ItemVariance
 from superexperts.results.statistics.single_run import CONFIDENCE
 
-__all__ = ["Clusters", "bootstrap", "clusters_of", "items"]
+__all__ = ["Clusters", "bootstrap", "clusters_of", "item_variance_by_subject"]
 
-FEWEST = 5  # with fewer clusters their variance says next to nothing
+FEWEST = 5
+"""With fewer subjects the variance between them is hardly known, and no interval is given."""
 MANY = 20
+"""With fewer subjects no test is made."""
 RESAMPLES = 2000
+"""Of the bootstrap."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clusters:
-    """Which items belong together."""
+    """Which items belong to the same subject."""
 
     codes_N: NDArray[np.int64]
-    """A number for each item's cluster; an item without a subject is a cluster of its own."""
+    """The number of each item's cluster; an item without a subject is a cluster by itself."""
     subjects: int
     """Clusters that are subjects."""
 
     @property
     def many(self) -> bool:
-        """Whether there are enough for a test: with few, even Student's t does not make up for their variance's."""
+        """Whether there are enough for a test. With fewer, even Student's t rejects too often."""
         return self.subjects >= MANY
 
 
 def clusters_of(subjects: Sequence[str | None]) -> Clusters | None:
-    """From each item's subject; None where there are fewer than five."""
+    """The clusters of items with these subjects; None if there are fewer than five subjects."""
     named = sorted({subject for subject in subjects if subject is not None})
     if len(named) < FEWEST:
         return None
@@ -52,13 +55,14 @@ def clusters_of(subjects: Sequence[str | None]) -> Clusters | None:
     return Clusters(codes_N=np.array(codes), subjects=len(named))
 
 
-def items(values_N: Floats, clusters: Clusters) -> Items:
-    """Variance of the mean of `values_N`, cluster-robust, with the usual correction for few clusters.
+def item_variance_by_subject(values_N: Floats, clusters: Clusters) -> ItemVariance:
+    """Cluster-robust variance of the mean of `values_N`, with the usual correction for few clusters.
 
-    Its degrees of freedom are subjects - 1 where every item has a subject; items that stand for themselves add theirs,
-    by Satterthwaite.
+    It has subjects - 1 degrees of freedom if every item has a subject. Items without one add theirs, by
+    Satterthwaite's formula.
     """
     groups_N = np.unique(clusters.codes_N, return_inverse=True)[1]
+    # A regression on a constant: its coefficient is the mean, and its robust variance the one needed.
     fitted = OLS(values_N, np.ones(len(values_N))).fit(cov_type="cluster", cov_kwds={"groups": groups_N}, use_t=True)
     squares_G = np.bincount(groups_N, weights=values_N - values_N.mean()) ** 2
     alone = len(squares_G) - clusters.subjects
@@ -66,11 +70,11 @@ def items(values_N: Floats, clusters: Clusters) -> Items:
     if alone and squares_G.sum() > 0:
         share = float(squares_G[: clusters.subjects].sum() / squares_G.sum())  # subjects have the first numbers
         df = 1 / (share**2 / df + (1 - share) ** 2 / alone)
-    return Items(variance=float(np.asarray(fitted.cov_params())[0, 0]), df=df)
+    return ItemVariance(variance=float(np.asarray(fitted.cov_params())[0, 0]), df=df)
 
 
 def bootstrap(values_N: Floats, clusters: Clusters | None) -> tuple[float, float]:
-    """95% percentile interval of the mean over resampled items, or over resampled clusters where there are any."""
+    """95% percentile interval of the mean, by resampling clusters if there are any, and items otherwise."""
     groups = np.arange(len(values_N))
     if clusters is not None:
         groups = np.unique(clusters.codes_N, return_inverse=True)[1]

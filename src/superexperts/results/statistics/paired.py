@@ -1,10 +1,11 @@
-"""What a variant's accuracy, and a difference of two variants on the same items, is worth: intervals, tests, power.
+"""The accuracy of a variant, and the difference of two variants on the same items: intervals, tests, power.
 
-With one run on either side the test is McNemar's exact one and the interval Tango's. Where a side has several runs,
-seeds are a random effect (`seeds.py`). Items of one subject depend on each other, so with twenty subjects or more the
-test is made with subjects as the sample too (`clusters.py`), and the larger of the two p-values counts.
+With one run on each side the test is McNemar's exact test and the interval is Tango's (`single_run`). If a side has
+several runs, seeds are a random effect (`across_seeds`). Items of one subject depend on each other, so with twenty
+subjects or more the test is also made with subjects as the sample (`across_subjects`), and the larger of the two
+p-values counts.
 
-Suffixes of the arrays' names: R runs, N items; 1 is right, 0 wrong.
+Suffixes of array names: R runs, N items; 1 is right, 0 is wrong.
 """
 
 from __future__ import annotations
@@ -15,38 +16,39 @@ from typing import Any
 
 from scipy.stats import norm
 
-from superexperts.results.statistics import across_seeds, single_run
-from superexperts.results.statistics import across_subjects as grouping
-from superexperts.results.statistics.across_seeds import Floats, Items, Seeds, seeds_of
+from superexperts.results.statistics import across_seeds, across_subjects, single_run
+from superexperts.results.statistics.across_seeds import Floats, ItemVariance, SeedVariance, seed_variance
 from superexperts.results.statistics.across_subjects import Clusters
 
-__all__ = ["compare", "items_of", "proportion", "with_test"]
+__all__ = ["compare", "compare_without_bootstrap", "item_variance", "proportion"]
 
 POWER = 0.8
+"""Of the smallest detectable difference."""
 
 
 def proportion(
     correct_RN: Floats, clusters: Clusters | None
 ) -> tuple[float, tuple[float, float], tuple[float, float] | None]:
-    """(accuracy, its 95% interval, the same with subjects as the sample) of runs on the same items.
+    """(accuracy, 95% interval, 95% interval with subjects as the sample) of runs on the same items.
 
-    One run's interval is Wilson's. That of several is Wilson's too, for as many items as would give the width that
-    items and seeds together have, and at most for the items that there are.
+    The interval is Wilson's. For several runs it is Wilson's for an effective number of items: as many as would give
+    the width that items and seeds have together, and at most the items asked.
     """
     runs, number = correct_RN.shape
     mean_N = correct_RN.mean(0)
     accuracy = float(mean_N.mean())
-    parts = [seeds_of(correct_RN)] if runs > 1 else []
-    own = Items(variance=float(mean_N.var()) / max(number - 1, 1))
-    worth = float(number)
-    if parts and 0 < accuracy < 1:
-        half = across_seeds.critical(own, parts)
-        worth = min(worth, accuracy * (1 - accuracy) * (float(norm.ppf(0.975)) / half) ** 2)
+    seeds = [seed_variance(correct_RN)] if runs > 1 else []
+    items = ItemVariance(variance=float(mean_N.var()) / max(number - 1, 1))
+    effective = float(number)
+    if seeds and 0 < accuracy < 1:
+        half = across_seeds.half_width(items, seeds)
+        effective = min(effective, accuracy * (1 - accuracy) * (float(norm.ppf(0.975)) / half) ** 2)
     clustered = None
     if clusters is not None:
-        half = across_seeds.critical(_wider(grouping.items(mean_N, clusters), own), parts)
+        by_subject = _at_least(across_subjects.item_variance_by_subject(mean_N, clusters), items)
+        half = across_seeds.half_width(by_subject, seeds)
         clustered = max(0.0, accuracy - half), min(1.0, accuracy + half)
-    return accuracy, single_run.wilson(accuracy * worth, worth), clustered
+    return accuracy, single_run.wilson(accuracy * effective, effective), clustered
 
 
 def compare(
@@ -57,17 +59,17 @@ def compare(
     tests: int = 1,
     random: tuple[bool, bool] = (True, True),
 ) -> dict[str, Any]:
-    """A row of `comparisons`, less its names and its adjusted p-value.
+    """A row of `comparisons` in results.json, without its names and its adjusted p-value.
 
-    `tests` is the family's size. `random` says of each side whether another seed would give another model: the only
-    run of such a side is taken to vary as the other side's runs do, if there are several.
+    `tests` is the number of tests in the family. `random` says for each side whether another seed would give another
+    model. If such a side has only one run, it is assumed to vary as much as the runs of the other side do.
     """
-    row, smallest = with_test(variant_RN, reference_RN, clusters, tests=tests, random=random)
+    row, smallest = compare_without_bootstrap(variant_RN, reference_RN, clusters, tests=tests, random=random)
     difference_N = variant_RN.mean(0) - reference_RN.mean(0)
-    return row | {"bootstrap": grouping.bootstrap(difference_N, clusters), "detectable": smallest()}
+    return row | {"bootstrap": across_subjects.bootstrap(difference_N, clusters), "detectable": smallest()}
 
 
-def with_test(
+def compare_without_bootstrap(
     variant_RN: Floats,
     reference_RN: Floats,
     clusters: Clusters | None = None,
@@ -75,40 +77,40 @@ def with_test(
     tests: int = 1,
     random: tuple[bool, bool] = (True, True),
 ) -> tuple[dict[str, Any], Callable[[], float]]:
-    """The row without what takes long, the bootstrap; and a function that gives the smallest detectable difference."""
+    """The row without the two parts that take long: no bootstrap, and the smallest detectable difference as a call."""
     difference_N = variant_RN.mean(0) - reference_RN.mean(0)
     number = len(difference_N)
     difference = float(difference_N.mean())
-    parts = _parts(variant_RN, reference_RN, random)
-    both = [part for part in parts if part is not None]
-    own, null = items_of(difference_N)
+    of_sides = _seed_variances(variant_RN, reference_RN, random)
+    seeds = [part for part in of_sides if part is not None]
+    items, null_items = item_variance(difference_N)
     only_reference = only_variant = None
-    if both:
-        half = across_seeds.critical(own, both)
+    if seeds:
+        half = across_seeds.half_width(items, seeds)
         low, high = max(-1.0, difference - half), min(1.0, difference + half)
-        p = across_seeds.p_value(difference, null, both)
+        p = across_seeds.p_value(difference, null_items, seeds)
     else:
         paired = single_run.mcnemar(list(reference_RN[0] > 0), list(variant_RN[0] > 0))
         only_reference, only_variant = paired.only_base, paired.only_variant
         low, high, p = paired.low, paired.high, paired.p
     clustered, by_subject = None, None
     if clusters is not None:
-        by_subject = _wider(grouping.items(difference_N, clusters), own)
-        half = across_seeds.critical(by_subject, both)
+        by_subject = _at_least(across_subjects.item_variance_by_subject(difference_N, clusters), items)
+        half = across_seeds.half_width(by_subject, seeds)
         clustered = max(-1.0, difference - half), min(1.0, difference + half)
         if clusters.many:
-            p = max(p, across_seeds.p_value(difference, _wider(by_subject, null), both))
+            p = max(p, across_seeds.p_value(difference, _at_least(by_subject, null_items), seeds))
 
     def smallest() -> float:
         differing = float((difference_N**2).sum())
-        # No less than what the variance stands for, whose two made-up items would else be blown up with the rest.
-        square = max(differing / number, null.variance * number)
-        if both:
-            sizes = [across_seeds.detectable(square, null, both, tests, POWER)]
+        # `null_items` includes two added items (see `item_variance`); a smaller square would scale them up as well.
+        square = max(differing / number, null_items.variance * number)
+        if seeds:
+            sizes = [across_seeds.detectable(square, null_items, seeds, tests, POWER)]
         else:
             sizes = [single_run.detectable(round(differing), number, tests, POWER)]
         if clusters is not None and clusters.many and by_subject is not None:
-            sizes.append(across_seeds.detectable(square, _wider(by_subject, null), both, tests, POWER))
+            sizes.append(across_seeds.detectable(square, _at_least(by_subject, null_items), seeds, tests, POWER))
         return max(sizes)
 
     return {
@@ -120,34 +122,34 @@ def with_test(
         "low": low,
         "high": high,
         "clustered": clustered,
-        "seed_sd": [part.sd if part is not None else None for part in parts],
-        "test": "seeds" if both else "mcnemar",
+        "seed_sd": [part.sd if part is not None else None for part in of_sides],
+        "test": "seeds" if seeds else "mcnemar",
         "subjects": clusters.subjects if clusters is not None and clusters.many else None,
         "p": p,
     }, smallest
 
 
-def items_of(difference_N: Floats) -> tuple[Items, Items]:
-    """Variance of the mean difference over items as it is, and if there were none, which is what a test asks about.
+def item_variance(difference_N: Floats) -> tuple[ItemVariance, ItemVariance]:
+    """Variance of the mean difference, for an interval, and under the null hypothesis, for a test.
 
-    Both with two made-up items, one won and one lost, after D. G. Bonett and R. M. Price, Journal of Educational and
-    Behavioral Statistics 37 (2012) 479-488: so a few items that differ are not taken for more than they are, and none
-    at all still leave an interval.
+    Two items are added to both, one won and one lost (D. G. Bonett and R. M. Price, Journal of Educational and
+    Behavioral Statistics 37 (2012) 479-488). This keeps the intervals honest where few items differ, and gives them a
+    width where none do.
     """
     more = len(difference_N) + 2
     square = float((difference_N**2).sum() + 2) / more
     mean = float(difference_N.sum()) / more
-    return Items(variance=(square - mean**2) / more), Items(variance=square / more)
+    return ItemVariance(variance=(square - mean**2) / more), ItemVariance(variance=square / more)
 
 
-def _wider(one: Items, other: Items) -> Items:
-    """`one`, but no smaller than `other`: subjects never make a result surer."""
+def _at_least(one: ItemVariance, other: ItemVariance) -> ItemVariance:
+    """`one`, but no smaller than `other`: subjects must never make a result more certain."""
     return dataclasses.replace(one, variance=max(one.variance, other.variance))
 
 
-def _parts(variant_RN: Floats, reference_RN: Floats, random: tuple[bool, bool]) -> list[Seeds | None]:
-    """The seeds' parts of the variant and of the reference; None for one run."""
-    found = [seeds_of(side_RN) if len(side_RN) > 1 else None for side_RN in (variant_RN, reference_RN)]
+def _seed_variances(variant_RN: Floats, reference_RN: Floats, random: tuple[bool, bool]) -> list[SeedVariance | None]:
+    """The seed variances of the variant and of the reference; None for a side with one run."""
+    found = [seed_variance(side_RN) if len(side_RN) > 1 else None for side_RN in (variant_RN, reference_RN)]
     for place, other in ((0, 1), (1, 0)):
         part = found[other]
         if len((variant_RN, reference_RN)[place]) == 1 and random[place] and part is not None:

@@ -1,9 +1,9 @@
-"""Intervals and paired tests: what a difference between two variants on the same items is worth.
+"""Intervals, tests and power for variants that were run once; and the adjustment for several tests.
 
-Sources: E. B. Wilson, JASA 22 (1927) for one share; Q. McNemar, Psychometrika 12 (1947), exact form, for the test;
-T. Tango, Statistics in Medicine 17 (1998) 891-908 for the interval of a paired difference; S. Holm, Scandinavian
-Journal of Statistics 6 (1979) for families of tests; R. J. Connor, Biometrics 43 (1987) 207-211 for the power of
-McNemar's test. All intervals are two-sided 95%.
+Sources: E. B. Wilson, JASA 22 (1927) for the interval of a share; Q. McNemar, Psychometrika 12 (1947), exact form, for
+the paired test; T. Tango, Statistics in Medicine 17 (1998) 891-908 for the interval of a paired difference; S. Holm,
+Scandinavian Journal of Statistics 6 (1979) for families of tests; R. J. Connor, Biometrics 43 (1987) 207-211 for the
+power of McNemar's test. All intervals are two-sided 95% intervals.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from superexperts.core.types import Extraction, Score
 __all__ = ["CONFIDENCE", "Paired", "detectable", "graded", "holm", "mcnemar", "paired_interval", "score", "wilson"]
 
 CONFIDENCE = 0.95
+"""Of all intervals."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,14 +46,14 @@ class Paired:
 
 
 def wilson(correct: float, items: float) -> tuple[float, float]:
-    """95% Wilson score interval of the share `correct / items`; (0, 1), that is no knowledge, without items.
+    """95% Wilson score interval of the share `correct / items`; (0, 1) without items.
 
-    Both can be fractions: of several runs, and of items that together are worth fewer.
+    Both may be fractions, for an effective number of items.
     """
     if items == 0:
         return 0.0, 1.0
     low, high = proportion_confint(correct, items, alpha=1 - CONFIDENCE, method="wilson")
-    share = correct / items  # rounding must not leave it outside
+    share = correct / items  # must lie in the interval in spite of rounding
     return max(0.0, min(float(low), share)), min(1.0, max(float(high), share))
 
 
@@ -82,8 +83,8 @@ def mcnemar(base_correct: Sequence[bool], variant_correct: Sequence[bool]) -> Pa
 def paired_interval(only_base: int, only_variant: int, n: int) -> tuple[float, float]:
     """95% interval of the difference `(only_variant - only_base) / n` of two paired shares.
 
-    Tango's score interval: the differences that a score test, which has McNemar's (without continuity correction) as
-    its case at 0, does not reject. Unlike Wald's it has a width when the two never differ, and stays within -1..1.
+    Tango's score interval: all differences that a score test does not reject. At 0 that test is McNemar's without
+    continuity correction. Unlike Wald's, the interval has a width when the two never differ, and stays within -1..1.
     """
     z = float(norm.ppf(0.5 + CONFIDENCE / 2))
     observed = (only_variant - only_base) / n
@@ -97,7 +98,7 @@ def paired_interval(only_base: int, only_variant: int, n: int) -> tuple[float, f
         variance = n * (2 * lost + difference * (1 - difference))
         return float((only_variant - only_base - n * difference) ** 2 - z * z * variance)
 
-    # At the observed difference itself the variance can be 0 (no item differs), so the search starts beside it.
+    # At the observed difference itself the variance can be 0 (no item differs), so the search starts next to it.
     below, above = observed - 1e-9, observed + 1e-9
     low = float(brentq(excess, -1.0, below, xtol=1e-12)) if below > -1 and excess(-1.0) > 0 else -1.0
     high = float(brentq(excess, above, 1.0, xtol=1e-12)) if above < 1 and excess(1.0) > 0 else 1.0
@@ -105,11 +106,10 @@ def paired_interval(only_base: int, only_variant: int, n: int) -> tuple[float, f
 
 
 def detectable(discordant: int, n: int, tests: int = 1, power: float = 0.8) -> float:
-    """The smallest |difference| of two paired shares that McNemar's test would have detected with this `power`.
+    """The smallest |difference| of two paired shares that McNemar's test detects with this `power`.
 
-    `discordant` items of `n` differ between the two variants; the level is 5% shared by `tests` tests (Bonferroni, the
-    first step of Holm's). Connor's formula, in which the discordant share is at least the difference itself: where the
-    two never differ, it is the difference that all discordant items going one way would make.
+    `discordant` items of `n` differ between the two variants. The level is 5% divided by `tests` (Bonferroni, the first
+    step of Holm's procedure). This is Connor's formula, with a discordant share of at least the difference itself.
     """
     z_level, z_power = float(norm.isf((1 - CONFIDENCE) / 2 / tests)), float(norm.ppf(power))
 
@@ -121,7 +121,7 @@ def detectable(discordant: int, n: int, tests: int = 1, power: float = 0.8) -> f
 
 
 def score(task: str, variant: str, extractions: Sequence[Extraction]) -> Score:
-    """Counts one variant's answers on one benchmark; unparsed ones are wrong and stay in the denominator."""
+    """Counts the answers of a variant to a benchmark. Unparsed answers are wrong and stay in the denominator."""
     items = len(extractions)
     if items == 0:
         raise DataError(f"{task}: {variant} has no answers; evaluate it again")
@@ -140,12 +140,12 @@ def score(task: str, variant: str, extractions: Sequence[Extraction]) -> Score:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values, in the order given: reject those under 0.05 and the family errs in at most 5% of studies."""
+    """Adjusted p-values, in the order given. Rejecting those under 0.05 keeps the family-wise error rate at 5%."""
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
 
 
 def graded(task: str, row: Extraction) -> bool:
-    """Whether a benchmark's answer is right; `DataError` where there is no gold answer to say so."""
+    """Whether an answer is right; `DataError` if there is no gold answer to compare it with."""
     if row.correct is None:
         raise DataError(f"{task}: item {row.id!r} has no gold answer and no score; leave {task} out")
     return row.correct
