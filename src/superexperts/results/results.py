@@ -75,7 +75,7 @@ class VariantScore:
     """Mean over the runs, in 0..1."""
     low: float
     high: float
-    """95% interval of the accuracy: Wilson's for one run; over items and seeds for several (`statistics.paired.proportion`)."""
+    """95% interval of the accuracy: Wilson's for one run, over items and seeds for several."""
     clustered: tuple[float, float] | None = None
     """95% interval with subjects as the sample; None if there are too few subjects."""
 
