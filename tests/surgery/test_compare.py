@@ -25,8 +25,9 @@ from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.config_surgery import CompareConfig
 from superexperts.core.errors import DataError, ExpertsError, ModelError
 from superexperts.models.banks import find_banks
+from superexperts.models.parts import Unit
 from superexperts.surgery import compare, prune
-from superexperts.surgery.differences import BLOCK, Unit, compare_unit, same_bytes, tensor_sums
+from superexperts.surgery.differences import BLOCK, compare_unit, same_bytes, tensor_sums
 from tests.adapters.test_export import save_adapter, save_base, stock, train_like
 from tests.support.families import FAMILIES, MORE_FAMILIES
 from tests.surgery.test_surgery import contents, save, tensors

@@ -22,7 +22,7 @@ from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.console import note
 from superexperts.core.errors import DataError, Field, ModelError, OptionError, OutputError
 from superexperts.core.runs import completed, fingerprint, new_folder, read_json, write_manifest, write_text
-from superexperts.models.key_mapping import Homes
+from superexperts.models.key_mapping import KeyMapping
 from superexperts.models.loading import load_as_stored, load_structure
 
 __all__ = ["run"]
@@ -76,7 +76,7 @@ def _merged(adapter: Path, checkpoint: ModelSource, copy: bool, out: Path) -> di
         lora.check_home(model, settings, adapter, "adapter")
         changes: Sequence[Change] = ()
         try:
-            patches = merged_patches(model, Homes(model, base), base, adapter, "adapter")
+            patches = merged_patches(model, KeyMapping(model, base), base, adapter, "adapter")
         except (DataError, ModelError) as error:
             note(f"export: not shard by shard, the model is loaded ({error})")
             _merged_in_memory(adapter, checkpoint, out)

@@ -18,19 +18,21 @@ from superexperts.checkpoints.writer import Patch
 from superexperts.core.errors import DataError, Field, ModelError
 from superexperts.models.banks import find_banks
 from superexperts.models.experts import DOWN, split_projections, up_name
-from superexperts.models.key_mapping import Homes, Parts
+from superexperts.models.key_mapping import KeyMapping, Parts
 
 __all__ = ["merged_patches"]
 
 
-def merged_patches(model: nn.Module, homes: Homes, base: Checkpoint, adapter: Path, field: str) -> list[Patch]:
+def merged_patches(
+    model: nn.Module, key_mapping: KeyMapping, base: Checkpoint, adapter: Path, field: str
+) -> list[Patch]:
     """What an adapter of A and B makes of the base's tensors; `model` is a structure without weights.
 
     `DataError` or `ModelError` where the adapter is more than that or another model's, or where the checkpoint keeps
     what it changes in an order that cannot be edited; when written, for weights that are not finite.
     """
-    homes.check_complete(model)
-    if homes.quantized:
+    key_mapping.check_complete(model)
+    if key_mapping.quantized:
         raise ModelError("the base is quantized, into which nothing can be merged; use its bfloat16 form", field=field)
     factors = read_factors(model, adapter, field)
     banks = {bank.path: bank for bank in find_banks(model)}
@@ -38,7 +40,7 @@ def merged_patches(model: nn.Module, homes: Homes, base: Checkpoint, adapter: Pa
     experts: dict[tuple[str, int, str], dict[str, Factor]] = {}
     for place, factor in factors.items():
         if place.expert is None:
-            entry = homes.whole(f"{place.path}.weight")
+            entry = key_mapping.whole(f"{place.path}.weight")
             if entry is None:
                 raise ModelError(f"the checkpoint does not hold {place.path}.weight as it is in the model", field=field)
             patches.append(Patch(entry=entry, data=functools.partial(_linear, base, entry, factor)))
@@ -46,7 +48,7 @@ def merged_patches(model: nn.Module, homes: Homes, base: Checkpoint, adapter: Pa
             name = DOWN if place.projection == DOWN else up_name(banks[place.path].module)
             experts.setdefault((place.path, place.expert, name), {})[place.projection] = factor
     for (path, expert, name), own in experts.items():
-        parts = homes.expert_parts(banks[path], name)
+        parts = key_mapping.expert_parts(banks[path], name)
         if parts is None:
             raise ModelError(f"the checkpoint keeps the experts of {path} in another order than the model", field=field)
         patches += [

@@ -22,7 +22,7 @@ from superexperts.core.errors import ModelError
 from superexperts.core.types import ExpertKey, key_order
 from superexperts.models.experts import DOWN, up_name
 from superexperts.models.loading import load_structure
-from superexperts.models.parts import Anatomy
+from superexperts.models.parts import ModelParts
 
 __all__ = ["Changes", "adapter_changes", "change_norm"]
 
@@ -53,13 +53,13 @@ def adapter_changes(model: str, revision: str | None, adapters: Mapping[str, Pat
     source = resolve(model, revision, fetch=False)
     with Checkpoint(source.folder) as checkpoint:
         structure = load_structure(source)
-        anatomy = Anatomy(structure, checkpoint)
-        if anatomy.homes.quantized:
+        model_parts = ModelParts(structure, checkpoint)
+        if model_parts.key_mapping.quantized:
             raise ModelError(f"{model!r} is quantized, so its weights have no norm to compare with", field="model")
         norms = _Norms(checkpoint)
         with warnings.catch_warnings():  # PEFT minds that an adapter calls its base by a name, and not by its folder
             warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
-            return {name: _changes(anatomy, adapter, norms) for name, adapter in adapters.items()}
+            return {name: _changes(model_parts, adapter, norms) for name, adapter in adapters.items()}
 
 
 class _Norms:
@@ -80,20 +80,20 @@ class _Norms:
         return found
 
 
-def _changes(anatomy: Anatomy, adapter: Path, norms: _Norms) -> Changes:
-    banks = {bank.path: bank for bank in anatomy.banks}
+def _changes(model_parts: ModelParts, adapter: Path, norms: _Norms) -> Changes:
+    banks = {bank.path: bank for bank in model_parts.banks}
     moved: dict[ExpertKey, float] = collections.defaultdict(float)
     bases: dict[ExpertKey, float] = collections.defaultdict(float)
     moved_by_layer: dict[int, float] = collections.defaultdict(float)
     bases_by_layer: dict[int, float] = collections.defaultdict(float)
-    for place, factor in read_factors(anatomy.model, adapter, "folder").items():
+    for place, factor in read_factors(model_parts.model, adapter, "folder").items():
         squared = change_norm(factor) ** 2
         if place.expert is not None:
             bank = banks[place.path]
             key: ExpertKey = (bank.layer, place.expert)
             if key not in moved:
                 for name in (up_name(bank.module), DOWN):
-                    parts = anatomy.parts.get(f"{bank.path}.{name}")
+                    parts = model_parts.parts.get(f"{bank.path}.{name}")
                     if parts is None:
                         raise ModelError(
                             f"its checkpoint keeps the experts of {bank.path} in another order", field="model"
@@ -101,11 +101,11 @@ def _changes(anatomy: Anatomy, adapter: Path, norms: _Norms) -> Changes:
                     bases[key] += norms(parts[place.expert])
             moved[key] += squared
             continue
-        entry = anatomy.homes.whole(f"{place.path}.weight")
-        layer = None if entry is None else anatomy.layer_of(entry.key)
+        entry = model_parts.key_mapping.whole(f"{place.path}.weight")
+        layer = None if entry is None else model_parts.layer_of(entry.key)
         if entry is None or layer is None:
             continue  # outside of the decoder's layers, or kept in another form: nothing to compare with
-        if anatomy.expert_of.get(entry.key) == "shared":
+        if model_parts.expert_of.get(entry.key) == "shared":
             moved[layer, "shared"] += squared
             bases[layer, "shared"] += norms((entry,))
         else:

@@ -27,7 +27,7 @@ from superexperts.checkpoints.reader import Entry
 from superexperts.core.errors import ModelError
 from superexperts.models.banks import Bank
 
-__all__ = ["BLOCKS", "SCALES", "Homes", "Parts"]
+__all__ = ["BLOCKS", "SCALES", "KeyMapping", "Parts"]
 
 BLOCKS, SCALES = "_blocks", "_scales"
 """MXFP4, in which gpt_oss is published, keeps a bank's parameter as two of these names: 4-bit numbers, two in a byte,
@@ -38,18 +38,18 @@ Parts = tuple[Entry, ...]
 """What an expert's matrix is made of in the checkpoint: one piece, or several below each other."""
 
 
-class Homes:
-    """Where a model's parameters and buffers lie in a checkpoint.
+class KeyMapping:
+    """Which keys of a checkpoint make which parameters and buffers of a model.
 
-    `ModelError` for a checkpoint with a key that the model has no place for, unless it is quantized: then some are the
-    scales of others.
+    `ModelError` if the checkpoint has a key that the model has no place for. Quantized checkpoints are exempt, because
+    some of their keys are the scales of others.
     """
 
     def __init__(self, model: nn.Module, checkpoint: Mapping[str, Entry]) -> None:
         self.quantized = is_quantized(cast(Any, model).config)
         self.checkpoint = checkpoint
-        self.mapping = get_model_conversion_mapping(cast(Any, model))
-        self.of: dict[str, list[tuple[str | None, str]]] = collections.defaultdict(list)
+        self.conversions = get_model_conversion_mapping(cast(Any, model))
+        self.sources: dict[str, list[tuple[str | None, str]]] = collections.defaultdict(list)
         """Per name in the model (the first of those that a conversion makes) the keys that it comes from, each with
         the pattern of the conversion that takes it (None where it is taken as it is)."""
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -59,32 +59,32 @@ class Homes:
 
     def _find(self, model: nn.Module) -> tuple[str, ...]:
         """As `convert_and_load_state_dict_in_model` of transformers finds them."""
-        renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
+        renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
         state, prefix = model.state_dict(), cast(Any, model).base_model_prefix
-        homeless: set[str] = set()
+        unplaced: set[str] = set()
         packed: list[tuple[str, str]] = []
         for key in sorted(self.checkpoint, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:
                 name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
             if name in state:
-                self.of[name].append((pattern, key))
+                self.sources[name].append((pattern, key))
             elif self.quantized and self._is_packed(name, self.checkpoint[key]):
                 packed.append((name, key))
             else:
-                homeless.add(name)
+                unplaced.add(name)
         for name, key in packed:
-            self.of[name].append((None, key))
+            self.sources[name].append((None, key))
             self._shapes[name] = torch.Size(self.checkpoint[key].shape)
-        info = _info(unexpected=homeless)
+        info = _info(unexpected=unplaced)
         cast(Any, model)._adjust_missing_and_unexpected_keys(info)
         if info.unexpected_keys and not self.quantized:
             some = ", ".join(map(ascii, sorted(info.unexpected_keys)[:3]))
             raise ModelError(
                 f"the checkpoint has {len(info.unexpected_keys)} unexpected keys ({some}); repair it", field="model"
             )
-        return tuple(sorted(homeless))
+        return tuple(sorted(unplaced))
 
     def _is_packed(self, name: str, entry: Entry) -> bool:
         for ending in (BLOCKS, SCALES):
@@ -95,11 +95,13 @@ class Homes:
 
     def check_complete(self, model: nn.Module) -> None:
         """`ModelError` for a checkpoint that lacks one of the model's parameters, which would be drawn at random."""
-        several = any(len(entry.target_patterns) > 1 for entry in self.mapping if isinstance(entry, WeightConverter))
+        several = any(
+            len(entry.target_patterns) > 1 for entry in self.conversions if isinstance(entry, WeightConverter)
+        )
         if several:
-            return  # `of` has the first name of several only
+            return  # `sources` has only the first of several names
         tied = cast(Any, model).all_tied_weights_keys
-        known = {*self.of, *tied, *(name.removesuffix(BLOCKS) for name in self.of)}
+        known = {*self.sources, *tied, *(name.removesuffix(BLOCKS) for name in self.sources)}
         info = _info(missing={name for name in model.state_dict() if name not in known})
         cast(Any, model)._adjust_missing_and_unexpected_keys(info)
         if info.missing_keys and self.quantized:
@@ -115,7 +117,7 @@ class Homes:
 
     def whole(self, name: str) -> Entry | None:
         """The one entry that is this parameter or buffer as it stands; None where it is made of others, or absent."""
-        sources = self.of.get(name, [])
+        sources = self.sources.get(name, [])
         if len(sources) != 1 or sources[0][0] is not None:
             return None
         entry = self.checkpoint[sources[0][1]]
@@ -141,9 +143,9 @@ class Homes:
     def stacked(self, name: str) -> list[list[Entry]] | None:
         """The entries that a conversion stacks to this parameter, expert by expert: a list for the gate and one for
         the up projection, or a single one; None where it does anything else."""
-        sources = self.of.get(name, [])
+        sources = self.sources.get(name, [])
         patterns = {pattern for pattern, _ in sources}
-        for converter in self.mapping:
+        for converter in self.conversions:
             if isinstance(converter, WeightConverter) and patterns == set(converter.source_patterns):
                 if not _stacks_experts(converter):
                     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from torch import nn
@@ -10,20 +11,34 @@ from superexperts.checkpoints.reader import Checkpoint, Entry
 from superexperts.core.types import ExpertId
 from superexperts.models.banks import Bank, find_banks
 from superexperts.models.decoder import in_layer
-from superexperts.models.key_mapping import BLOCKS, SCALES, Homes
-from superexperts.surgery.differences import Unit
+from superexperts.models.key_mapping import BLOCKS, SCALES, KeyMapping
 
-__all__ = ["Anatomy", "pair_units"]
+__all__ = ["ModelParts", "Unit", "pair_units"]
 
 
-class Anatomy:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A tensor, or the part of a tensor that belongs to one expert, in two checkpoints A and B."""
+
+    key: str
+    """Key in A, or in B if A has none; `key[3]` is expert 3 of a fused tensor."""
+    layer: int | None = None
+    """Number of the decoder layer, None outside of the layers."""
+    expert: ExpertId | None = None
+    """None for weights that belong to no expert, or to all of a layer."""
+    a: tuple[Entry, ...] = ()
+    """The pieces in A, in order; empty if A lacks it. `b` likewise."""
+    b: tuple[Entry, ...] = ()
+
+
+class ModelParts:
     """A checkpoint as its model sees it: every key's parameter, and every expert's own parts."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         self.model, self.checkpoint = model, checkpoint
         self.banks = find_banks(model)
-        self.homes = Homes(model, checkpoint)
-        self.names = {key: name for name, sources in self.homes.of.items() for _, key in sources}
+        self.key_mapping = KeyMapping(model, checkpoint)
+        self.names = {key: name for name, sources in self.key_mapping.sources.items() for _, key in sources}
         """Key -> name in the model."""
         self._layer = in_layer(self.banks[0].path, self.banks[0].layer)
         paths = {module: path for path, module in model.named_modules()}
@@ -45,7 +60,7 @@ class Anatomy:
                 self.expert_of[key] = "shared"
 
     def _add(self, bank: Bank, parameter: str) -> None:
-        parts = self.homes.expert_parts(bank, parameter)
+        parts = self.key_mapping.expert_parts(bank, parameter)
         if parts is None:
             return
         self.parts[f"{bank.path}.{parameter}"] = parts
@@ -72,15 +87,15 @@ def _mlp_of(down: str, bank: str) -> str:
     return ".".join(parts[: depth + 1])
 
 
-def pair_units(a: Anatomy | Checkpoint, b: Anatomy | Checkpoint) -> list[Unit]:
+def pair_units(a: ModelParts | Checkpoint, b: ModelParts | Checkpoint) -> list[Unit]:
     """Everything that either checkpoint holds, each thing once, in A's order, then B's.
 
     Keys are paired by name. A fused tensor is taken apart into its experts; where one checkpoint is fused and the other
     is not, or calls a parameter otherwise, they are paired through the model.
     """
-    if isinstance(a, Anatomy) and isinstance(b, Anatomy):
+    if isinstance(a, ModelParts) and isinstance(b, ModelParts):
         return list(_units(a, b))
-    one, other = (side.checkpoint if isinstance(side, Anatomy) else side for side in (a, b))
+    one, other = (side.checkpoint if isinstance(side, ModelParts) else side for side in (a, b))
     units = [Unit(key=key, a=(entry,), b=_maybe(other.get(key))) for key, entry in one.items()]
     return units + [Unit(key=key, b=(entry,)) for key, entry in other.items() if key not in one]
 
@@ -89,12 +104,15 @@ def _maybe(entry: Entry | None) -> tuple[Entry, ...]:
     return () if entry is None else (entry,)
 
 
-def _units(a: Anatomy, b: Anatomy) -> Iterator[Unit]:
+def _units(a: ModelParts, b: ModelParts) -> Iterator[Unit]:
     done_a: set[str] = set()
     done_b: set[str] = set()
-    for name in [*a.homes.of, *(name for name in b.homes.of if name not in a.homes.of)]:
-        keys_a, keys_b = ([key for _, key in side.homes.of.get(name, [])] for side in (a, b))
-        fused = any(name in side.parts and side.homes.whole(name) is not None for side in (a, b))
+    for name in [
+        *a.key_mapping.sources,
+        *(name for name in b.key_mapping.sources if name not in a.key_mapping.sources),
+    ]:
+        keys_a, keys_b = ([key for _, key in side.key_mapping.sources.get(name, [])] for side in (a, b))
+        fused = any(name in side.parts and side.key_mapping.whole(name) is not None for side in (a, b))
         alike = len(a.parts.get(name, ())) == len(b.parts.get(name, ())) > 0
         if alike and (fused or keys_a != keys_b):
             some = keys_a[0] if len(keys_a) == 1 else name
@@ -103,7 +121,7 @@ def _units(a: Anatomy, b: Anatomy) -> Iterator[Unit]:
             done_a |= set(keys_a)
             done_b |= set(keys_b)
         elif len(keys_a) == len(keys_b) == 1 and keys_a != keys_b:
-            whole_a, whole_b = a.homes.whole(name), b.homes.whole(name)
+            whole_a, whole_b = a.key_mapping.whole(name), b.key_mapping.whole(name)
             if whole_a is not None and whole_b is not None:
                 yield Unit(
                     key=keys_a[0], layer=a.layer_of(keys_a[0]), expert=a.expert_of.get(keys_a[0]),

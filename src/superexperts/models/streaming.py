@@ -28,7 +28,7 @@ from superexperts.core.errors import ModelError
 from superexperts.models.banks import Bank, find_banks
 from superexperts.models.decoder import decoder_layers
 from superexperts.models.experts import DOWN, up_name
-from superexperts.models.key_mapping import Homes
+from superexperts.models.key_mapping import KeyMapping
 from superexperts.models.read_ahead import ReadAhead
 
 __all__ = ["StreamedModel"]
@@ -47,12 +47,12 @@ class StreamedModel:
         first = next(iter(self.banks.values()))
         self._layers = decoder_layers(model, first.path)
         self._decoder = next(name for name, module in model.named_modules() if module is self._layers)
-        self._homes = Homes(model, checkpoint)
+        self._key_mapping = KeyMapping(model, checkpoint)
         self._experts = {
             (layer, name): parts
             for layer, bank in self.banks.items()
             for name in _matrices(bank)
-            if (parts := self._homes.expert_parts(bank, name)) is not None
+            if (parts := self._key_mapping.expert_parts(bank, name)) is not None
         }
         self._alone = {f"{self.banks[layer].path}.{name}" for layer, name in self._experts}
         """Names of the parameters that are read expert by expert."""
@@ -91,7 +91,7 @@ class StreamedModel:
 
             try:
                 first = background.submit(self._load, layers[0])  # two readers, while nothing can be computed
-                self._fill([name for name in self._homes.of if self._is_outside(name)])
+                self._fill([name for name in self._key_mapping.sources if self._is_outside(name)])
                 self._check_full(name for name, _ in self.model.named_parameters() if self._is_outside(name))
                 yield one_by_one(first)
             finally:
@@ -130,7 +130,7 @@ class StreamedModel:
     def _load(self, layer: int) -> None:
         """Fills a layer's modules but for its experts."""
         prefix = f"{self._decoder}.{layer}."
-        self._fill([name for name in self._homes.of if name.startswith(prefix) and name not in self._alone])
+        self._fill([name for name in self._key_mapping.sources if name.startswith(prefix) and name not in self._alone])
         names = (prefix + name for name, _ in self._layers[layer].named_parameters())
         self._check_full(name for name in names if name not in self._alone)
 
@@ -146,14 +146,14 @@ class StreamedModel:
 
     def _fill(self, names: Collection[str]) -> None:
         """Loads parameters as transformers does, whatever they are made of."""
-        entries = [self.checkpoint[key] for name in names for _, key in self._homes.of[name]]
+        entries = [self.checkpoint[key] for name in names for _, key in self._key_mapping.sources[name]]
         state = {entry.key: self.checkpoint.read(entry) for entry in entries}
         model = cast(Any, self.model)
         settings = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self._dtype,
             dtype_plan=model._get_dtype_plan(self._dtype),
-            weight_mapping=self._homes.mapping,
+            weight_mapping=self._key_mapping.conversions,
         )
         with self._converting, _silent():
             info, _ = convert_and_load_state_dict_in_model(model, state, settings, None)

@@ -18,7 +18,7 @@ from superexperts.core.types import ExpertKey, ExpertSet, key_name, key_order
 from superexperts.models.banks import check_experts
 from superexperts.models.decoder import num_layers
 from superexperts.models.loading import load_structure
-from superexperts.models.parts import Anatomy, pair_units
+from superexperts.models.parts import ModelParts, pair_units
 from superexperts.surgery.differences import Difference, Status, Sums, compare_units, count, tensor_sums, total
 
 __all__ = ["run"]
@@ -46,20 +46,20 @@ def run(config: CompareConfig) -> dict[str, Any]:
     other = None if is_adapter else resolve(config.b, config.revision_b, trust_remote_code=code, field="b")
     folder_a, folder_b = one.folder, adapter if other is None else other.folder
     with Checkpoint(folder_a) as a:
-        anatomy = _anatomy(one, a, needed=is_adapter or expected is not None)
-        if anatomy is not None and expected is not None:
-            check_experts(anatomy.banks, expected, "expect_only")
-            anatomy.homes.check_complete(anatomy.model)  # what both lack would differ nowhere
+        model_parts = _model_parts(one, a, needed=is_adapter or expected is not None)
+        if model_parts is not None and expected is not None:
+            check_experts(model_parts.banks, expected, "expect_only")
+            model_parts.key_mapping.check_complete(model_parts.model)  # what both lack would differ nowhere
         if other is None:
-            assert anatomy is not None
-            differences = _with_adapter(anatomy, adapter)
+            assert model_parts is not None
+            differences = _with_adapter(model_parts, adapter)
         else:
             with Checkpoint(folder_b) as b:
-                theirs = None if anatomy is None else _anatomy(other, b, needed=expected is not None)
-                numbers = [] if anatomy is None or theirs is None else [anatomy.num_experts, theirs.num_experts]
+                theirs = None if model_parts is None else _model_parts(other, b, needed=expected is not None)
+                numbers = [] if model_parts is None or theirs is None else [model_parts.num_experts, theirs.num_experts]
                 if len(set(numbers)) > 1:
                     note(f"compare: {RENUMBERED.format(*numbers)}")
-                both = (a, b) if anatomy is None or theirs is None else (anatomy, theirs)
+                both = (a, b) if model_parts is None or theirs is None else (model_parts, theirs)
                 units = pair_units(*both)
                 differences = []
                 with progress("comparing", len(units)) as bar:
@@ -75,7 +75,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
         **_judged(config, expected, differences, settings),
     }
     if config.out is not None:
-        _write(config, result, anatomy, started, [folder_a, folder_b])
+        _write(config, result, model_parts, started, [folder_a, folder_b])
         result["out"] = str(config.out)
     return result
 
@@ -89,10 +89,10 @@ def _expected(text: str | None) -> tuple[ExpertKey, ...] | None:
         raise error.about("expect_only") from error
 
 
-def _anatomy(source: ModelSource, checkpoint: Checkpoint, *, needed: bool) -> Anatomy | None:
+def _model_parts(source: ModelSource, checkpoint: Checkpoint, *, needed: bool) -> ModelParts | None:
     """What belongs to which expert; None, with a note, for a checkpoint without experts that are known here."""
     try:
-        return Anatomy(load_structure(source), checkpoint)
+        return ModelParts(load_structure(source), checkpoint)
     except ModelError as error:
         if needed:
             raise
@@ -100,15 +100,15 @@ def _anatomy(source: ModelSource, checkpoint: Checkpoint, *, needed: bool) -> An
         return None
 
 
-def _with_adapter(anatomy: Anatomy, adapter: Path) -> list[Difference]:
+def _with_adapter(model_parts: ModelParts, adapter: Path) -> list[Difference]:
     """The checkpoint against itself with the adapter merged, as `export --format merged` would write it."""
     from superexperts.adapters.merge import merged_patches  # here, so that two checkpoints do not wait for PEFT
 
-    base = anatomy.checkpoint
-    merged = merged_patches(anatomy.model, anatomy.homes, base, adapter, "B")
+    base = model_parts.checkpoint
+    merged = merged_patches(model_parts.model, model_parts.key_mapping, base, adapter, "B")
     patches = {(patch.entry.file, patch.entry.offset, patch.entry.nbytes): patch for patch in merged}
     found = []
-    for unit in pair_units(anatomy, anatomy):
+    for unit in pair_units(model_parts, model_parts):
         (entry,) = unit.a
         patch = patches.pop((entry.file, entry.offset, entry.nbytes), None)
         if patch is None:
@@ -188,13 +188,17 @@ def _judged(
 
 
 def _write(
-    config: CompareConfig, result: dict[str, Any], anatomy: Anatomy | None, started: float, folders: Sequence[Path]
+    config: CompareConfig,
+    result: dict[str, Any],
+    model_parts: ModelParts | None,
+    started: float,
+    folders: Sequence[Path],
 ) -> None:
     """compare.json, and the heatmap where there are experts."""
     assert config.out is not None
     with new_folder(config.out, "compare") as temporary:
         write_json(temporary / "compare.json", {"schema": SCHEMA, **result})
-        if anatomy is not None:
+        if model_parts is not None:
             from superexperts.surgery.plots import (
                 plot_changes,  # here, so that a comparison without --out does not wait for it
             )
@@ -203,12 +207,12 @@ def _write(
                 parse_name(row["expert"]): row["relative_norm"] if row["statuses"] == ["changed"] else None
                 for row in result["experts"]
             }
-            sizes = {bank.layer: bank.num_experts for bank in anatomy.banks}
-            shared = [bank.layer for bank in anatomy.banks if bank.shared_down is not None]
+            sizes = {bank.layer: bank.num_experts for bank in model_parts.banks}
+            shared = [bank.layer for bank in model_parts.banks if bank.shared_down is not None]
             title = f"{Path(config.a).name} and {Path(config.b).name}"
             for kind in ("png", "svg"):
                 path = temporary / f"compare.{kind}"
-                plot_changes(norms, num_layers(anatomy.model), sizes, shared, title, path)
+                plot_changes(norms, num_layers(model_parts.model), sizes, shared, title, path)
         outputs = sorted(file.name for file in temporary.iterdir())
         inputs = {"folders": [fingerprint(folder) for folder in folders]}
         write_manifest(temporary, "compare", inputs, outputs, time.monotonic() - started)

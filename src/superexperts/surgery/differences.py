@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from superexperts.checkpoints.reader import KINDS, Checkpoint, Entry
 from superexperts.core.errors import ModelError
-from superexperts.core.types import ExpertId, ExpertKey
+from superexperts.core.types import ExpertKey
 
-if TYPE_CHECKING:  # torch takes 2 s to import, for which what is equal does not wait
+if TYPE_CHECKING:  # torch takes 2 s to import, and checkpoints that are equal do not need it
     from torch import Tensor
+
+    from superexperts.models.parts import Unit
 
 __all__ = [
     "Difference",
     "Sums",
-    "Unit",
     "compare_unit",
     "compare_units",
     "count",
@@ -44,21 +45,6 @@ BLOCK = 2**20
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memcmp.restype = ctypes.c_int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Unit:
-    """What is compared as one thing: a tensor, or one expert's part of one."""
-
-    key: str
-    """A's key, or B's where A has none; `key[3]` for a row of a fused tensor."""
-    layer: int | None = None
-    """None outside of the decoder's layers."""
-    expert: ExpertId | None = None
-    """None for what belongs to no expert."""
-    a: tuple[Entry, ...] = ()
-    """Where it lies in A, piece after piece; none where A has not got it."""
-    b: tuple[Entry, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from superexperts.core.errors import Field, ModelError
 from superexperts.core.types import ExpertKey, key_name
 from superexperts.models.banks import check_experts, find_banks
 from superexperts.models.experts import DOWN
-from superexperts.models.key_mapping import BLOCKS, Homes
+from superexperts.models.key_mapping import BLOCKS, KeyMapping
 from superexperts.models.loading import load_structure, settings_of
 from superexperts.surgery.locate_by_shape import Down
 
@@ -26,21 +26,21 @@ def find(config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKey]) ->
     model = load_structure(resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code))
     banks = find_banks(model)
     check_experts(banks, experts)
-    homes = Homes(model, base)
-    homes.check_complete(model)
-    if homes.quantized and config.mode != "zero":
+    key_mapping = KeyMapping(model, base)
+    key_mapping.check_complete(model)
+    if key_mapping.quantized and config.mode != "zero":
         raise ModelError(
             f"{config.mode!r} needs weights that are not quantized; use ", Field("mode"), " zero", field="mode"
         )
-    found = downs(model, homes, experts)
-    if found is None and homes.quantized:
+    found = downs(model, key_mapping, experts)
+    if found is None and key_mapping.quantized:
         raise ModelError(
             f"{config.model!r} is quantized in a layout that cannot be edited; use bfloat16", field="model"
         )
     return found
 
 
-def downs(model: nn.Module, homes: Homes, experts: Sequence[ExpertKey]) -> list[Down] | None:
+def downs(model: nn.Module, key_mapping: KeyMapping, experts: Sequence[ExpertKey]) -> list[Down] | None:
     """Each expert's down_proj; None where the checkpoint's layout lets one not be edited without the others."""
     banks = {bank.layer: bank for bank in find_banks(model)}
     paths = {module: path for path, module in model.named_modules()}
@@ -51,11 +51,11 @@ def downs(model: nn.Module, homes: Homes, experts: Sequence[ExpertKey]) -> list[
         if expert == "shared":
             assert bank.shared_down is not None
             path, has_bias = paths[bank.shared_down], bank.shared_down.bias is not None
-            weight, bias = homes.whole(f"{path}.weight"), homes.whole(f"{path}.bias") if has_bias else None
+            weight, bias = key_mapping.whole(f"{path}.weight"), key_mapping.whole(f"{path}.bias") if has_bias else None
         else:
             has_bias = cast(Any, bank.module).has_bias
-            weights = homes.expert_parts(bank, DOWN) or homes.expert_parts(bank, f"{DOWN}{BLOCKS}")
-            biases = homes.expert_parts(bank, f"{DOWN}_bias") if has_bias else None
+            weights = key_mapping.expert_parts(bank, DOWN) or key_mapping.expert_parts(bank, f"{DOWN}{BLOCKS}")
+            biases = key_mapping.expert_parts(bank, f"{DOWN}_bias") if has_bias else None
             (weight,) = (None,) if weights is None else weights[expert]
             (bias,) = (None,) if biases is None else biases[expert]
         if weight is None or (has_bias and bias is None):

@@ -25,7 +25,7 @@ from superexperts.core.types import ExpertKey, key_name
 from superexperts.models.banks import Bank, check_experts, find_banks
 from superexperts.models.decoder import decoder_layers, in_layer, num_layers, text_config
 from superexperts.models.experts import down_weight
-from superexperts.models.key_mapping import Homes
+from superexperts.models.key_mapping import KeyMapping
 from superexperts.models.loading import settings_of, structure_of
 
 __all__ = ["Removal", "plan_removal"]
@@ -57,16 +57,16 @@ def plan_removal(source: ModelSource, base: Checkpoint, experts: Collection[Expe
     count = _each_loses(banks, experts)
     field, fewer = _shrunk(settings, source, banks, count)
     _check_groups(settings, banks, experts)
-    homes = Homes(model, base)
-    homes.check_complete(model)
-    if homes.quantized:
+    key_mapping = KeyMapping(model, base)
+    key_mapping.check_complete(model)
+    if key_mapping.quantized:
         raise ModelError("'remove' needs weights that are not quantized; use ", Field("mode"), " zero", field="mode")
-    _check_ignored(model, banks, homes)
+    _check_ignored(model, banks, key_mapping)
     before, after = (_shapes(structure) for structure in (model, fewer))
     new: dict[str, NewTensor | None] = {}
     changes: list[Change] = []
     for name, shape in before.items():
-        if after.get(name) == shape or name not in homes.of:
+        if after.get(name) == shape or name not in key_mapping.sources:
             continue
         bank = next((bank for bank in banks if name.startswith(f"{bank.path.rpartition('.')[0]}.")), None)
         if bank is None:
@@ -79,7 +79,7 @@ def plan_removal(source: ModelSource, base: Checkpoint, experts: Collection[Expe
         gone = [cast(int, expert) for layer, expert in experts if layer == bank.layer]
         kept = [expert for expert in range(bank.num_experts) if expert not in gone]
         (dim,) = (d for d, (x, y) in enumerate(zip(shape, after[name], strict=True)) if x != y)
-        changes += _shrink(base, homes, name, dim, kept, gone, new)
+        changes += _shrink(base, key_mapping, name, dim, kept, gone, new)
     shards = {}
     for file in base.files:
         entries = base.in_file(file)
@@ -205,10 +205,10 @@ def _check_groups(settings: Any, banks: Sequence[Bank], experts: Collection[Expe
             )
 
 
-def _check_ignored(model: nn.Module, banks: Sequence[Bank], homes: Homes) -> None:
+def _check_ignored(model: nn.Module, banks: Sequence[Bank], key_mapping: KeyMapping) -> None:
     """A checkpoint may hold more layers than the model uses (for speculative decoding), with experts of their own."""
     beyond, layers = in_layer(banks[0].path, banks[0].layer), num_layers(model)
-    more = next((key for key in homes.ignored if (found := beyond.match(key)) and int(found[1]) >= layers), None)
+    more = next((key for key in key_mapping.ignored if (found := beyond.match(key)) and int(found[1]) >= layers), None)
     if more is not None:
         raise ModelError(
             (f"holds layers that the model does not run ({more!a}), whose experts the new number would not fit; use "),
@@ -227,11 +227,11 @@ def _as_it_is(entry: Entry) -> NewTensor:
 
 
 def _shrink(
-    base: Checkpoint, homes: Homes, name: str, dim: int, kept: Sequence[int], gone: Sequence[int],
+    base: Checkpoint, key_mapping: KeyMapping, name: str, dim: int, kept: Sequence[int], gone: Sequence[int],
     new: dict[str, NewTensor | None],
 ) -> list[Change]:  # fmt: skip
     """Puts what becomes of a parameter's keys into `new` (None for a key that leaves); returns what was taken out."""
-    whole = homes.whole(name)
+    whole = key_mapping.whole(name)
     if whole is not None:
         shape = tuple(len(kept) if d == dim else size for d, size in enumerate(whole.shape))
         pieces: tuple[Entry | Tensor, ...]
@@ -243,7 +243,7 @@ def _shrink(
             out = [whole]
         new[whole.key] = NewTensor(key=whole.key, kind=whole.kind, shape=shape, pieces=pieces)
         return [_taken_out(base, entry) for entry in out]
-    columns = homes.stacked(name)
+    columns = key_mapping.stacked(name)
     if columns is None or any(len(column) != len(kept) + len(gone) for column in columns):
         raise ModelError(
             f"the checkpoint keeps {name} in an order that cannot be edited; use ",
