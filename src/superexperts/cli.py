@@ -50,7 +50,7 @@ COMMANDS = {
     "extract": Command("read what each answer commits to", "extraction.extract", "core.config.ExtractConfig"),
     "study": Command("everything, from the checkpoint to the report", "studies.study", "core.config_study.StudyConfig"),
     "status": Command("how far a study is", "studies.status", "core.config_study.StatusConfig"),
-    "report": Command("write the report of a study again", "reports.report", "core.config_study.ReportConfig"),
+    "report": Command("write the report of a study again", "reports.report", "reports.report.ReportConfig"),
     "push": Command("put an adapter or a study on the Hub", "hub.push", "core.config_adapters.PushConfig"),
     "pocket": Command("the embedded model as a checkpoint folder", "pocket", "pocket.PocketConfig"),
 }

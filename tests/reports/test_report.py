@@ -16,13 +16,12 @@ from bs4 import BeautifulSoup
 from PIL import Image
 
 from superexperts.adapters.norms import Changes
-from superexperts.core.config_study import ReportConfig
 from superexperts.core.errors import DataError, ModelError, OutputError
 from superexperts.core.runs import write_json
 from superexperts.core.types import Answer, Extraction
 from superexperts.reports import pictures
 from superexperts.reports.answers import disagreements, script_safe, visible
-from superexperts.reports.report import run, write_report
+from superexperts.reports.report import ReportConfig, run, write_report
 from superexperts.results.results import Results
 from superexperts.results.statistics.single_run import paired_interval, wilson
 from superexperts.results.variants import title_of
@@ -375,9 +374,9 @@ def test_how_to_do_it_again(soup: BeautifulSoup, seeds: Path) -> None:
     section = soup.select_one("#run")
     assert section is not None
     assert section.select_one("pre").get_text() == (seeds / "study.yaml").read_text()  # type: ignore[union-attr]
-    typed = section.select_one("pre.typed").get_text().splitlines()  # type: ignore[union-attr]
+    commands = section.select_one("pre.commands").get_text().splitlines()  # type: ignore[union-attr]
     wanted = "--data rows/train.json --experts L1E2,L2shared --learning-rate 0.003 --out variants/lora-super/train"
-    assert f"superexperts train pocket {wanted}" in typed
+    assert f"superexperts train pocket {wanted}" in commands
     text = (seeds / "report.md").read_text(encoding="utf-8")
     assert "````yaml\n# <b>how</b> ``` it was run\n" in text  # in a fence that it cannot close
     assert f"superexperts train pocket {wanted}" in text

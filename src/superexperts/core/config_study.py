@@ -1,4 +1,4 @@
-"""The settings of `study`, `status` and `report`; `config.py` has the other commands."""
+"""The settings of `study` and `status`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from superexperts.core.errors import Field
 from superexperts.core.settings import Switch, require, require_device
 
-__all__ = ["ReportConfig", "StatusConfig", "StudyConfig"]
+__all__ = ["StatusConfig", "StudyConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,18 +63,5 @@ class StatusConfig:
 
     folder: Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
     """Folder of the study."""
-    json: Switch = False
-    """Print the result as JSON."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """Write report.html again from a study's results.
-
-    Example: superexperts report runs/demo
-    """
-
-    folder: Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
-    """Folder with results.json."""
     json: Switch = False
     """Print the result as JSON."""

@@ -1,191 +1,50 @@
-"""A study's folder -> report.html, one file that opens from disk, loads nothing and runs no script but its own; beside
-it report.md, the same conclusions as text, and figures/ for a paper.
-
-What a model generated is text here and stays text: the template escapes everything, the answers travel as JSON whose
-`<` are escaped, the page's script only writes `textContent`, and the page's policy forbids every other script.
-"""
+"""`superexperts report`: writes the report of a study again."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import itertools
-import re
-import time
-from collections.abc import Callable, Iterable
+import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import quote
+from typing import Annotated, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+import tyro
+from tyro.conf import Positional
 
-from superexperts import __version__
-from superexperts.core.config_study import ReportConfig
-from superexperts.core.errors import DataError
-from superexperts.core.runs import fingerprint, new_folder, read_json, write_manifest, write_text
-from superexperts.core.types import Answer, ExpertSet, Extraction, key_name
-from superexperts.data.corpora import read_rows
-from superexperts.reports.answers import disagreements, script_safe, visible
-from superexperts.reports.pictures import drawn, pictures, rule_of
-from superexperts.reports.reproduce import facts, read_manifests, stages, study_file, versions
-from superexperts.reports.tables import budgets, comparison_rows, lede, verdict_rows
-from superexperts.results.results import Results
-from superexperts.results.tables import result_table
-from superexperts.results.verdict import headline
+from superexperts.core.console import stdout
+from superexperts.core.settings import Switch
 
-__all__ = ["run", "write_report"]
+__all__ = ["ReportConfig", "run", "show", "write_report"]
 
-T = TypeVar("T")
 
-TEMPLATES = Path(__file__).parent / "templates"
-FIGURES = "figures"
-MAX_PAGE, MAX_ANSWERS = 4_900_000, 2_000_000
-"""Bytes of the page, which is to stay under 5 MB, and of the answers in it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write report.html again from a study's results.
+
+    Example: superexperts report runs/demo
+    """
+
+    folder: Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
+    """Folder with results.json."""
+    json: Switch = False
+    """Print the result as JSON."""
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
-    """The command: writes report.html, report.md and figures/ into a study's folder again."""
+    """Writes report.html, report.md and figures/ into a study's folder."""
     return {"out": str(config.folder), "report": str(write_report(config.folder))}
 
 
+def show(result: dict[str, Any]) -> None:
+    """Prints where the report is."""
+    stdout.print(f"in {result['out']}", soft_wrap=True)
+
+
 def write_report(folder: Path) -> Path:
-    """Writes `report.html`, `report.md` and `figures/` from what the study left in `folder`; returns the first's path.
+    """Writes the report of the study in `folder`; returns the path of report.html."""
+    # Imported here so that --help and wrong options do not wait for matplotlib, torch and the other commands.
+    from superexperts.core.config import EvaluateConfig, ProfileConfig
+    from superexperts.core.config_surgery import PruneConfig
+    from superexperts.reports import page
+    from superexperts.training.train import TrainConfig
 
-    results.json must be there (`DataError` otherwise); the profile, expert sets, answers, training logs, adapters and
-    manifests are shown where they are there.
-    """
-    started = time.monotonic()
-    if not (folder / "results.json").is_file():
-        raise DataError(f"{folder} has no results.json; give the folder of a finished study", field="folder")
-    results = Results.load(folder)
-    extractions = _load_lines(folder, results, "extractions", Extraction.from_json)
-    answers = _load_lines(folder, results, "answers", Answer.from_json)
-    super_file = folder / "experts" / "super.json"
-    chosen = ExpertSet.from_json(read_json(super_file, "experts")) if super_file.is_file() else None
-    manifests = read_manifests(folder)
-    rule = rule_of(chosen)
-    told: dict[str, Any] = {
-        "results": results,
-        "headline": headline(results),
-        "lede": lede(results),
-        "against_base": verdict_rows(results, "base"),
-        "against_controls": verdict_rows(results, "control"),
-        "table": result_table(results),
-        "any_perplexity": any(variant.perplexity is not None for variant in results.variants),
-        "any_subjects": any(score.clustered for variant in results.variants for score in variant.scores),
-        "comparisons": comparison_rows(results),
-        "budgets": budgets(results),
-        "chosen": [key_name(key) for key in chosen.experts] if chosen is not None else [],
-        "rule": rule | {"ratio_words": "tenth" if rule["ratio"] == 10 else f"{rule['ratio']:g}th part"},
-        "facts": facts(results, manifests),
-        "versions": versions(manifests),
-        "stages": stages(folder, results, manifests),
-        "study_file": study_file(folder),
-        "version": __version__,
-    }
-    with new_folder(folder / FIGURES, "report", "folder") as figures:
-        shown = [drawn(picture, figures) for picture in pictures(folder, results, chosen)]
-        outputs = sorted(file.name for file in figures.iterdir())
-        inputs = {"results": fingerprint(folder / "results.json")}
-        write_manifest(figures, "report", inputs, outputs, time.monotonic() - started)
-    page = _page(told, shown, None)
-    if answers and extractions:
-        room = min(MAX_ANSWERS, max(0, MAX_PAGE - len(page.encode("utf-8", errors="backslashreplace"))))
-        page = _page(told, shown, disagreements(results, answers, extractions, room))
-    write_text(folder / "report.md", _markdown(told, shown))
-    path = folder / "report.html"
-    write_text(path, page)
-    return path
-
-
-def _page(told: dict[str, Any], shown: list[dict[str, Any]], browser: Any) -> str:
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    by_section = {
-        name: [one for one in shown if one["section"] == name and one["on_page"]]
-        for name in ("results", "controls", "experts", "sinks", "weights", "training")
-    }
-    sections = [
-        ("results", "Results", True),
-        ("budget", "Budget", bool(told["budgets"])),
-        ("experts", "Experts", bool(by_section["experts"] or by_section["sinks"])),
-        ("weights", "Weights", bool(by_section["weights"])),
-        ("training", "Training", bool(by_section["training"])),
-        ("answers", "Answers", browser is not None),
-        ("run", "Reproduce", True),
-    ]
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["script_safe"] = script_safe
-    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
-    environment.filters["groupby_order"] = _groups
-    return environment.get_template("report.html.j2").render(
-        **told,
-        css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        sections=[(name, title) for name, title, there in sections if there],
-        pictures=by_section,
-        left_out=sum(not picture["on_page"] for picture in shown),
-        browser=browser,
-    )
-
-
-def _markdown(told: dict[str, Any], shown: list[dict[str, Any]]) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=False,  # `finalize` escapes everything, for Markdown
-        finalize=_plain,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["fenced"] = _fenced
-    environment.filters["quoted"] = lambda text: _Verbatim(quote(text))
-    return environment.get_template("report.md.j2").render(**told, shown=shown, figures=FIGURES)
-
-
-def _groups(rows: Iterable[Any], name: str) -> list[tuple[str, list[Any]]]:
-    """As jinja's `groupby`, which would sort."""
-    return [(key, list(own)) for key, own in itertools.groupby(rows, key=lambda row: getattr(row, name))]
-
-
-class _Verbatim(str):
-    """Text that is Markdown already."""
-
-
-def _plain(value: Any) -> str:
-    """Text that Markdown and the HTML in it take for nothing else, on one line."""
-    if isinstance(value, _Verbatim):
-        return value
-    text = " ".join(visible(str(value)).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*_{}\[\]|#~!])", r"\\\1", text)
-    return text.replace("://", ":&#47;/").replace("@", "&#64;").replace("www.", "www&#46;")  # which some make links of
-
-
-def _fenced(text: str, language: str = "") -> _Verbatim:
-    """A block of code, in a fence that is longer than any in the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return _Verbatim(f"{fence}{language}\n{visible(text).rstrip()}\n{fence}")
-
-
-def _load_lines(folder: Path, results: Results, kind: str, parse: Callable[[Any], T]) -> dict[str, dict[str, list[T]]]:
-    """run -> benchmark -> lines of `variants/<name>/<kind>/<task>.jsonl`; empty if the study kept none at all."""
-    files = {
-        run.name: {task: folder / "variants" / run.name / kind / f"{task}.jsonl" for task in results.tasks}
-        for _, run in results.runs
-    }
-    there = [file.is_file() for by_task in files.values() for file in by_task.values()]
-    if not any(there):
-        return {}
-    if not all(there):
-        lost = next(file for by_task in files.values() for file in by_task.values() if not file.is_file())
-        raise DataError(f"{lost} is missing; run the study again", field="folder")
-    return {
-        name: {task: [parse(row) for _, row in read_rows(file, kind)] for task, file in by_task.items()}
-        for name, by_task in files.items()
-    }
+    settings = {"profile": ProfileConfig, "prune": PruneConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+    return page.write_report(folder, settings)

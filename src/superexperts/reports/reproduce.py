@@ -1,4 +1,4 @@
-"""What a reader needs to do a study again: versions, hashes, and the commands as one would type them."""
+"""What a reader needs to reproduce a study: versions, hashes, and the commands as one would type them."""
 
 from __future__ import annotations
 
@@ -12,46 +12,36 @@ from typing import Any
 
 import yaml
 
-from superexperts.core.config import EvaluateConfig, ProfileConfig
-from superexperts.core.config_surgery import PruneConfig
 from superexperts.core.runs import read_json
 from superexperts.core.types import key_name
 from superexperts.results.results import Results, task_title
-from superexperts.training.train import TrainConfig
 
 __all__ = ["Stage", "facts", "read_manifests", "stages", "study_file", "versions"]
 
 Manifests = Sequence[tuple[Path, Mapping[str, Any]]]
-"""Each stage's folder and its manifest, in the order in which they were finished."""
-
-CONFIGS: dict[str, type[Any]] = {
-    "profile": ProfileConfig,
-    "prune": PruneConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-}
+"""(folder, manifest) of each stage, in the order in which the stages finished."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One command of a study."""
+    """One stage of a study."""
 
     command: str
     folder: str
-    """Below the study's."""
+    """Relative to the study's folder."""
     seconds: str
-    typed: str
-    """As one would type it in the study's folder; empty for a stage that has no command of its own."""
+    command_line: str
+    """As one would type it in the study's folder; empty for a stage that is not a command."""
     json: str
-    """Hashes of what it read and wrote."""
+    """Hashes of its inputs and outputs."""
 
 
 def read_manifests(folder: Path) -> Manifests:
-    """Every stage's manifest below a study's folder; the pictures' own is left out."""
+    """The manifests of all stages in a study's folder, without that of the report's figures."""
     found = [(path.parent, read_json(path, "manifest")) for path in sorted(folder.rglob("manifest.json"))]
     found = [(where, manifest) for where, manifest in found if manifest.get("command") != "report"]
     order = ["pocket-data", "profile", "prune", "train", "export", "evaluate", "extract", "study"]
-    rank = {name: number for number, name in enumerate(order)}  # of stages that were finished in the same second
+    rank = {name: number for number, name in enumerate(order)}  # for stages that finished in the same second
     return sorted(found, key=lambda pair: (str(pair[1]["finished"]), rank.get(str(pair[1]["command"]), len(order))))
 
 
@@ -74,7 +64,7 @@ def facts(results: Results, manifests: Manifests) -> list[tuple[str, str]]:
 
 
 def versions(manifests: Manifests) -> list[tuple[str, str]]:
-    """Versions that the stages ran with; all of them where a study went on after an upgrade."""
+    """Versions that the stages ran with: several for one package if it was upgraded during the study."""
     found: dict[str, set[str]] = {}
     for _, manifest in manifests:
         for name, version in manifest["versions"].items():
@@ -86,19 +76,22 @@ def versions(manifests: Manifests) -> list[tuple[str, str]]:
 
 
 def study_file(folder: Path) -> str | None:
-    """The study file as it was given."""
+    """The text of the study file; None if there is none."""
     path = folder / "study.yaml"
     return path.read_text(encoding="utf-8", errors="backslashreplace") if path.is_file() else None
 
 
-def stages(folder: Path, results: Results, manifests: Manifests) -> list[Stage]:
-    """Every stage with its command and hashes, in the order in which they were finished."""
+def stages(folder: Path, results: Results, manifests: Manifests, settings: Mapping[str, type]) -> list[Stage]:
+    """Every stage with its command line and hashes, in the order in which they finished.
+
+    `settings` are the settings classes of the commands; only they know the defaults, which are left out.
+    """
     return [
         Stage(
             command=str(manifest["command"]),
             folder=str(where.relative_to(folder)),
             seconds=f"{manifest['seconds']} s",
-            typed=_typed(folder, results, where, manifest),
+            command_line=_command_line(folder, results, where, manifest, settings),
             json=json.dumps(
                 {name: manifest[name] for name in ("key", "inputs", "outputs")}, indent=1, ensure_ascii=False
             ),
@@ -107,26 +100,28 @@ def stages(folder: Path, results: Results, manifests: Manifests) -> list[Stage]:
     ]
 
 
-def _typed(folder: Path, results: Results, where: Path, manifest: Mapping[str, Any]) -> str:
+def _command_line(
+    folder: Path, results: Results, where: Path, manifest: Mapping[str, Any], settings: Mapping[str, type]
+) -> str:
     command, inputs = str(manifest["command"]), manifest["inputs"]
     place = str(where.relative_to(folder))
     if command == "study":
         return "superexperts study study.yaml --out ."
     if command == "extract":
-        judge = inputs.get("judge")  # a judge's settings are in the study file
+        judge = inputs.get("judge")  # the settings of a judge are in the study file only
         return shlex.join(["superexperts", command, str(where.parent.relative_to(folder))]) if not judge else ""
-    if command not in CONFIGS or not isinstance(inputs.get("options"), dict):
+    if command not in settings or not isinstance(inputs.get("options"), dict):
         return ""
     built = where / "model"
     model = str(built.relative_to(folder)) if command == "evaluate" and built.is_dir() else results.model
     words = ["superexperts", command, model, *_paths(folder, command, where, inputs)]
     for name, text in inputs["options"].items():
-        words += _option(CONFIGS[command], name, str(text))
+        words += _option(settings[command], name, str(text))
     return shlex.join([*words, "--out", place])
 
 
 def _paths(folder: Path, command: str, where: Path, inputs: Mapping[str, Any]) -> list[str]:
-    """The options that lead to files, which a manifest knows by their contents."""
+    """The options that name files; a manifest holds only hashes of the files."""
     words: list[str] = []
     if command == "train":
         words += ["--data", _train_data(folder)]
@@ -148,8 +143,8 @@ def _train_data(folder: Path) -> str:
     return str(named) if named else "data/train.json"
 
 
-def _option(config: type[Any], name: str, text: str) -> list[str]:
-    """An option that is not as the command has it by itself; values are texts, as manifests keep them."""
+def _option(config: Any, name: str, text: str) -> list[str]:
+    """The words for one option; none if it has its default. Manifests hold the values as text."""
     field = next((field for field in dataclasses.fields(config) if field.name == name), None)
     if field is None or text in ("None", "", str(field.default)):
         return []
