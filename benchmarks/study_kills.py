@@ -34,8 +34,8 @@ training: {{batch_size: 16, epochs: 1, learning_rate: 3.0e-3, max_length: 256}}
 TIMED = """
 import sys, time
 from pathlib import Path
-from superexperts.studies import study
-from superexperts.core.config_study import StudyConfig
+from superexperts.studies import study, workflow
+from superexperts.studies.study import StudyConfig
 started = time.monotonic()
 study.run(StudyConfig(study=Path(sys.argv[1]), out=Path(sys.argv[2])))
 print(time.monotonic() - started)

@@ -59,7 +59,7 @@ def run(_):
     weakly = weakref.ref(held, lambda _: signal.raise_signal(signal.SIGINT))
     del held
     time.sleep(60)
-    return {}
+    return {"out": "x"}
 
 from superexperts import pocket
 pocket.run = run
@@ -220,7 +220,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["extract", "nowhere", "--audit", "x"], "--audit: 'x' excludes DIR"),
         (["profile", "--corpus", "x@y"], "--corpus: 'x@y' is neither a file nor one of"),
         (["study"], "STUDY"),
-        (["study", "nowhere.yaml"], "STUDY: 'nowhere.yaml' is no file"),
+        (["study", "nowhere.yaml"], "STUDY: 'nowhere.yaml' is not a file"),
         (["report", "nowhere"], "nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

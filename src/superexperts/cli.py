@@ -48,8 +48,8 @@ COMMANDS = {
     ),
     "evaluate": Command("ask a model the questions of benchmarks", "evaluation.evaluate", "core.config.EvaluateConfig"),
     "extract": Command("read what each answer commits to", "extraction.extract", "core.config.ExtractConfig"),
-    "study": Command("everything, from the checkpoint to the report", "studies.study", "core.config_study.StudyConfig"),
-    "status": Command("how far a study is", "studies.status", "core.config_study.StatusConfig"),
+    "study": Command("everything, from the checkpoint to the report", "studies.study", "studies.study.StudyConfig"),
+    "status": Command("how far a study is", "studies.status", "studies.status.StatusConfig"),
     "report": Command("write the report of a study again", "reports.report", "reports.report.ReportConfig"),
     "push": Command("put an adapter or a study on the Hub", "hub.push", "core.config_adapters.PushConfig"),
     "pocket": Command("the embedded model as a checkpoint folder", "pocket", "pocket.PocketConfig"),
@@ -108,10 +108,11 @@ def _command(name: str) -> Command:
 
 
 def _settings(name: str, kind: type, words: Sequence[str]) -> Any:
-    # A command whose options depend on each other more than tyro can say offers `defaults(words)`.
-    default = getattr(sys.modules[kind.__module__], "defaults", lambda _: None)(words)
-    if name == "study":
-        words = _with_address(words)
+    # Two hooks for what tyro cannot say: `defaults(words)` gives the values of options that are not given, and
+    # `rewrite_arguments(words)` changes the words themselves.
+    module = sys.modules[kind.__module__]
+    default = getattr(module, "defaults", lambda _: None)(words)
+    words = getattr(module, "rewrite_arguments", list)(words)
     return read_arguments(kind, f"superexperts {name}", words, default)
 
 
@@ -134,13 +135,3 @@ def _imported(name: str) -> Any:
 def _attribute(path: str) -> Any:
     module, _, name = path.rpartition(".")
     return getattr(_imported(module), name)
-
-
-def _with_address(arguments: Sequence[str]) -> list[str]:
-    """`study --ray` without an address gets the empty one; a study file that follows is not an address."""
-    words = list(arguments)
-    if "--ray" in words:
-        after = words.index("--ray") + 1
-        if after == len(words) or words[after].startswith("-") or words[after].endswith((".yaml", ".yml")):
-            words.insert(after, "")
-    return words

@@ -13,11 +13,11 @@ import yaml
 
 from superexperts import pocket
 from superexperts.core.config import EvaluateConfig
-from superexperts.core.config_study import StudyConfig
 from superexperts.core.errors import DataError, UserError
 from superexperts.core.types import ExpertSet
-from superexperts.studies import cells, check, study
+from superexperts.studies import cells, check, study, workflow
 from superexperts.studies.plan import parse
+from superexperts.studies.study import StudyConfig
 
 
 @pytest.fixture(autouse=True)
@@ -164,9 +164,9 @@ experts: {{mine: {tmp_path / "mine.json"}, busy: {{rule: gate, like: {tmp_path /
     for name, (content, _) in contents.items():
         (tmp_path / name).write_text(content)
     plan = parse(text)
-    before = study._inputs(plan)
+    before = workflow._inputs(plan)
     for name, (content, changed) in contents.items():
         (tmp_path / name).write_text(changed)
-        assert study._inputs(plan) != before, name
+        assert workflow._inputs(plan) != before, name
         (tmp_path / name).write_text(content)
-        assert study._inputs(plan) == before, name
+        assert workflow._inputs(plan) == before, name

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from superexperts.core.config_study import StudyConfig
 from superexperts.core.errors import OptionError, OutputError
 from superexperts.studies.plan import expert_files, parse
-from superexperts.studies.study import run
+from superexperts.studies.study import StudyConfig, run
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,16 +19,18 @@ import pytest
 
 from superexperts import pocket
 from superexperts.cli import main
-from superexperts.core.config_study import StatusConfig, StudyConfig
 from superexperts.core.config_surgery import CompareConfig
 from superexperts.core.errors import DataError, OptionError, OutputError
 from superexperts.core.types import Extraction
 from superexperts.data.corpora import read_rows
-from superexperts.studies import study
+from superexperts.studies import study, workflow
 from superexperts.studies.cells import Cell, cells
 from superexperts.studies.plan import parse
+from superexperts.studies.progress import LOG
+from superexperts.studies.status import StatusConfig
 from superexperts.studies.status import run as status
-from superexperts.studies.workers import LOG, Outcome, locked, schedule
+from superexperts.studies.study import StudyConfig
+from superexperts.studies.workers import Outcome, locked, schedule
 from superexperts.surgery import compare
 from tests.support.local_engines import BUILT, installed
 
@@ -144,10 +146,10 @@ def test_changed_benchmark_files_make_a_finished_study_old(plan: Path, finished:
     file = plan.parent / "data" / "gsm8k_main_test.jsonl"
     text = file.read_text(encoding="utf-8")
     loaded = parse(plan.read_text(encoding="utf-8"))
-    before = study._data_identity(loaded)
+    before = workflow._data_identity(loaded)
     file.write_text(text.replace("#### ", "#### 9", 1), encoding="utf-8")
     try:
-        after = study._data_identity(loaded)
+        after = workflow._data_identity(loaded)
     finally:
         file.write_text(text, encoding="utf-8")
     assert after["gsm8k"] != before["gsm8k"]
@@ -256,7 +258,7 @@ def test_an_interrupted_study_ends_its_workers_in_peace(finished: Path, plan: Pa
 
 
 def test_two_studies_do_not_work_in_one_folder(finished: Path, plan: Path) -> None:
-    with locked(finished), pytest.raises(OutputError, match="another study is at work"):
+    with locked(finished), pytest.raises(OutputError, match="another study is running"):
         study.run(StudyConfig(study=plan, out=finished))
 
 

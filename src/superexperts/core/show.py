@@ -10,7 +10,6 @@ from rich.text import Text
 
 from superexperts.core.console import stdout
 from superexperts.core.types import key_name
-from superexperts.studies.show import show_plan, show_status
 
 __all__ = ["show"]
 
@@ -50,20 +49,9 @@ def show(command: str, result: dict[str, Any]) -> None:
             _show_judge(result["judge"])
     elif command == "extract":
         _show_audit(result)
-    elif command == "status":
-        show_status(result)
-    elif command == "study" and "written" in result:
-        stdout.print(f"wrote {result['written']}", soft_wrap=True, markup=False)
-    elif command == "study" and "plan" in result:
-        show_plan(result["plan"])
-    elif command == "study":
-        from superexperts.results.tables import print_table
-
-        print_table(result["results"], stdout)
-        stdout.print(f"report: {result['report']}", soft_wrap=True)
     elif command == "push":
         _show_push(result)
-    if "out" in result and command != "study":
+    if "out" in result:
         stdout.print(f"in {result['out']}", soft_wrap=True)
 
 

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from superexperts.benchmarks import load_benchmarks
-from superexperts.core.config_study import StudyConfig
 from superexperts.data.corpora import local_data
 from superexperts.models.banks import find_banks
 from superexperts.models.loading import pick_device, structure_of
 from superexperts.studies.cells import Cell, cells
 from superexperts.studies.check import settings_of_plan
 from superexperts.studies.plan import Plan
-from superexperts.studies.status import cell_states
+from superexperts.studies.progress import cell_states
 from superexperts.training.rows import read_rows
 
 __all__ = ["Size", "estimate", "size_of"]
@@ -73,9 +72,9 @@ def size_of(plan: Plan) -> Size:
     return Size(settings_of_plan(plan))
 
 
-def estimate(plan: Plan, out: Path, config: StudyConfig) -> dict[str, Any]:
+def estimate(plan: Plan, out: Path, device_name: str) -> dict[str, Any]:
     """Per cell: whether it is done, seconds, GiB, and what the time is taken from; their sum and the largest memory."""
-    device = pick_device(config.device)
+    device = pick_device(device_name)
     itemsize = 4 if device.type == "cpu" else 2
     size = size_of(plan)
     flops, bytes_per_second = _speeds(device, itemsize)

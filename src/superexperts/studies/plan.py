@@ -338,7 +338,7 @@ class _Reader(LinedYaml):
     def _together(
         self, command: type, fixed: Mapping[str, Any], options: Mapping[str, Any], places: Mapping[str, Place]
     ) -> None:
-        """Tells every error that a command finds in its options: each one it names is left out, and the rest tried."""
+        """Note every error that a command finds in its options: each wrong option is left out, and the rest tried."""
         left = dict(options)
         while True:
             try:
@@ -346,11 +346,13 @@ class _Reader(LinedYaml):
                 return
             except OptionError as error:
                 key = error.field or ""
+                left_out = options.keys() - left.keys()
+                # An error that mentions an option left out may come from its absence; so may one about another field.
+                caused = any(part in left_out for part in error.parts) or (left_out and key not in left)
+                if not caused:
+                    self.error((*places.get(key, ()), key), error.line())
                 if key not in left:
-                    if len(left) == len(options):  # else it misses what was left out
-                        self.error((*places.get(key, ()), key), error.line())
                     return
-                self.error((*places.get(key, ()), key), error.line())
                 del left[key]
 
 

@@ -1,29 +1,49 @@
-"""How far a study is: `superexperts status DIR`. Reads what the cells have written, and starts nothing."""
+"""The command `status`: how far a study is. It reads what the cells have written and runs nothing."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import time
-from collections.abc import Sequence
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from superexperts.core.config_study import StatusConfig
+import tyro
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from tyro.conf import Positional
+
+from superexperts.core.console import stdout
 from superexperts.core.errors import DataError
 from superexperts.core.runs import read_json
+from superexperts.core.settings import Switch
 from superexperts.core.types import Score
-from superexperts.studies.cells import Cell, cells
-from superexperts.studies.plan import Plan, parse
+from superexperts.studies.progress import cell_states, duration, is_running
 
-__all__ = ["LOG", "cell_states", "run"]
+if TYPE_CHECKING:
+    from superexperts.studies.plan import Plan
 
-LOG = "progress.jsonl"
-"""A line as each cell starts, and one as it ends."""
+__all__ = ["StatusConfig", "run", "show"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """How far a study is, and the table of its scores so far.
+
+    Example: superexperts status runs/demo
+    """
+
+    folder: Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
+    """Folder of the study."""
+    json: Switch = False
+    """Print the result as JSON."""
 
 
 def run(config: StatusConfig) -> dict[str, Any]:
-    """The command: every cell's state, and the scores of the runs that were asked already."""
+    """The command: the state of every cell, and the scores of the runs that were evaluated and extracted."""
+    # A study's plan knows the settings of every command, which takes seconds to import; --help does not need it.
+    from superexperts.studies.cells import cells
+    from superexperts.studies.plan import parse
+
     file = config.folder / "study.yaml"
     if not file.is_file():
         raise DataError(f"{config.folder} has no study.yaml; give the folder of a study", field="folder")
@@ -31,82 +51,44 @@ def run(config: StatusConfig) -> dict[str, Any]:
     states = cell_states(config.folder, cells(plan))
     return {
         "folder": str(config.folder),
-        "at_work": _at_work(config.folder),
+        "at_work": is_running(config.folder),
         "done": sum(state["state"] == "done" for state in states),
         "cells": states,
         "scores": _scores(config.folder, plan),
     }
 
 
-def cell_states(out: Path, todo: Sequence[Cell]) -> list[dict[str, Any]]:
-    """For each cell its state (waiting, running, interrupted, failed, done), seconds, and the answers there so far."""
-    last = _last_events(out)
-    at_work = _at_work(out)
-    found = []
-    for cell in todo:
-        event = last.get(cell.name, {})
-        begun = "running" if at_work else "interrupted"
-        states = {"": "waiting", "start": begun, "end": "done", "failed": "failed"}
-        state = states[event.get("event", "")]
-        seconds = event.get("seconds", time.time() - event["time"] if state == "running" else 0.0)
-        answers = _answers(out / "variants" / cell.run) if cell.run and cell.stage == "evaluate" else None
-        row = {"cell": cell.name, "state": state, "seconds": seconds, "answers": answers, "error": event.get("error")}
-        found.append(row)
-    return found
-
-
-def _last_events(out: Path) -> dict[str, dict[str, Any]]:
-    """The last line of each cell in the log; a cell that was found done at once keeps the time that it took before."""
-    last: dict[str, dict[str, Any]] = {}
-    took: dict[str, float] = {}
-    file = out / LOG
-    if not file.is_file():
-        return last
-    for line in file.read_bytes().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:  # half a line is what a kill left
-            continue
-        name = event["cell"]
-        if event["event"] == "end":
-            took[name] = event["seconds"] = max(event["seconds"], took.get(name, 0.0))
-        last[name] = event
-    return last
-
-
-def _at_work(out: Path) -> bool:
-    """Whether a study holds the folder's lock."""
-    lock = out / ".lock"
-    if not lock.is_file():
-        return False
-    with lock.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
-
-
-def _answers(folder: Path) -> int:
-    """Answers that a run has, finished or not."""
-    count = 0
-    for file in (folder / "answers").glob("*.jsonl"):
-        with file.open("rb") as stream:
-            count += sum(1 for _ in stream)
-    for file in (folder / "answers").glob(".*.partial"):
-        for line in file.read_bytes().splitlines()[1:]:
-            try:
-                count += len(json.loads(line)["answers"])
-            except ValueError:
-                break
-    return count
-
-
 def _scores(out: Path, plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """Run -> scores, of those that were extracted."""
+    """Run -> its scores, for the runs that have some."""
     found = {}
     for each in plan.runs:
         file = out / "variants" / each.name / "scores.json"
         if file.is_file():
             found[each.name] = [Score.from_json(row).to_json() for row in read_json(file, "scores")["scores"]]
     return found
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a table of the cells, and one of the scores so far."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("cell", "state", "time", ""):
+        table.add_column(title)
+    for row in result["cells"]:
+        answers = "" if not row["answers"] else f"{row['answers']:,} answers"
+        time = duration(row["seconds"]) if row["seconds"] else ""
+        table.add_row(Text(row["cell"]), row["state"], time, Text(row["error"] or answers))
+    stdout.print(table)
+    running = "a study is running" if result["at_work"] else "no study is running"
+    stdout.print(
+        f"{result['done']} of {len(result['cells'])} cells are done; {running} in {result['folder']}", soft_wrap=True
+    )
+    tasks = list(dict.fromkeys(score["task"] for scores in result["scores"].values() for score in scores))
+    if not tasks:
+        return
+    table = Table(box=box.SIMPLE_HEAD, caption="accuracy in %, so far and without tests", caption_justify="left")
+    for title in ("run", *tasks):
+        table.add_column(title, justify="left" if title == "run" else "right")
+    for name, scores in result["scores"].items():
+        by_task = {score["task"]: f"{100 * score['accuracy']:.1f}" for score in scores}
+        table.add_row(Text(name), *(by_task.get(task, "") for task in tasks))
+    stdout.print(table)

@@ -1,7 +1,7 @@
-"""Who runs the cells of a study: this process, one process for each GPU, or the actors of a Ray cluster.
+"""Where the cells of a study run: in this process, in one process for each GPU, or in the actors of a Ray cluster.
 
-A crew takes cells and gives outcomes; `schedule` hands it each cell as soon as what the cell needs is done. A worker
-that dies takes nothing with it: its cell is run again, from what is on disk.
+A pool of workers takes cells and returns outcomes; `schedule` starts each cell as soon as the cells that it needs are
+done. When a worker dies, its cell is run again and continues from what is on disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import fcntl
 import importlib
 import importlib.util
-import json
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -30,13 +29,12 @@ import torch
 from superexperts.core.errors import OptionError, OutputError, SuperExpertsError
 from superexperts.studies.cells import Cell, Worker
 from superexperts.studies.plan import Plan
-from superexperts.studies.status import LOG
+from superexperts.studies.progress import LOCK, write_event
 
-__all__ = ["Outcome", "locked", "open_crew", "schedule"]
-
+__all__ = ["Outcome", "Workers", "locked", "open_workers", "schedule"]
 
 ATTEMPTS = 3
-"""How often a cell may take its worker down before the study gives it up."""
+"""How many workers may die of a cell before the study gives the cell up."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,60 +44,57 @@ class Outcome:
     cell: str
     seconds: float
     error: str | None = None
-    """What the command says is wrong; None where it is done."""
+    """The message of the command's error; None if the cell is done."""
     skipped: bool = False
-    """Whether it was not run, since something that it needs failed."""
+    """Whether it was not run because a cell that it needs failed."""
 
 
 def attempt(worker: Worker, cell: Cell) -> Outcome:
-    """Runs a cell and keeps a log of it, so that `status` can tell what is going on."""
+    """Run a cell and write its start and end to the log, which `status` reads."""
     started = time.monotonic()
-    _log(worker.out, {"cell": cell.name, "event": "start", "host": socket.gethostname(), "pid": os.getpid()})
+    write_event(worker.out, {"cell": cell.name, "event": "start", "host": socket.gethostname(), "pid": os.getpid()})
     error = None
     try:
         worker.work(cell)
     except SuperExpertsError as wrong:
         error = str(wrong)
     seconds = round(time.monotonic() - started, 3)
-    _log(worker.out, {"cell": cell.name, "event": "failed" if error else "end", "seconds": seconds, "error": error})
+    write_event(
+        worker.out, {"cell": cell.name, "event": "failed" if error else "end", "seconds": seconds, "error": error}
+    )
     return Outcome(cell=cell.name, seconds=seconds, error=error)
-
-
-def _log(out: Path, event: dict[str, Any]) -> None:
-    with (out / LOG).open("ab", buffering=0) as stream:
-        stream.write(json.dumps({"time": time.time(), **event}).encode() + b"\n")
 
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Within the block no other study works in this folder."""
-    with (out / ".lock").open("a") as stream:
+    """Hold the folder's lock inside the block; `OutputError` if another study holds it."""
+    with (out / LOCK).open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise OutputError(
-                f"another study is at work in {out}; wait for it, or choose another", field="out"
+                f"another study is running in {out}; wait for it or choose another folder", field="out"
             ) from error
         yield
 
 
-# ---- crews ----------------------------------------------------------------------------------------------------------
+# ---- pools of workers -----------------------------------------------------------------------------------------------
 
 
-class Crew(Protocol):
-    """Workers that take cells."""
+class Workers(Protocol):
+    """A pool of workers that take cells."""
 
     size: int
 
     def start(self, cell: Cell) -> None:
-        """Gives a cell to a worker; there are never more than `size` at a time."""
+        """Give a cell to a free worker; the caller never starts more than `size` at a time."""
 
     def next(self) -> Outcome:
-        """Waits for the next cell to end."""
+        """Wait for the next cell to end."""
 
 
-class _Here:
-    """This process."""
+class _ThisProcess:
+    """The pool of one: this process."""
 
     size = 1
 
@@ -115,41 +110,41 @@ class _Here:
 
 
 class _Processes:
-    """Processes of this machine, each with a GPU of its own where there are any."""
+    """Processes of this machine, each with its own GPU where there are several."""
 
     def __init__(self, plan: Plan, out: Path, device: str, size: int) -> None:
         self.size = size
         self._context = multiprocessing.get_context("spawn")
         self._settings = (plan, out, device)
         self._free: list[int] = list(range(size))
-        self._members = [self._hire(number) for number in range(size)]
+        self._workers = [self._start_worker(number) for number in range(size)]
         self._cells: dict[int, Cell] = {}
         self._attempts: dict[str, int] = {}
 
-    def _hire(self, number: int) -> tuple[Any, Any]:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, number, *self._settings), daemon=True)
+    def _start_worker(self, number: int) -> tuple[Any, Any]:
+        our_end, worker_end = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(worker_end, number, *self._settings), daemon=True)
         process.start()
-        theirs.close()
-        return process, ours
+        worker_end.close()
+        return process, our_end
 
     def start(self, cell: Cell) -> None:
         number = self._free.pop(0)
         self._cells[number] = cell
         self._attempts[cell.name] = self._attempts.get(cell.name, 0) + 1
-        with contextlib.suppress(OSError):  # a dead one is met in `next`
-            self._members[number][1].send(cell)
+        with contextlib.suppress(OSError):  # `next` notices a dead worker
+            self._workers[number][1].send(cell)
 
     def next(self) -> Outcome:
         while True:
-            busy = {self._members[number][1]: number for number in self._cells}
+            busy = {self._workers[number][1]: number for number in self._cells}
             for pipe in multiprocessing.connection.wait(list(busy)):
                 number = busy[pipe]
                 try:
-                    outcome: Outcome = self._members[number][1].recv()
+                    outcome: Outcome = self._workers[number][1].recv()
                 except (EOFError, OSError):  # it died
                     lost = self._cells.pop(number)
-                    self._members[number] = self._hire(number)
+                    self._workers[number] = self._start_worker(number)
                     self._free.insert(0, number)
                     if self._attempts[lost.name] >= ATTEMPTS:
                         return Outcome(cell=lost.name, seconds=0, error=f"its process died {ATTEMPTS} times")
@@ -161,19 +156,19 @@ class _Processes:
 
     def close(self) -> None:
         for number in self._cells:  # the study was interrupted
-            self._members[number][0].terminate()
-        for process, pipe in self._members:
+            self._workers[number][0].terminate()
+        for process, pipe in self._workers:
             pipe.close()
             process.join()
 
 
 def _serve(pipe: Any, number: int, plan: Plan, out: Path, device: str) -> None:
-    """A worker process: takes cells until the pipe is closed."""
-    if torch.cuda.device_count() > 1:  # counted without a context, so that the one chosen is the only one seen
+    """The main function of a worker process: runs cells until the pipe is closed."""
+    if torch.cuda.device_count() > 1:  # counting makes no CUDA context, so the choice below still counts
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[number] if len(visible) > number else str(number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the study then ends its workers
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that temporary files go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that temporary files are removed
     threading.Thread(target=_die_with_parent, daemon=True).start()
     worker = Worker(plan, out, device)
     while True:
@@ -185,7 +180,7 @@ def _serve(pipe: Any, number: int, plan: Plan, out: Path, device: str) -> None:
 
 
 def _die_with_parent() -> None:
-    """Ends this process with the one that started it, so that no two are ever at work on the same cell."""
+    """End this process when the study dies, so that a later study never works on the same cell at the same time."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -206,13 +201,15 @@ class _Ray:
             ray.init(address=address or None, runtime_env={"env_vars": passed}, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
             raise OptionError(
-                f"{address!r} is no cluster that answers ({error}); check the address", field="ray"
+                f"{address!r} does not answer as a Ray cluster ({error}); check the address", field="ray"
             ) from error
         gpus = int(ray.cluster_resources().get("GPU", 0))
         self._ray = ray
         self.size = size or gpus or sum(bool(node["Alive"]) for node in ray.nodes())
-        hire = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=ATTEMPTS)(_Actor)
-        self._free = [hire.remote(plan, out, device) for _ in range(self.size)]
+        make_actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=ATTEMPTS)(
+            _Actor
+        )
+        self._free = [make_actor.remote(plan, out, device) for _ in range(self.size)]
         self._work: dict[Any, tuple[Any, Cell]] = {}
 
     def start(self, cell: Cell) -> None:
@@ -244,18 +241,21 @@ class _Actor:
 
 
 @contextlib.contextmanager
-def open_crew(
-    plan: Plan, out: Path, *, device: str = "auto", workers: int | None = None, ray: str | None = None
-) -> Iterator[Crew]:
-    """The crew that the settings ask for: `ray` is a cluster's address, or "" for the one at hand or a new one."""
+def open_workers(
+    plan: Plan, out: Path, *, device: str = "auto", count: int | None = None, ray: str | None = None
+) -> Iterator[Workers]:
+    """A pool of `count` workers, by default one for each GPU.
+
+    `ray` is the address of a Ray cluster, or "" for the cluster of this machine or a new one.
+    """
     if ray is not None:
-        crew = _Ray(plan, out, device, ray, workers)
-        with contextlib.closing(crew):
-            yield crew
+        actors = _Ray(plan, out, device, ray, count)
+        with contextlib.closing(actors):
+            yield actors
         return
-    size = workers or (torch.cuda.device_count() if device in ("auto", "cuda") else 0) or 1
+    size = count or (torch.cuda.device_count() if device in ("auto", "cuda") else 0) or 1
     if size == 1:
-        yield _Here(Worker(plan, out, device))
+        yield _ThisProcess(Worker(plan, out, device))
         return
     processes = _Processes(plan, out, device, size)
     with contextlib.closing(processes):
@@ -263,31 +263,31 @@ def open_crew(
 
 
 def schedule(
-    cells: Sequence[Cell], crew: Crew, said: Callable[[Cell, int], None] = lambda cell, number: None
+    cells: Sequence[Cell], workers: Workers, announce: Callable[[Cell, int], None] = lambda cell, number: None
 ) -> list[Outcome]:
-    """Runs the cells, each when what it needs is done; what needs a failed one is left out.
+    """Run each cell when the cells that it needs are done; skip those that need a failed one.
 
-    `said` is told of each cell as it starts, and how many were started before.
+    `announce` is called with each cell that starts and the number of cells started or skipped before it.
     """
     waiting, running = list(cells), 0
     done: set[str] = set()
     outcomes: list[Outcome] = []
     while True:
         failed = {outcome.cell for outcome in outcomes if outcome.error}
-        for cell in list(waiting):  # in their order, in which each comes after what it needs
+        for cell in list(waiting):  # every cell comes after those that it needs, so one pass finds them all
             if failed & set(cell.needs):
                 waiting.remove(cell)
                 outcomes.append(Outcome(cell=cell.name, seconds=0, error="not run: what it needs failed", skipped=True))
                 failed.add(cell.name)
-        for cell in [cell for cell in waiting if done.issuperset(cell.needs)][: crew.size - running]:
-            said(cell, len(cells) - len(waiting))
+        for cell in [cell for cell in waiting if done.issuperset(cell.needs)][: workers.size - running]:
+            announce(cell, len(cells) - len(waiting))
             waiting.remove(cell)
-            crew.start(cell)
+            workers.start(cell)
             running += 1
         if not running:
             assert not waiting, "cells wait for each other"
             return outcomes
-        outcome = crew.next()
+        outcome = workers.next()
         running -= 1
         outcomes.append(outcome)
         if not outcome.error:
