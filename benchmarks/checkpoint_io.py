@@ -35,10 +35,12 @@ from superexperts.adapters import export
 from superexperts.adapters.factors import Factor, Place, own_layout, save_layout
 from superexperts.checkpoints.source import resolve
 from superexperts.core.config_adapters import ExportConfig
-from superexperts.core.config_surgery import CompareConfig, PruneConfig, RestoreConfig
 from superexperts.models.experts import DOWN, GATE, UP
 from superexperts.models.loading import load_structure
 from superexperts.surgery import compare, prune, restore
+from superexperts.surgery.compare import CompareConfig
+from superexperts.surgery.prune import PruneConfig
+from superexperts.surgery.restore import RestoreConfig
 
 ORIGINAL = """
 import sys, time, torch

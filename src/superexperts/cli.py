@@ -35,9 +35,9 @@ COMMANDS = {
         "what every expert writes, and which tokens it sees", "profiling.profile", "core.config.ProfileConfig"
     ),
     "select": Command("choose experts from a profile", "profiling.select", "profiling.select.SelectConfig"),
-    "prune": Command("a checkpoint without the chosen experts", "surgery.prune", "core.config_surgery.PruneConfig"),
-    "restore": Command("undo what prune did", "surgery.restore", "core.config_surgery.RestoreConfig"),
-    "compare": Command("what differs between two checkpoints", "surgery.compare", "core.config_surgery.CompareConfig"),
+    "prune": Command("a checkpoint without the chosen experts", "surgery.prune", "surgery.prune.PruneConfig"),
+    "restore": Command("undo what prune did", "surgery.restore", "surgery.restore.RestoreConfig"),
+    "compare": Command("what differs between two checkpoints", "surgery.compare", "surgery.compare.CompareConfig"),
     "train": Command("LoRA on chosen experts, on attention, or both", "training.train", "training.train.TrainConfig"),
     "export": Command("write an adapter for other programs", "adapters.export", "core.config_adapters.ExportConfig"),
     "import": Command("read an adapter of another program", "adapters.import_", "core.config_adapters.ImportConfig"),

@@ -17,9 +17,9 @@ from superexperts.adapters.factors import Factor
 from superexperts.adapters.norms import adapter_changes, change_norm
 from superexperts.checkpoints.reader import Checkpoint
 from superexperts.core.config_adapters import ExportConfig
-from superexperts.core.config_surgery import CompareConfig
 from superexperts.core.errors import ModelError
 from superexperts.surgery import compare
+from superexperts.surgery.compare import CompareConfig
 from tests.adapters.test_export import save_adapter, save_base, stock, train_like
 from tests.support.families import FAMILIES
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from superexperts.adapters.lora import attach_attention
 from superexperts.checkpoints.source import resolve
-from superexperts.core.config import TASKS, EvaluateConfig, PruneConfig
+from superexperts.core.config import TASKS, EvaluateConfig
 from superexperts.core.errors import DataError, ExpertsError, OptionError, OutputError
 from superexperts.core.types import Answer
 from superexperts.data.corpora import documents, pack
@@ -27,6 +27,7 @@ from superexperts.evaluation.perplexity import perplexity
 from superexperts.extraction.extract import extract_folder
 from superexperts.models.loading import load_model
 from superexperts.surgery import prune
+from superexperts.surgery.prune import PruneConfig
 
 NEW_TOKENS = 24
 

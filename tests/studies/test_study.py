@@ -19,7 +19,6 @@ import pytest
 
 from superexperts import pocket
 from superexperts.cli import main
-from superexperts.core.config_surgery import CompareConfig
 from superexperts.core.errors import DataError, OptionError, OutputError
 from superexperts.core.types import Extraction
 from superexperts.data.corpora import read_rows
@@ -32,6 +31,7 @@ from superexperts.studies.status import run as status
 from superexperts.studies.study import StudyConfig
 from superexperts.studies.workers import Outcome, locked, schedule
 from superexperts.surgery import compare
+from superexperts.surgery.compare import CompareConfig
 from tests.support.local_engines import BUILT, installed
 
 TASKS = ["gsm8k", "boolq"]

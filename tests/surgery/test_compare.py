@@ -20,14 +20,14 @@ from torch import Tensor
 from superexperts.adapters import export
 from superexperts.checkpoints.reader import INDEX, SINGLE, Checkpoint, Entry
 from superexperts.cli import main
-from superexperts.core.config import PruneConfig
 from superexperts.core.config_adapters import ExportConfig
-from superexperts.core.config_surgery import CompareConfig
 from superexperts.core.errors import DataError, ExpertsError, ModelError
 from superexperts.models.banks import find_banks
 from superexperts.models.parts import Unit
 from superexperts.surgery import compare, prune
+from superexperts.surgery.compare import CompareConfig
 from superexperts.surgery.differences import BLOCK, compare_unit, same_bytes, tensor_sums
+from superexperts.surgery.prune import PruneConfig
 from tests.adapters.test_export import save_adapter, save_base, stock, train_like
 from tests.support.families import FAMILIES, MORE_FAMILIES
 from tests.surgery.test_surgery import contents, save, tensors

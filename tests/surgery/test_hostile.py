@@ -21,8 +21,8 @@ from superexperts.adapters.factors import Factor, Place, own_layout, save_layout
 from superexperts.checkpoints.reader import INDEX, SINGLE
 from superexperts.checkpoints.writer import RECORD
 from superexperts.cli import main
-from superexperts.core.config import PruneConfig
 from superexperts.surgery import prune
+from superexperts.surgery.prune import PruneConfig
 from tests.support.families import tiny_model
 from tests.surgery.test_surgery import contents
 

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from superexperts.checkpoints.reader import Checkpoint, Entry
 from superexperts.checkpoints.source import resolve
 from superexperts.checkpoints.writer import RECORD
-from superexperts.core.config import PruneConfig
-from superexperts.core.config_surgery import RestoreConfig
 from superexperts.core.errors import ExpertsError, ModelError
 from superexperts.models.banks import expert_keys, find_banks
 from superexperts.models.loading import load_structure
 from superexperts.surgery import locate, locate_by_shape, prune, restore
+from superexperts.surgery.prune import PruneConfig
+from superexperts.surgery.restore import RestoreConfig
 from tests.support.families import FAMILIES, MORE_FAMILIES, tiny_model
 from tests.surgery.test_surgery import contents
 
@@ -39,19 +39,18 @@ no family of their own (gemma4_text)."""
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES | MORE_FAMILIES))
-def test_headers_tell_what_the_structure_tells(family: str, tmp_path: Path) -> None:
+def test_shapes_give_the_same_answer_as_the_structure(family: str, tmp_path: Path) -> None:
     tiny_model(family, torch.bfloat16).save_pretrained(tmp_path, max_shard_size="30KB")  # type: ignore[operator]
-    config = PruneConfig(model=str(tmp_path), experts="L1E0")
     banks = find_banks(load_structure(resolve(str(tmp_path))))
     keys = [key for key in expert_keys(banks) if key[1] != "shared"]
     with Checkpoint(tmp_path) as base:
-        found = locate_by_shape.find(base, keys)
+        found = locate_by_shape.locate_by_shape(base, keys)
         assert (found is not None) == (family in ORDINARY)
         if found is not None:
-            assert found == locate.find(config, base, keys)
-            assert locate_by_shape.find(base, [(banks[0].layer, banks[0].num_experts)]) is None
-            assert locate_by_shape.find(base, [(banks[0].layer, "shared")]) is None
-            assert locate_by_shape.find(base, [(banks[-1].layer + 1, 0)]) is None
+            assert found == locate.locate(load_structure(resolve(str(tmp_path))), base, keys, values_matter=False)
+            assert locate_by_shape.locate_by_shape(base, [(banks[0].layer, banks[0].num_experts)]) is None
+            assert locate_by_shape.locate_by_shape(base, [(banks[0].layer, "shared")]) is None
+            assert locate_by_shape.locate_by_shape(base, [(banks[-1].layer + 1, 0)]) is None
 
 
 LOADED = """
@@ -217,28 +216,28 @@ CHANGED_SETTINGS: dict[str, Any] = {
 @pytest.mark.parametrize("what", CHANGED_KEYS)
 def test_other_keys_are_left_to_the_structure(what: str, folders: dict[str, Path]) -> None:
     entries, own = entries_of(folders["deepseek_v2"]), said(folders["deepseek_v2"])
-    assert locate_by_shape.downs(entries, own) is not None
-    assert locate_by_shape.downs(CHANGED_KEYS[what](entries), own) is None
+    assert locate_by_shape.down_projections(entries, own) is not None
+    assert locate_by_shape.down_projections(CHANGED_KEYS[what](entries), own) is None
 
 
 @pytest.mark.parametrize("what", CHANGED_SETTINGS)
 def test_other_settings_are_left_to_the_structure(what: str, folders: dict[str, Path]) -> None:
     entries, own = entries_of(folders["deepseek_v2"]), said(folders["deepseek_v2"])
-    assert locate_by_shape.downs(entries, {**own, **CHANGED_SETTINGS[what]}) is None
+    assert locate_by_shape.down_projections(entries, {**own, **CHANGED_SETTINGS[what]}) is None
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], [["hidden_size", 32]], {}])
 def test_settings_of_another_kind_are_left_to_the_structure(value: Any, folders: dict[str, Path]) -> None:
-    assert locate_by_shape.downs(entries_of(folders["deepseek_v2"]), value) is None
+    assert locate_by_shape.down_projections(entries_of(folders["deepseek_v2"]), value) is None
 
 
 def test_a_tied_head_may_be_missing_where_the_settings_say_so(folders: dict[str, Path]) -> None:
     entries, own = entries_of(folders["olmoe"]), said(folders["olmoe"])
     headless = without(entries, "lm_head")
-    assert locate_by_shape.downs(headless, {**own, "tie_word_embeddings": "yes"}) is None
+    assert locate_by_shape.down_projections(headless, {**own, "tie_word_embeddings": "yes"}) is None
     assert (
-        locate_by_shape.downs(headless, {**own, "tie_word_embeddings": True})
-        == locate_by_shape.downs(entries, own)
+        locate_by_shape.down_projections(headless, {**own, "tie_word_embeddings": True})
+        == locate_by_shape.down_projections(entries, own)
         is not None
     )
 
@@ -262,9 +261,9 @@ def test_families_without_banks_are_left_to_the_structure(
 ) -> None:
     shutil.copytree(folders["olmoe"], tmp_path / "base")
     with Checkpoint(tmp_path / "base") as base:
-        assert locate_by_shape.find(base, [(1, 2)]) is not None
+        assert locate_by_shape.locate_by_shape(base, [(1, 2)]) is not None
         (tmp_path / "base" / "config.json").write_text(json.dumps({**said(folders["olmoe"]), "model_type": family}))
-        assert locate_by_shape.find(base, [(1, 2)]) is None
+        assert locate_by_shape.locate_by_shape(base, [(1, 2)]) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[1]", "null", "1" * 5000, "\udcff"])
@@ -274,7 +273,7 @@ def test_a_config_that_cannot_be_read_is_left_to_the_structure(
     shutil.copytree(folders["olmoe"], tmp_path / "base")
     (tmp_path / "base" / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     with Checkpoint(tmp_path / "base") as base:
-        assert locate_by_shape.find(base, [(1, 2)]) is None
+        assert locate_by_shape.locate_by_shape(base, [(1, 2)]) is None
 
 
 # ---- whatever is there --------------------------------------------------------------------------------------------
@@ -348,14 +347,15 @@ def test_whatever_headers_tell_the_structure_tells_as_well(
             entries |= {key: dataclasses.replace(entries[key], kind=kind) for key in hits}
         else:
             own[data.draw(st.sampled_from([*own, "quantization_config"]))] = data.draw(st.sampled_from(VALUES))
-    found = locate_by_shape.downs(entries, own) if locate_by_shape._are_known(entries, own) else None
+    found = locate_by_shape.down_projections(entries, own) if locate_by_shape._are_known(entries, own) else None
     if found is None:
         return
     folder = tmp_path / family
     shutil.copytree(folders[family], folder, dirs_exist_ok=True)
     (folder / "config.json").write_text(json.dumps(own))
     try:
-        slow = locate.find(PruneConfig(model=str(folder), experts="L1E0"), entries, list(found))  # type: ignore[arg-type]
+        structure = load_structure(resolve(str(folder)))
+        slow = locate.locate(structure, entries, list(found), values_matter=False)  # type: ignore[arg-type]
     except (ModelError, ExpertsError):
         return
     assert slow is not None

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from superexperts.checkpoints.source import resolve
-from superexperts.core.config import PruneConfig
 from superexperts.core.errors import ExpertsError, ModelError, OutputError
 from superexperts.models.banks import find_banks
 from superexperts.models.hooks import silenced
 from superexperts.models.loading import load_tokenizer
 from superexperts.pocket import PLANTED, checkpoint_dir
 from superexperts.surgery import prune
+from superexperts.surgery.prune import PruneConfig
 from tests.support.families import FAMILIES, tiny_model
 
 

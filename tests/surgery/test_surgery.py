@@ -23,13 +23,14 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from superexperts.checkpoints import writer
 from superexperts.checkpoints.reader import INDEX, SINGLE
 from superexperts.checkpoints.writer import RECORD
-from superexperts.core.config import PruneConfig
-from superexperts.core.config_surgery import CompareConfig, RestoreConfig
 from superexperts.core.errors import DataError, ExpertsError, ModelError, OutputError
 from superexperts.core.runs import MANIFEST
 from superexperts.data.corpora import pack
 from superexperts.models.banks import find_banks, zero_experts
 from superexperts.surgery import compare, locate, locate_by_shape, prune, restore
+from superexperts.surgery.compare import CompareConfig
+from superexperts.surgery.prune import PruneConfig
+from superexperts.surgery.restore import RestoreConfig
 from tests.support.families import FAMILIES, MORE_FAMILIES, tiny_model, tiny_tokens
 from tests.training.test_train import byte_tokenizer
 
@@ -237,7 +238,7 @@ def test_an_expert_that_no_token_reaches_has_no_mean(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     settings: Any = {"tokens": 64, "seq_len": 32, "mode": "mean"}
-    with pytest.raises(DataError, match="L1E2 saw none of 64 tokens"):
+    with pytest.raises(DataError, match="none of 64 tokens reached L1E2"):
         prune.run(PruneConfig(model=str(tmp_path / "base"), experts="L1E2", out=tmp_path / "out", **settings))
     assert [file.name for file in tmp_path.iterdir()] == ["base"]
 
@@ -513,12 +514,12 @@ def test_an_order_that_cannot_be_edited_is_pruned_in_memory(
 ) -> None:
     wanted = tensors(pruned(base, tmp_path / "shards"))
     monkeypatch.setattr(locate_by_shape, "find", lambda *_: None)
-    monkeypatch.setattr(locate, "downs", lambda *_: None)
+    monkeypatch.setattr(locate, "down_projections", lambda *_: None)
     byte_tokenizer().save_pretrained(base)
     out = pruned(base, tmp_path / "memory")
     assert "the model is loaded" in capsys.readouterr().err
     assert_equal(tensors(out), wanted)
-    with pytest.raises(DataError, match="not from shards"):
+    with pytest.raises(DataError, match="was written from a loaded model"):
         restore.run(RestoreConfig(folder=out, out=tmp_path / "restored"))
 
 

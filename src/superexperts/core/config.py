@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from superexperts.core.config_surgery import PruneConfig
 from superexperts.core.console import is_shown
 from superexperts.core.errors import Field
 from superexperts.core.settings import CheckpointConfig, ModelConfig, SeededConfig, ServerConfig, Switch
@@ -28,7 +27,6 @@ __all__ = [
     "ExtractConfig",
     "ModelConfig",
     "ProfileConfig",
-    "PruneConfig",
     "ServerConfig",
     "identity",
 ]

@@ -13,21 +13,11 @@ from superexperts.core.types import key_name
 
 __all__ = ["show"]
 
-MOST_ROWS = 20
-"""Of a comparison's tables in a terminal."""
-
 
 def show(command: str, result: dict[str, Any]) -> None:
     """Prints a command's result for a person; model output goes through `ascii` and `Text`."""
     if command == "profile":
         _show_profile(result)
-    elif command == "prune":
-        told = {"zero": "", "mean": " to their mean outputs", "remove": ", which are gone"}[result["mode"]]
-        stdout.print(f"pruned {', '.join(result['pruned'])}{told}", soft_wrap=True)
-    elif command == "restore":
-        stdout.print(f"undone: {result['undone']}; the files of {result['base']}", soft_wrap=True, markup=False)
-    elif command == "compare":
-        _show_compare(result)
     elif command == "export":
         stdout.print(f"{result['format']}: {result['keys']:,} tensors, {result['bytes']:,} bytes", soft_wrap=True)
         if "max_lora_rank" in result:
@@ -89,35 +79,6 @@ def _show_profile(result: dict[str, Any]) -> None:
             stdout.print(f"layer {row['layer']}: {told}; {decay}", soft_wrap=True)
     if result["stability"] is not None:
         _show_stability(result["stability"])
-
-
-def _show_compare(result: dict[str, Any]) -> None:
-    counts = ", ".join(f"{number:,} {status}" for status, number in result["parts"].items() if number)
-    stdout.print(f"{result['a']} and {result['b']}: {counts}", soft_wrap=True, markup=False)
-    rest = [row for row in result["differences"] if row["expert"] is None]
-    for title, first, rows in (
-        ("experts", "expert", result["experts"]),
-        ("other tensors", "key", rest),
-    ):
-        if not rows:
-            continue
-        table = Table(title=title)
-        for column in (first, "status", "relative norm", "max change", "cosine", "elements changed"):
-            table.add_column(column, justify="left" if column in (first, "status") else "right", overflow="fold")
-        for row in rows[:MOST_ROWS]:
-            status = row["status"] if first == "key" else ", ".join(row["statuses"])
-            norm, cosine = ("" if row[name] is None else f"{row[name]:.4g}" for name in ("relative_norm", "cosine"))
-            share = f"{100 * row['share_changed']:.2f}%"
-            table.add_row(Text(ascii(row[first])[1:-1]), status, norm, f"{row['max_change']:.4g}", cosine, share)
-        stdout.print(table)
-        if len(rows) > MOST_ROWS:
-            stdout.print(f"and {len(rows) - MOST_ROWS:,} more {title}; --json or --out has all")
-    if result["config"]:
-        stdout.print(f"config.json differs in {', '.join(map(ascii, result['config']))}", soft_wrap=True, markup=False)
-    if result["expected_but_identical"]:
-        stdout.print(f"expected, but identical: {', '.join(result['expected_but_identical'])}", soft_wrap=True)
-    if result["failed"] is not None:
-        stdout.print(f"NOT AS EXPECTED: {result['failed']}", soft_wrap=True, markup=False)
 
 
 def _show_push(result: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from superexperts.adapters import export
 from superexperts.adapters.borrow import Shelf
-from superexperts.core.config import EvaluateConfig, ExtractConfig, ProfileConfig, PruneConfig
+from superexperts.core.config import EvaluateConfig, ExtractConfig, ProfileConfig
 from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.errors import OptionError
 from superexperts.core.runs import completed, new_folder, write_json, write_manifest
@@ -28,6 +28,7 @@ from superexperts.profiling.select import SelectConfig
 from superexperts.results.variants import Run
 from superexperts.studies.plan import Plan, expert_files, reads
 from superexperts.surgery import prune
+from superexperts.surgery.prune import PruneConfig
 from superexperts.training import train
 from superexperts.training.resume import checkpoints_folder
 from superexperts.training.train import TrainConfig

@@ -1,4 +1,5 @@
-"""Where a checkpoint holds experts' down_proj, told by its model's structure and transformers' rules for loading."""
+"""Where a checkpoint holds the down_proj of experts, found from the structure of its model and transformers' rules for
+loading it."""
 
 from __future__ import annotations
 
@@ -8,42 +9,43 @@ from typing import Any, cast
 from torch import nn
 
 from superexperts.checkpoints.reader import Checkpoint, Entry
-from superexperts.checkpoints.source import ModelSource, resolve
-from superexperts.core.config_surgery import PruneConfig
 from superexperts.core.errors import Field, ModelError
 from superexperts.core.types import ExpertKey, key_name
 from superexperts.models.banks import check_experts, find_banks
+from superexperts.models.decoder import text_config
 from superexperts.models.experts import DOWN
 from superexperts.models.key_mapping import BLOCKS, KeyMapping
-from superexperts.models.loading import load_structure, settings_of
-from superexperts.surgery.locate_by_shape import Down
+from superexperts.surgery.locate_by_shape import DownProjection
 
-__all__ = ["check_biases", "downs", "find"]
+__all__ = ["check_biases", "down_projections", "locate"]
 
 
-def find(config: PruneConfig, base: Checkpoint, experts: Sequence[ExpertKey]) -> list[Down] | None:
-    """As `downs`, of a checkpoint that is proved to be whole first, and to have the experts."""
-    model = load_structure(resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code))
-    banks = find_banks(model)
-    check_experts(banks, experts)
-    key_mapping = KeyMapping(model, base)
-    key_mapping.check_complete(model)
-    if key_mapping.quantized and config.mode != "zero":
-        raise ModelError(
-            f"{config.mode!r} needs weights that are not quantized; use ", Field("mode"), " zero", field="mode"
-        )
-    found = downs(model, key_mapping, experts)
+def locate(
+    structure: nn.Module, base: Checkpoint, experts: Sequence[ExpertKey], *, values_matter: bool
+) -> list[DownProjection] | None:
+    """The down_proj of each expert in a checkpoint; None if its layout does not keep the experts apart.
+
+    `structure` is the model without weights. With `values_matter` something other than zeros is to be written, which
+    quantized weights cannot hold. `ModelError` if the checkpoint is incomplete, or quantized in a layout that cannot be
+    edited; `ExpertsError` for an expert that the model does not have.
+    """
+    check_experts(find_banks(structure), experts)
+    key_mapping = KeyMapping(structure, base)
+    key_mapping.check_complete(structure)
+    if key_mapping.quantized and values_matter:
+        raise ModelError("'mean' needs weights that are not quantized; use ", Field("mode"), " zero", field="mode")
+    found = down_projections(structure, key_mapping, experts)
     if found is None and key_mapping.quantized:
-        raise ModelError(
-            f"{config.model!r} is quantized in a layout that cannot be edited; use bfloat16", field="model"
-        )
+        raise ModelError("is quantized in a layout that cannot be edited; use a bfloat16 checkpoint", field="model")
     return found
 
 
-def downs(model: nn.Module, key_mapping: KeyMapping, experts: Sequence[ExpertKey]) -> list[Down] | None:
-    """Each expert's down_proj; None where the checkpoint's layout lets one not be edited without the others."""
-    banks = {bank.layer: bank for bank in find_banks(model)}
-    paths = {module: path for path, module in model.named_modules()}
+def down_projections(
+    structure: nn.Module, key_mapping: KeyMapping, experts: Sequence[ExpertKey]
+) -> list[DownProjection] | None:
+    """The down_proj of each expert; None if the layout of the checkpoint does not allow editing one without others."""
+    banks = {bank.layer: bank for bank in find_banks(structure)}
+    paths = {module: path for path, module in structure.named_modules()}
     found = []
     for layer, expert in experts:
         bank = banks[layer]
@@ -60,23 +62,21 @@ def downs(model: nn.Module, key_mapping: KeyMapping, experts: Sequence[ExpertKey
             (bias,) = (None,) if biases is None else biases[expert]
         if weight is None or (has_bias and bias is None):
             return None
-        found.append(Down(expert=(layer, expert), weight=weight, bias=bias))
+        found.append(DownProjection(expert=(layer, expert), weight=weight, bias=bias))
     return found
 
 
-def check_biases(source: ModelSource, experts: Sequence[ExpertKey]) -> None:
-    """`ModelError` in families that have no place for a mean."""
-    banks = find_banks(load_structure(source))
-    check_experts(banks, experts)
+def check_biases(structure: nn.Module, experts: Sequence[ExpertKey]) -> None:
+    """`ModelError` for an expert whose down_proj has no bias, which is the only place for a mean."""
+    banks = {bank.layer: bank for bank in find_banks(structure)}
+    check_experts(list(banks.values()), experts)
     for layer, expert in experts:
-        bank = next(bank for bank in banks if bank.layer == layer)
+        bank = banks[layer]
         shared = bank.shared_down is not None and bank.shared_down.bias is not None
         if not (shared if expert == "shared" else cast(Any, bank.module).has_bias):
-            family = settings_of(source).get_text_config().model_type
+            family = text_config(structure).model_type
             raise ModelError(
-                (
-                    f"'mean' needs a bias of down_proj to hold the mean, which {family} does not have for "
-                    f"{key_name((layer, expert))}; use zero or remove"
-                ),
+                f"'mean' needs a bias of down_proj to hold the mean, which {family} does not have for "
+                f"{key_name((layer, expert))}; use zero or remove",
                 field="mode",
             )

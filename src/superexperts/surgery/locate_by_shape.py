@@ -1,9 +1,9 @@
-"""Where each expert's down_proj lies in an ordinary checkpoint, told by the shards' headers and config.json alone.
+"""Finds the down_proj of every expert in an ordinary checkpoint from the headers of its shards and config.json alone.
 
-No model is built and transformers is not imported, which takes longer than all that `prune` does. What is not plainly
-ordinary is None here, and `downs.py` asks the model's structure. Ordinary is what all layers confirm: experts counted
-from 0, each of three matrices, one of which alone gives the hidden size, and nothing that another layer or the settings
-have otherwise. No family is known by its name here, and no matrix by its.
+No model is built and transformers is not imported: that import takes longer than everything else that `prune` does. For
+a checkpoint that is not clearly ordinary the answer is None, and `locate.py` asks the structure of the model. In an
+ordinary checkpoint all layers agree: experts are numbered from 0, each has three matrices, exactly one of which has the
+hidden size as its output, and no layer or setting contradicts another. The code knows no family and no matrix by name.
 
 Shapes: E experts of a layer, D hidden size, F intermediate size of an expert or a dense layer, V vocabulary.
 """
@@ -21,22 +21,22 @@ from typing import Any
 from superexperts.checkpoints.reader import Checkpoint, Entry
 from superexperts.core.types import ExpertKey
 
-__all__ = ["Down", "downs", "find"]
+__all__ = ["DownProjection", "down_projections", "locate_by_shape"]
 
 NUMBERED = re.compile(r"(.+?)\.(0|[1-9][0-9]{0,5})\.(.+)", re.DOTALL)
-"""The key of something in a list: the list, the number in it, the rest."""
+"""A key inside a numbered list of modules: the list, the number, the rest."""
 ATTRIBUTE = re.compile(r"self\.(\w+)\s*[:=][^=]|(?<=register_buffer\(\")\w+|(?<=register_parameter\(\")\w+")
-"""What a module's source makes a part of it."""
+"""What the source of a module declares as its parts."""
 SIZES = {"num", "n", "size", "dim", "rank", "heads"}
-"""A setting with one of these words in its name is a whole number, or nothing."""
+"""A setting with one of these words in its name must be a whole number or null."""
 
 Tensors = Mapping[str, Entry]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Down:
-    """Where a checkpoint holds one expert's down_proj."""
+class DownProjection:
+    """Where a checkpoint holds the down_proj of one expert."""
 
     expert: ExpertKey
     weight: Entry
@@ -46,31 +46,31 @@ class Down:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """One of the decoder's; names are what follows its number in a key."""
+    """A layer of the decoder. Names in it are the part of a key after the layer's number."""
 
     bank: str | None
-    """The list of experts; None in a dense layer."""
+    """Name of the list of experts; None in a dense layer."""
     experts: Mapping[int, Tensors]
     rest: Shapes
-    """Of what is no expert's."""
+    """Shapes of everything that belongs to no expert."""
 
 
-def find(checkpoint: Checkpoint, experts: Sequence[ExpertKey]) -> list[Down] | None:
-    """Each expert's down_proj; None where the checkpoint is not ordinary or one of the experts is no routed one."""
+def locate_by_shape(checkpoint: Checkpoint, experts: Sequence[ExpertKey]) -> list[DownProjection] | None:
+    """The down_proj of each expert; None if the checkpoint is not ordinary or an expert is not a routed one."""
     settings = _read(checkpoint.folder / "config.json")
     if not _are_known(checkpoint, settings):
         return None
-    found = downs(checkpoint, settings)
+    found = down_projections(checkpoint, settings)
     if found is None or not found.keys() >= set(experts):
         return None
-    return [Down(expert=expert, weight=found[expert]) for expert in experts]
+    return [DownProjection(expert=expert, weight=found[expert]) for expert in experts]
 
 
-def downs(entries: Tensors, settings: Any) -> dict[ExpertKey, Entry] | None:
-    """The down_proj of every routed expert, given what config.json holds."""
+def down_projections(entries: Tensors, settings: Any) -> dict[ExpertKey, Entry] | None:
+    """The down_proj of every routed expert, given the tensors and what config.json holds; None if anything is odd."""
     if not _are_plain(settings):
         return None
-    ends, lists = _sorted(entries)
+    ends, lists = _by_list(entries)
     if len(lists) != 1:
         return None
     ((decoder, numbered),) = lists.items()
@@ -81,10 +81,10 @@ def downs(entries: Tensors, settings: Any) -> dict[ExpertKey, Entry] | None:
         sparse
         and len(sparse) + len(dense) == settings["num_hidden_layers"]
         and _are_counted(numbered)
-        and _are_ends(ends, decoder.rpartition(".")[0], settings)
+        and _are_outer_tensors(ends, decoder.rpartition(".")[0], settings)
     ):
         return None
-    down = _down(sparse, dense, settings)
+    down = _name_of_down(sparse, dense, settings)
     if down is None:
         return None
     return {
@@ -95,20 +95,22 @@ def downs(entries: Tensors, settings: Any) -> dict[ExpertKey, Entry] | None:
     }
 
 
-# ---- config.json --------------------------------------------------------------------------------------------------
+# ---- config.json ----
 
 
 def _read(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None  # transformers says what is wrong with it
+        return None  # the slower way reports what is wrong with it
 
 
 def _are_known(keys: Iterable[str], settings: Any) -> bool:
-    """Whether the transformers that is installed has a language model of the family with experts that can be swapped,
-    and every word of the keys is one of that model's, or of its checkpoints' before they are converted, so that keys of
-    something else are not overlooked. The library's sources are read for it, and not run."""
+    """Whether the installed transformers has a language model of the family with exchangeable experts, and every word
+    of the keys occurs in that model or in transformers' list of older names.
+
+    The second part makes sure that keys of something else are not overlooked. The source files of transformers are read
+    for this, and not run."""
     family = settings.get("model_type") if isinstance(settings, dict) else None
     package = importlib.util.find_spec("transformers")
     if not isinstance(family, str) or not re.fullmatch(r"[a-z0-9_]+", family) or package is None:
@@ -126,7 +128,7 @@ def _are_known(keys: Iterable[str], settings: Any) -> bool:
 
 
 def _are_plain(settings: Any) -> bool:
-    """Whether these are settings of a language model alone, not quantized, whose sizes are whole numbers."""
+    """Whether the settings are of a text model, not quantized, and all sizes in them are whole numbers."""
     if not isinstance(settings, dict):
         return False
     for name, value in settings.items():
@@ -141,15 +143,15 @@ def _are_plain(settings: Any) -> bool:
 
 
 def _numbers(settings: Mapping[str, Any], word: str) -> set[int]:
-    """Those that stand under a name with this word in it."""
+    """The whole numbers in the settings under a name that contains `word`."""
     return {value for name, value in settings.items() if word in name and type(value) is int}
 
 
-# ---- keys ---------------------------------------------------------------------------------------------------------
+# ---- keys ----
 
 
-def _sorted(entries: Tensors) -> tuple[dict[str, Entry], dict[str, dict[int, dict[str, Entry]]]]:
-    """What is in no list, and of each list what is under each number."""
+def _by_list(entries: Tensors) -> tuple[dict[str, Entry], dict[str, dict[int, dict[str, Entry]]]]:
+    """Splits tensors into those in no numbered list, and those of each list by their number."""
     rest: dict[str, Entry] = {}
     lists: dict[str, dict[int, dict[str, Entry]]] = {}
     for key, entry in entries.items():
@@ -162,8 +164,8 @@ def _sorted(entries: Tensors) -> tuple[dict[str, Entry], dict[str, dict[int, dic
 
 
 def _layer(tensors: Tensors) -> _Layer | None:
-    """None for a layer that holds several lists, or a list outside of any module."""
-    rest, lists = _sorted(tensors)
+    """One layer; None if it holds several lists, or a list outside any module."""
+    rest, lists = _by_list(tensors)
     bank = next(iter(lists), None)
     if len(lists) > 1 or (bank is not None and "." not in bank):
         return None
@@ -178,8 +180,8 @@ def _are_counted(numbers: Mapping[int, Any]) -> bool:
     return numbers.keys() == set(range(len(numbers)))
 
 
-def _are_ends(ends: Tensors, stem: str, settings: Mapping[str, Any]) -> bool:
-    """Whether these are an embedding and a last norm beside the layers, and elsewhere a head, unless it is tied."""
+def _are_outer_tensors(ends: Tensors, stem: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the tensors outside the layers are an embedding, a final norm and, unless it is tied, a head."""
     embedding, norm = (settings["vocab_size"], settings["hidden_size"]), (settings["hidden_size"],)
     modules: dict[str, list[tuple[int, ...]]] = {}
     for key, entry in ends.items():
@@ -194,8 +196,11 @@ def _are_ends(ends: Tensors, stem: str, settings: Mapping[str, Any]) -> bool:
     return elsewhere in ([[embedding]], [[embedding[:1], embedding]])
 
 
-def _down(sparse: Sequence[_Layer], dense: Sequence[_Layer], settings: Mapping[str, Any]) -> str | None:
-    """Name of an expert's down_proj, where layers of a kind are alike, and the kinds too but for the experts' block."""
+def _name_of_down(sparse: Sequence[_Layer], dense: Sequence[_Layer], settings: Mapping[str, Any]) -> str | None:
+    """Name of the down_proj of an expert.
+
+    None unless all layers with experts are alike, all dense layers are alike, and the two kinds differ only in the
+    block that holds the experts."""
     first, experts, count = sparse[0], sparse[0].experts, len(sparse[0].experts)
     sample = experts.get(0, {})
     kinds = {entry.kind for entry in sample.values()}
@@ -210,25 +215,27 @@ def _down(sparse: Sequence[_Layer], dense: Sequence[_Layer], settings: Mapping[s
     inside, outside = _parted(first.rest, str(first.bank))
     if (count, settings["hidden_size"]) not in inside.values() or count not in _numbers(settings, "expert"):
         return None  # no router, or one for another number of experts
-    down = _last(_shapes(sample), settings)
+    down = _down_of(_shapes(sample), settings)
     for layer in dense:
         mlp, others = _parted(layer.rest, str(first.bank))
         if others != outside or layer.rest != dense[0].rest or mlp.keys() != sample.keys():
             return None
-        if _last(mlp, settings) != down:
+        if _down_of(mlp, settings) != down:
             return None
     return down
 
 
 def _parted(shapes: Shapes, bank: str) -> tuple[Shapes, Shapes]:
-    """What is in the block that holds the list of experts, by its names there, and what is not."""
+    """Shapes inside the block that holds the list of experts (by their names in it), and shapes outside it."""
     block = bank.rpartition(".")[0] + "."
     inside = {name.removeprefix(block): shape for name, shape in shapes.items() if name.startswith(block)}
     return inside, {name: shape for name, shape in shapes.items() if not name.startswith(block)}
 
 
-def _last(matrices: Shapes, settings: Mapping[str, Any]) -> str | None:
-    """The one [D, F] beside two [F, D]: with one beside it, matrices that are stored transposed would look the same."""
+def _down_of(matrices: Shapes, settings: Mapping[str, Any]) -> str | None:
+    """The one matrix [D, F] beside two [F, D].
+
+    With only one beside it, a transposed pair would have the same shapes, so the two could not be told apart."""
     hidden, widths = settings["hidden_size"], _numbers(settings, "intermediate")
     found = [name for name, shape in matrices.items() if shape[:1] == (hidden,)]
     if len(matrices) != 3 or len(found) != 1:
