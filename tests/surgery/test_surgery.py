@@ -27,7 +27,7 @@ from superexperts.core.errors import DataError, ExpertsError, ModelError, Output
 from superexperts.core.runs import MANIFEST
 from superexperts.data.corpora import pack
 from superexperts.models.banks import find_banks, zero_experts
-from superexperts.surgery import compare, locate, locate_by_shape, prune, restore
+from superexperts.surgery import compare, locate, prune, restore
 from superexperts.surgery.compare import CompareConfig
 from superexperts.surgery.prune import PruneConfig
 from superexperts.surgery.restore import RestoreConfig
@@ -513,7 +513,7 @@ def test_an_order_that_cannot_be_edited_is_pruned_in_memory(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = tensors(pruned(base, tmp_path / "shards"))
-    monkeypatch.setattr(locate_by_shape, "find", lambda *_: None)
+    monkeypatch.setattr(prune, "locate_by_shape", lambda *_: None)
     monkeypatch.setattr(locate, "down_projections", lambda *_: None)
     byte_tokenizer().save_pretrained(base)
     out = pruned(base, tmp_path / "memory")
@@ -553,11 +553,11 @@ def change_of(out: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda b, o: edit(b / change_of(o)["file"], change_of(o)["offset"]), "is not what it was"),
-        (lambda b, o: edit(b / change_of(o)["file"], -1), "which was not changed"),
-        (lambda b, o: edit(o / change_of(o)["file"], -1), "which was not changed"),
+        (lambda b, o: edit(b / change_of(o)["file"], change_of(o)["offset"]), "differs from the record"),
+        (lambda b, o: edit(b / change_of(o)["file"], -1), "which prune did not change"),
+        (lambda b, o: edit(o / change_of(o)["file"], -1), "which prune did not change"),
         (lambda b, o: edit(next(f for f in sorted(b.glob("model-*")) if f.name != change_of(o)["file"]), -1),
-         "which was not changed"),
+         "which prune did not change"),
         (lambda b, o: (b / "config.json").write_text((b / "config.json").read_text() + " "), "config.json' of"),
         (lambda b, o: (b / "LICENSE").unlink(), "LICENSE' of"),
         (lambda b, o: (b / INDEX).write_text((b / INDEX).read_text() + " "), INDEX),
@@ -566,10 +566,10 @@ def change_of(out: Path) -> dict[str, Any]:
         (lambda b, o: (o / RECORD).write_text("[1]"), "is no file of schema"),
         (lambda b, o: (o / RECORD).write_text('{"schema": "superexperts/surgery/1"}'), "a field is missing"),
         (lambda b, o: amend(o, changes=[{**change_of(o), "offset": -1}]), "a field is missing or wrong"),
-        (lambda b, o: amend(o, changes=[{**change_of(o), "bytes": 10**15}]), "is not what it was"),
-        (lambda b, o: amend(o, changes=[{**change_of(o), "file": "../../etc/passwd"}]), "is not what it was"),
-        (lambda b, o: amend(o, files={"a\nb": {"bytes": 1, "sha256": ""}}), "of .* is not the one"),
-        (lambda b, o: amend(o, model="../nowhere"), "MODEL: '../nowhere'"),
+        (lambda b, o: amend(o, changes=[{**change_of(o), "bytes": 10**15}]), "differs from the record"),
+        (lambda b, o: amend(o, changes=[{**change_of(o), "file": "../../etc/passwd"}]), "differs from the record"),
+        (lambda b, o: amend(o, files={"a\nb": {"bytes": 1, "sha256": ""}}), "of .* is not the recorded file"),
+        (lambda b, o: amend(o, model="../nowhere"), "'../nowhere' is neither a folder"),
         (lambda b, o: amend(o, files={"config.json": 3}), "a field is missing or wrong"),
     ],
 )  # fmt: skip
