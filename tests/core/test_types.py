@@ -113,7 +113,7 @@ WRITTEN_BY_0_1_0: dict[type[Any], str] = {
  {"layer": 1, "expert": "shared", "score": null}]}""",
     Answer: """{"id": "mmlu-0", "prompt": "Question: Is it?\\nAnswer:", "response": " A", "gold": "A",
  "choices": [["A", "yes"], ["B", "no"]], "kind": "choice", "task": "mmlu", "variant": "base", "seed": 0,
- "subject": "model_parts", "num_fewshot": 5, "loglikelihoods": [["A", -1.5, 3], ["B", -2.0, 2]]}""",
+ "subject": "anatomy", "num_fewshot": 5, "loglikelihoods": [["A", -1.5, 3], ["B", -2.0, 2]]}""",
     Extraction: '{"id": "mmlu-0", "extracted": "A", "how": "rule:statement", "correct": true}',
     Score: """{"task": "mmlu", "variant": "base", "items": 100, "correct": 59, "unparsed": 20, "accuracy": 0.59,
  "low": 0.4920143005341078, "high": 0.6813268697886348}""",

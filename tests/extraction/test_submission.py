@@ -136,7 +136,7 @@ def test_an_answer_without_what_is_optional_is_written_as_before() -> None:
 
 
 def test_averages_by_hand() -> None:
-    subjects = ["model_parts"] * 4 + ["virology"] + ["no_such_subject"]
+    subjects = ["anatomy"] * 4 + ["virology"] + ["no_such_subject"]
     found = by_subject("mmlu", subjects, [True, True, True, False, False, True])
     assert found == {
         **{"items": 6, "correct": 4, "accuracy": 4 / 6, "macro": pytest.approx((0.75 + 0 + 1) / 3)},
@@ -145,7 +145,7 @@ def test_averages_by_hand() -> None:
             "other": {"items": 1, "correct": 0, "accuracy": 0.0, "macro": 0.0},
         },
         "subjects": {
-            "model_parts": {"items": 4, "correct": 3, "accuracy": 0.75},
+            "anatomy": {"items": 4, "correct": 3, "accuracy": 0.75},
             "no_such_subject": {"items": 1, "correct": 1, "accuracy": 1.0},
             "virology": {"items": 1, "correct": 0, "accuracy": 0.0},
         },

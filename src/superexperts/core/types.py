@@ -255,7 +255,7 @@ class Answer:
     variant: str
     seed: int
     subject: str | None = None
-    """What the benchmark files the item under, such as model_parts; None where it does not."""
+    """What the benchmark files the item under, such as anatomy; None where it does not."""
     num_fewshot: int = 0
     """Examples in front of the question."""
     loglikelihoods: tuple[tuple[str, float, int], ...] | None = None

@@ -15,7 +15,7 @@ __all__ = ["GROUPS", "by_subject"]
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "mmlu": {
         "STEM": (
-            *("abstract_algebra", "model_parts", "astronomy", "college_biology", "college_chemistry"),
+            *("abstract_algebra", "anatomy", "astronomy", "college_biology", "college_chemistry"),
             *("college_computer_science", "college_mathematics", "college_physics", "computer_security"),
             *("conceptual_physics", "electrical_engineering", "elementary_mathematics", "high_school_biology"),
             *("high_school_chemistry", "high_school_computer_science", "high_school_mathematics"),
