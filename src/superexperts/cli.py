@@ -51,7 +51,7 @@ COMMANDS = {
     "study": Command("everything, from the checkpoint to the report", "studies.study", "studies.study.StudyConfig"),
     "status": Command("how far a study is", "studies.status", "studies.status.StatusConfig"),
     "report": Command("write the report of a study again", "reports.report", "reports.report.ReportConfig"),
-    "push": Command("put an adapter or a study on the Hub", "hub.push", "core.config_adapters.PushConfig"),
+    "push": Command("put an adapter or a study on the Hub", "hub.push", "hub.push.PushConfig"),
     "pocket": Command("the embedded model as a checkpoint folder", "pocket", "pocket.PocketConfig"),
 }
 

@@ -218,7 +218,7 @@ def test_a_branch_is_made(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_what_is_public_is_not_pushed_to_unasked(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = train_folder(tmp_path / "lora")
     push(capsys, folder, "--no-private")
-    assert "--private: me/it is there and public; give --no-private" in refused(capsys, folder, "--revision", "b")
+    assert "--private: me/it exists and is public; give --no-private" in refused(capsys, folder, "--revision", "b")
     assert list(hub.repos["model", "me/it"].branches) == ["main"]
 
 
@@ -294,7 +294,7 @@ def test_links_out_of_the_folder_and_missing_files_are_refused(
     assert "a.md is a link out of" in refused(capsys, folder)
     (folder / "figures" / "a.md").unlink()
     (folder / "figures" / "a.png").symlink_to(folder / "figures" / "forest.png")
-    assert refused(capsys, folder, repo="a--b/c").startswith("superexperts: --repo: 'a--b/c' is no name on the Hub")
+    assert refused(capsys, folder, repo="a--b/c").startswith("superexperts: --repo: 'a--b/c' is not a name on the Hub")
     (folder / "report.html").unlink()
     assert "has no report.html; run `superexperts study` to its end" in refused(capsys, folder)
     assert "holds neither an adapter nor results.json" in refused(capsys, tmp_path)
@@ -313,15 +313,15 @@ def test_links_out_of_the_folder_and_missing_files_are_refused(
 @pytest.mark.parametrize(
     ("request_", "reply", "said"),
     [
-        ("create", (403, {"error": "no\nright"}, {}), "403 (no right): the token may not write there"),
+        ("create", (403, {"error": "no\nright"}, {}), "403 (no right): the token has no write access there"),
         ("create", (500, {}, {}), "500: the Hub failed; run the same command again later"),
         ("validate", (400, {"errors": [{"message": "bad license"}]}, {}), "bad license"),
         ("preupload", (404, {}, {"X-Error-Code": "RevisionNotFound"}), "404: there is no such repository or branch"),
         ("lfs/objects", (403, {"error": "storage"}, {}), "403 (storage)"),
         ("PUT", (403, {}, {}), "adapter_model.safetensors"),
-        ("commit", (409, {"error": "a conflict"}, {}), "409 (a conflict): somebody else changed it"),
-        ("commit", (412, {}, {}), "412: somebody else changed it meanwhile; run the same command again"),
-        ("commit", (413, {}, {}), "413: it is too large"),
+        ("commit", (409, {"error": "a conflict"}, {}), "409 (a conflict): the repository was changed"),
+        ("commit", (412, {}, {}), "412: the repository was changed meanwhile; run the same command again"),
+        ("commit", (413, {}, {}), "413: the upload is too large"),
         ("create", (200, b"<html>a proxy", {}), "check the network, and run the same command again"),
     ],
 )
@@ -353,7 +353,7 @@ def test_wrong_tokens_and_no_network_are_one_line(
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "Connection refused; check the network" in refused(capsys, folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE: it is set, and nothing can be pushed; unset it" in refused(capsys, folder)
+    assert "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it" in refused(capsys, folder)
     assert hub.repos == {}
 
 

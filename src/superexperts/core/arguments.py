@@ -28,7 +28,9 @@ def speller(kind: type) -> Callable[[str], str]:
     for name, hint in get_type_hints(kind, include_extras=True).items():
         # Only positionals are declared with a metavar.
         metavars = [mark.metavar for mark in getattr(hint, "__metadata__", ()) if getattr(mark, "metavar", None)]
-        names[name] = metavars[0] if metavars else "--" + name.replace("_", "-")
+        option = name.replace("_", "-")
+        names[name] = metavars[0] if metavars else f"--{option}"
+        names[f"no_{name}"] = f"--no-{option}"  # how a switch that is on by default is turned off
     return lambda name: names.get(name, name)
 
 

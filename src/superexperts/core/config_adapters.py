@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,10 +11,9 @@ from tyro.conf import Positional
 
 from superexperts.core.settings import (
     Switch,
-    require,
 )
 
-__all__ = ["ExportConfig", "ImportConfig", "PushConfig"]
+__all__ = ["ExportConfig", "ImportConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,47 +63,3 @@ class ImportConfig:
     """Run Python code that comes with the checkpoint. Only for checkpoints that you trust."""
     json: Switch = False
     """Print the result as JSON."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PushConfig:
-    """Put an adapter or a finished study on the Hub, with its card, in one commit. Logs in as `hf auth login` does, or
-    with HF_TOKEN.
-
-    Example: superexperts push runs/lora --repo OWNER/NAME --dry-run
-    """
-
-    folder: Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
-    """Folder of `train`, an adapter in it, or folder of `study`."""
-    repo: str
-    """OWNER/NAME on the Hub; made where it is missing. A model repository, or a data set's for a study without
-    adapters."""
-    private: bool = True
-    """Whether a repository that is made is private. One that is there stays as it is; a public one needs
-    --no-private."""
-    revision: str | None = None
-    """Branch, made where it is missing; default: main."""
-    message: str | None = None
-    """Of the commit; default: what was uploaded, and the version."""
-    base_model: str | None = None
-    """OWNER/NAME of the base model on the Hub; needed where the adapter was trained from a local folder."""
-    license: str | None = None
-    """For the card, as the Hub names it, such as apache-2.0; without it the card names none."""
-    dataset: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """OWNER/NAME of training data on the Hub, for the card; may be given several times."""
-    dry_run: Switch = False
-    """Check everything and list the files with their sizes; nothing is sent."""
-    json: Switch = False
-    """Print the result as JSON."""
-
-    def __post_init__(self) -> None:
-        for option, names in (
-            ("repo", [self.repo]),
-            ("base_model", [self.base_model]),
-            ("dataset", self.dataset),
-        ):
-            for name in names:
-                good = name is None or re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-                require(bool(good), option, name, "is not OWNER/NAME; give it as the Hub shows it")
-        for option, text in (("message", self.message), ("revision", self.revision), ("license", self.license)):
-            require(text is None or bool(text.strip()), option, text, "is empty; leave it out, or give one")

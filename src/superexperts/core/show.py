@@ -39,8 +39,6 @@ def show(command: str, result: dict[str, Any]) -> None:
             _show_judge(result["judge"])
     elif command == "extract":
         _show_audit(result)
-    elif command == "push":
-        _show_push(result)
     if "out" in result:
         stdout.print(f"in {result['out']}", soft_wrap=True)
 
@@ -79,24 +77,6 @@ def _show_profile(result: dict[str, Any]) -> None:
             stdout.print(f"layer {row['layer']}: {told}; {decay}", soft_wrap=True)
     if result["stability"] is not None:
         _show_stability(result["stability"])
-
-
-def _show_push(result: dict[str, Any]) -> None:
-    def line(text: str) -> None:
-        stdout.print(text, soft_wrap=True, markup=False)
-
-    if result["dry_run"]:
-        for file in result["files"]:
-            line(f"{file['bytes']:>13,}  {file['path']}")
-    told = f"{len(result['files'])} files, {result['bytes']:,} bytes"
-    if result["dry_run"]:
-        line(f"{told} for the {result['repo_type']} repository {result['repo']}; nothing was sent (--dry-run)")
-        return
-    if result["others"]:
-        others = ", ".join(map(ascii, result["others"]))
-        line(f"left as they are, since this folder has none of that name: {others}")
-    line(f"{told} in {result['url']}" if result["changed"] else f"{result['url']} has all {told} already")
-    line(f"commit {result['commit']}")
 
 
 def _show_stability(result: dict[str, Any]) -> None:
