@@ -35,17 +35,17 @@ ROWS = [
         title="super $x$",
         block="pruning",
         marks={
-            "all items": Mark(difference=-0.4, low=-0.5, high=-0.3, sure=True),
-            "MMLU": Mark(difference=-0.2, low=-0.3, high=-0.1, sure=False),
+            "all items": Mark(difference=-0.4, low=-0.5, high=-0.3, detected=True),
+            "MMLU": Mark(difference=-0.2, low=-0.3, high=-0.1, detected=False),
         },
     ),
     ForestRow(
-        title="random", block="LoRA", marks={"all items": Mark(difference=0.02, low=-0.01, high=0.05, sure=False)}
+        title="random", block="LoRA", marks={"all items": Mark(difference=0.02, low=-0.01, high=0.05, detected=False)}
     ),
     ForestRow(
         title="super",
         block="LoRA",
-        marks={"all items": Mark(difference=0.03, low=0.01, high=0.05, sure=True, runs=(0.01, 0.05))},
+        marks={"all items": Mark(difference=0.03, low=0.01, high=0.05, detected=True, runs=(0.01, 0.05))},
     ),
 ]
 CURVES = [

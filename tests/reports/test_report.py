@@ -77,16 +77,19 @@ def test_table_holds_the_numbers(page: BeautifulSoup) -> None:
 def test_verdict_comes_first_and_pocket_is_named(page: BeautifulSoup) -> None:
     assert page.main is not None
     assert text_of(page.select_one("main .banner")) == (
-        "Measured on the pocket model: an embedded toy; not a result about any real model."
+        "Measured on the pocket model, a toy that comes with the package. This says nothing about any real model."
     )
     assert page.main.find("section")["id"] == "verdict"  # type: ignore[index]
     assert "Pruning super experts costs 43.3 points of accuracy; pruning random experts" in text_of(page.h1)
     told = [text_of(line) for line in page.select("#verdict .verdicts")[0].select("li")]
     assert told[0].startswith("−43.3 points prune super experts 43.3 points lower,")
     assert "Perplexity 6.00 → 15.00 (×2.5)." in told[0]
-    seen = "No difference detected; differences over 17.7 points would have been seen"
+    seen = "No difference detected; one over 17.7 points would probably have been"
     low, high = (f"{100 * abs(end):.1f}" for end in paired_interval(1, 1, 60))
-    assert f"{seen}; one seed: another one may differ (95% interval −{low} to +{high}, p = 1)" in told[1]
+    assert (
+        f"{seen}; one seed only, so another seed may give another result (95% interval −{low} to +{high}, p = 1)"
+        in told[1]
+    )
     assert "Perplexity 6.00 → 6.03." in told[1]
     assert len(told) == 4
     direct = [text_of(line) for line in page.select("#verdict .verdicts")[1].select("li")]
@@ -243,7 +246,7 @@ def test_twenty_thousand_long_answers_stay_under_the_limit(tmp_path: Path) -> No
     section = soup.select_one("#answers")
     assert section is not None
     text = text_of(section)
-    assert "20,006 of 20,020 items are right for some runs and wrong for others; 66 of them are in this file" in text
+    assert "20,006 of 20,020 items were answered correctly by some runs and wrongly by others. This file holds 66" in text
     assert "All answers are in the study's folder, in variants/RUN/answers" in text
     data = json.loads(soup.select_one("#data").get_text())  # type: ignore[union-attr]
     assert [(task["found"], task["shown"]) for task in data["tasks"]] == [(20_000, 60), (6, 6)]
@@ -391,7 +394,7 @@ def test_without_the_base_model_no_weights_are_invented(seeds: Path, capsys: pyt
         patch.setattr(pictures, "adapter_changes", refuse)
         picture = pictures._weights(seeds, results, profile())
     assert picture is not None
-    assert "The base model's weights were not at hand" in picture.caption
+    assert "The base model's weights are not on this machine" in picture.caption
     assert "LoRA" not in picture.alt
     assert "report: no weight changes (MODEL: 'org/model' is not here)" in capsys.readouterr().err
 

@@ -8,17 +8,17 @@ from superexperts.reports.tables import verdict_rows
 from superexperts.results.results import Results
 from superexperts.results.statistics.single_run import detectable, holm, mcnemar
 from superexperts.results.variants import title_of
-from superexperts.results.verdict import against_base, against_controls, format_p, headline
+from superexperts.results.verdict import SINGLE_SEED, against_base, against_controls, format_p, headline
 from tests.support.study_folder import CORRECT, TITLES, results_json
 
 
 def test_against_base_words_and_intervals() -> None:
     found = {one.name: one for one in against_base(Results.from_json(results_json()))}
     assert found["prune-super"].effect == "down"
-    assert found["prune-super"].words == "costs 43.3 points"  # 26 of 60 items lost
+    assert found["prune-super"].predicate == "costs 43.3 points"  # 26 of 60 items lost
     assert found["prune-random"].effect == "none"
-    assert found["prune-random"].words == "makes no detectable difference"
-    assert found["lora-super"].words == "gains 21.7 points"  # 13 of 60 won
+    assert found["prune-random"].predicate == "makes no detectable difference"
+    assert found["lora-super"].predicate == "gains 21.7 points"  # 13 of 60 won
     assert found["prune-random"].interval.startswith("−")
 
 
@@ -46,7 +46,7 @@ def test_headline() -> None:
     assert headline(results) == [
         "Pruning super experts costs 43.3 points of accuracy; pruning random experts makes no detectable difference.",
         f"LoRA gains 21.7 points; no difference between LoRA on super experts and {attention} is detected.",
-        f"Prune random experts, LoRA on super experts and {attention} have one seed: another one may differ.",
+        f"Prune random experts, LoRA on super experts and {attention} were run with {SINGLE_SEED}.",
     ]
     assert headline(Results.from_json(results_json({"base": "baseline"}))) == []
 
@@ -57,7 +57,7 @@ def test_headline_when_lora_changes_nothing() -> None:
         row |= {"difference": 0.0, "p": 1.0, "adjusted": 1.0}
     assert headline(Results.from_json(value)) == [
         "No LoRA variant differs detectably from the base model.",
-        "LoRA on super experts has one seed: another one may differ.",
+        f"LoRA on super experts was run with {SINGLE_SEED}.",
     ]
 
 
@@ -129,14 +129,17 @@ def test_sentences() -> None:
     assert found["prune-super"].sentence.startswith("43.3 points lower, ")
     assert "seed" not in found["prune-super"].sentence  # nothing in it is random
     assert found["prune-random"].sentence == (
-        "no difference detected; differences over 17.7 points would have been seen; one seed: another one may differ"
+        f"no difference detected; one over 17.7 points would probably have been; {SINGLE_SEED}"
     )
     value = results_json()
     for row in value["comparisons"]:
         row |= {"adjusted": 1.0, "detectable": 1.0}
-    assert "with 60 items it would have seen no difference at all" in against_base(Results.from_json(value))[0].sentence
+    assert (
+        "with 60 items, no difference would probably have been detected"
+        in against_base(Results.from_json(value))[0].sentence
+    )
     tiny = against_base(with_rows({("prune-super", "base"): (-0.0004, 0.01)}))[0]
-    assert tiny.words == "costs 0.040 points"
+    assert tiny.predicate == "costs 0.040 points"
 
 
 def blinded(**changes: object) -> Results:
@@ -152,19 +155,19 @@ def test_a_study_that_could_have_seen_nothing_says_that_it_cannot_tell() -> None
     few = blinded(test="seeds", runs=[2, 1])
     attention = TITLES["lora-attention"]
     assert against_base(few)[0].sentence == (
-        "this study cannot tell: with 2 runs against 1 it would have seen only a difference over 35.4 points; "
-        "give more seeds"
+        "inconclusive: with 2 runs against 1, only a difference over 35.4 points would probably have been detected; "
+        "use more seeds"
     )
     assert headline(few)[:2] == [
-        "What pruning super experts and pruning random experts do, this study cannot tell: it has too few seeds.",
-        f"What LoRA on super experts and {attention} do, this study cannot tell: it has too few seeds; whether LoRA on "
-        f"super experts differs from {attention}, this study cannot tell.",
+        "This study has too few seeds to tell what pruning super experts and pruning random experts do.",
+        f"This study has too few seeds to tell what LoRA on super experts and {attention} do; this study cannot tell "
+        f"whether LoRA on super experts differs from {attention}.",
     ]
-    assert "give more items" in against_controls(blinded())[0].sentence
+    assert "use more items" in against_controls(blinded())[0].sentence
     assert "detect" not in " ".join(headline(blinded()))
     seen = blinded(detectable=0.2)
     assert headline(seen)[0] == "Pruning super experts or random experts makes no detectable difference."
-    assert against_base(seen)[0].sentence.startswith("no difference detected; differences over 20.0 points would")
+    assert against_base(seen)[0].sentence.startswith("no difference detected; one over 20.0 points would")
 
 
 def test_a_set_of_the_users_is_called_a_set() -> None:
@@ -182,7 +185,7 @@ def test_what_a_control_was_not_given_alike_stands_beside_the_comparison() -> No
     runs["prune-random"]["experts"] = ["L1E0", "L3E1"]
     runs["lora-attention"]["trainable_parameters"] = 99_000
     pruned, adapted = (row["test"] for row in verdict_rows(Results.from_json(value), "control"))
-    assert pruned.endswith(", experts of other layers")
+    assert pruned.endswith(", experts in other layers")
     assert adapted.endswith(", 12,345 against 99,000 trainable parameters")
     runs["prune-random"]["experts"] = ["L1E0"]
     assert verdict_rows(Results.from_json(value), "control")[0]["test"].endswith(", 2 against 1 expert")

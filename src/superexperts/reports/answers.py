@@ -1,4 +1,4 @@
-"""The items that some runs have right and others wrong, with the raw answers, as data for the report's browser."""
+"""The items that some runs got right and others wrong, with the raw answers, as data for the report's browser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Disagreements", "disagreements", "script_safe", "visible"]
 MAX_PER_TASK = 60
 PROMPT_LENGTH = 1200
 RESPONSE_LENGTHS = (1000, 500, 250)
-"""Answers are cut to the first of these with which all items that may be shown fit."""
+"""Answers are cut to the first of these lengths with which all items fit."""
 
 Lines = Mapping[str, Mapping[str, Sequence[Any]]]
 Row = tuple[Extraction, Answer]
@@ -29,7 +29,7 @@ CONTROL = re.compile(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Disagreements:
-    """What the browser shows, and how much of it there was."""
+    """What the browser shows: counts of items, and the items as JSON."""
 
     asked: int
     found: int
@@ -39,10 +39,10 @@ class Disagreements:
 
 
 def disagreements(results: Results, answers: Lines, extractions: Lines, max_bytes: int = 2 * 2**20) -> Disagreements:
-    """Items whose correctness differs between runs, the first ones of each benchmark, cut and made visible.
+    """Items that some runs got right and others wrong: the first ones of each benchmark, shortened.
 
-    `answers` and `extractions` are by run and benchmark; `DataError` where an item lacks either. The items' JSON takes
-    `max_bytes` at most.
+    `answers` and `extractions` are by run and benchmark; `DataError` if an item lacks either. The JSON of the items
+    takes at most `max_bytes`.
     """
     items: list[str] = []
     tasks = []
@@ -70,7 +70,7 @@ def disagreements(results: Results, answers: Lines, extractions: Lines, max_byte
 def _differing(
     results: Results, task: str, answers: Lines, extractions: Lines
 ) -> tuple[Sequence[Answer], list[list[list[Row]]]]:
-    """The base's answers, and of each item that differs what every run of every variant made of it."""
+    """The answers of the base, and for each item that differs the rows of every run of every variant."""
     correct = {run.name: {row.id: row for row in extractions[run.name][task]} for _, run in results.runs}
     said = {run.name: {row.id: row for row in answers[run.name][task]} for _, run in results.runs}
     asked = answers[results.base.runs[0].name][task]
@@ -89,7 +89,7 @@ def _differing(
 
 
 def _fitting(task: str, differing: Sequence[list[list[Row]]], budget: int) -> list[str]:
-    """As many items as the budget of bytes has room for, with answers as long as all would fit with."""
+    """As many items as fit into `budget` bytes, with answers as long as possible."""
     items: list[str] = []
     for length in RESPONSE_LENGTHS:
         items = [script_safe(_item(task, rows, length)) for rows in differing]
@@ -106,7 +106,7 @@ def _fitting(task: str, differing: Sequence[list[list[Row]]], budget: int) -> li
 
 
 def _item(task: str, rows: Sequence[Sequence[Row]], length: int) -> dict[str, Any]:
-    """`texts` holds each different answer once; `answers` are by variant and run [text, right, extracted, how]."""
+    """`texts` holds each distinct answer once; `answers` is by variant and run: [text, right, extracted, how]."""
     first = rows[0][0][1]
     texts: dict[str, int] = {}
     answers = [
@@ -132,7 +132,7 @@ def _item(task: str, rows: Sequence[Sequence[Row]], length: int) -> dict[str, An
 
 
 def visible(text: str) -> str:
-    """Shows what would hide or reorder text: NUL as ␀, ESC as ␛, others such as U+202E by their number in ⟨⟩."""
+    """Replaces characters that hide or reorder text: NUL by ␀, ESC by ␛, others such as U+202E by ⟨U+202E⟩."""
     return CONTROL.sub(_symbol, text.replace("\r\n", "\n"))
 
 
@@ -144,13 +144,13 @@ def _symbol(match: re.Match[str]) -> str:
 
 
 def script_safe(value: Any) -> str:
-    """JSON that no HTML parser takes for markup: `<`, `>` and `&` as their escapes."""
+    """JSON that is safe inside HTML: `<`, `>` and `&` are escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _cut(text: str, length: int) -> str:
-    """The first two thirds and the last third of a text that is too long: an answer's end holds the answer."""
+    """The first two thirds and the last third of a text that is too long; the end often holds the answer."""
     if len(text) <= length:
         return text
     head = 2 * length // 3

@@ -1,7 +1,7 @@
-"""A study's pictures: what each shows in words, and drawn for the page, light and dark, and for a paper.
+"""The pictures of a study's report: title, caption and text alternative of each, and its drawings.
 
-matplotlib draws all of them, once for the page and for the paper; what the page adds, values to point at, lies over the
-picture as data (`Spots`), so that no second library draws the same thing again.
+matplotlib draws each picture for a paper and for the page, in light and dark colours. The values that the page shows
+on pointing are data on top of the picture (`Spots`), so that no second library has to draw the same picture.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from superexperts.results.results import Comparison, Results, signed_points, tas
 __all__ = ["Picture", "drawn", "pictures", "rule_of"]
 
 MAX_HEATMAPS, MAX_LAYERS = 8, 2
-"""Corpora whose heatmap, and whose peaks by layer, are on the page; more would make it large. `figures/` has all."""
+"""Most heatmaps, and pictures of peaks by layer, on the page; more would make it large. `figures/` has all of them."""
 BLOCKS = {"prune": "pruning", "lora": "LoRA"}
 
 Draw = Callable[[Sequence[Path], Theme], Spots]
@@ -51,19 +51,19 @@ class Picture:
     """One picture of the report."""
 
     name: str
-    """Of its files."""
+    """Stem of its files."""
     section: str
     """results, experts, sinks, weights or training."""
     title: str
     alt: str
-    """What it shows, for those who cannot see it."""
+    """Text alternative."""
     caption: str
     draw: Draw
     on_page: bool = True
 
 
 def pictures(folder: Path, results: Results, chosen: ExpertSet | None) -> list[Picture]:
-    """All pictures that the files in a study's folder allow, in the order of the page."""
+    """All pictures that can be drawn from the files in a study's folder, in the order of the page."""
     profile = Profile.load(folder / "profile") if (folder / "profile" / "profile.json").is_file() else None
     found = [_forest(results, "base"), _forest(results, "control")]
     if profile is not None:
@@ -76,7 +76,7 @@ def pictures(folder: Path, results: Results, chosen: ExpertSet | None) -> list[P
 
 
 def drawn(picture: Picture, folder: Path) -> dict[str, Any]:
-    """Writes `folder`/NAME.png and .svg; returns what the page shows: two `data:` addresses of SVG, and Spots."""
+    """Writes `folder`/NAME.png and .svg; returns what the page needs: two SVGs as `data:` URLs, and the spots."""
     addresses = {}
     with tempfile.TemporaryDirectory() as scratch:
         light, dark = (Path(scratch) / f"{theme}{LETTERS}" for theme in ("light", "dark"))
@@ -99,7 +99,7 @@ def drawn(picture: Picture, folder: Path) -> dict[str, Any]:
 
 
 def _small(svg: str) -> str:
-    """matplotlib's SVG without what no browser draws: notes, names of groups, digits below a hundredth of a point."""
+    """A smaller SVG: without metadata, comments and ids, and with two digits after the decimal point."""
     svg = re.sub(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg)
     svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
@@ -108,7 +108,7 @@ def _small(svg: str) -> str:
 
 
 def rule_of(chosen: ExpertSet | None) -> dict[str, Any]:
-    """The criterion's numbers that the experts were chosen by, the paper's where a file has none."""
+    """The numbers of the criterion that chose the experts; those of arXiv 2507.23279 if a file has none."""
     return {"percentile": 99.5, "ratio": 10.0, "depth": 0.75} | (dict(chosen.rule) if chosen is not None else {})
 
 
@@ -136,15 +136,15 @@ def _forest(results: Results, family: Any) -> Picture | None:
         section="results" if family == "base" else "controls",
         title=f"Differences to {to}",
         alt=f"Forest plot. Over all items, in points: {alt}.",
-        caption="Filled marks were detected after Holm's adjustment; lines are 95% intervals"
-        + ("; small dots are single runs." if any(row.marks["all items"].runs for row in lines) else ".")
-        + " Pruning and LoRA have scales of their own.",
+        caption="Filled marks: detected after Holm's adjustment. Lines: 95% intervals."
+        + (" Small dots: single runs." if any(row.marks["all items"].runs for row in lines) else "")
+        + " Pruning and LoRA have separate scales.",
         draw=lambda paths, theme: plot_forest(lines, paths, unit=f"difference to {to}, percentage points", theme=theme),
     )
 
 
 def _short(title: str) -> str:
-    """`LoRA on attention` in the block of LoRA is `attention`."""
+    """A title within its block: `LoRA on attention` -> `attention`."""
     return title.removeprefix("prune ").removeprefix("LoRA on ")
 
 
@@ -153,12 +153,12 @@ def _mark(results: Results, row: Comparison) -> Mark:
     if max(row.runs) > 1:
         variant, reference = results.variant(row.variant), results.variant(row.reference)
         runs = tuple(run_difference(results, run, reference, row.task) for run in variant.runs)
-    return Mark(difference=row.difference, low=row.low, high=row.high, sure=row.sure, runs=runs)
+    return Mark(difference=row.difference, low=row.low, high=row.high, detected=row.detected, runs=runs)
 
 
 def _spoken(mark: Mark) -> str:
     said = f"{signed_points(mark.difference)}, interval {signed_points(mark.low)} to {signed_points(mark.high)}"
-    return said + (", detected" if mark.sure else ", not detected")
+    return said + (", detected" if mark.detected else ", not detected")
 
 
 def _of_corpora(profile: Profile, chosen: ExpertSet | None) -> list[Picture]:
@@ -189,7 +189,7 @@ def _of_corpora(profile: Profile, chosen: ExpertSet | None) -> list[Picture]:
                 name=f"layers-{short}",
                 title=f"Peaks by layer on {name}",
                 alt=f"Peaks of the experts by layer on {name}, and the criterion's two bounds. Largest: {largest}.",
-                caption="The same peaks by layer; a super expert lies over both dashed lines.",
+                caption="The same peaks by layer. A super expert is above both dashed lines.",
                 draw=_layers(profile, name, keys, rule),
                 section="experts",
                 on_page=number < MAX_LAYERS,
@@ -210,13 +210,13 @@ def _layers(profile: Profile, corpus: str, keys: Sequence[ExpertKey], rule: Mapp
 
 
 def _sinks(report: Mapping[str, Any]) -> Picture:
-    """Of `sinks.json`, which `profile --sinks` writes."""
+    """The picture of `sinks.json`, which `profile` writes on request."""
     try:
         before = {int(row["layer"]): tuple(row["before"]) for row in report["layers"]}
         after = {int(row["layer"]): tuple(row["after"]) for row in report["layers"]}
         silent = ExpertSet.parse(",".join(report["experts"])).experts
     except (KeyError, TypeError, ValueError, ExpertsError) as error:
-        raise DataError(f"sinks: a field of sinks.json is missing or wrong ({error}); profile again") from error
+        raise DataError(f"a field of sinks.json is missing or wrong ({error}); profile again", field="sinks") from error
     said = "; ".join(
         f"layer {layer} {100 * statistics.fmean(before[layer]):.0f}% and {100 * statistics.fmean(after[layer]):.0f}%"
         for layer in before
@@ -226,9 +226,9 @@ def _sinks(report: Mapping[str, Any]) -> Picture:
         name="sinks",
         section="sinks",
         title="Attention on the first token",
-        alt=f"Share of attention on the first token by layer, as it is and with {named} silenced: {said}.",
-        caption="Lines are means over a layer's heads, dots are heads: what is left of the first token's sink "
-        "when the super experts fall silent.",
+        alt=f"Share of attention on the first token by layer, unchanged and with {named} silenced: {said}.",
+        caption="Lines are means over the heads of a layer, dots are single heads. What the super experts contribute "
+        "to the attention sink is the difference between the two.",
         draw=lambda paths, theme: plot_sink_layers(before, after, silent, paths, theme=theme),
     )
 
@@ -246,7 +246,7 @@ def _weights(folder: Path, results: Results, profile: Profile) -> Picture | None
             found = adapter_changes(results.model, results.revision, adapters)
         except (ModelError, DataError) as error:
             note(f"report: no weight changes ({error})")
-            missing = " The base model's weights were not at hand, so that LoRA's changes are not shown."
+            missing = " The base model's weights are not on this machine, so LoRA's changes are not shown."
     panels = []
     for variant in results.others:
         own = [found[run.name] for run in variant.runs if run.name in found]
@@ -262,7 +262,7 @@ def _weights(folder: Path, results: Results, profile: Profile) -> Picture | None
     banks = itertools.groupby((row for row in rows if row.expert != "shared"), key=lambda row: row.layer)
     sizes = {layer: 1 + max(int(row.expert) for row in bank) for layer, bank in banks}
     widest = max(sizes.values(), default=0)
-    # A profile ends at its depth; the layers past it are as wide as the others.
+    # A profile ends at its depth. Assume that the layers below have as many experts as the others.
     sizes |= dict.fromkeys(range(max(sizes, default=0) + 1, profile.num_layers), widest)
     shared = any(row.expert == "shared" for row in rows)
     said = "; ".join(f"{panel.title}: {_changes_spoken(panel)}" for panel in panels)
@@ -271,9 +271,9 @@ def _weights(folder: Path, results: Results, profile: Profile) -> Picture | None
         section="weights",
         title="What each variant changes",
         alt=f"A heatmap per variant, layers by experts. {said}.",
-        caption="Frobenius norm of LoRA's change over the norm of the weights that it changes, an expert's three "
-        "matrices together; where a variant has several runs, the mean of those that change an expert. The experts "
-        f"that some run silences are crossed out.{missing}",
+        caption="Frobenius norm of LoRA's change divided by that of the weights it changes, over the three matrices of "
+        "an expert; for several runs, the mean over those that change the expert. Crosses mark experts that a run "
+        f"silences.{missing}",
         draw=lambda paths, theme: plot_weight_changes(
             panels, paths, layers=profile.num_layers, sizes=sizes, shared=shared, theme=theme
         ),
@@ -329,13 +329,13 @@ def _training(folder: Path, results: Results) -> Picture | None:
         section="training",
         title="Learning curves",
         alt=f"Loss by optimiser step: {ends}.",
-        caption="Loss on the response tokens of the training rows: each step faint, its mean over a tenth of the steps "
-        "strong. Held-out rows, where there are some, are dashed.",
+        caption="Loss on the response tokens of the training rows. Faint: single steps. Strong: mean over a tenth of "
+        "the steps. Dashed: held-out rows, if there are any.",
         draw=lambda paths, theme: plot_training(curves, paths, theme=theme),
     )
 
 
 def _tenths(losses: Sequence[float]) -> tuple[float, float]:
-    """Means over the first and the last tenth; a single step's loss is mostly its batch's."""
+    """Means over the first and the last tenth of the steps; the loss of a single step depends mostly on its batch."""
     count = max(1, round(len(losses) / 10))
     return statistics.fmean(losses[:count]), statistics.fmean(losses[-count:])

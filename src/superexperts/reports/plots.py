@@ -53,7 +53,7 @@ class Mark:
     difference: float
     low: float
     high: float
-    sure: bool
+    detected: bool
     """Whether it was detected."""
     runs: tuple[float, ...] = ()
     """The differences of single runs; none where there is one."""
@@ -144,20 +144,20 @@ def _forest_panel(
         mark = row.marks.get(panel)
         if mark is None:
             continue
-        colour = (theme.accent if mark.difference < 0 else theme.gain) if mark.sure else theme.muted
+        colour = (theme.accent if mark.difference < 0 else theme.gain) if mark.detected else theme.muted
         axes.plot((100 * mark.low, 100 * mark.high), (height, height), color=colour, lw=1.4)
         if mark.runs:
             dots = [100 * run for run in mark.runs]
             axes.plot(dots, [height + 0.27] * len(dots), "o", ms=1.9, color=theme.ink, mew=0, alpha=0.75)
         axes.plot(
             100 * mark.difference, height, "D" if large else "o", ms=4 if large else 3.6, color=colour,
-            mfc=colour if mark.sure else theme.paper, mew=1.2,
+            mfc=colour if mark.detected else theme.paper, mew=1.2,
         )  # fmt: skip
         span = f"{_signed(mark.low)} to {_signed(mark.high)}"
         text = f"{row.block}, {row.title}, {panel}: {_signed(mark.difference)} points, {span}"
         if mark.runs:
             text += f"; runs {', '.join(map(_signed, mark.runs))}"
-        said.append((100 * mark.difference, height, text + ("; detected" if mark.sure else "; not detected")))
+        said.append((100 * mark.difference, height, text + ("; detected" if mark.detected else "; not detected")))
     return said
 
 

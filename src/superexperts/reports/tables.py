@@ -1,4 +1,4 @@
-"""What the report's tables and sentences say, as plain text for the page and for report.md alike."""
+"""The tables and sentences of the report as plain text, for the page and for report.md."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = [
 
 
 def lede(results: Results) -> str:
-    """What was measured, in one breath."""
+    """What was measured, in a few words."""
     items = sum(score.items for score in results.base.scores)
     runs = len(results.runs)
     return (
-        f"{results.model} on {items:,} items of {count(len(results.tasks), 'benchmark')}, "
-        f"{count(len(results.variants), 'variant')} in {count(runs, 'run')}. Differences are over all items, by "
-        "paired tests; “detected” means p under 5% after Holm's adjustment."
+        f"{results.model} on {items:,} items of {count(len(results.tasks), 'benchmark')}: "
+        f"{count(len(results.variants), 'variant')}, {count(runs, 'run')}. Differences are over all items, from paired "
+        "tests. “Detected” means p < 0.05 after Holm's adjustment."
     )
 
 
 def verdict_rows(results: Results, family: str) -> list[dict[str, str]]:
-    """One plain sentence per comparison of a family, base or control."""
+    """A sentence for each comparison of a family, base or control."""
     verdicts = against_base(results) if family == "base" else against_controls(results)
     return [
         {
@@ -51,26 +51,26 @@ def verdict_rows(results: Results, family: str) -> list[dict[str, str]]:
 
 def _how(verdict: Verdict) -> str:
     runs = verdict.row.runs
-    said = format_p(verdict.p) if verdict.sure else f"95% interval {verdict.interval}, {format_p(verdict.p)}"
+    said = format_p(verdict.p) if verdict.detected else f"95% interval {verdict.interval}, {format_p(verdict.p)}"
     return said if runs == (1, 1) else f"{said}, {runs[0]} against {count(runs[1], 'run')}"
 
 
 def _unmatched(results: Results, verdict: Verdict) -> str:
-    """What a control was given that the variant was not, by their first runs; empty where the budgets are the same."""
+    """How the budgets of a variant and its control differ, by their first runs; empty if they do not."""
     one, other = (results.variant(name).runs[0] for name in (verdict.row.variant, verdict.row.reference))
     said = ""
     if one.experts is not None and other.experts is not None:
         if len(one.experts) != len(other.experts):
             said += f", {len(one.experts):,} against {count(len(other.experts), 'expert')}"
         elif _layers(one) != _layers(other):
-            said += ", experts of other layers"
+            said += ", experts in other layers"
     if one.trainable_parameters != other.trainable_parameters:
         said += f", {one.trainable_parameters or 0:,} against {other.trainable_parameters or 0:,} trainable parameters"
     return said
 
 
 def perplexity_change(results: Results, name: str) -> str:
-    """`2.08 → 4.89 (×2.4)`; empty where it was not measured."""
+    """`2.08 → 4.89 (×2.4)`; empty if it was not measured."""
     before, after = results.base.perplexity, results.variant(name).perplexity
     if before is None or after is None:
         return ""
@@ -80,7 +80,7 @@ def perplexity_change(results: Results, name: str) -> str:
 
 
 def comparison_rows(results: Results) -> list[dict[str, str]]:
-    """Every figure of every comparison, for those who check."""
+    """All figures of all comparisons."""
     rows = []
     for row in results.comparisons:
         spreads = [percent(sd) if sd is not None else "–" for sd in row.seed_sd]
@@ -124,28 +124,28 @@ def run_difference(results: Results, run: RunResult, reference: VariantResult, t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What one run was given, beside what the variant on super experts of its kind was given."""
+    """The budget of one run, compared with the variant on super experts of the same kind (prune or LoRA)."""
 
     variant: str
     run: str
     reference: bool
-    """Whether the others are held against it."""
+    """Whether the others are compared with this run."""
     experts: str
     layers: str
-    """How many experts in which layers, and whether that is as the reference has it."""
+    """Number of experts by layer."""
     parameters: str
     exposure: str
-    """Training tokens that its experts saw, together."""
+    """Training tokens routed to its experts, in total."""
     exposure_each: str
-    """The least and the most seen of them."""
+    """The fewest and the most tokens of one expert."""
     accuracy: str
     perplexity: str
     odd: tuple[str, ...]
-    """Names of those columns in which it differs from the reference."""
+    """Names of the columns in which it differs from the reference."""
 
 
 def budgets(results: Results) -> list[Budget]:
-    """A line for each run of each variant but base, in order; the reference is the first run on super experts."""
+    """A row for each run of each variant except base, in order. The reference is the first run on super experts."""
     rows = []
     for variant in results.others:
         kin = [one for one in results.others if one.kind == variant.kind]
@@ -181,7 +181,7 @@ def _budget(variant: VariantResult, run: RunResult, reference: RunResult | None)
 
 
 def _layers(run: RunResult) -> dict[int, int]:
-    """Layer -> how many experts of it."""
+    """Layer -> number of its experts."""
     found: dict[int, int] = {}
     for name in run.experts or ():
         layer = int(name[1:].replace("shared", "E").split("E")[0])

@@ -153,7 +153,7 @@ class Comparison:
     """The smallest difference that this test detects with 80% power, at the first step of Holm's procedure."""
 
     @property
-    def sure(self) -> bool:
+    def detected(self) -> bool:
         """Whether a difference was detected at 5%."""
         return self.adjusted < SIGNIFICANT
 

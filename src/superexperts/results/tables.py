@@ -231,7 +231,7 @@ def mean_accuracy(run: RunResult) -> float:
 
 def effect_of(row: Comparison | None) -> Effect:
     """The direction of a comparison's difference, if one was detected."""
-    return "none" if row is None or not row.sure else "down" if row.difference < 0 else "up"
+    return "none" if row is None or not row.detected else "down" if row.difference < 0 else "up"
 
 
 def percent(share: float, digits: int = 1) -> str:

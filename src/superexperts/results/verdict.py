@@ -1,4 +1,4 @@
-"""What the paired tests say, in plain language: which differences were detected, and which were not."""
+"""The results of the paired tests as sentences: which differences were detected, and which were not."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from superexperts.results.results import Comparison, Results, signed_points
 
 __all__ = ["Verdict", "against_base", "against_controls", "format_p", "headline", "verdict"]
 
-BLIND = 0.2
-"""A test that detects nothing and would have seen only differences over this says nothing at all."""
+INCONCLUSIVE = 0.2
+"""A test that detects nothing, and would have missed even a difference of this size, is called inconclusive."""
+SINGLE_SEED = "one seed only, so another seed may give another result"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One comparison in words."""
+    """A comparison in words."""
 
     row: Comparison
     title: str
     reference: str
-    """Title of what it is compared with."""
+    """Title of the variant it is compared with."""
     seeds: str
-    """What the number of seeds leaves open; empty where nothing."""
+    """A caveat about the number of seeds; may be empty."""
 
     @property
     def name(self) -> str:
@@ -31,39 +32,39 @@ class Verdict:
 
     @property
     def p(self) -> float:
-        """Adjusted by Holm within its family."""
+        """p-value, adjusted by Holm within its family."""
         return self.row.adjusted
 
     @property
-    def sure(self) -> bool:
+    def detected(self) -> bool:
         """Whether a difference was detected at 5%."""
-        return self.row.sure
+        return self.row.detected
 
     @property
     def effect(self) -> str:
-        """down, up or none: for the words and the colours."""
-        return "none" if not self.sure else "down" if self.row.difference < 0 else "up"
+        """down, up or none."""
+        return "none" if not self.detected else "down" if self.row.difference < 0 else "up"
 
     @property
-    def blind(self) -> bool:
-        """Whether nothing was detected, and no difference that one expects would have been."""
-        return not self.sure and self.row.detectable > BLIND
+    def inconclusive(self) -> bool:
+        """Whether nothing was detected, and even a large difference would not have been."""
+        return not self.detected and self.row.detectable > INCONCLUSIVE
 
     @property
-    def lacks(self) -> str:
-        """What there are too few of where the test is blind: seeds or items."""
+    def too_few(self) -> str:
+        """What a study needs more of where the test is inconclusive: seeds or items."""
         return "seeds" if self.row.test == "seeds" else "items"
 
     @property
-    def words(self) -> str:
-        """The conclusion as a predicate of the variant, such as `costs 12.3 points`; for a test that is not blind."""
-        if self.sure:
+    def predicate(self) -> str:
+        """The conclusion as a predicate, such as `costs 12.3 points`; for a test that is not inconclusive."""
+        if self.detected:
             return f"{'costs' if self.row.difference < 0 else 'gains'} {_points(self.row.difference)} points"
         return "makes no detectable difference"
 
     @property
     def detectable(self) -> str:
-        """The smallest difference in points that would have been seen with 80% power."""
+        """The smallest difference in points that is detected with 80% power."""
         return _points(self.row.detectable)
 
     @property
@@ -73,18 +74,18 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """The whole verdict, such as `no difference detected; differences over 1.9 points would have been seen`."""
-        if self.sure:
+        """The verdict, such as `no difference detected; one over 1.9 points would probably have been`."""
+        if self.detected:
             side = "lower" if self.row.difference < 0 else "higher"
-            said = f"{_points(self.row.difference)} points {side}, {self.interval}"
-        elif self.blind:
+            said = f"{_points(self.row.difference)} points {side}, 95% interval {self.interval}"
+        elif self.inconclusive:
             runs = f"{max(self.row.runs)} runs against {min(self.row.runs)}"
-            given = runs if self.lacks == "seeds" else f"{self.row.n:,} items"
-            none = self.row.detectable >= 0.995
-            seen = "no difference at all" if none else f"only a difference over {self.detectable} points"
-            said = f"this study cannot tell: with {given} it would have seen {seen}; give more {self.lacks}"
+            given = runs if self.too_few == "seeds" else f"{self.row.n:,} items"
+            whole = self.row.detectable >= 0.995
+            found = "no difference would" if whole else f"only a difference over {self.detectable} points would"
+            said = f"inconclusive: with {given}, {found} probably have been detected; use more {self.too_few}"
         else:
-            said = f"no difference detected; differences over {self.detectable} points would have been seen"
+            said = f"no difference detected; one over {self.detectable} points would probably have been"
         return f"{said}; {self.seeds}" if self.seeds else said
 
 
@@ -96,7 +97,7 @@ def verdict(results: Results, row: Comparison) -> Verdict:
         row=row,
         title=variant.title,
         reference=reference.title,
-        seeds="one seed: another one may differ" if single else "",
+        seeds=SINGLE_SEED if single else "",
     )
 
 
@@ -108,24 +109,25 @@ def against_base(results: Results) -> list[Verdict]:
 def against_controls(results: Results) -> list[Verdict]:
     """Every variant on chosen experts against its controls, item by item; one family of tests.
 
-    That one variant differs from base and another does not is no evidence that the two differ; this tests it.
+    If one variant differs from base and another does not, that is not evidence that the two differ from each other.
+    These tests compare them directly.
     """
     return [verdict(results, row) for row in results.family("control")]
 
 
 def headline(results: Results) -> list[str]:
-    """A sentence on pruning, one on LoRA, and one on what a single seed leaves open, each where there is something."""
+    """Up to three sentences: on pruning, on LoRA, and on variants with a single seed."""
     found = {one.name: one for one in against_base(results)}
     direct = against_controls(results)
     sentences = []
     pruned = [found[variant.name] for variant in results.others if variant.kind == "prune"]
     if pruned:
-        quiet = [one.title.removeprefix("prune ") for one in pruned if not one.sure and not one.blind]
-        said = [f"{_subject(one.title)} {one.words}" for one in pruned if one.sure]
+        quiet = [one.title.removeprefix("prune ") for one in pruned if not one.detected and not one.inconclusive]
+        said = [f"{_subject(one.title)} {one.predicate}" for one in pruned if one.detected]
         said += [f"pruning {_listed(quiet, 'or')} makes no detectable difference"] if quiet else []
-        said += _untold(pruned)
+        said += _inconclusive(pruned)
         names = {one.name for one in pruned}
-        sentences.append("; ".join([*said, *_unsaid(found, [one for one in direct if one.name in names])]))
+        sentences.append("; ".join([*said, *_direct(found, [one for one in direct if one.name in names])]))
     adapted = [found[variant.name] for variant in results.others if variant.kind == "lora"]
     if adapted:
         names = {one.name for one in adapted}
@@ -134,45 +136,47 @@ def headline(results: Results) -> list[str]:
         sentences[0] = sentences[0].replace(" points", " points of accuracy", 1)
     single = [variant.title for variant in results.others if variant.random and len(variant.runs) == 1]
     if single:
-        sentences.append(f"{_listed(single)} {'has' if len(single) == 1 else 'have'} one seed: another one may differ")
+        were = "was" if len(single) == 1 else "were"
+        sentences.append(f"{_listed(single)} {were} run with {SINGLE_SEED}")
     return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
 
 
-def _unsaid(found: Mapping[str, Verdict], direct: Sequence[Verdict]) -> list[str]:
-    """What the comparisons with controls say beyond those with base, or against what these suggest."""
+def _direct(found: Mapping[str, Verdict], direct: Sequence[Verdict]) -> list[str]:
+    """Clauses for comparisons with controls that add to, or contradict, what the comparisons with base suggest."""
     said = []
     for one in direct:
         own, other = found[one.name], found[one.row.reference]
-        if one.sure and own.effect == other.effect:
+        if one.detected and own.effect == other.effect:
             side = "below" if one.effect == "down" else "above"
             said.append(
                 f"{_subject(one.title)} is {_points(one.row.difference)} points {side} {_subject(one.reference)}"
             )
-        elif not one.sure and own.effect != other.effect:
+        elif not one.detected and own.effect != other.effect:
             names = f"{_subject(one.title)} and {_subject(one.reference)}"
             nothing = (
                 f"this study cannot tell whether {names} differ"
-                if one.blind
+                if one.inconclusive
                 else f"no difference between {names} is detected"
             )
             said.append(f"compared directly, {nothing}")
     return said
 
 
-def _untold(verdicts: Sequence[Verdict]) -> list[str]:
-    """A clause for the variants of which the tests against base say nothing, by what there are too few of."""
+def _inconclusive(verdicts: Sequence[Verdict]) -> list[str]:
+    """A clause for the variants with an inconclusive test against base, for each thing that there are too few of."""
     said = []
     for few in ("seeds", "items"):
-        titles = [_subject(one.title) for one in verdicts if one.blind and one.lacks == few]
+        titles = [_subject(one.title) for one in verdicts if one.inconclusive and one.too_few == few]
         if titles:
-            does = "does" if len(titles) == 1 else "do"
-            said.append(f"what {_listed(titles)} {does}, this study cannot tell: it has too few {few}")
+            said.append(
+                f"this study has too few {few} to tell what {_listed(titles)} {'does' if len(titles) == 1 else 'do'}"
+            )
     return said
 
 
 def _on_adapters(adapted: Sequence[Verdict], direct: Sequence[Verdict]) -> str:
     effects = {one.effect for one in adapted}
-    if effects == {"none"} and not any(one.blind for one in adapted):
+    if effects == {"none"} and not any(one.inconclusive for one in adapted):
         start = "no LoRA variant differs detectably from the base model"
     elif len(effects) == 1 and len(adapted) > 1 and "none" not in effects:
         points = sorted(abs(one.row.difference) for one in adapted)
@@ -180,10 +184,10 @@ def _on_adapters(adapted: Sequence[Verdict], direct: Sequence[Verdict]) -> str:
         size = low if low == high else f"{low} to {high}"
         start = f"LoRA {'gains' if effects == {'up'} else 'costs'} {size} points"
     else:
-        quiet = [one.title for one in adapted if not one.sure and not one.blind]
+        quiet = [one.title for one in adapted if not one.detected and not one.inconclusive]
         said = [f"{_listed(quiet)} {'makes' if len(quiet) == 1 else 'make'} no detectable difference"] if quiet else []
-        said += _untold(adapted)
-        said += [f"{one.title} {one.words}" for one in adapted if one.sure]
+        said += _inconclusive(adapted)
+        said += [f"{one.title} {one.predicate}" for one in adapted if one.detected]
         start = "; ".join(said)
     ends = []
     for title in dict.fromkeys(one.title for one in direct):
@@ -191,16 +195,16 @@ def _on_adapters(adapted: Sequence[Verdict], direct: Sequence[Verdict]) -> str:
         sure = [
             f"{_points(one.row.difference)} points {'below' if one.effect == 'down' else 'above'} {one.reference}"
             for one in own
-            if one.sure
+            if one.detected
         ]
-        quiet = [one.reference for one in own if not one.sure and not one.blind]
-        blind = [one.reference for one in own if one.blind]
+        quiet = [one.reference for one in own if not one.detected and not one.inconclusive]
+        blind = [one.reference for one in own if one.inconclusive]
         if sure:
             ends.append(f"{title} is {_listed(sure)}")
         if quiet:
             ends.append(f"no difference between {title} and {_listed(quiet, 'or')} is detected")
         if blind:
-            ends.append(f"whether {title} differs from {_listed(blind, 'or')}, this study cannot tell")
+            ends.append(f"this study cannot tell whether {title} differs from {_listed(blind, 'or')}")
     return "; ".join([start, *ends])
 
 
@@ -210,13 +214,13 @@ def _listed(words: Sequence[str], last: str = "and") -> str:
 
 
 def _points(difference: float) -> str:
-    """A difference's size in points, without its sign; with as many digits as show that it is not nothing."""
+    """The size of a difference in points, without its sign; a small one gets more digits, so that it is not 0.0."""
     size = abs(difference)
     return signed_points(size, 1 if size == 0 or size >= 0.0005 else 3).lstrip("+")
 
 
 def _subject(title: str) -> str:
-    """`prune super experts` -> `pruning super experts`, so that a sentence can begin with it."""
+    """`prune super experts` -> `pruning super experts`, as the subject of a sentence."""
     return f"pruning {title.removeprefix('prune ')}" if title.startswith("prune ") else title
 
 
