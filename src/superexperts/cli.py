@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 from rich.markup import escape
 
-from superexperts.core.allocator import keep_memory
 from superexperts.core.arguments import read_arguments, speller
 from superexperts.core.console import is_main_process, stdout
 from superexperts.core.errors import OptionError, SuperExpertsError
-from superexperts.core.process import importing_once, no_interrupt_lost
+from superexperts.core.process import importing_once, keep_memory, no_interrupt_lost
 
 __all__ = ["COMMANDS", "main"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from superexperts.core.errors import DataError, SuperExpertsError
-from superexperts.core.parallel import by_all_cores
+from superexperts.core.parallel import parallel_map
 from superexperts.core.types import Answer, Extraction
 from superexperts.extraction import extract as module
 from superexperts.extraction.extract import extract
@@ -37,7 +37,7 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("size", "processes"), [(0, 1), (1, 1), (5, 1), (6, 2), (10, 3), (13, 4), (1000, 4)])
 @pytest.mark.usefixtures("four_cores")
 def test_the_items_keep_their_order(size: int, processes: int) -> None:
-    found = by_all_cores(lambda item: (item * item, os.getpid()), range(size), worth=3)
+    found = parallel_map(lambda item: (item * item, os.getpid()), range(size), worth=3)
     assert [value for value, _ in found] == [item * item for item in range(size)]
     assert len({process for _, process in found} | {ME}) == processes
     assert not multiprocessing.active_children()
@@ -50,7 +50,7 @@ def test_one_process_where_a_copy_would_not_be_safe(other: str, monkeypatch: pyt
         monkeypatch.setattr(threading, "active_count", lambda: 2)
     else:
         monkeypatch.setattr(sys, "platform", "darwin")
-    assert set(by_all_cores(lambda _: os.getpid(), range(100), worth=1)) == {ME}
+    assert set(parallel_map(lambda _: os.getpid(), range(100), worth=1)) == {ME}
 
 
 @pytest.mark.usefixtures("four_cores")
@@ -61,7 +61,7 @@ def test_a_killed_process_is_an_error() -> None:
         return item
 
     with pytest.raises(SuperExpertsError, match="was killed, for its memory perhaps"):
-        by_all_cores(die, range(100), worth=1)
+        parallel_map(die, range(100), worth=1)
     assert not multiprocessing.active_children()
 
 
@@ -73,7 +73,7 @@ def test_what_ends_this_process_ends_the_others() -> None:
         time.sleep(600)
 
     with pytest.raises(KeyboardInterrupt):
-        by_all_cores(wait, range(4), worth=1)
+        parallel_map(wait, range(4), worth=1)
     assert not multiprocessing.active_children()
 
 
@@ -114,7 +114,7 @@ def test_the_first_error_is_raised_whoever_met_it() -> None:
 
     while bad:
         with pytest.raises(DataError, match=f"^{bad[0]} is bad"):
-            by_all_cores(refuse, range(100), worth=1)
+            parallel_map(refuse, range(100), worth=1)
         del bad[0]
     assert not multiprocessing.active_children()
 
@@ -128,7 +128,7 @@ def test_no_room_for_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", fork)
-    assert by_all_cores(lambda item: item, range(100), worth=1) == list(range(100))
+    assert parallel_map(lambda item: item, range(100), worth=1) == list(range(100))
     assert len(tried) == 3
 
 
@@ -137,7 +137,7 @@ def test_a_process_that_may_have_no_children_does_all() -> None:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     own = context.Process(
-        target=lambda: sender.send(len(set(by_all_cores(lambda _: os.getpid(), range(9), worth=1)))), daemon=True
+        target=lambda: sender.send(len(set(parallel_map(lambda _: os.getpid(), range(9), worth=1)))), daemon=True
     )
     own.start()
     assert receiver.poll(30)
@@ -151,7 +151,7 @@ def test_ten_thousand_answers_are_worth_it() -> None:
 
 SCRIPT = """
 import os, pathlib, sys, time
-from superexperts.core.parallel import by_all_cores
+from superexperts.core.parallel import parallel_map
 os.sched_getaffinity = lambda _: range(3)
 me = os.getpid()
 def work(item):
@@ -159,13 +159,13 @@ def work(item):
         time.sleep(600)
     pathlib.Path(sys.argv[1], str(item)).touch()
     return "x" * 10**6
-by_all_cores(work, range(3), worth=1)
+parallel_map(work, range(3), worth=1)
 """
 
 
 GROUP = """
 import os, signal, sys, time
-from superexperts.core.parallel import by_all_cores
+from superexperts.core.parallel import parallel_map
 os.sched_getaffinity = lambda _: range(4)
 signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "ignores" else signal.default_int_handler)
 me = os.getpid()
@@ -176,7 +176,7 @@ def work(item):
     else:
         time.sleep(0.6)
     return item
-print(by_all_cores(work, range(4), worth=1))
+print(parallel_map(work, range(4), worth=1))
 """
 
 

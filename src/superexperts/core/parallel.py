@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 from superexperts.core.errors import SuperExpertsError
 
-__all__ = ["by_all_cores"]
+__all__ = ["parallel_map"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def by_all_cores(function: Callable[[T], R], items: Sequence[T], *, worth: int) -> list[R]:
+def parallel_map(function: Callable[[T], R], items: Sequence[T], *, worth: int) -> list[R]:
     """`[function(item) for item in items]`, by one process for each `worth` items, and for each core at most.
 
     The processes are copies of this one: they begin at once and have the items already. Only Linux copies a process

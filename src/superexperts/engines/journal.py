@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from superexperts.core.console import is_main_process
-from superexperts.core.distributed import agreed, process_number
+from superexperts.core.distributed import from_main_process, process_number
 from superexperts.core.errors import OutputError
 
 __all__ = ["Given", "Journal", "Keeper", "numbered", "open_journals", "remove_journals"]
@@ -124,7 +124,7 @@ def open_journals(
                 journals[name].add(new)
         for stale in set(folder.glob(".*.partial")) - set(mine.values()):
             stale.unlink()
-    kept_by_all = agreed({name: journal.answers for name, journal in journals.items()})
+    kept_by_all = from_main_process({name: journal.answers for name, journal in journals.items()})
     if not is_main_process:
         journals = {name: Journal(_file(folder, name, process_number()), key) for name, key in keys.items()}
         for name, journal in journals.items():

@@ -26,7 +26,7 @@ from superexperts.benchmarks import Benchmark, load_benchmarks, prompt
 from superexperts.checkpoints.source import ModelSource, adapter_folder, resolve
 from superexperts.core.config import EvaluateConfig, identity
 from superexperts.core.console import is_main_process, note
-from superexperts.core.distributed import agreed, gathered, my_share
+from superexperts.core.distributed import from_main_process, gathered, my_share
 from superexperts.core.errors import OptionError, OutputError
 from superexperts.core.runs import (
     MANIFEST,
@@ -98,7 +98,7 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
         perplexity=None if sequences_BL is None else digest_ids(sequences_BL),
         harness=versions()["lm_eval"],  # the few-shot prompts are in its files
     )
-    if agreed(completed(out, "evaluate", inputs)):
+    if from_main_process(completed(out, "evaluate", inputs)):
         note(f"evaluate: {out} is up to date, nothing to do")
         return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"]) if is_main_process else {}
     if is_main_process:

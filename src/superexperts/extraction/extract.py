@@ -16,7 +16,7 @@ from typing import Any
 from superexperts.core.config import MORE_TASKS, TASKS, ExtractConfig
 from superexperts.core.console import note
 from superexperts.core.errors import DataError
-from superexperts.core.parallel import by_all_cores
+from superexperts.core.parallel import parallel_map
 from superexperts.core.runs import (
     MANIFEST,
     completed,
@@ -61,7 +61,7 @@ def extract(answer: Answer) -> Extraction:
 
 def extract_all(answers: Sequence[Answer]) -> list[Extraction]:
     """`extract` of each, on all cores where there are many."""
-    return by_all_cores(extract, answers, worth=WORTH)
+    return parallel_map(extract, answers, worth=WORTH)
 
 
 def _unparsed(answer: Answer) -> Extraction:

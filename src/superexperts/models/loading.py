@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from superexperts.checkpoints.reader import Checkpoint
 from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import stderr
-from superexperts.core.distributed import device_of_process, processes_here
+from superexperts.core.distributed import device_of_process, processes_on_this_machine
 from superexperts.core.errors import Field, ModelError, OptionError
 
 __all__ = [
@@ -81,7 +81,7 @@ def fits_in_memory(source: ModelSource, device: str, dtype: str) -> bool:
         size = sum(entry.nbytes / entry.dtype.itemsize * target.itemsize for entry in checkpoint.values())
     if place.type == "cuda":
         return bool(size < 0.9 * torch.cuda.mem_get_info(place)[0])
-    return bool(size * processes_here() < 0.9 * psutil.virtual_memory().available)
+    return bool(size * processes_on_this_machine() < 0.9 * psutil.virtual_memory().available)
 
 
 def load_as_stored(

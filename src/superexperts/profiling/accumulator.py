@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from superexperts.core.distributed import gathered, several
+from superexperts.core.distributed import gathered, is_distributed
 from superexperts.core.errors import Field, ModelError
 from superexperts.core.types import ExpertId, ExpertKey, ExpertStats, key_name, key_order
 from superexperts.models.experts import BankCall, Piece
@@ -244,7 +244,7 @@ class Recorder:
 
 def merged(recorder: Recorder) -> Recorder:
     """The statistics of all processes, in each of them: exactly what one process computes from all batches."""
-    if not several():
+    if not is_distributed():
         return recorder
     total, *others = gathered(recorder.cpu())
     for other in others:

@@ -25,9 +25,9 @@ from superexperts.checkpoints import float8
 from superexperts.checkpoints.source import resolve
 from superexperts.core.config import QUICK_LENGTH, ProfileConfig, identity
 from superexperts.core.console import is_main_process, note, progress
-from superexperts.core.distributed import agreed, my_share, several
+from superexperts.core.distributed import from_main_process, is_distributed, my_share
 from superexperts.core.errors import OptionError
-from superexperts.core.parallel import by_all_cores
+from superexperts.core.parallel import parallel_map
 from superexperts.core.runs import (
     completed,
     input_key,
@@ -119,9 +119,9 @@ def run(config: ProfileConfig) -> dict[str, Any]:
         model=source.fingerprint,
         corpora={name: digest_ids(ids_BL) for name, ids_BL in sequences.items()},
     )
-    if agreed(inputs) != inputs:
+    if from_main_process(inputs) != inputs:
         raise OptionError("not every process reads the same; give all of them the same model and files", field="corpus")
-    if agreed(completed(config.out, "profile", inputs)):
+    if from_main_process(completed(config.out, "profile", inputs)):
         if not is_main_process:
             return {}
         note(f"profile: {config.out} is up to date, nothing to do")
@@ -136,12 +136,12 @@ def _settled(config: ProfileConfig) -> ProfileConfig:
     numbers depend on it."""
     source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     settings = settings_of(source)
-    if config.quick and several():
+    if config.quick and is_distributed():
         raise OptionError("True is for one process; leave accelerate launch out", field="quick")
     if not (config.stream or config.quick):
         # What transformers builds of a quantized checkpoint has other experts than the family's own.
         quantized = float8.is_quantized(settings)
-        if agreed(
+        if from_main_process(
             quantized or (config.device_map == "none" and not fits_in_memory(source, config.device, config.dtype))
         ):
             why = "is quantized" if quantized else "does not fit in memory"
@@ -213,7 +213,7 @@ def _profile_all(
     prepare_folder(config.out)
     # A killed run starts again from the last finished corpus.
     sections = {name: _section(config, inputs, name) for name in sequences}
-    kept: dict[str, CorpusProfile] = agreed(
+    kept: dict[str, CorpusProfile] = from_main_process(
         {name: Profile.load(file).corpora[name] for name, file in sections.items() if file.is_file()}
     )
     corpora: dict[str, CorpusProfile] = {}
@@ -281,7 +281,7 @@ def _pictures(profile: Profile, folder: Path) -> list[str]:
         corpora = _both(folder, "corpora")
         drawings.append(functools.partial(plot_corpora, profile, _largest(profile, 12), corpora))
         drawn += corpora
-    by_all_cores(operator.call, drawings, worth=1)
+    parallel_map(operator.call, drawings, worth=1)
     return [path.name for path in drawn]
 
 

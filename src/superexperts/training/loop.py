@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from superexperts.adapters.exposure import Exposure
 from superexperts.core.console import is_main_process, note, stderr
-from superexperts.core.distributed import process_number, together
+from superexperts.core.distributed import process_number, wait_for_all
 from superexperts.core.errors import OptionError
 from superexperts.core.runs import read_json, write_json
 from superexperts.training.resume import COMPLETE
@@ -246,7 +246,7 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_json(folder / f"exposure_{args.process_index}.json", self._exposure.state())
-        together()
+        wait_for_all()
         if not state.is_world_process_zero:
             return
         if self._tensors:

@@ -18,7 +18,7 @@ from superexperts.adapters import lora
 from superexperts.adapters.layer import linears
 from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import note
-from superexperts.core.distributed import several
+from superexperts.core.distributed import is_distributed
 from superexperts.core.errors import ModelError, OptionError
 from superexperts.models.decoder import decoder_layers, layer_number
 from superexperts.models.loading import load_as_stored, load_model, load_structure, pick_device
@@ -70,7 +70,7 @@ def load_to_train(
             raise OptionError(
                 "layer 0 carries an adapter, so no layer is below the lowest adapted one; leave it out", field="offload"
             )
-        if several():
+        if is_distributed():
             raise OptionError(
                 "works in one process only; for several use FSDP with offloaded parameters", field="offload"
             )

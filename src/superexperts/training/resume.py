@@ -30,7 +30,7 @@ def checkpoint_to_resume(work: Path, key: str, *, resume: bool) -> Path | None:
     `key` stands for the settings, data and model of the training: checkpoints of another key are an `OptionError`.
     Every process calls this.
     """
-    from superexperts.core.distributed import together  # here, because it imports torch
+    from superexperts.core.distributed import wait_for_all  # here, because it imports torch
 
     checkpoint = None
     if resume:
@@ -43,11 +43,11 @@ def checkpoint_to_resume(work: Path, key: str, *, resume: bool) -> Path | None:
         checkpoint = last_checkpoint(work) if exists else None
         if checkpoint is None:
             note("train: there is no checkpoint to resume from, training starts at the first step")
-    together()  # every process has looked before the main one clears the folder
+    wait_for_all()  # every process has looked before the main one clears the folder
     if is_main_process and checkpoint is None:
         shutil.rmtree(work, ignore_errors=True)
         write_json(work / "key.json", key)
-    together()
+    wait_for_all()
     return checkpoint
 
 

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from superexperts.core import allocator
+from superexperts.core import process
 
 CODE = """
 import resource
 import torch
-from superexperts.core.allocator import keep_memory
+from superexperts.core.process import keep_memory
 if {keep}:
     keep_memory()
 for _ in range(3):
@@ -48,8 +48,8 @@ def test_memory_is_kept_unless_the_user_has_set_it_otherwise() -> None:
 @pytest.mark.parametrize(
     ("most", "set_"),
     [
-        (2**31, {allocator.MMAP_THRESHOLD: 2**28, allocator.TRIM_THRESHOLD: 2**31 - 1}),
-        (2**25, {allocator.MMAP_THRESHOLD: 2**25, allocator.TRIM_THRESHOLD: 2**31 - 1}),
+        (2**31, {process.MMAP_THRESHOLD: 2**28, process.TRIM_THRESHOLD: 2**31 - 1}),
+        (2**25, {process.MMAP_THRESHOLD: 2**25, process.TRIM_THRESHOLD: 2**31 - 1}),
         (2**12, {}),
     ],
 )
@@ -60,14 +60,14 @@ def test_an_older_glibc_gets_the_most_that_it_takes(
     done: dict[int, int] = {}
 
     def mallopt(name: int, value: int) -> int:
-        taken = name != allocator.MMAP_THRESHOLD or value <= most
+        taken = name != process.MMAP_THRESHOLD or value <= most
         if taken:
             done[name] = value
         return int(taken)
 
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
-    for name in allocator.SETTINGS:
+    for name in process.SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    allocator.keep_memory()
+    process.keep_memory()
     assert done == set_
