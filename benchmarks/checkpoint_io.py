@@ -31,10 +31,10 @@ import torch
 from large_checkpoint import Shape, made, size_of
 from watching import watched
 
-from superexperts.adapters import export
-from superexperts.adapters.factors import Factor, Place, own_layout, save_layout
+from superexperts.adapters import export, files
+from superexperts.adapters.export import ExportConfig
+from superexperts.adapters.factors import Factor, Place, own_layout
 from superexperts.checkpoints.source import resolve
-from superexperts.core.config_adapters import ExportConfig
 from superexperts.models.experts import DOWN, GATE, UP
 from superexperts.models.loading import load_structure
 from superexperts.surgery import compare, prune, restore
@@ -91,7 +91,7 @@ def write_adapter(folder: Path, base: Path, experts: tuple[tuple[int, int], ...]
                 scaling=2.0,
             )
     folder.mkdir(exist_ok=True)
-    save_layout(folder, *own_layout(model, factors), base=str(base), revision=None)
+    files.write_adapter(folder, *own_layout(model, factors), base=str(base), revision=None)
 
 
 def shell(command: str) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 
 from superexperts.adapters import lora
+from superexperts.adapters.files import WEIGHTS_FILE
 from superexperts.core.types import ExpertKey
 from superexperts.models.banks import find_banks
 from superexperts.models.experts import BankCall
@@ -217,7 +218,7 @@ def main() -> None:
                     values = {name: tensor.to(model.dtype) for name, tensor in whole_tensors(adapted).items()}
                     with tempfile.TemporaryDirectory() as folder:  # as `train` saves it, in the weights' precision
                         adapted.save_pretrained(folder, state_dict=values, save_embedding_layers=False)
-                        size = (Path(folder) / lora.WEIGHTS_FILE).stat().st_size
+                        size = (Path(folder) / WEIGHTS_FILE).stat().st_size
             model.zero_grad()
 
     def ratio(a: str, b: str) -> float:

@@ -38,8 +38,8 @@ COMMANDS = {
     "restore": Command("undo what prune did", "surgery.restore", "surgery.restore.RestoreConfig"),
     "compare": Command("what differs between two checkpoints", "surgery.compare", "surgery.compare.CompareConfig"),
     "train": Command("LoRA on chosen experts, on attention, or both", "training.train", "training.train.TrainConfig"),
-    "export": Command("write an adapter for other programs", "adapters.export", "core.config_adapters.ExportConfig"),
-    "import": Command("read an adapter of another program", "adapters.import_", "core.config_adapters.ImportConfig"),
+    "export": Command("write an adapter for other programs", "adapters.export", "adapters.export.ExportConfig"),
+    "import": Command("read an adapter of another program", "adapters.import_", "adapters.import_.ImportConfig"),
     "check-adapter": Command(
         "does an adapter fit, and does it change anything",
         "evaluation.check_adapter",

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from superexperts.adapters import export, lora
+from superexperts.adapters import export, lora, merge, per_expert
+from superexperts.adapters.export import ExportConfig
 from superexperts.adapters.factors import injected_keys
 from superexperts.adapters.layer import ExpertLoraConfig, linears
-from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.errors import DataError, ModelError, OptionError, OutputError
 from superexperts.models.banks import find_banks
 from tests.adapters.test_lora import ALPHA, R, attach, chosen_experts, logits, randomise
@@ -256,7 +256,7 @@ def test_the_folder_of_train_is_an_adapter_too_and_done_work_is_not_done_again(
     adapter.rename(tmp_path / "run" / "adapter")
     settings = ExportConfig(adapter=tmp_path / "run", format="vllm", out=tmp_path / "out")
     first = export.run(settings)
-    monkeypatch.setattr(export, "write_per_expert", None)
+    monkeypatch.setattr(per_expert, "write", None)
     assert export.run(settings) == first
 
 
@@ -303,7 +303,7 @@ def renamed(folder: Path, old: str, new: str) -> None:
         (lambda f: renamed(f, "3_up_proj", "4_up_proj"), DataError, "2 weights of .* are missing"),
         (lambda f: without(f, "shared_experts.up_proj"), DataError, "2 weights of .* are missing"),
         (lambda f: edit(f, use_dora=True), DataError, "more than A and B"),
-        (lambda f: edit(f, base_model_name_or_path=None), OptionError, "--model: .* names no base model"),
+        (lambda f: edit(f, base_model_name_or_path=None), OptionError, "model: .* does not name its base model"),
         (lambda f: edit(f, base_model_name_or_path="nowhere"), ModelError, "nowhere"),
     ],
 )
@@ -321,7 +321,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_written(
 def test_the_base_must_be_the_adapters_own(saved: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = saved
     other = save_base(tmp_path / "other", "mixtral")
-    with pytest.raises(ModelError, match="has experts 0..3 here|which this model has not"):
+    with pytest.raises(ModelError, match="has experts 0..3 here|which this model does not have"):
         export.run(ExportConfig(adapter=adapter, format="vllm", model=str(other), out=tmp_path / "out"))
     weights = load_file(base / "model.safetensors")
     del weights["model.layers.1.mlp.experts.5.up_proj.weight"]
@@ -334,7 +334,7 @@ def test_a_broken_adapter_loads_no_model(
     saved: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, adapter = saved
-    monkeypatch.setattr(export, "_merged_in_memory", None)
+    monkeypatch.setattr(merge, "_merge_in_memory", None)
     edit(adapter, experts={"model.layers.1.mlp.experts": [8]})
     with pytest.raises(ModelError, match=r"expert 8 .* 0\.\.7 here"):
         export.run(ExportConfig(adapter=adapter, format="merged", out=tmp_path / "out"))
@@ -386,9 +386,9 @@ def test_a_foreign_layout_is_imported_first(saved: tuple[Path, Path], tmp_path: 
     _, adapter = saved
     for layout in ("peft", "vllm"):
         export.run(ExportConfig(adapter=adapter, format=layout, out=tmp_path / layout))
-    with pytest.raises(DataError, match="`superexperts import` it first"):
+    with pytest.raises(DataError, match="import it first"):
         export.run(ExportConfig(adapter=tmp_path / "peft", format="vllm", out=tmp_path / "out"))
-    with pytest.raises(DataError, match="`superexperts import` it"):
+    with pytest.raises(DataError, match="as engines read it; import it first"):
         lora.load_adapter(tiny_model("deepseek_v2"), tmp_path / "vllm")
 
 

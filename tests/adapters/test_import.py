@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from superexperts.adapters import export, import_, lora
-from superexperts.core.config_adapters import ExportConfig, ImportConfig
+from superexperts.adapters.export import ExportConfig
+from superexperts.adapters.import_ import ImportConfig
 from superexperts.core.errors import DataError, ModelError, OptionError
 from superexperts.models.banks import find_banks
 from tests.adapters.test_export import save_adapter, save_base, stock, train_like
@@ -166,7 +167,7 @@ def test_untrained_experts_tell_how_b_lies(tmp_path: Path) -> None:
         told = "unsloth" if layout == "peft-0.19" else "peft-0.19"
         base = save_base(tmp_path / f"base of {layout}", "deepseek_v2")
         folder = write(tmp_path / layout, tensors, target_parameters=parameters)
-        with pytest.raises(OptionError, match=f"layout: {told!r} is not this file's: .* lie .* as (PEFT|Unsloth)'s"):
+        with pytest.raises(OptionError, match=f"layout: {told!r} does not fit this file: .* as in (PEFT|Unsloth)'s"):
             imported(folder, base, tmp_path / "out", "deepseek_v2", layout=told)
         imported(folder, base, tmp_path / layout / "out", "deepseek_v2", layout=layout)
 
@@ -200,11 +201,11 @@ def _drop(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         (lambda t: _drop(t, "lora_B"), {}, r"lora_B.weight is missing"),
         (lambda t: _drop(t, "base_layer.lora_A"), {}, r"lora_A.weight is missing"),
         (lambda t: {n: x[:-1] for n, x in t.items()}, {}, "but model.layers.2.mlp.experts.* has 8 experts"),
-        (lambda t: {**t, "model.layers.9.mlp.x.lora_A.weight": torch.ones(1)}, {}, "1 keys have no home"),
-        (lambda t: {n: x * 0 for n, x in t.items()}, {}, "holds zeros only"),
+        (lambda t: {**t, "model.layers.9.mlp.x.lora_A.weight": torch.ones(1)}, {}, "1 keys have no place"),
+        (lambda t: {n: x * 0 for n, x in t.items()}, {}, "holds only zeros"),
         (lambda t: t, {"experts": {}}, "adapter of superexperts already"),
-        (lambda t: t, {"target_parameters": None}, "4 keys have no home"),
-        (lambda t: t, {"peft_type": "LOHA"}, "no LoRA adapter"),
+        (lambda t: t, {"target_parameters": None}, "4 keys have no place"),
+        (lambda t: t, {"peft_type": "LOHA"}, "does not describe a LoRA adapter"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_and_nothing_is_written(

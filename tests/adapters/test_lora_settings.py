@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from superexperts.adapters import export, import_, lora
+from superexperts.adapters.export import ExportConfig
+from superexperts.adapters.import_ import ImportConfig
 from superexperts.adapters.layer import ExpertLoraConfig, ExpertsLora
-from superexperts.core.config_adapters import ExportConfig, ImportConfig
 from superexperts.core.errors import ModelError, OptionError
 from superexperts.models.banks import find_banks
 from tests.adapters.test_export import engine_view, save_adapter, save_base, stock

@@ -13,10 +13,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from superexperts.adapters import export, norms
+from superexperts.adapters.export import ExportConfig
 from superexperts.adapters.factors import Factor
 from superexperts.adapters.norms import adapter_changes, change_norm
 from superexperts.checkpoints.reader import Checkpoint
-from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.errors import ModelError
 from superexperts.surgery import compare
 from superexperts.surgery.compare import CompareConfig

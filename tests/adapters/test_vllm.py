@@ -17,8 +17,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from superexperts.adapters import export, lora
+from superexperts.adapters.export import ExportConfig
 from superexperts.adapters.layer import ExpertLoraConfig
-from superexperts.core.config_adapters import ExportConfig
 from superexperts.models.banks import find_banks
 from tests.adapters.test_export import save_adapter, save_base, stock
 from tests.adapters.test_lora import randomise

@@ -16,10 +16,10 @@ from torch import nn
 
 from superexperts.adapters import export, lora
 from superexperts.adapters.effect import adapter_effect
+from superexperts.adapters.export import ExportConfig
 from superexperts.adapters.exposure import adapted_experts, counting
 from superexperts.cli import main
 from superexperts.core.config import EvaluateConfig
-from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.errors import DataError, ModelError, OptionError
 from superexperts.core.types import ExpertKey, key_name
 from superexperts.evaluation import check_adapter, evaluate
@@ -211,7 +211,7 @@ def test_keys_without_a_home_and_modules_without_keys(tmp_path: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     weights["base_model.model.model.layers.1.mlp.experts.lora_A.2_up_proj"] = torch.ones(4, 32)
     save_file(weights, adapter / "adapter_model.safetensors")
-    with pytest.raises(DataError, match=r"1 weights of .* have no home in the model \(.*2_up_proj"):
+    with pytest.raises(DataError, match=r"1 weights of .* have no place in the model \(.*2_up_proj"):
         check_adapter.run(settings(base, adapter))
     with pytest.raises(DataError, match="nowhere has no adapter_config.json"):
         check_adapter.run(settings(base, tmp_path / "nowhere"))

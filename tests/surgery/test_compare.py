@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from superexperts.adapters import export
+from superexperts.adapters import export, merge
+from superexperts.adapters.export import ExportConfig
 from superexperts.checkpoints.reader import INDEX, SINGLE, Checkpoint, Entry
 from superexperts.cli import main
-from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.errors import DataError, ExpertsError, ModelError
 from superexperts.models.banks import find_banks
 from superexperts.models.parts import Unit
@@ -232,7 +232,7 @@ def test_an_adapter_differs_as_its_merged_checkpoint_does(
     assert with_adapter["differences"] == with_merged["differences"]
     assert contents(base) == before
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(export, "merged_patches", refuse)
+    monkey.setattr(merge, "merged_patches", refuse)
     export.run(ExportConfig(adapter=adapter, format="merged", out=tmp_path / "loaded", copy=True))
     monkey.undo()
     assert "not shard by shard" in capsys.readouterr().err

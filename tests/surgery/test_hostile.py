@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from superexperts.adapters.factors import Factor, Place, own_layout, save_layout
+from superexperts.adapters.factors import Factor, Place, own_layout
+from superexperts.adapters.files import write_adapter
 from superexperts.checkpoints.reader import INDEX, SINGLE
 from superexperts.checkpoints.writer import RECORD
 from superexperts.cli import main
@@ -37,7 +38,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = Place(path="model.layers.0.mlp.experts", expert=1, projection="down_proj")
     factor = Factor(a_RI=torch.ones(2, 24), b_OR=torch.ones(32, 2), scaling=2.0)
     (folder / "adapter").mkdir()
-    save_layout(folder / "adapter", *own_layout(model, {place: factor}), base=str(folder / "base"), revision=None)
+    write_adapter(folder / "adapter", *own_layout(model, {place: factor}), base=str(folder / "base"), revision=None)
     return folder
 
 

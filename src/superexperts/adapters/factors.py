@@ -1,7 +1,7 @@
-"""What an adapter adds to a model, whatever layout its file has: scaling * B A at each linear map it changes.
+"""What an adapter adds to a model, whatever the layout of its file: scaling * B A at each linear map that it changes.
 
-The layouts of `layouts.py` are written from this and read into it; the own layout, one A and B for each projection of
-each chosen expert, is here.
+Every layout in `formats.py` is written from these factors and read into them. Our own layout, one A and one B for each
+projection of each chosen expert, is here.
 
 Shape suffixes: R rank, I and O inputs and outputs of a linear map.
 """
@@ -16,31 +16,32 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from superexperts.adapters import lora
+from superexperts.adapters.files import PREFIX, check_fits, check_keys, read_adapter, write_adapter
 from superexperts.adapters.layer import RENAMED_BY_PEFT, ExpertLoraConfig, ExpertsLora, is_projection, linears
 from superexperts.core.errors import DataError, Field, ModelError
+from superexperts.core.runs import write_text
 from superexperts.models.banks import find_banks, unwrapped
 from superexperts.models.experts import DOWN, GATE, UP
 from superexperts.models.experts import projections as bank_projections
 
 __all__ = [
-    "PREFIX",
     "Factor",
     "Factors",
     "Place",
     "expert_names",
     "injected_keys",
     "own_layout",
+    "peft_scaling",
     "plain_number",
     "read_factors",
-    "save_layout",
+    "require_all_read",
+    "take_pair",
+    "write_export",
 ]
-
-PREFIX = "base_model.model."
-"""Before every key of a PEFT file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class Factor:
         return self.a_RI.shape[0]
 
     def padded(self, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-        """A and B of a higher rank, filled with zeros, that add the same with another scaling."""
+        """A and B filled with zeros to a higher rank, which add the same under another scaling."""
         a_RI = self.a_RI.new_zeros(rank, self.a_RI.shape[1])
         b_OR = self.b_OR.new_zeros(self.b_OR.shape[0], rank)
         a_RI[: self.rank] = self.a_RI
@@ -75,7 +76,7 @@ class Factor:
         return a_RI, b_OR
 
     def reduced(self) -> Factor | None:
-        """Without the ranks that add nothing, None where nothing is left."""
+        """The factor without the ranks that add nothing; None if no rank is left."""
         kept_R = self.a_RI.any(1) & self.b_OR.any(0)
         if not kept_R.any():
             return None
@@ -86,7 +87,7 @@ Factors = Mapping[Place, Factor]
 
 
 def expert_names(model: nn.Module, factors: Factors) -> list[str]:
-    """L2E54 for each routed expert among the places."""
+    """Names such as L2E54 of the routed experts among the places."""
     layers = {unwrapped(bank.path): bank.layer for bank in find_banks(model)}
     found = sorted({(layers[place.path], place.expert) for place in factors if place.expert is not None})
     return [f"L{layer}E{expert}" for layer, expert in found]
@@ -98,12 +99,12 @@ def expert_names(model: nn.Module, factors: Factors) -> list[str]:
 def read_factors(model: nn.Module, folder: Path, field: str) -> dict[Place, Factor]:
     """The factors of an adapter that `train` wrote, or of a plain PEFT adapter on linear modules.
 
-    `model` may be a structure without weights; it comes back as it was. Every key must have a home and every module
-    its keys, in the right shapes.
+    `model` may be a structure without weights; it comes back as it was. `DataError` or `ModelError` about `field`
+    unless every key has a place in the model, every module its keys, and all shapes are right.
     """
-    config, saved = lora.read_adapter(folder, field)
+    config, saved = read_adapter(folder, field)
     if config.target_parameters:
-        raise DataError(f"{folder} is in PEFT's target_parameters layout; `superexperts import` it first", field=field)
+        raise DataError(f"{folder} is in PEFT's target_parameters layout; import it first", field=field)
     if config.use_dora or config.lora_bias or config.bias != "none" or config.modules_to_save:
         raise DataError(
             f"{folder} is more than A and B (DoRA, a bias, whole modules); use ",
@@ -111,17 +112,19 @@ def read_factors(model: nn.Module, folder: Path, field: str) -> dict[Place, Fact
             " merged",
             field=field,
         )
-    lora.check_home(model, config, folder, field)
+    check_fits(model, config, folder, field)
     try:
         with lora.quiet():
             get_peft_model(cast(Any, model), config)
         found = {name: (place, scaling, shape) for name, place, scaling, shape in _own_names(model)}
-    except (ValueError, RuntimeError) as error:  # RuntimeError: a size in config.json that no memory has room for
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a huge size in config.json
         line = " ".join(str(error).split())[:200]
-        raise ModelError(f"{folder} does not fit this model ({line}); give its own model", field=field) from error
+        raise ModelError(
+            f"{folder} does not fit this model ({line}); give the adapter's own model", field=field
+        ) from error
     finally:
         lora.detach(model)
-    lora.check_keys(
+    check_keys(
         {name: shape for name, (_, _, shape) in found.items()},
         {name: tuple(tensor.shape) for name, tensor in saved.items()},
         folder,
@@ -135,7 +138,7 @@ def read_factors(model: nn.Module, folder: Path, field: str) -> dict[Place, Fact
 
 
 def _own_names(model: nn.Module) -> Iterator[tuple[str, Place, float, tuple[int, ...]]]:
-    """(key in the file, where it adds, scaling, shape) of every A and B of the adapter on a model."""
+    """(key in the file, place, scaling, shape) of every A and B of the adapter on a model."""
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -150,7 +153,7 @@ def _own_names(model: nn.Module) -> Iterator[tuple[str, Place, float, tuple[int,
 
 
 def own_layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The configuration and tensors of an adapter of our own: one rank, one scaling, nothing that nothing changes."""
+    """The configuration and tensors of an adapter in our own layout, at one rank and one scaling for all of it."""
     rank, scaling = max(factor.rank for factor in factors.values()), next(iter(factors.values())).scaling
     banks = {bank.path: bank for bank in find_banks(model)}
     shared = {lora.shared_path(model, bank) for bank in banks.values() if bank.shared_down is not None}
@@ -210,28 +213,67 @@ def own_layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str
 
 
 def plain_number(value: float) -> float:
-    """16.0 as 16, as other readers expect alpha."""
+    """16.0 as 16, which other programs expect for alpha."""
     return int(value) if value == int(value) else value
 
 
-def save_layout(
-    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], *, base: str, revision: str | None
-) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors; `base` is the model as the user names it."""
-    config.base_model_name_or_path, config.revision = base, revision
-    config.save_pretrained(str(folder))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        folder / lora.WEIGHTS_FILE,
-        metadata={"format": "pt"},
-    )
-
-
 def injected_keys(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """The keys and shapes that PEFT itself gives an adapter of this configuration on this model."""
+    """The keys and shapes that PEFT itself creates for an adapter of this configuration on this model."""
     try:
         with lora.quiet():
             get_peft_model(cast(Any, model), config)
         return {name: shape for name, _, _, shape in _own_names(model)}
     finally:
         lora.detach(model)
+
+
+# ---- what readers and writers of other layouts share --------------------------------------------------------------
+
+
+def take_pair(left: dict[str, Tensor], key: str) -> tuple[Tensor, Tensor]:
+    """Removes `{key}.lora_A.weight` and `{key}.lora_B.weight` from the tensors that are left; returns both in float32.
+
+    `DataError` if one is missing.
+    """
+    for letter in "AB":
+        if f"{key}.lora_{letter}.weight" not in left:
+            raise DataError(f"{key}.lora_{letter}.weight is missing; save the adapter again", field="adapter")
+    return left.pop(f"{key}.lora_A.weight").float(), left.pop(f"{key}.lora_B.weight").float()
+
+
+def require_all_read(left: Mapping[str, Tensor]) -> None:
+    """`DataError` if a file holds tensors that belong to nothing in the model."""
+    if left:
+        some = ", ".join(sorted(left)[:2])
+        raise DataError(
+            f"{len(left)} keys have no place in the model ({some}, ...); give the adapter's own model", field="adapter"
+        )
+
+
+def peft_scaling(config: LoraConfig, name: str, rank: int) -> float:
+    """The scaling that PEFT gives a module or parameter of this name."""
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+    return float(alpha / (rank**0.5 if config.use_rslora else rank))
+
+
+def write_export(
+    out: Path,
+    model: nn.Module,
+    factors: Factors,
+    config: LoraConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    base: str,
+    revision: str | None,
+    loader: str,
+) -> dict[str, Any]:
+    """Writes an adapter's two files and a card that names the program that loads them; returns what was written."""
+    write_adapter(out, config, tensors, base=base, revision=revision)
+    experts = expert_names(model, factors)
+    write_text(
+        out / "README.md",
+        "---\nlibrary_name: peft\ntags:\n- lora\n---\n\n"
+        f"# LoRA on {', '.join(experts) or 'linear maps'} of {base}\n\n"
+        f"In the layout that {loader} loads; every other expert of the layers named is filled with zeros.\n",
+    )
+    return {"experts": experts, "keys": len(tensors), "r": config.r}

@@ -1,69 +1,107 @@
-"""Reads LoRA on experts in the layouts of other programs, says which one it saw, and writes an adapter of our own."""
+"""The command `import`: reads LoRA on experts as other programs write it, and writes it in our own layout."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from peft import LoraConfig
-from torch import Tensor, nn
+import tyro
+from tyro.conf import Positional
 
-from superexperts.adapters import lora
-from superexperts.adapters.factors import PREFIX, Factors, expert_names, own_layout, save_layout
-from superexperts.adapters.formats import Layout, read_fused, read_per_expert, shapes, targeted
+from superexperts.adapters.formats import FORMATS, readable
 from superexperts.checkpoints.source import adapter_folder, resolve
 from superexperts.core.config import identity
-from superexperts.core.config_adapters import ImportConfig
-from superexperts.core.console import note
+from superexperts.core.console import note, stdout
 from superexperts.core.errors import DataError, OptionError
 from superexperts.core.runs import completed, fingerprint, new_folder, read_json, write_manifest, write_text
-from superexperts.models.loading import load_structure
+from superexperts.core.settings import Switch
 
-__all__ = ["detect", "run"]
+__all__ = ["ImportConfig", "detect", "run", "show"]
 
-FUSED = {
-    "peft-0.19": Layout(),
-    "peft-0.18": Layout(swapped=True),
-    "unsloth": Layout(blockwise=True),
-    "unsloth-peft-0.18": Layout(swapped=True, blockwise=True),
-}
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor, nn
+
+    LayoutName = str
+else:
+    LayoutName = Literal[("auto", *readable())]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Read LoRA on experts as other programs write it, and say which layout it was.
+
+    Example: superexperts import runs/lora-peft pocket --out runs/imported
+    """
+
+    adapter: Positional[Annotated[Path, tyro.conf.arg(metavar="ADAPTER")]]
+    """Folder with adapter_config.json and adapter_model.safetensors."""
+    model: Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """The adapter's base model: checkpoint folder, Hub name, or `pocket`."""
+    out: Path = Path("runs/imported")
+    """Folder for adapter/."""
+    layout: LayoutName = "auto"
+    """How to read the file; `auto` finds out, and asks if the file does not show it."""
+    revision: str | None = None
+    """Branch, tag or commit of MODEL on the Hub."""
+    trust_remote_code: Switch = False
+    """Run Python code that comes with the checkpoint. Only for checkpoints that you trust."""
+    json: Switch = False
+    """Print the result as JSON."""
 
 
 def run(config: ImportConfig) -> dict[str, Any]:
-    """The command: finds the layout out, reads the file by it, and writes adapter/ and the manifest."""
+    """Finds out the layout, reads the file, and writes adapter/ and the manifest.
+
+    Returns `out`, the `layout` and `why` it is that one, the `experts`, the number of `keys`, and the rank `r`.
+    """
+    # Imported here, so that --help and a wrong option do not wait for torch.
+    from superexperts.adapters.factors import expert_names, own_layout
+    from superexperts.adapters.files import read_adapter, read_fields, write_adapter
+    from superexperts.models.loading import load_structure
+
     started = time.monotonic()
     folder = adapter_folder(config.adapter)
-    fields = lora.read_fields(folder, "adapter")
-    checkpoint = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
-    inputs = identity(config, model=checkpoint.fingerprint, adapter=fingerprint(folder))
+    fields = read_fields(folder, "adapter")
+    source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    inputs = identity(config, model=source.fingerprint, adapter=fingerprint(folder))
     if completed(config.out, "import", inputs):
         note(f"import: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "manifest.json", "manifest")["result"]}
     if "experts" in fields:
         raise DataError(f"{folder} is an adapter of superexperts already; use it as it is", field="adapter")
     with new_folder(config.out, "import") as temporary:
-        saved_config, tensors = lora.read_adapter(folder, "adapter")
-        model = load_structure(checkpoint)
-        name, why = (
-            (config.layout, "as told") if config.layout != "auto" else detect(model, saved_config, tensors, fields)
-        )
-        if config.layout in FUSED:
-            _contradict(config.layout, model, saved_config, tensors)
-        if name == "per-expert":
-            read = read_per_expert(model, saved_config, tensors)
-        else:
-            read = read_fused(model, saved_config, tensors, FUSED[name])
-        factors: Factors = {place: kept for place, factor in read.items() if (kept := factor.reduced()) is not None}
+        saved_config, tensors = read_adapter(folder, "adapter")
+        model = load_structure(source)
+        layout, why = config.layout, "as given"
+        if layout == "auto":
+            layout, why = detect(model, saved_config, tensors, fields)
+        read = FORMATS[layout].load_reader().read(model, saved_config, tensors)
+        factors = {place: kept for place, factor in read.items() if (kept := factor.reduced()) is not None}
         if not factors:
-            raise DataError(f"{folder} holds zeros only, it changes nothing; train it first", field="adapter")
+            raise DataError(f"{folder} holds only zeros and changes nothing; train it first", field="adapter")
         own_config, own_tensors = own_layout(model, factors)
-        save_layout(temporary / "adapter", own_config, own_tensors, base=checkpoint.name, revision=checkpoint.revision)
+        adapter = temporary / "adapter"
+        write_adapter(adapter, own_config, own_tensors, base=source.name, revision=source.revision)
         experts = expert_names(model, factors)
-        write_text(temporary / "adapter" / "README.md", _card(experts, config.model, name))
-        result = {"layout": name, "why": why, "experts": experts, "keys": len(own_tensors), "r": own_config.r}
+        write_text(adapter / "README.md", _card(experts, source.name, layout))
+        result = {"layout": layout, "why": why, "experts": experts, "keys": len(own_tensors), "r": own_config.r}
         write_manifest(temporary, "import", inputs, ["adapter"], time.monotonic() - started, result=result)
     return {"out": str(config.out), **result}
+
+
+def detect(
+    model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]
+) -> tuple[str, str]:
+    """The layout of a file and what shows it. `OptionError` about the layout if nothing shows it."""
+    for name in readable():
+        why = FORMATS[name].load_reader().recognise(model, config, tensors, fields)
+        if why is not None:
+            return name, why
+    raise OptionError(f"'auto' does not recognise this file; give {', '.join(readable())}", field="layout")
 
 
 def _card(experts: list[str], model: str, layout: str) -> str:
@@ -75,80 +113,9 @@ def _card(experts: list[str], model: str, layout: str) -> str:
     )
 
 
-def detect(
-    model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]
-) -> tuple[str, str]:
-    """The layout of a file and what tells it; `OptionError` where nothing does, since a guess would be silently wrong.
-
-    PEFT 0.18 and 0.19 differ in the shapes, unless a projection is square: then PEFT's version decides. Block by block
-    and interleaved B have one shape; they differ in where experts that were never trained leave columns of zeros.
-    """
-    fused = [(key, bank, name) for key, bank, name in targeted(model, config.target_parameters or ())]
-    if not fused:
-        return "per-expert", "no 3-D parameter is named in target_parameters"
-    version, why = _version(fused, tensors, fields)
-    blockwise = _blockwise(fused, tensors)
-    if blockwise is None and "unsloth" in str(fields).lower():
-        raise OptionError(
-            (
-                "'auto' cannot tell whether this adapter of Unsloth's holds B expert by expert (trained before "
-                "its zoo of September 2026) or as PEFT does; give unsloth or peft-0.19"
-            ),
-            field="layout",
-        )
-    if blockwise:
-        return (
-            "unsloth" if version == "peft-0.19" else "unsloth-peft-0.18"
-        ), f"{why}; untrained experts are blocks of B"
-    return version, why
-
-
-def _contradict(told: str, model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    """`OptionError` where untrained experts show that B lies in the other order than one was told."""
-    seen = _blockwise(list(targeted(model, config.target_parameters or ())), tensors)
-    if seen is not None and seen != FUSED[told].blockwise:
-        order = "expert by expert, as Unsloth's" if seen else "with the expert as the fast index, as PEFT's"
-        raise OptionError(
-            f"{told!r} is not this file's: its columns of zeros lie {order}; leave it out", field="layout"
-        )
-
-
-def _version(
-    fused: list[tuple[str, Any, str]], tensors: Mapping[str, Tensor], fields: Mapping[str, Any]
-) -> tuple[str, str]:
-    square = True
-    for key, bank, name in fused:
-        inputs, outputs = shapes(bank, name)
-        a = tensors.get(f"{key}.lora_A.weight")
-        if a is None:
-            raise DataError(f"{key}.lora_A.weight is missing; save the adapter again", field="adapter")
-        if bank.module.is_transposed:
-            return "peft-0.19", "parameters kept as [experts, in, out] are the same in both versions"
-        if inputs != outputs:
-            square = False
-            if a.shape[1] == outputs:
-                return "peft-0.18", f"A of {key.removeprefix(PREFIX)} has the width of the outputs, {outputs}"
-    if not square:
-        return "peft-0.19", "A has the width of the inputs"
-    version = str(fields.get("peft_version") or "")
-    if not version:
-        raise OptionError(
-            "'auto' finds only square projections and no PEFT version; give peft-0.18 or peft-0.19", field="layout"
-        )
-    old = tuple(int(part) for part in version.split(".")[:2]) < (0, 19)
-    return ("peft-0.18" if old else "peft-0.19"), f"projections are square, and PEFT {version} wrote it"
-
-
-def _blockwise(fused: list[tuple[str, Any, str]], tensors: Mapping[str, Tensor]) -> bool | None:
-    """Whether columns of zeros in B lie expert by expert; None where they fit both orders or there are none."""
-    for key, bank, _ in fused:
-        b = tensors.get(f"{key}.lora_B.weight")
-        if b is None or b.shape[1] % bank.num_experts:
-            continue
-        empty = ~b.any(0)
-        blocks, interleaved = empty.view(bank.num_experts, -1), empty.view(-1, bank.num_experts)
-        as_blocks = bool((blocks.all(1) == blocks.any(1)).all())
-        as_peft = bool((interleaved.all(0) == interleaved.any(0)).all())
-        if as_blocks != as_peft:
-            return as_blocks
-    return None
+def show(result: dict[str, Any]) -> None:
+    """Prints what `run` returned."""
+    stdout.print(f"layout {result['layout']}: {result['why']}", soft_wrap=True)
+    count = len(result["experts"])
+    stdout.print(f"{count} expert{'s' * (count != 1)}, rank {result['r']}", soft_wrap=True)
+    stdout.print(f"in {result['out']}", soft_wrap=True)

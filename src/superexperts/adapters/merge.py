@@ -1,4 +1,4 @@
-"""An adapter merged into a checkpoint's own tensors, one at a time, to the bit as PEFT merges it into a loaded model.
+"""Merges an adapter into a checkpoint's tensors, one at a time, with the same bits as PEFT's merge of a loaded model.
 
 Shape suffixes: R rank, I and O inputs and outputs of a linear map.
 """
@@ -6,34 +6,90 @@ Shape suffixes: R rank, I and O inputs and outputs of a linear map.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from superexperts.adapters.factors import Factor, read_factors
+from superexperts.adapters.files import check_fits, read_adapter
+from superexperts.adapters.lora import load_adapter
+from superexperts.checkpoints.provenance import Record, base_files, name_of
 from superexperts.checkpoints.reader import Checkpoint, Entry
-from superexperts.checkpoints.writer import Patch
+from superexperts.checkpoints.source import ModelSource
+from superexperts.checkpoints.writer import Change, Patch, carry_along, patch_shards
+from superexperts.core.console import note
 from superexperts.core.errors import DataError, Field, ModelError
 from superexperts.models.banks import find_banks
 from superexperts.models.experts import DOWN, split_projections, up_name
 from superexperts.models.key_mapping import KeyMapping, Parts
+from superexperts.models.loading import load_as_stored, load_structure
 
-__all__ = ["merged_patches"]
+__all__ = ["merged_patches", "write"]
+
+
+def write(adapter: Path, source: ModelSource, out: Path, *, copy: bool = False) -> dict[str, Any]:
+    """Writes the whole checkpoint, in its own dtype, with the adapter added to the weights; see `formats.Format`.
+
+    Only shards that hold a changed tensor are written. The model is loaded only if its checkpoint keeps what changes in
+    an order that cannot be edited, or if the adapter is more than A and B.
+    """
+    with Checkpoint(source.folder) as base:
+        model = load_structure(source)
+        # Errors in the adapter are found here, before a model is loaded for it.
+        config, _ = read_adapter(adapter, "adapter")
+        check_fits(model, config, adapter, "adapter")
+        changes: Sequence[Change] = ()
+        try:
+            patches = merged_patches(model, KeyMapping(model, base), base, adapter, "adapter")
+        except (DataError, ModelError) as error:
+            note(f"export: not shard by shard, the model is loaded ({error})")
+            _merge_in_memory(adapter, source, out)
+            carry_along(source.folder, out, skip=sorted(file.name for file in out.iterdir()))
+        else:
+            changes = patch_shards(base, patches, out, copy=copy)
+            carry_along(source.folder, out)
+        Record(
+            command="export",
+            mode="merged",
+            experts=(),
+            model=name_of(source.name),
+            revision=source.revision,
+            files=base_files(base, source.folder),
+            changes=tuple(changes),
+        ).write(out)
+    with Checkpoint(out) as written:
+        return {"keys": len(written), "changed": len({change.key for change in changes})}
+
+
+def _merge_in_memory(adapter: Path, source: ModelSource, out: Path) -> None:
+    adapted = load_adapter(load_as_stored(source), adapter, "adapter")
+    # Not PEFT's safe merge: it rounds the change before adding it, and so rounds twice in bfloat16.
+    merged = cast(Any, adapted).merge_and_unload()
+    broken = [name for name, parameter in merged.named_parameters() if not bool(parameter.isfinite().all())]
+    if broken:
+        raise DataError(
+            f"{adapter} makes {broken[0]} not finite; train again with a lower ",
+            Field("learning_rate"),
+            field="adapter",
+        )
+    merged.save_pretrained(out)
 
 
 def merged_patches(
     model: nn.Module, key_mapping: KeyMapping, base: Checkpoint, adapter: Path, field: str
 ) -> list[Patch]:
-    """What an adapter of A and B makes of the base's tensors; `model` is a structure without weights.
+    """The changes that an adapter of A and B makes to the base's tensors; `model` is a structure without weights.
 
-    `DataError` or `ModelError` where the adapter is more than that or another model's, or where the checkpoint keeps
-    what it changes in an order that cannot be edited; when written, for weights that are not finite.
+    `DataError` or `ModelError` about `field` if the adapter is more than A and B, belongs to another model, or changes
+    tensors that the checkpoint keeps in an order that cannot be edited. Weights that are not finite are a `DataError`
+    when the changes are written.
     """
     key_mapping.check_complete(model)
     if key_mapping.quantized:
-        raise ModelError("the base is quantized, into which nothing can be merged; use its bfloat16 form", field=field)
+        raise ModelError("the base is quantized, and nothing can be merged into it; use its bfloat16 form", field=field)
     factors = read_factors(model, adapter, field)
     banks = {bank.path: bank for bank in find_banks(model)}
     patches: list[Patch] = []
@@ -63,18 +119,18 @@ def _linear(base: Checkpoint, entry: Entry, factor: Factor) -> Tensor:
 
 
 def _expert(
-    base: Checkpoint, bank: nn.Module, name: str, parts: Parts, wanted: int, factors: Mapping[str, Factor]
+    base: Checkpoint, bank: nn.Module, name: str, parts: Parts, piece: int, factors: Mapping[str, Factor]
 ) -> Tensor:
-    """One of the pieces that an expert's part of a parameter has in the checkpoint."""
+    """Piece number `piece` of those that an expert's part of a parameter has in the checkpoint."""
     own = torch.cat([base.read(entry) for entry in parts])
     for projection, weight_OI in split_projections(bank, name, own).items():
         if projection in factors:
             weight_OI.copy_(_merged(weight_OI, factors[projection]))
-    return _finite(torch.split(own, [entry.shape[0] for entry in parts])[wanted], parts[wanted])
+    return _finite(torch.split(own, [entry.shape[0] for entry in parts])[piece], parts[piece])
 
 
 def _merged(weight_OI: Tensor, factor: Factor) -> Tensor:
-    # In float32, in which PEFT keeps the adapter of a half-precision model, and rounded once.
+    # As PEFT merges: it keeps the adapter of a half-precision model in float32, and rounds the sum once.
     change_OI = factor.b_OR.float() @ factor.a_RI.float() * factor.scaling
     return (weight_OI + change_OI).to(weight_OI.dtype)
 

@@ -18,14 +18,6 @@ def show(command: str, result: dict[str, Any]) -> None:
     """Prints a command's result for a person; model output goes through `ascii` and `Text`."""
     if command == "profile":
         _show_profile(result)
-    elif command == "export":
-        stdout.print(f"{result['format']}: {result['keys']:,} tensors, {result['bytes']:,} bytes", soft_wrap=True)
-        if "max_lora_rank" in result:
-            stdout.print(f"vLLM needs --enable-lora --max-lora-rank {result['max_lora_rank']}", soft_wrap=True)
-    elif command == "import":
-        stdout.print(f"layout {result['layout']}: {result['why']}", soft_wrap=True)
-        count = len(result["experts"])
-        stdout.print(f"{count} expert{'s' * (count != 1)}, rank {result['r']}", soft_wrap=True)
     elif command == "evaluate":
         for task, items in result["tasks"].items():
             stdout.print(f"{task}: {items} answers")

@@ -90,7 +90,8 @@ def run(config: CheckAdapterConfig) -> dict[str, Any]:
         return _check_served(config, config.base_url)
     # Imported here, so that --help and a wrong option do not wait for torch.
     from superexperts.adapters.effect import require_effect
-    from superexperts.adapters.lora import load_adapter, read_adapter
+    from superexperts.adapters.files import read_adapter
+    from superexperts.adapters.lora import load_adapter
     from superexperts.checkpoints.source import adapter_folder
     from superexperts.data.corpora import corpus_sequences
     from superexperts.models.loading import load_model, load_tokenizer

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from superexperts.adapters import export
 from superexperts.adapters.borrow import Shelf
+from superexperts.adapters.export import ExportConfig
 from superexperts.core.config import EvaluateConfig, ExtractConfig, ProfileConfig
-from superexperts.core.config_adapters import ExportConfig
 from superexperts.core.errors import OptionError
 from superexperts.core.runs import completed, new_folder, write_json, write_manifest
 from superexperts.core.types import ExpertSet

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from superexperts.adapters import lora
 from superexperts.adapters.effect import Effect, adapter_effect
+from superexperts.adapters.files import check_keys, read_adapter
 from superexperts.core.console import note
 from superexperts.core.errors import EffectError, ExpertsError, Field
 from superexperts.core.runs import write_json, write_text
@@ -85,9 +85,9 @@ def save_adapter(
     config.base_model_name_or_path, config.revision = model, revision
     # Without `save_embedding_layers=False` PEFT asks the Hub whether the embeddings were resized.
     adapted.save_pretrained(str(folder), state_dict=dict(tensors), save_embedding_layers=False)
-    _, saved = lora.read_adapter(folder, "out")
+    _, saved = read_adapter(folder, "out")
     trained = {name.replace(".default.", "."): value for name, value in tensors.items()}
-    lora.check_keys(trained, saved, folder, "out", same=torch.equal)
+    check_keys(trained, saved, folder, "out", same=torch.equal)
 
 
 def write_description(
