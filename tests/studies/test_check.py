@@ -16,8 +16,8 @@ from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import DataError, UserError
 from superexperts.core.types import ExpertSet
 from superexperts.studies import cells, check, study, workflow
-from superexperts.studies.plan import parse
 from superexperts.studies.study import StudyConfig
+from superexperts.studies.study_file import parse
 
 
 @pytest.fixture(autouse=True)

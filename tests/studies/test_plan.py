@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from superexperts.core.errors import OptionError, OutputError
-from superexperts.studies.plan import expert_files, parse
+from superexperts.studies.plan import expert_files
 from superexperts.studies.study import StudyConfig, run
+from superexperts.studies.study_file import parse
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_all_errors_are_told_at_once_with_their_lines() -> None:
+def test_all_errors_are_reported_at_once_with_their_lines() -> None:
     text = """\
 name: x
 tokens: many
@@ -44,10 +45,10 @@ name: y
     expected = [
         (2, "tokens: 'many' is not a whole number"),
         (3, "depth: 2.0 is out of range"),
-        (4, "'colour' is no field of a study; choose from corpus, data_dir, depth"),
+        (4, "'colour' is not a field of a study; choose from corpus, data_dir, depth"),
         (5, "tasks: 'nope' is unknown"),
         (9, "count: -3 is not positive"),
-        (10, "'rul' is no option of experts.bad"),
+        (10, "'rul' is not an option of experts.bad"),
         (11, "worse: 'L1' is neither a file nor like"),
         (14, "seeds: nothing in prune-super is random; leave it out"),
         (15, "r: -1 is not positive"),
@@ -57,7 +58,7 @@ name: y
         (20, "'device' is set by the study itself, not in evaluation"),
         (20, "batch_size: 0 is not positive"),
         (20, "engine: a server has one model, a study has many"),
-        (21, "'name' stands here twice; keep one"),
+        (21, "'name' is given twice; keep one"),
     ]
     assert len(told) == len(expected), told
     for line, said in expected:
@@ -72,22 +73,22 @@ name: y
         ("name: [", "not valid YAML"),
         ("name: &a [*a]", "line 1: "),
         ("{name: 5}", "name: 5 is not a text"),
-        ("{name: ../x, data_dir: pocket}", "name: '../x' becomes a folder"),
+        ("{name: ../x, data_dir: pocket}", "name: '../x' cannot be the name of a folder"),
         ("name: x", "line 1: train_data: missing for the lora variants"),
         ("{name: x, data_dir: pocket, seeds: 0}", "seeds: 0 is not positive"),
-        ("{name: x, data_dir: pocket, tasks: []}", "tasks: [] is no list of names"),
-        ("{name: x, data_dir: pocket, tasks: [mmlu, mmlu]}", "names one twice"),
+        ("{name: x, data_dir: pocket, tasks: []}", "tasks: [] is not a list of names"),
+        ("{name: x, data_dir: pocket, tasks: [mmlu, mmlu]}", "has a name twice"),
         ("{name: x, data_dir: pocket, tokens: 1.5}", "tokens: 1.5 is not a whole number"),
         ("{name: x, data_dir: pocket, tokens: 100, seq_len: 200}", "tokens: 100 is under one sequence of 200"),
-        ("{name: x, data_dir: pocket, training: 3}", "training: 3 is no mapping of options"),
+        ("{name: x, data_dir: pocket, training: 3}", "training: 3 is not a mapping of options"),
         ("{name: x, data_dir: pocket, training: {prompt: loud}}", "prompt: 'loud' is unknown; choose from plain, chat"),
-        ("{name: x, data_dir: pocket, variants: [prune-super]}", "the first one is not base"),
-        ("{name: x, data_dir: pocket, variants: [base, base]}", "'base' stands here twice"),
+        ("{name: x, data_dir: pocket, variants: [prune-super]}", "the first variant is not base"),
+        ("{name: x, data_dir: pocket, variants: [base, base]}", "'base' is given twice"),
         ("{name: x, data_dir: pocket, variants: [base, 5]}", "5 is neither a name nor"),
         ("{name: x, data_dir: pocket, variants: [base, prune-random: {r: 4}]}", "prune-random trains nothing; leave r"),
         ("{name: x, data_dir: pocket, variants: [base, prune-attention]}", "'prune-attention' is unknown"),
-        ("{name: x, data_dir: pocket, experts: {A-b: L1E1}}", "'A-b' is no name for a set"),
-        ("{name: x, data_dir: pocket, experts: {a: {rule: gate, like: random}}}", "'random' follows another set"),
+        ("{name: x, data_dir: pocket, experts: {A-b: L1E1}}", "'A-b' is not a name for a set"),
+        ("{name: x, data_dir: pocket, experts: {a: {rule: gate, like: random}}}", "'random' depends on another set"),
         ("{name: x, data_dir: pocket, experts: {super: L1E1}}", "every study has a set 'super', of rule super"),
         (
             "{name: x, data_dir: pocket, experts: {random: {rule: gate}}}",
@@ -104,7 +105,7 @@ name: y
         ),
     ],
 )
-def test_an_error_is_told(text: str, said: str) -> None:
+def test_an_error_is_reported(text: str, said: str) -> None:
     with pytest.raises(OptionError) as error:
         parse(text)
     assert said in str(error.value)
@@ -149,7 +150,7 @@ def test_numbers_and_anchors_as_yaml_has_them() -> None:
     assert dict(plan.variants[1].training) == {"learning_rate": 0.001, "r": 8}
 
 
-def test_init_writes_a_file_that_is_right_and_overwrites_none(tmp_path: Path) -> None:
+def test_init_writes_a_valid_file_and_overwrites_none(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     assert run(StudyConfig(study=file, init=True)) == {"written": str(file)}
     plan = parse(file.read_text(encoding="utf-8"))
@@ -159,7 +160,7 @@ def test_init_writes_a_file_that_is_right_and_overwrites_none(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
-def test_shipped_studies_are_right(file: Path) -> None:
+def test_shipped_studies_are_valid(file: Path) -> None:
     plan = parse(file.read_text(encoding="utf-8"), file.name)
     assert plan.name == file.stem
     seeds = {variant.name: variant.seeds for variant in plan.variants}
@@ -170,7 +171,7 @@ def test_shipped_studies_are_right(file: Path) -> None:
         assert len(plan.revision) == 40
 
 
-def test_an_error_that_two_commands_find_is_told_once() -> None:
+def test_an_error_that_two_commands_find_is_reported_once() -> None:
     with pytest.raises(OptionError) as error:
         parse(
             "{name: x, data_dir: pocket,\n seq_len: 0,\n training: {r: -1},\n variants: [base, lora-super: {alpha: 3}]}"

@@ -24,11 +24,11 @@ from superexperts.core.types import Extraction
 from superexperts.data.corpora import read_rows
 from superexperts.studies import study, workflow
 from superexperts.studies.cells import Cell, cells
-from superexperts.studies.plan import parse
 from superexperts.studies.progress import LOG
 from superexperts.studies.status import StatusConfig
 from superexperts.studies.status import run as status
 from superexperts.studies.study import StudyConfig
+from superexperts.studies.study_file import parse
 from superexperts.studies.workers import Outcome, locked, schedule
 from superexperts.surgery import compare
 from superexperts.surgery.compare import CompareConfig

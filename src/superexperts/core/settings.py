@@ -58,7 +58,7 @@ def typed(value: Any, hint: Any) -> Any:
     elif hint is bool and isinstance(value, bool):
         return value
     wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
-    raise ValueError(f"{value!r} is not {wanted}; mend it")
+    raise ValueError(f"{value!r} is not {wanted}; correct it")
 
 
 def _number(value: Any) -> Any:

@@ -26,7 +26,8 @@ from superexperts.models.banks import check_experts, find_banks
 from superexperts.models.loading import load_tokenizer, pick_device, structure_of
 from superexperts.pocket import checkpoint_dir
 from superexperts.studies.lined_yaml import Place, together
-from superexperts.studies.plan import Plan, line_of
+from superexperts.studies.plan import Plan
+from superexperts.studies.study_file import line_of
 from superexperts.training.rows import read_rows
 
 __all__ = ["check", "given_experts", "row_files", "settings_of_plan"]

@@ -1,4 +1,4 @@
-"""A YAML file whose errors are told all at once, each with its line."""
+"""A YAML file with the line of every value, so that all errors of the file can be reported at once with lines."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from superexperts.core.errors import OptionError
 __all__ = ["LinedYaml", "Place", "together"]
 
 Place = tuple[str | int, ...]
-"""Names and numbers on the way to a value."""
+"""Keys and list indices on the way to a value."""
 
 
 class LinedYaml:
-    """A YAML text: its `value`, and in `lines` the line of each place in it. `OptionError` if it is none.
+    """The `value` of a YAML text, and in `lines` the line of each place in it. `OptionError` if it is not YAML.
 
-    `name` is what errors call the file.
+    `name` is the name of the file in errors.
     """
 
     def __init__(self, text: str, name: str) -> None:
@@ -34,7 +34,7 @@ class LinedYaml:
             self.error((), f"not valid YAML ({' '.join(str(error).split())}); repair the file", mark and mark.line + 1)
             self.stop()
         except RecursionError:
-            self.error((), "an alias holds itself; write the values out")
+            self.error((), "an alias contains itself; write the values out")
             self.stop()
 
     def _value(self, loader: yaml.SafeLoader, node: yaml.Node, path: Place) -> Any:
@@ -49,29 +49,29 @@ class LinedYaml:
             key = loader.construct_object(key_node, deep=True)
             here = (*path, key if isinstance(key, str) else str(key))
             if not isinstance(key, str):
-                self.error(here, f"{key!r} is no name; put it in quotes", key_node.start_mark.line + 1)
+                self.error(here, f"{key!r} is not a text; put it in quotes", key_node.start_mark.line + 1)
             elif key in found:
-                self.error(here, f"{key!r} stands here twice; keep one", key_node.start_mark.line + 1)
+                self.error(here, f"{key!r} is given twice; keep one", key_node.start_mark.line + 1)
             else:
                 self.lines[here] = key_node.start_mark.line + 1
                 found[key] = self._value(loader, value_node, here)
         return found
 
     def error(self, path: Place, text: str, line: int | None = None) -> None:
-        """Notes what is wrong at a place, or at the nearest one around it that the file has."""
+        """Add an error at a place, or at the nearest place around it that the file has."""
         while path not in self.lines:
             path = path[:-1]
         found = (line or self.lines[path], text)
-        if found not in self.errors:  # two commands share an option
+        if found not in self.errors:  # two commands that share an option report the same
             self.errors.append(found)
 
     def stop(self) -> NoReturn:
-        """Raises all that was noted, in the order of the lines."""
+        """Raise all errors as one, in the order of their lines."""
         raise OptionError(together(self.name, [f"line {line}: {text}" for line, text in sorted(self.errors)]))
 
 
 def together(name: str, errors: Sequence[str]) -> str:
-    """The errors of a file as one text: the only one in its line, several in a line each."""
+    """The errors of a file as one text: a single one in one line, several in one line each."""
     if len(errors) == 1:
         return f"{name}: {errors[0]}"
     return f"{name}: {len(errors)} errors; nothing was run\n" + "\n".join(f"  {error}" for error in errors)

@@ -42,7 +42,7 @@ def run(config: StatusConfig) -> dict[str, Any]:
     """The command: the state of every cell, and the scores of the runs that were evaluated and extracted."""
     # A study's plan knows the settings of every command, which takes seconds to import; --help does not need it.
     from superexperts.studies.cells import cells
-    from superexperts.studies.plan import parse
+    from superexperts.studies.study_file import parse
 
     file = config.folder / "study.yaml"
     if not file.is_file():

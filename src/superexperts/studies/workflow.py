@@ -6,7 +6,6 @@ it stopped, and a finished one does no work.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +30,8 @@ from superexperts.results.conclude import conclude
 from superexperts.results.tables import write_csv
 from superexperts.studies.cells import Cell, cells
 from superexperts.studies.check import given_experts, row_files
-from superexperts.studies.plan import Plan, parse
+from superexperts.studies.plan import Plan
+from superexperts.studies.study_file import parse
 from superexperts.studies.workers import locked, open_workers, schedule
 
 __all__ = ["STUDY", "read_study", "run_study"]
@@ -106,7 +106,7 @@ def _run_cells(plan: Plan, out: Path, device: str, workers: int | None, ray: str
 def _inputs(plan: Plan) -> dict[str, Any]:
     """What the results of a study depend on; a finished study is up to date while all of it is the same."""
     return {
-        "plan": {name: str(value) for name, value in dataclasses.asdict(plan).items()},
+        "plan": {name: str(value) for name, value in plan.model_dump().items()},
         "model": resolve(plan.model, plan.revision).fingerprint,
         "rows": {option: fingerprint(file) for option, file in row_files(plan)},
         "experts": {name: experts.to_json() for name, experts in given_experts(plan).items()},
