@@ -307,7 +307,7 @@ def test_experts_of_another_model_are_told(here: Path, capsys: Any) -> None:
     experts = ExpertSet(model="another", rule={"name": "super"}, experts=((1, 11),), scores=(1.0,))
     (here / "experts.json").write_text(json.dumps(experts.to_json()))
     assert main(["prune", "--experts", "experts.json", "--out", "out"]) == 0
-    assert "was selected from 'another', MODEL is 'pocket'" in capsys.readouterr().err
+    assert "was selected from 'another', but the model is 'pocket'" in capsys.readouterr().err
     assert main(["prune", "--experts", "L1E11", "--out", "out"]) == 0
     assert "was selected" not in capsys.readouterr().err
 

@@ -181,7 +181,7 @@ def test_an_answer_of_null_is_empty(tmp_path: Path, data: Path) -> None:
         ({"engine": "vllm"}, "--engine: 'vllm' needs the package vllm, which is not installed; pip install vllm"),
         ({"engine": "sglang"}, "--engine: 'sglang' needs the package sglang"),
         ({"engine": "api"}, "--base-url: None is missing for --engine api"),
-        ({"engine": "api", "base_url": "localhost:8000"}, "--base-url: 'localhost:8000' is no URL"),
+        ({"engine": "api", "base_url": "localhost:8000"}, "--base-url: 'localhost:8000' is not a URL"),
         ({"engine": "api", "base_url": "http://me:secret@host/v1"}, "--base-url: 'host/v1' holds a password"),
         ({"base_url": "http://host/v1"}, "--base-url: 'http://host/v1' excludes --engine hf"),
         ({"engine": "vllm", "silence": "L1E1"}, "--silence: 'L1E1' needs --engine hf, not vllm"),

@@ -328,7 +328,7 @@ def test_the_judge_that_nobody_named(scope: str, asked: int, tmp_path: Path) -> 
         ),
         ({"judge_scope": "all"}, OptionError, "--judge-scope: 'all' needs a judge; give --judge MODEL"),
         ({"judge_base_url": "http://h"}, OptionError, "--judge-base-url: 'http://h' needs a judge"),
-        ({"judge": "j", "judge_base_url": "h"}, OptionError, "--judge-base-url: 'h' is no URL"),
+        ({"judge": "j", "judge_base_url": "h"}, OptionError, "--judge-base-url: 'h' is not a URL"),
         ({"batch_size": 0}, OptionError, "--batch-size: 0 is not positive"),
         ({"judge_engine": "vllm"}, OptionError, "--judge-engine: 'vllm' needs a judge"),
         (

@@ -1,4 +1,4 @@
-"""Command-line arguments to the settings of a command; whatever is wrong with them is one `OptionError`."""
+"""Turns command-line arguments into the settings of a command; anything wrong becomes an `OptionError`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import NoneType
 from typing import TypeVar, get_args, get_type_hints
 
 import tyro
-from tyro import _errors as refusals  # the only way to learn what was wrong without reading a drawn box back
+from tyro import _errors as refusals  # the only way to learn what was wrong without parsing the box that tyro prints
 
 from superexperts.core.errors import OptionError
 
@@ -16,13 +16,13 @@ __all__ = ["read_arguments", "speller"]
 
 Settings = TypeVar("Settings")
 
-WHAT_NUMBERS_ARE = {int: "a whole number", float: "a number"}
+NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def speller(kind: type) -> Callable[[str], str]:
-    """How the command line spells the settings of a command: `seq_len` is `--seq-len`, a positional is its metavar.
+    """How the command line spells the settings of a command: `seq_len` as `--seq-len`, a positional as its metavar.
 
-    A name that the command does not have stays as it is.
+    A name that is not a setting of the command is returned unchanged.
     """
     names = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
@@ -67,10 +67,10 @@ def _refusal(event: refusals.ParseErrorEvent, kind: type, prog: str, arguments: 
         types = [
             hint for hint in (event.argument.field.type, *get_args(event.argument.field.type)) if hint is not NoneType
         ]
-        wanted = next((WHAT_NUMBERS_ARE[hint] for hint in types if hint in WHAT_NUMBERS_ARE), None)
-        if wanted is not None:
+        expected = next((NUMBERS[hint] for hint in types if hint in NUMBERS), None)
+        if expected is not None:
             value = _value_of(event.argument.display_name(), arguments)
-            return OptionError(f"{value!r} is not {wanted}", field=event.argument.field.intern_name)
+            return OptionError(f"{value!r} is not {expected}", field=event.argument.field.intern_name)
     message = getattr(event, "message", type(event).__name__)
     return OptionError(f"{' '.join(message.split())}; {see}")
 
@@ -86,7 +86,7 @@ def _unknown(tokens: Sequence[str], kind: type) -> str:
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """The value that was given for an option, the last one where it was given several times."""
+    """The value given for an option; the last one if it was given several times."""
     given = [arguments[i + 1] for i, word in enumerate(arguments[:-1]) if word == flag]
     given += [word.partition("=")[2] for word in arguments if word.startswith(f"{flag}=")]
     return given[-1] if given else None

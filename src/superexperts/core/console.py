@@ -18,22 +18,22 @@ stdout = Console(highlight=False, quiet=not is_main_process)
 stderr = Console(stderr=True, highlight=False, quiet=not is_main_process)
 
 
-_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def is_shown(text: str) -> bool:
-    """Whether a terminal shows all of a text and obeys none of it; half a character it cannot show."""
-    return not _OBEYED.search(text)
+    """Whether a terminal can print the text as it is: no control characters and no lone surrogates."""
+    return not _CONTROL.search(text)
 
 
 def note(text: str) -> None:
-    """A line for the person who waits; paths in it are not broken over lines."""
+    """Prints a line about progress to standard error; long lines are not wrapped, so that paths stay whole."""
     stderr.print(text, soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager
 def progress(description: str | None, total: int) -> Iterator[Callable[[], None]]:
-    """Yields a call that moves a bar on by one of `total`; there is no bar without a description or a terminal."""
+    """Yields a function that advances a progress bar by one of `total`. No bar without description or terminal."""
     hidden = description is None or not stderr.is_terminal
     with Progress(console=stderr, transient=True, disable=hidden) as bar:
         task = bar.add_task(description or "", total=total)

@@ -1,4 +1,8 @@
-"""The run folder: whole files or none, a manifest with hashes, and stages that run once for the same input."""
+"""Run folders: files and folders that are written completely or not at all, and manifests that let a stage run once.
+
+A file or folder is written under a temporary name and then renamed. A manifest names a stage's inputs and outputs with
+their hashes; a stage with an unchanged manifest, inputs and outputs is not run again.
+"""
 
 from __future__ import annotations
 
@@ -42,15 +46,16 @@ MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = "superexperts/manifest/1"
 PACKAGES = ("superexperts", "torch", "transformers", "peft", "trl", "lm_eval", "datasets", "accelerate")
 TEMPORARY, NEW, OLD = ".tmp", ".new", ".old"
-"""End the hidden names `.NAME.XXXXXXXX.tmp` of a file that is being written, `.new` of a folder that is, and `.old` of
-the folder that makes room for it. A killed run leaves them, and a later one clears them away."""
-WHOLE_FILE_HASH = 64 * 2**20  # larger files are hashed by size, time stamp and both ends: shards are gigabytes
+"""Endings of the temporary names `.NAME.XXXXXXXX.tmp` (a file being written), `.new` (a folder being written) and
+`.old` (the folder that it replaces). Killed runs leave them behind; a later run removes them."""
+WHOLE_FILE_HASH = 64 * 2**20
+"""Larger files are hashed by size, time stamp and both ends, since shards have gigabytes."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `data` under a temporary name, syncs it to disk and renames it to `path`: whole or not at all.
+    """Writes `data` under a temporary name, syncs it to disk, and renames it to `path`.
 
-    What a killed process left of the same file is removed.
+    Also removes temporary files that killed processes left of the same file. `OutputError` if it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,12 +83,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for UTF-8 text; a lone surrogate from a model's output is written as its escape."""
+    """`write_bytes` for UTF-8 text; a lone surrogate, which a model can generate, is written as an escape."""
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` for JSON with one final newline; NaN is refused, since no other reader takes it."""
+    """`write_text` for JSON with a final newline; `ValueError` for NaN, which is not JSON."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
@@ -103,10 +108,10 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, or of all files below a folder with their names.
+    """SHA-256 of a file, or of the names and contents of all files in a folder and its subfolders.
 
-    Files over 64 MiB count by size, time stamp and their first and last MiB. Manifests and hidden files are left out:
-    they say when something was made, not what it is.
+    Of a file over 64 MiB, the size, the time stamp and the first and last MiB are hashed. Manifests and hidden files
+    are left out, since they say when something was made, not what it is.
     """
     if not path.exists():
         raise DataError(f"{path} is missing; check the path")
@@ -129,7 +134,7 @@ def fingerprint(path: Path) -> str:
 
 
 def prepare_folder(folder: Path, field: str = "out") -> Path:
-    """Makes `folder` and proves that it can be written, before any work is done for it."""
+    """Creates `folder` and checks that files can be written to it, before any work is done; `OutputError` if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -142,12 +147,11 @@ def prepare_folder(folder: Path, field: str = "out") -> Path:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, command: str, field: str = "out", *, synced: bool = True) -> Iterator[Path]:
-    """Yields a temporary sibling of `folder` that takes its place when the block ends well, and vanishes otherwise.
+    """Yields a temporary folder that replaces `folder` when the block ends, and is removed if the block raises.
 
-    A folder that is already there is replaced only if it is empty or if its manifest says that the same command made
-    it, so that nothing of the user's is lost. What killed runs left beside it is cleared away first. Unless `synced`,
-    nobody waits until the disk has files that were not written by `write_bytes`: a kill leaves nothing half, a loss of
-    power soon afterwards may.
+    An existing folder is replaced only if it is empty or its manifest names the same command, so that no user's files
+    are lost; otherwise `OutputError`. Also removes what killed runs left beside it. Without `synced`, files that were
+    not written by `write_bytes` are not synced to disk: a kill then leaves no partial folder, but a power loss may.
     """
     folder = folder.resolve() if folder.is_symlink() else folder
     _settle(folder)
@@ -161,9 +165,9 @@ def new_folder(folder: Path, command: str, field: str = "out", *, synced: bool =
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            # A linked file is another folder's as well, and not to be touched.
+            # A hard-linked file also belongs to another folder and must not be changed.
             if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
-                file.chmod(0o644)  # some libraries write what only the owner can read
+                file.chmod(0o644)  # some libraries write files that only the owner can read
                 if synced:
                     with file.open("rb") as stream:
                         os.fsync(stream.fileno())
@@ -179,7 +183,7 @@ def new_folder(folder: Path, command: str, field: str = "out", *, synced: bool =
         if outgoing.exists() and not folder.exists():
             outgoing.replace(folder)
         if parent_is_ours:
-            with contextlib.suppress(OSError):  # a command may have left there what it goes on from
+            with contextlib.suppress(OSError):  # not empty: a command may have left files there to resume from
                 folder.parent.rmdir()
         raise
     finally:
@@ -187,7 +191,7 @@ def new_folder(folder: Path, command: str, field: str = "out", *, synced: bool =
 
 
 def _temporary(target: Path, ending: str) -> tuple[int, Path]:
-    """Makes a hidden file (.tmp) or folder beside `target`; its descriptor holds the lock that `_settle` respects."""
+    """Creates a hidden file (.tmp) or folder beside `target`; its descriptor holds the lock that `_settle` checks."""
     while True:
         prefix = f".{target.name}."
         if ending == TEMPORARY:
@@ -201,12 +205,12 @@ def _temporary(target: Path, ending: str) -> tuple[int, Path]:
         _lock(handle)
         if os.path.lexists(name):
             return handle, Path(name)
-        os.close(handle)  # another process took it, before it was locked, for what a dead one left
+        os.close(handle)  # another process took it for a leftover and removed it before it was locked
 
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Locks `folder`, under whatever name it goes on to have."""
+    """Locks `folder`; the lock stays with it when it is renamed."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         _lock(handle)
@@ -216,20 +220,20 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _lock(handle: int) -> None:
-    # A file system without locks refuses `_settle` as well, so that nothing is taken from anybody.
+    # On a file system without locks `_settle` cannot lock either, and so removes nothing.
     with contextlib.suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_SH)
 
 
 def _settle(target: Path) -> None:
-    """Clears away what killed processes left beside `target`, and puts an older `target` back that one of them had
-    moved away and not yet replaced. What a living process is at work on is locked, and stays."""
+    """Removes what killed processes left beside `target`, and restores an older `target` that one of them had moved
+    away but not yet replaced. What a running process writes is locked, and stays."""
     ours = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(tmp|new|old)")
     found: list[Path] = []
-    with contextlib.suppress(OSError):  # there is no such folder
+    with contextlib.suppress(OSError):  # the folder does not exist
         found = [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
     for path in found:
-        with contextlib.suppress(OSError):  # locked, gone meanwhile, or not to be changed by this user
+        with contextlib.suppress(OSError):  # locked, already removed, or without permission
             _clear(path, target)
 
 
@@ -257,7 +261,7 @@ def _made_by(folder: Path, command: str) -> bool:
 def write_manifest(
     folder: Path, command: str, inputs: Mapping[str, Any], outputs: list[str], seconds: float, **more: Any
 ) -> None:
-    """Writes `manifest.json`, last of all: its presence with the same `inputs` says that the stage is complete."""
+    """Writes `manifest.json`. Must come last: a manifest with the same `inputs` means that the stage is complete."""
     write_json(
         folder / MANIFEST,
         {
@@ -323,17 +327,17 @@ def changed_outputs(folder: Path) -> list[str]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a number can depend on."""
+    """Versions of Python and of the packages that results can depend on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 @functools.cache
 def git_commit() -> str | None:
-    """Commit of this package's source tree, None when it was installed from a wheel."""
+    """Commit of this package's source tree; None if it was installed from a wheel."""
     here = Path(__file__)
     git = ["git", "-C", str(here.parent)]
     try:
-        # A wheel in an environment inside somebody else's repository is not that repository's commit.
+        # Check that this file is tracked: an environment may lie inside the repository of another project.
         tracked = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=False)
         done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine

@@ -1,4 +1,4 @@
-"""What several commands' settings share: how a model is named and run, how a server is asked, and the checks."""
+"""Settings that several commands share (the model, the server), and checks of values."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def require(condition: bool, field: str, value: object, *what_to_do: str) -> Non
 
 
 def typed(value: Any, hint: Any) -> Any:
-    """A YAML value as an option of type `hint` has it; `ValueError` says what it is not.
+    """Converts a YAML value to the type `hint` of a setting; `ValueError` says what it should be.
 
-    YAML 1.1 takes 1e-4 for text, so a number may come as text.
+    Numbers may be text, because YAML 1.1 reads 1e-4 as text.
     """
     if get_origin(hint) in (Union, UnionType):
         if value is None:
@@ -57,8 +57,8 @@ def typed(value: Any, hint: Any) -> Any:
         return hint(value)
     elif hint is bool and isinstance(value, bool):
         return value
-    wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
-    raise ValueError(f"{value!r} is not {wanted}; correct it")
+    expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
+    raise ValueError(f"{value!r} is not {expected}; correct it")
 
 
 def _number(value: Any) -> Any:
@@ -74,7 +74,7 @@ def require_sequences(tokens: int, seq_len: int) -> None:
 
 
 def require_device(device: str) -> None:
-    # torch knows it as a device, of which nothing can be computed.
+    # torch accepts it as a device, but its tensors hold no values.
     require(device.partition(":")[0] != "meta", "device", device, "holds no values; use cpu or auto")
 
 
@@ -84,14 +84,14 @@ def require_seed(seed: int) -> None:
 
 def require_url(field: str, url: str) -> None:
     good = url.startswith(("http://", "https://"))
-    require(good, field, url, "is no URL; give one like http://localhost:8000/v1")
-    # A URL goes into manifests and messages.
+    require(good, field, url, "is not a URL; give one like http://localhost:8000/v1")
+    # The URL is written to manifests and messages.
     require("@" not in url, field, url.rpartition("@")[2], "holds a password; give that as OPENAI_API_KEY instead")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Which checkpoint; shared by the commands that read one."""
+    """Which checkpoint to use; for commands that read one."""
 
     model: Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]] = "pocket"
     """Checkpoint folder, Hub name, or `pocket` for the embedded one."""
@@ -103,7 +103,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(CheckpointConfig):
-    """How a model is loaded and run; shared by the commands that run one."""
+    """How a model is loaded and run; for commands that run one."""
 
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
@@ -113,7 +113,7 @@ class ModelConfig(CheckpointConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeededConfig(ModelConfig):
-    """A model that is run with something random; shared by the commands that draw."""
+    """A model and a seed; for commands that draw random numbers."""
 
     seed: int = 0
     """Seed of everything random in this command."""
@@ -121,7 +121,7 @@ class SeededConfig(ModelConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """How an OpenAI-compatible server is asked; shared by the commands that can ask one."""
+    """How requests are sent to an OpenAI-compatible server; for commands that can use one."""
 
     concurrency: int = 8
     """api: requests at a time."""

@@ -54,7 +54,7 @@ def key_name(key: ExpertKey) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertStats:
-    """What one expert did on one corpus."""
+    """Statistics of one expert on one corpus."""
 
     layer: int
     expert: ExpertId
@@ -63,16 +63,16 @@ class ExpertStats:
     output_max: float = 0.0
     """Largest |down_proj output| over tokens and channels (arXiv 2507.23279, Eq. 8's a[l,e]); 0.0 without tokens."""
     channel: int | None = None
-    """Hidden channel of that peak; None without tokens, as the next two."""
+    """Hidden channel of that peak; None without tokens, as are the next two fields."""
     position: int | None = None
     """Position of the peak's token in its sequence, BOS being 0."""
     token_id: int | None = None
     """Vocabulary id of the peak's token."""
     first_token_output_max: float = 0.0
-    """The same over the first token of each sequence that the router sent to the expert, and over all tokens for a
-    shared expert: what the paper's reference profiler records, whose hook reads `output[0]`."""
+    """The same, but only over the first token of each sequence that was routed to the expert, and over all tokens for
+    a shared expert. The reference profiler of the paper records this, because its hook reads `output[0]`."""
     input_max: float = 0.0
-    """Largest |input of down_proj|; its place follows."""
+    """Largest |input of down_proj|; channel, position and token of that peak follow."""
     input_channel: int | None = None
     input_position: int | None = None
     input_token_id: int | None = None
@@ -82,10 +82,10 @@ class ExpertStats:
     """Mean over the expert's tokens of routing weight x L2 norm of the down_proj output: REAP's saliency
     (arXiv 2510.13999, Eq. 9)."""
     token_share: float | None = 0.0
-    """Share of the tokens that went to its layer's routed experts, counted once for each expert: ESFT's token selection
-    ratio (arXiv 2407.01906, Eq. 9) and MoE-Sieve's count. None for a shared expert, as the next one."""
+    """Its tokens divided by the sum of the tokens of all routed experts in the layer: ESFT's token selection ratio
+    (arXiv 2407.01906, Eq. 9), MoE-Sieve's count. None for a shared expert, as is the next field."""
     gate_share: float | None = 0.0
-    """Share of the sum of its layer's routing weights: ESFT's average gate score (Eq. 8), up to normalisation."""
+    """Its share in the sum of the routing weights of the layer: ESFT's average gate score (Eq. 8), normalised."""
 
     @property
     def key(self) -> ExpertKey:
@@ -95,17 +95,17 @@ class ExpertStats:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CorpusProfile:
-    """One corpus's section of a profile; experts in the order of `key_order`."""
+    """The part of a profile about one corpus; experts in the order of `key_order`."""
 
     tokens: int
-    """Tokens that were run through the model, padding left out."""
+    """Tokens run through the model, without padding."""
     experts: tuple[ExpertStats, ...]
     stable: bool | None = None
-    """Of a quick look: whether the super experts stayed the same over its last rounds; None for a full profile."""
+    """For a quick look: whether the super experts stayed the same over its last rounds. None for a full profile."""
 
 
 CRITERION_DEPTH = 0.75
-"""Super experts are looked for in the first three quarters of the layers (arXiv 2507.23279)."""
+"""The criterion searches the first three quarters of the layers for super experts (arXiv 2507.23279)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,16 +114,16 @@ class Profile:
 
     model: str
     num_layers: int
-    """Decoder layers, dense ones counted."""
+    """Number of decoder layers, including dense ones."""
     depth: float = 1.0
-    """Share of the layers that were run: those below round(depth x num_layers)."""
+    """Share of the layers that were run: those with a number below round(depth x num_layers)."""
     statistic: Statistic = "all"
-    """Which peaks the criterion is about: `output_max` ("all") or `first_token_output_max` ("first")."""
+    """Which peaks the criterion uses: `output_max` ("all") or `first_token_output_max` ("first")."""
     corpora: Mapping[str, CorpusProfile]
 
     @property
     def criterion_depth(self) -> float:
-        """Share of the layers in which the paper's criterion looks for super experts, if so many were run."""
+        """Share of the layers in which the criterion searches for super experts; at most the layers that were run."""
         return min(CRITERION_DEPTH, self.depth)
 
     def to_json(self) -> dict[str, Any]:
@@ -232,22 +232,22 @@ class _ReportedExpert:
 
 
 def chosen_experts(text: str, model: str, field: str = "experts") -> ExpertSet:
-    """The expert set that an option names; says so where it was selected from another model than MODEL."""
+    """The expert set that the setting `field` names; prints a note if it was selected from another model."""
     chosen = ExpertSet.parse(text)
     if chosen.model and chosen.model != model:
-        note(f"{field}: {text} was selected from {chosen.model!r}, MODEL is {model!r}")
+        note(f"{field}: {text} was selected from {chosen.model!r}, but the model is {model!r}")
     return chosen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A line of `answers/<task>.jsonl`: what the model said, as it said it."""
+    """A line of `answers/<task>.jsonl`: the unchanged response of a model to an item."""
 
     id: str
     prompt: str
     response: str
     gold: str | None
-    """The right choice's label, "yes" / "no", or a plain number; None where the publisher keeps it."""
+    """Label of the right choice, "yes" or "no", or a number; None if it is not published."""
     choices: tuple[tuple[str, str], ...]
     """(label, text) of each choice in order; empty for numbers and yes/no."""
     kind: Literal["choice", "number", "yesno"]
@@ -255,13 +255,12 @@ class Answer:
     variant: str
     seed: int
     subject: str | None = None
-    """What the benchmark files the item under, such as anatomy; None where it does not."""
+    """Subject of the item, such as anatomy; None if the benchmark has no subjects."""
     num_fewshot: int = 0
     """Examples in front of the question."""
     loglikelihoods: tuple[tuple[str, float, int], ...] | None = None
-    """(label, log-probability of the choice's tokens after the prompt in nats, its characters) of each choice, where
-    the choices were compared and nothing was generated; `response` is the label of the most probable one, the first of
-    equals."""
+    """For each choice (label, log-probability of its tokens after the prompt in nats, number of its characters); None
+    if the response was generated. `response` is the label of the most probable choice, the first one of equals."""
 
     def __post_init__(self) -> None:
         for name in (self.task, self.variant):
@@ -270,13 +269,13 @@ class Answer:
 
     @property
     def question(self) -> str:
-        """What was asked, without the examples in front of it and the words around it."""
+        """The question without the examples before it and the words around it."""
         own = self.prompt.rpartition("\n\nQuestion: ")[2] if self.num_fewshot else self.prompt
         return own.removeprefix("Question: ").removesuffix("\nAnswer:")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value, without optional fields at their default."""
-        value = dict(vars(self))  # nothing in it can be changed, so that nothing need be copied
+        value = dict(vars(self))  # a shallow copy is enough: all values are immutable
         for field in dataclasses.fields(self):
             if field.name in _OPTIONAL and value[field.name] == field.default:
                 del value[field.name]
@@ -294,18 +293,18 @@ _OPTIONAL = ("subject", "num_fewshot", "loglikelihoods")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """A line of `extractions/<task>.jsonl`: what an answer commits to, and how that was read."""
+    """A line of `extractions/<task>.jsonl`: the answer extracted from a response, and how."""
 
     id: str
     extracted: str | None
     how: str
     """"rule:NAME", "judge" or "unparsed"."""
     correct: bool | None
-    """Unparsed is never correct; None where there is no gold answer to compare with."""
+    """Unparsed is never correct; None if there is no gold answer."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value."""
-        return dict(vars(self))  # all of it plain, and many of them
+        return dict(vars(self))  # much faster than dataclasses.asdict, and there are many
 
     @classmethod
     def from_json(cls, value: Any) -> Extraction:
@@ -315,14 +314,14 @@ class Extraction:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """One variant on one benchmark: counts first, so that every share can be computed again."""
+    """One run on one benchmark, with all counts."""
 
     task: str
     variant: str
     items: int
     correct: int
     unparsed: int
-    """Answers that nothing could be read from; they count as wrong."""
+    """Responses without a recognisable answer; they count as wrong."""
     accuracy: float
     """correct / items, in 0..1."""
     low: float
