@@ -1,4 +1,4 @@
-"""One loaded model for all that differs from it by an adapter or by silent experts only."""
+"""One loaded model, lent in turn to everything that differs from it only by an adapter or by silenced experts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from superexperts.checkpoints.source import ModelSource
 from superexperts.core.runs import digest
 from superexperts.models.loading import load_model
 
-__all__ = ["Shelf", "borrowed"]
+__all__ = ["ModelCache", "borrowed"]
 
 
-class Shelf:
-    """Holds the model that was asked for last, so that the next one to ask for the same need not load it."""
+class ModelCache:
+    """Keeps the model that was loaded last, so that the next stage that needs the same one does not load it again."""
 
     def __init__(self) -> None:
         self._key: str | None = None
         self._model: nn.Module | None = None
 
     def take(self, source: ModelSource, *, device: str, dtype: str) -> nn.Module:
-        """The model as `load_model` gives it; it must come back as it was, see `borrowed`."""
+        """The model as `load_model` loads it. Whoever changes it must restore it, see `borrowed`."""
         how = [source.fingerprint, device, dtype, source.trust_remote_code]
         if self._model is None or self._key != digest(how):
             self.clear()
@@ -34,7 +34,7 @@ class Shelf:
         return self._model
 
     def clear(self) -> None:
-        """Lets the model go, and its memory."""
+        """Drops the model and frees its memory."""
         self._key = self._model = None
         gc.collect()
         if torch.cuda.is_available():
@@ -43,9 +43,10 @@ class Shelf:
 
 @contextlib.contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
-    """Gives the model back as it was: PEFT freezes it, and TRL writes to its configuration and replaces its forward.
+    """Restores the model when the block ends, also after an error: the adapter is removed, and its settings come back.
 
-    The adapter is taken off, also when the block ends in an error. Weights are not copied: nobody changes them.
+    PEFT freezes the model's parameters, and TRL writes to its configuration and replaces its forward. Weights are not
+    copied, because training an adapter does not change them.
     """
     configs = {id(c): c for c in (cast(Any, model).config, cast(Any, model).config.get_text_config())}
     configs[id(cast(Any, model).generation_config)] = cast(Any, model).generation_config

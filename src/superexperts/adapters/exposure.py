@@ -1,4 +1,4 @@
-"""How many tokens each adapted expert sees: counted where the router hands tokens to a bank, padding left out.
+"""Counts how many tokens each adapted expert sees, where the router sends tokens to a bank; padding is not counted.
 
 Shape suffixes: B sequences, L tokens per sequence, T = B x L, K experts per token, E experts in a bank.
 """
@@ -23,7 +23,7 @@ __all__ = ["Exposure", "adapted_experts", "counting"]
 
 
 def adapted_experts(model: nn.Module) -> tuple[ExpertKey, ...]:
-    """Every expert that an adapter on the model can change; of one on a whole bank, those whose B is not zero."""
+    """The experts that an adapter on the model can change; in a wholly adapted bank, those with a B that is not zero."""
     banks = {unwrapped(bank.path): bank for bank in _banks(model)}
     found: set[ExpertKey] = set()
     for path, module in model.named_modules():
@@ -48,7 +48,7 @@ def adapted_experts(model: nn.Module) -> tuple[ExpertKey, ...]:
 
 
 def _banks(model: nn.Module) -> tuple[Bank, ...]:
-    """None for a model without experts, which can carry an adapter on its attention."""
+    """The model's banks; empty for a model without experts, which can have an adapter on its attention."""
     try:
         return find_banks(model)
     except ModelError:
@@ -63,7 +63,7 @@ class Exposure:
         self.on = True
         """Whether forward passes are counted."""
         self.tokens = 0
-        """Tokens that were not padding."""
+        """Tokens counted, padding excluded."""
         self._counts: dict[int, Tensor] = {}
         """Per layer, tokens of each expert [E]."""
         self._mask_T: Tensor | None = None
@@ -71,7 +71,7 @@ class Exposure:
         self._reached = 0
 
     def by_expert(self, *, together: bool = True) -> dict[str, int]:
-        """Tokens that each adapted expert saw, in every process `together`, or in this one."""
+        """Tokens that each adapted expert saw, by its name; summed over all processes if `together`."""
         own = [self.tokens if expert == "shared" else self._count(layer, expert) for layer, expert in self.experts]
         totals = torch.tensor(own, dtype=torch.int64)
         if together and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -81,11 +81,11 @@ class Exposure:
         return {key_name(key): int(total) for key, total in zip(self.experts, totals.tolist(), strict=True)}
 
     def state(self) -> dict[str, Any]:
-        """What this process has counted, as JSON."""
+        """The counts of this process, as JSON."""
         return {"tokens": self.tokens, "counts": {str(layer): row.tolist() for layer, row in self._counts.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave."""
+        """Continues from the counts that `state` returned."""
         self.tokens = state["tokens"]
         self._counts = {int(layer): torch.tensor(row) for layer, row in state["counts"].items()}
 
@@ -105,7 +105,7 @@ class Exposure:
         self._reached_T = torch.zeros_like(self._mask_T)
 
     def see(self, layer: int, index_TK: Tensor, experts: int) -> None:
-        """A bank is given its tokens."""
+        """A bank receives its tokens."""
         mask_T = self._mask_T
         if mask_T is None or len(mask_T) != len(index_TK):
             mask_T = torch.ones_like(index_TK[:, 0], dtype=torch.bool)
@@ -129,17 +129,17 @@ class Exposure:
 
 @contextlib.contextmanager
 def counting(adapted: nn.Module, *, training: bool) -> Iterator[Exposure]:
-    """Within the block every forward pass in training mode (or every one in evaluation mode) is counted.
+    """Within the block, counts every forward pass in training mode, or every one in evaluation mode.
 
-    `adapted` is what is called, a PeftModel. What gradient checkpointing runs again in the backward pass is not counted
-    again.
+    `adapted` is the PeftModel that is called. Layers that gradient checkpointing runs a second time, in the backward
+    pass, are counted once.
     """
     model = cast(Any, adapted).get_base_model()
     exposure = Exposure(adapted_experts(model))
     layers = {layer for layer, _ in exposure.experts}
 
     def counted(module: nn.Module) -> bool:
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = torch._C._current_graph_task_id() != -1  # -1 outside of autograd's backward pass
         return exposure.on and module.training == training and not in_backward
 
     def begin(module: nn.Module, arguments: tuple[Any, ...], fields: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""A PEFT LoRA layer for chosen experts of a bank, and the settings that say which.
+"""A PEFT LoRA layer for chosen experts of a bank, and its configuration.
 
 PEFT has no layer for *some* experts of a fused bank: `target_parameters` adapts every expert. The layer here holds A
-and B for the chosen ones only and reaches the bank through `moe.mask_and_add`: the stock forward runs with the chosen
-experts' routing weight at 0, and their own output, with LoRA at gate, up and down, is added.
+and B for the chosen experts only, and uses `models.hooks.mask_and_add`: the stock forward runs with the routing weights
+of the chosen experts set to 0, and their outputs, with LoRA at gate, up and down, are added.
 
 Shape suffixes: T tokens, K experts per token, N tokens routed to one expert, D hidden size, F intermediate size,
 U width of the up projection (2F with a gate, F without), R rank, I and O inputs and outputs of a projection.
@@ -42,37 +42,36 @@ from superexperts.models.hooks import mask_and_add
 __all__ = ["RENAMED_BY_PEFT", "ExpertLoraConfig", "ExpertsLora", "is_projection", "linears"]
 
 RENAMED_BY_PEFT = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-"""Last names that PEFT takes for the old names of routed experts when it stands them in `target_modules`, whatever
-module is meant (peft#3711); a linear map so called goes into `target_parameters` by its weight instead."""
+"""Last parts of a path that PEFT takes for former names of routed experts in `target_modules`, whatever the module is
+(peft#3711). A linear map of such a name goes into `target_parameters` by its weight instead."""
 
 
 @dataclasses.dataclass
 class ExpertLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT has no types
-    """PEFT's LoRA settings, and which experts they are for. `target_modules` holds the paths of both fields.
+    """PEFT's LoRA settings, and the experts they are for. `target_modules` holds all paths that are named here.
 
-    Not frozen, since PEFT writes to its configurations.
+    Not frozen, because PEFT writes to its configurations.
     """
 
     experts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    """Per path of a bank, the experts of it that are adapted."""
+    """The numbers of the adapted experts, by the path of their bank."""
     shared: list[str] = dataclasses.field(default_factory=list)
-    """Paths of the shared experts' MLPs whose linear maps are adapted."""
+    """Paths of adapted shared experts: of the MLPs that hold their linear maps."""
     linears: list[str] = dataclasses.field(default_factory=list)
-    """Paths of other linear maps that `target_modules` cannot name, so that it holds the modules around them."""
+    """Paths of other linear maps that `target_modules` cannot name; it holds the modules around them instead."""
     projections: list[str] = dataclasses.field(default_factory=lambda: [GATE, UP, DOWN])
     """Which projections of the experts, routed and shared, are adapted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # The registration is not saved, so it is made wherever a configuration is made. Every module is offered to
-        # `_dispatch`, which takes banks by their structure: the bank's class need not be known, as it would have to
-        # be when an adapter is loaded before its model.
+        # PEFT does not save the registration, so every configuration registers anew. It is for every module, because
+        # the class of the banks is not known when an adapter is loaded; `_dispatch` recognises banks by structure.
         self._register_custom_module({nn.Module: _dispatch})
 
 
 def _dispatch(target: nn.Module, adapter_name: str, config: ExpertLoraConfig, **settings: Any) -> nn.Module | None:
-    """What PEFT puts in a target's place: our layer for a bank, the MLP itself with LoRA inside for a shared expert,
-    None (PEFT's own choice) for anything else."""
+    """The module that PEFT puts in the place of a target: our layer for a bank, the MLP itself with LoRA inside for a
+    shared expert; None, which lets PEFT choose, for anything else."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if is_bank(base):
         return ExpertsLora(target, adapter_name, config=config, **settings)
@@ -84,8 +83,8 @@ def _dispatch(target: nn.Module, adapter_name: str, config: ExpertLoraConfig, **
             wanted[name.rpartition(".")[2]] = target.get_submodule(name.rpartition(".")[2])
     if not wanted:
         return None
-    # PEFT cannot be told to target `...shared_experts.gate_proj`: it takes the name for the routed experts' old one
-    # and adapts those instead (peft#3711). It never sees the name here.
+    # PEFT cannot target `...shared_experts.gate_proj`: it takes that for a former name of the routed experts and adapts
+    # those instead (peft#3711). So its layers are created here, and it never sees the name.
     for name, linear in wanted.items():
         parent, leaf = target.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if isinstance(linear, LoraLayer):
@@ -97,13 +96,13 @@ def _dispatch(target: nn.Module, adapter_name: str, config: ExpertLoraConfig, **
 
 
 def is_projection(name: str, projections: Collection[str]) -> bool:
-    """Whether a linear map of a shared expert is to be adapted; one with another name than the three always is."""
+    """Whether to adapt a linear map of a shared expert: one of `projections`, or one with another name than the three."""
     leaf = name.rpartition(".")[2]
     return leaf in projections or leaf not in (GATE, UP, DOWN)
 
 
 def linears(module: nn.Module) -> dict[str, nn.Module]:
-    """Linear maps below a module, by path, those that PEFT has wrapped already included once."""
+    """Linear maps below a module by path; one that PEFT has wrapped is there once."""
     found: dict[str, nn.Module] = {}
     for name, child in module.named_modules():
         inside = any(name.startswith(f"{other}.") for other in found)
@@ -124,7 +123,7 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
     Sums are taken in the adapter's dtype and rounded to the bank's, as PEFT's own linear layer does.
     """
 
-    # What `LoraLayer` brings, for the type checker, which else takes a module's attributes for tensors.
+    # Attributes of `LoraLayer`. The type checker would take a module's undeclared attributes for tensors.
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
@@ -158,7 +157,7 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.experts: dict[str, tuple[int, ...]] = {}
-        # Per adapter and {expert}_{projection}: its own scaling over the adapter's, which PEFT sets and multiplies.
+        # Per adapter and {expert}_{projection}: the scaling there over the adapter's, which PEFT sets and multiplies.
         self.relative_scaling: dict[str, dict[str, float]] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config=config, target_name=target_name)
@@ -234,15 +233,15 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         edits = {expert: functools.partial(answer, expert) for expert in chosen}
         y_TD = mask_and_add(forward, x_TD, index_TK, weight_TK, edits)
         if torch.is_grad_enabled():
-            # An expert that no token of the batch reached has a gradient of 0, not none: else a batch that reaches
-            # no adapted expert has no graph to go back through, and processes wait for each other's gradients.
+            # An expert that no token of the batch reached gets a gradient of 0 instead of none. Otherwise a batch that
+            # reaches no adapted expert has no graph for a backward pass, and processes wait for missing gradients.
             idle = [parameter for expert in sorted(chosen - reached) for parameter in self._parameters_of(expert)]
             for parameter in idle:
                 y_TD = y_TD + (parameter.sum() * 0).to(y_TD.dtype)
         return y_TD
 
     def _parameters_of(self, expert: int) -> list[Tensor]:
-        """A and B of an expert in every active adapter, those that are trained."""
+        """The trained A and B of an expert in every active adapter."""
         return [
             parameter
             for name in self._adapters_of(expert)
@@ -252,7 +251,7 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
         ]
 
     def _adapted(self, expert: int, x_ND: Tensor) -> Tensor:
-        """One chosen expert's answer with every active adapter."""
+        """One chosen expert's output [N, D] with every active adapter."""
         bank = self.get_base_layer()
         up_NU = expert_up(bank, expert, x_ND)
         for name in self._adapters_of(expert):
@@ -260,7 +259,7 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
             if gate_NF is None and up_NF is None:
                 continue
             if cast(Any, bank).has_gate:
-                # One of the two may be without an adapter; they have the same shape.
+                # Gate and up have the same shape, and one of them may have no adapter.
                 some_NF = cast(Tensor, up_NF if gate_NF is None else gate_NF)
                 halves = (torch.zeros_like(some_NF) if half is None else half for half in (gate_NF, up_NF))
                 up_NF = join_gate_up(bank, *halves)
@@ -302,13 +301,13 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
                 self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
-        """The reverse of `merge`, up to one rounding."""
+        """Undoes `merge`, up to one rounding."""
         while self.merged_adapters:
             for weight_OI, change_OI in self._weight_changes(self.merged_adapters.pop()):
                 weight_OI.copy_(weight_OI - change_OI)
 
     def _weight_changes(self, adapter_name: str) -> Iterable[tuple[Tensor, Tensor]]:
-        """(the weight, what the adapter adds to it) [O, I]; the weight is a view of the bank's own."""
+        """(the weight, its change) [O, I] of each adapted projection; the weight is a view of the bank's parameter."""
         a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
         for expert in self.experts[adapter_name]:
             for projection, weight_OI in bank_projections(self.get_base_layer(), expert).items():
@@ -325,7 +324,7 @@ def _scaling(alpha: float, r: int, config: LoraConfig) -> float:
 
 
 def _by_pattern(patterns: Mapping[str, Any], path: str, expert: int, projection: str, default: Any) -> Any:
-    """What PEFT's patterns say of a projection, or else of its expert."""
+    """The value of PEFT's patterns for a projection, or else for its expert, or else the default."""
     for name in (f"{path}.{expert}.{projection}", f"{path}.{expert}"):
         key = get_pattern_key(tuple(patterns), name)
         if key in patterns:

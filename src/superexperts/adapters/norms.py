@@ -1,7 +1,7 @@
-"""How far an adapter moves the weights that it is on: |scaling B A| over |W|, Frobenius norms, expert by expert.
+"""How far an adapter moves the weights that it is on: |scaling B A| / |W|, Frobenius norms, for each expert.
 
-|B A|^2 is the trace of (B^T B)(A A^T), so that nothing of the weights' size is formed; of the base one piece at a time
-is read. Where a merged checkpoint is rounded to half precision, `compare` says what is left of the change there.
+|B A|^2 is the trace of (B^T B)(A A^T), so no matrix of the weights' size is formed. The base is read one piece at a
+time. A merged checkpoint in half precision rounds these changes; `compare` measures what remains of them there.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Changes:
     """The relative norms of one adapter's changes."""
 
     experts: Mapping[ExpertKey, float]
-    """Of each adapted expert: the norm of all its changes over the norm of all its matrices, adapted or not."""
+    """For each adapted expert, the norm of all its changes over the norm of all its matrices, adapted or not."""
     others: Mapping[int, float]
-    """Of what else is adapted, attention in a study: per layer, the changes over the matrices that they change."""
+    """For everything else that is adapted, such as attention: per layer, the changes over the matrices they change."""
 
 
 def change_norm(factor: Factor) -> float:
@@ -45,10 +45,10 @@ def change_norm(factor: Factor) -> float:
 
 
 def adapter_changes(model: str, revision: str | None, adapters: Mapping[str, Path]) -> dict[str, Changes]:
-    """By name, what each of the adapter folders does to a base model that is already on this machine.
+    """The changes that each adapter folder makes to a base model on this machine, by the adapter's name.
 
-    `ModelError` where it is not, where it is quantized, or where it keeps its experts in another order than the model
-    has them; `DataError` for an adapter that is not one of A and B.
+    `ModelError` if the model is not on this machine, is quantized, or keeps its experts in another order than the model
+    class; `DataError` for an adapter that is more than A and B.
     """
     source = resolve(model, revision, fetch=False)
     with Checkpoint(source.folder) as checkpoint:
@@ -57,7 +57,7 @@ def adapter_changes(model: str, revision: str | None, adapters: Mapping[str, Pat
         if model_parts.key_mapping.quantized:
             raise ModelError(f"{model!r} is quantized, so its weights have no norm to compare with", field="model")
         norms = _Norms(checkpoint)
-        with warnings.catch_warnings():  # PEFT minds that an adapter calls its base by a name, and not by its folder
+        with warnings.catch_warnings():  # PEFT warns because the adapter names its base model, not the folder of it
             warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
             return {name: _changes(model_parts, adapter, norms) for name, adapter in adapters.items()}
 
@@ -104,7 +104,7 @@ def _changes(model_parts: ModelParts, adapter: Path, norms: _Norms) -> Changes:
         entry = model_parts.key_mapping.whole(f"{place.path}.weight")
         layer = None if entry is None else model_parts.layer_of(entry.key)
         if entry is None or layer is None:
-            continue  # outside of the decoder's layers, or kept in another form: nothing to compare with
+            continue  # outside the decoder's layers, or stored in another form: there is no norm to compare with
         if model_parts.expert_of.get(entry.key) == "shared":
             moved[layer, "shared"] += squared
             bases[layer, "shared"] += norms((entry,))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from superexperts.adapters import export
-from superexperts.adapters.borrow import Shelf
+from superexperts.adapters.borrow import ModelCache
 from superexperts.adapters.export import ExportConfig
 from superexperts.core.config import EvaluateConfig, ExtractConfig, ProfileConfig
 from superexperts.core.errors import OptionError
@@ -92,7 +92,7 @@ class Worker:
     def __init__(self, plan: Plan, out: Path, device: str = "auto") -> None:
         self.plan, self.out, self.device = plan, out, device
         self.runs = {run.name: run for run in plan.runs}
-        self.shelf = Shelf()
+        self.models = ModelCache()
         self.data_dir = Path(plan.data_dir) if plan.data_dir else None
         self.train_data = Path(plan.train_data) if plan.train_data else None
         if plan.data_dir == "pocket":
@@ -126,7 +126,7 @@ class Worker:
 
     def _profile(self) -> None:
         plan = self.plan
-        self.shelf.clear()
+        self.models.clear()
         profile.run(
             ProfileConfig(
                 model=plan.model,
@@ -174,8 +174,8 @@ class Worker:
         )
         less_memory = config.load_in_4bit or config.offload
         if less_memory:
-            self.shelf.clear()
-        load = None if less_memory else self.shelf.take
+            self.models.clear()
+        load = None if less_memory else self.models.take
         if checkpoints_folder(config.out).is_dir():  # it was killed
             with contextlib.suppress(OptionError):  # while other settings were trained
                 train.train(dataclasses.replace(config, resume=True), load=load)
@@ -184,7 +184,7 @@ class Worker:
     def _checkpoint(self, run: Run) -> None:
         """The variant as a checkpoint, for engines that know nothing of silent experts or of adapters."""
         plan, out = self.plan, self._folder(run) / "model"
-        self.shelf.clear()
+        self.models.clear()
         if run.kind == "prune":
             assert run.experts is not None
             experts = self._experts(run.experts)
@@ -196,7 +196,7 @@ class Worker:
     def _evaluate(self, run: Run) -> None:
         plan, built = self.plan, elsewhere(self.plan) and run.kind != "base"
         if elsewhere(plan):
-            self.shelf.clear()
+            self.models.clear()
         lora, pruned = run.kind == "lora" and not built, run.kind == "prune" and not built
         options: dict[str, Any] = {**plan.evaluation, "perplexity": plan.perplexity}
         takes = plan.perplexity is not None and takes_column(plan.perplexity)
@@ -219,12 +219,12 @@ class Worker:
                 device=self.device,
                 **options,
             ),
-            load=self.shelf.take,
+            load=self.models.take,
         )
 
     def _extract(self, run: Run) -> None:
         config = ExtractConfig(folder=self._folder(run), device=self.device, **self.plan.extraction)
         if judged_here(self.plan):
-            self.shelf.clear()  # a judge of 32 B parameters needs the room
+            self.models.clear()  # a judge of 32 B parameters needs the room
         self._judge = self._judge or open_judge(config, self.out / "judge.jsonl")  # variants often say the same
         extract.run(config, self._judge)

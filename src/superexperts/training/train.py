@@ -236,8 +236,8 @@ def train(
     """Trains an adapter and writes `adapter/`, `recipe.yaml`, `training.json` and, last, the manifest into
     `config.out`.
 
-    `load` gives the model that `config.model` names, instead of loading it here; the adapter is taken off again, so
-    the model comes back as it was. Returns the content of training.json and `out`. `EffectError`, with nothing written,
+    `load(source, device=..., dtype=...)` returns the model instead of loading it here; the adapter is removed
+    again, so that model comes back as it was. Returns the content of training.json and `out`. `EffectError`, with nothing written,
     if the adapter changes no logit. Of several processes that a launcher started, only the main one writes.
     """
     # Imported here, so that --help and a wrong option do not wait for torch.
