@@ -18,7 +18,7 @@ from superexperts.adapters.factors import Factor
 from superexperts.adapters.norms import adapter_changes, change_norm
 from superexperts.checkpoints.reader import Checkpoint
 from superexperts.core.errors import ModelError
-from superexperts.core.types import parse_name
+from superexperts.core.types import ExpertSet
 from superexperts.surgery import compare
 from superexperts.surgery.compare import CompareConfig
 from tests.adapters.test_export import save_adapter, save_base, stock, train_like
@@ -40,7 +40,7 @@ def test_changes_are_those_of_the_merged_checkpoint(family: str, tmp_path: Path)
     found = adapter_changes(str(base), None, {"one": adapter})["one"]
     export.run(ExportConfig(adapter=adapter, format="merged", out=tmp_path / "merged"))
     compared = compare.run(CompareConfig(a=str(base), b=str(tmp_path / "merged")))
-    rows = {parse_name(row["expert"]): row["relative_norm"] for row in compared["experts"]}
+    rows = {ExpertSet.parse(row["expert"]).experts[0]: row["relative_norm"] for row in compared["experts"]}
     assert found.experts == pytest.approx(rows, rel=1e-4)
     moved: dict[int, float] = defaultdict(float)
     whole: dict[int, float] = defaultdict(float)

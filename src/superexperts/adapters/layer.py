@@ -96,7 +96,7 @@ def _dispatch(target: nn.Module, adapter_name: str, config: ExpertLoraConfig, **
 
 
 def is_projection(name: str, projections: Collection[str]) -> bool:
-    """Whether to adapt a linear map of a shared expert: one of `projections`, or one with another name than the three."""
+    """Whether to adapt this linear map of a shared expert: one of `projections`, or one with any other name."""
     leaf = name.rpartition(".")[2]
     return leaf in projections or leaf not in (GATE, UP, DOWN)
 

@@ -190,8 +190,7 @@ def values_by_expert(text: str, field: str) -> dict[ExpertKey, float]:
 
 
 def defaults(words: Sequence[str]) -> TrainConfig | None:
-    """The settings of the file that `--recipe FILE` names among a command line's words: they become the defaults of the
-    other options. None without a recipe, or where help is asked for."""
+    """The settings in the file that `--recipe FILE` names on a command line, as defaults of its other options."""
     if {"-h", "--help"} & set(words):
         return None
     files = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--recipe"]
@@ -233,12 +232,11 @@ def train(
     load: Callable[..., nn.Module] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
-    """Trains an adapter and writes `adapter/`, `recipe.yaml`, `training.json` and, last, the manifest into
-    `config.out`.
+    """Trains an adapter; writes `adapter/`, `recipe.yaml`, `training.json` and, last, the manifest into `config.out`.
 
-    `load(source, device=..., dtype=...)` returns the model instead of loading it here; the adapter is removed
-    again, so that model comes back as it was. Returns the content of training.json and `out`. `EffectError`, with nothing written,
-    if the adapter changes no logit. Of several processes that a launcher started, only the main one writes.
+    `load(source, device=..., dtype=...)` gives the model instead of loading it here; it comes back as it was. Returns
+    the content of training.json and `out`. `EffectError`, with nothing written, if the adapter changes no logit. Of
+    several processes that a launcher started, only the main one writes.
     """
     # Imported here, so that --help and a wrong option do not wait for torch.
     from superexperts.adapters.borrow import borrowed
