@@ -1,4 +1,4 @@
-"""Corpora: packing against a hand-made case, files as they come, and errors that name file, row and mend."""
+"""Corpora: packing against a case made by hand, each format of files, errors that name file, row and fix."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 import torch
 
 from superexperts.checkpoints.source import resolve
 from superexperts.core.errors import DataError
 from superexperts.data import corpora
-from superexperts.data.corpora import HUB_CORPORA, documents, named_corpus, pack, reference_windows
+from superexperts.data.corpora import CORPORA, Corpus, documents, named_corpus, takes_column
+from superexperts.data.packing import pack, reference_windows
 from superexperts.models.loading import load_tokenizer
 
 
@@ -45,7 +48,7 @@ def test_pack_says_how_many_tokens_there_are(tokenizer) -> None:  # type: ignore
         pack(iter([]), tokenizer, corpus="x", tokens=8, seq_len=8)
 
 
-def test_the_number_of_tokens_that_is_told_does_not_depend_on_the_sequences(tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_the_number_of_tokens_in_the_message_does_not_depend_on_the_sequences(tokenizer) -> None:  # type: ignore[no-untyped-def]
     text = "one two three four five six seven"
     have = len(tokenizer(text, add_special_tokens=False).input_ids)
     for seq_len in (2, 3, 4, have + 1, 4 * have):
@@ -87,7 +90,7 @@ def test_a_corpus_without_end_has_no_reference_windows(
     tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n' * 9)
-    monkeypatch.setattr("superexperts.data.corpora.WHOLE", 20)
+    monkeypatch.setattr("superexperts.data.packing.WHOLE", 20)
     with pytest.raises(DataError, match="reference_windows: .* has over 20 characters"):
         reference_windows(str(tmp_path / "a.jsonl"), None, tokenizer, seq_len=2)
 
@@ -108,7 +111,7 @@ def test_files(tmp_path: Path) -> None:
     [
         ('{"body": 1}', "row 1 has no 'text' (it has body)"),
         ('{"text": null}', "row 1 has a NoneType as 'text', not a text"),
-        ("[1]", "row 1 is no JSON object"),
+        ("[1]", "row 1 is not a JSON object"),
         ('{"text": "a"}\n{', "is not readable as JSONL"),
     ],
 )
@@ -184,7 +187,7 @@ def test_whatever_the_hub_fails_with_is_one_line(monkeypatch: pytest.MonkeyPatch
         yield {"text": "one"}
         raise error
 
-    monkeypatch.setattr(corpora.datasets, "load_dataset", rows)
+    monkeypatch.setattr(datasets, "load_dataset", rows)
     texts = documents("owner/name")
     assert next(texts) == "one"
     with pytest.raises(
@@ -204,11 +207,11 @@ def test_an_unknown_corpus_and_a_missing_local_file_are_named(tmp_path: Path) ->
         list(documents("c5"))
     with pytest.raises(DataError, match="has no c4_en_demo_text_only.jsonl"):
         list(documents("c4", data_dir=tmp_path))
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         list(documents("c4", data_dir=tmp_path / "none"))
 
 
-@pytest.mark.parametrize("name", HUB_CORPORA)
+@pytest.mark.parametrize("name", CORPORA)
 def test_real_rows_of_the_seven_original_corpora(name: str, shared_data: Path) -> None:
     texts = list(documents(name, data_dir=shared_data))
     assert len(texts) >= 14
@@ -241,7 +244,7 @@ def test_names_of_corpora(text: str, want: tuple[str, ...] | None) -> None:
     found = named_corpus(text, "body")
     assert (found and (found.path, found.config, found.split, found.revision)) == want
     if found and found.stem is None:
-        assert found.columns == ("body",)
+        assert found.text == ("body",)
 
 
 def test_a_data_set_by_its_folder_goes_the_way_of_the_hub(tmp_path: Path) -> None:
@@ -262,3 +265,24 @@ def test_wikitext_without_its_empty_rows(shared_data: Path) -> None:
     texts = list(documents("wikitext2", data_dir=shared_data))
     assert len(texts) == 2891
     assert texts[0] == " = Robert Boulter = \n"
+
+
+@pytest.mark.parametrize("text", [("question", "answer"), lambda row: f"{row['question']}\n{row['answer']}"])
+def test_a_corpus_is_added_by_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Any) -> None:
+    entry = Corpus(path="owner/sums", split="test", revision="abc", stem="sums_test", text=text)
+    monkeypatch.setitem(CORPORA, "sums", entry)
+    row = {"question": "1 + 1?", "answer": "2"}
+    (tmp_path / "sums_test.jsonl").write_text(json.dumps(row))
+    assert list(documents("sums", data_dir=tmp_path)) == ["1 + 1?\n2"]
+    asked: dict[str, Any] = {}
+
+    def load_dataset(*place: Any, **options: Any) -> list[dict[str, str]]:
+        asked.update(place=place, **options)
+        return [row]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(documents("sums")) == ["1 + 1?\n2"]
+    assert asked == {"place": ("owner/sums", None), "split": "test", "revision": "abc", "streaming": True}
+    assert not takes_column("sums")
+    with pytest.raises(DataError, match=r"one of pocket, math, .*, multilingual, sums, multilingual-LANG"):
+        list(documents("nope"))

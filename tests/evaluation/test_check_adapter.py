@@ -145,7 +145,7 @@ def test_the_probe_text_may_be_a_column(tmp_path: Path) -> None:
     rows.write_text(json.dumps({"body": probe_text(base).read_text(encoding="utf-8")}), encoding="utf-8")
     found = check_adapter.run(dataclasses.replace(settings(base, adapter), corpus=str(rows), column="body"))
     assert found == {**wanted, "corpus": str(rows)}
-    with pytest.raises(OptionError, match="column: 'body' says nothing of pocket"):
+    with pytest.raises(OptionError, match="column: 'body' has no effect on pocket"):
         check_adapter.run(dataclasses.replace(settings(base, adapter), corpus="pocket", column="body"))
 
 

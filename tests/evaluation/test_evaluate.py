@@ -18,7 +18,8 @@ from superexperts.checkpoints.source import resolve
 from superexperts.core.config import TASKS, EvaluateConfig
 from superexperts.core.errors import DataError, ExpertsError, OptionError, OutputError
 from superexperts.core.types import Answer
-from superexperts.data.corpora import documents, pack
+from superexperts.data.corpora import documents
+from superexperts.data.packing import pack
 from superexperts.engines.harness import HfAsker
 from superexperts.engines.journal import Journal
 from superexperts.evaluation import evaluate

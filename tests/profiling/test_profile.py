@@ -21,7 +21,8 @@ from superexperts.core.config import ProfileConfig
 from superexperts.core.errors import ModelError, OptionError
 from superexperts.core.show import show
 from superexperts.core.types import CorpusProfile, ExpertSet, ExpertStats, Profile
-from superexperts.data.corpora import HUB_CORPORA, documents, pack
+from superexperts.data.corpora import CORPORA, documents
+from superexperts.data.packing import pack
 from superexperts.models import hooks
 from superexperts.models.banks import Bank, find_banks
 from superexperts.models.decoder import num_layers
@@ -358,9 +359,7 @@ def test_the_seven_real_corpora_profile_under_their_names(
     tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(profile, "_pictures", lambda *_: [])
-    settings = ProfileConfig(
-        corpus=tuple(HUB_CORPORA), out=tmp_path / "p", tokens=512, seq_len=128, data_dir=shared_data
-    )
+    settings = ProfileConfig(corpus=tuple(CORPORA), out=tmp_path / "p", tokens=512, seq_len=128, data_dir=shared_data)
     profile.run(settings)
     written = Profile.load(tmp_path / "p")
     assert list(written.corpora) == ["math", "medical", "legal", "wikitext2", "c4", "tinystories", "multilingual"]

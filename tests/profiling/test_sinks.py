@@ -12,7 +12,8 @@ from superexperts.checkpoints.source import resolve
 from superexperts.core.config import ProfileConfig
 from superexperts.core.runs import read_json
 from superexperts.core.show import show
-from superexperts.data.corpora import documents, pack
+from superexperts.data.corpora import documents
+from superexperts.data.packing import pack
 from superexperts.models.loading import load_model, load_tokenizer
 from superexperts.pocket import PLANTED
 from superexperts.profiling import profile

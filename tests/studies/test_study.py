@@ -20,8 +20,8 @@ import pytest
 from superexperts import pocket
 from superexperts.cli import main
 from superexperts.core.errors import DataError, OptionError, OutputError
+from superexperts.core.jsonl import read_rows
 from superexperts.core.types import Extraction
-from superexperts.data.corpora import read_rows
 from superexperts.studies import study, workflow
 from superexperts.studies.cells import Cell, cells
 from superexperts.studies.progress import LOG

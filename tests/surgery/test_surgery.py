@@ -25,7 +25,7 @@ from superexperts.checkpoints.reader import INDEX, SINGLE
 from superexperts.checkpoints.writer import RECORD
 from superexperts.core.errors import DataError, ExpertsError, ModelError, OutputError
 from superexperts.core.runs import MANIFEST
-from superexperts.data.corpora import pack
+from superexperts.data.packing import pack
 from superexperts.models.banks import find_banks, zero_experts
 from superexperts.surgery import compare, locate, prune, restore
 from superexperts.surgery.compare import CompareConfig

@@ -19,8 +19,9 @@ from superexperts.benchmarks.fewshot import DEFAULT_SHOTS, few_shot_tasks
 from superexperts.benchmarks.items import Item, read_item
 from superexperts.benchmarks.quiet import quiet
 from superexperts.core.errors import DataError, Field
+from superexperts.core.jsonl import read_rows
 from superexperts.core.runs import digest, fingerprint
-from superexperts.data.corpora import local_data, read_rows
+from superexperts.data.corpora import local_data
 from superexperts.pocket import write_benchmarks
 
 __all__ = ["FILE_STEMS", "Benchmark", "Part", "load_benchmarks"]

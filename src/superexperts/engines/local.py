@@ -8,7 +8,7 @@ from typing import Any, cast
 from superexperts.checkpoints.source import resolve
 from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import Field, OptionError
-from superexperts.data.corpora import bos_prefix
+from superexperts.data.packing import bos_prefix
 from superexperts.engines.harness import Asker, quiet
 from superexperts.engines.server import api, request_url
 

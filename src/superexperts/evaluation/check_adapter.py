@@ -93,7 +93,7 @@ def run(config: CheckAdapterConfig) -> dict[str, Any]:
     from superexperts.adapters.files import read_adapter
     from superexperts.adapters.lora import load_adapter
     from superexperts.checkpoints.source import adapter_folder
-    from superexperts.data.corpora import corpus_sequences
+    from superexperts.data.packing import corpus_sequences
     from superexperts.models.loading import load_model, load_tokenizer
 
     folder = adapter_folder(config.adapter)

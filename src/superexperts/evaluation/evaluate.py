@@ -40,7 +40,7 @@ from superexperts.core.runs import (
     write_text,
 )
 from superexperts.core.types import chosen_experts
-from superexperts.data.corpora import corpus_sequences, digest_ids, reference_windows
+from superexperts.data.packing import corpus_sequences, digest_ids, reference_windows
 from superexperts.engines.harness import HfAsker
 from superexperts.engines.journal import Journal, open_journals, remove_journals
 from superexperts.engines.local import open_engine

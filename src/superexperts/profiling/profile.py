@@ -37,7 +37,8 @@ from superexperts.core.runs import (
     write_manifest,
 )
 from superexperts.core.types import CorpusProfile, ExpertKey, ExpertStats, Profile, key_order
-from superexperts.data.corpora import check_column, digest_ids, documents, local_data, pack
+from superexperts.data.corpora import check_column, documents, local_data
+from superexperts.data.packing import digest_ids, pack
 from superexperts.models.banks import expert_keys, find_banks
 from superexperts.models.cpu_attention import padded_values
 from superexperts.models.decoder import num_layers, stopped_after, text_config

@@ -21,9 +21,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from superexperts import __version__
 from superexperts.core.errors import DataError
+from superexperts.core.jsonl import read_rows
 from superexperts.core.runs import fingerprint, new_folder, read_json, write_manifest, write_text
 from superexperts.core.types import Answer, ExpertSet, Extraction, key_name
-from superexperts.data.corpora import read_rows
 from superexperts.reports.answers import disagreements, script_safe, visible
 from superexperts.reports.pictures import drawn, pictures, rule_of
 from superexperts.reports.reproduce import facts, read_manifests, stages, study_file, versions

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from superexperts.core.errors import DataError
+from superexperts.core.jsonl import read_rows
 from superexperts.core.runs import read_json
 from superexperts.core.types import Answer, ExpertSet, Extraction, Score, key_name
-from superexperts.data.corpora import read_rows
 from superexperts.results.results import RESULTS_SCHEMA
 from superexperts.results.statistics import single_run
 from superexperts.results.statistics.across_seeds import Floats

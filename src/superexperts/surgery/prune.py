@@ -85,7 +85,7 @@ def run(config: PruneConfig) -> dict[str, Any]:
     inputs = identity(config, model=source.fingerprint, experts=chosen.experts)
     ids_SL: Tensor | None = None
     if config.mode == "mean":
-        from superexperts.data.corpora import corpus_sequences, digest_ids
+        from superexperts.data.packing import corpus_sequences, digest_ids
         from superexperts.models.loading import load_structure, load_tokenizer
         from superexperts.surgery.locate import check_biases
 
