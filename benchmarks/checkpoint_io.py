@@ -1,14 +1,14 @@
-"""Surgery on a large checkpoint against the kernel's own tools, and against loading the model.
+"""Time and memory of surgery on a large checkpoint over those of `cp`, of `cmp` and of loading the model.
 
     python benchmarks/checkpoint_io.py --folder DIR
 
 Makes, in DIR, a checkpoint of DeepSeek-V2-Lite's shape (`large_checkpoint.py`; 7 layers by default, 8 GB) and keeps it
-for the next run; beside it needs as much again and two shards.
+for the next run. The output needs as much space again, and that of two more shards.
 
-In each round, one after the other in this process: `cp` of the shards that hold two experts, `cp` and `sync`, prune,
-restore, export as merged; with `--compare` also `cmp` of two whole copies, and compare. Then, in processes of their
-own, whole commands with the start of Python, as often, and once the original's way: the model loaded with transformers,
-zeroed and saved. Memory is what is resident and no page of a file.
+Each round runs, in this process and in this order: `cp` of the shards that hold two experts, `cp` and `sync`, prune,
+restore, export as merged; with `--compare` also `cmp` of two whole copies, and compare. Then whole commands run in
+separate processes, start of Python included, in as many rounds; and once the original project's way: load the model
+with transformers, zero the experts, save. Memory is resident memory without pages of files.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ for expert in sys.argv[3].split(","):
     layer, number = map(int, expert[1:].split("E"))
     model.model.layers[layer].mlp.experts.down_proj.data[number] = 0
 model.save_pretrained(sys.argv[2])
-print(f"loading: {time.perf_counter() - begin:.2f} s once everything is imported", file=sys.stderr)
+print(f"loading: {time.perf_counter() - begin:.2f} s after the imports", file=sys.stderr)
 """
 
 
 def timed(command: list[str]) -> tuple[float, float]:
-    """Runs a command: seconds, and the most MiB at a time that were no pages of a file."""
-    ran = watched(command, _own)
+    """Runs a command: seconds, and the peak of its resident MiB without pages of files."""
+    ran = watched(command, _private)
     for line in ran.errors.splitlines():
         if line.startswith("loading: "):
             print(line)
     return ran.seconds, ran.peak / 2**20
 
 
-def _own(process: int) -> int:
-    """Bytes resident that are no pages of a file."""
-    with contextlib.suppress(psutil.Error):  # it has just ended
+def _private(process: int) -> int:
+    """Resident bytes of a process, without pages of files."""
+    with contextlib.suppress(psutil.Error):  # the process has just ended
         memory = psutil.Process(process).memory_info()
         return int(memory.rss - memory.shared)
     return 0
@@ -99,18 +99,22 @@ def shell(command: str) -> None:
 
 
 def new_bytes(folder: Path) -> int:
-    """Bytes of shards that are no second name of others."""
+    """Bytes of the shards that are not hard links to others."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.stat().st_nlink == 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is or shall be")
-    parser.add_argument("--layers", type=int, default=7)
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the checkpoint; made if missing")
+    parser.add_argument("--layers", type=int, default=7, help="layers of the checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--work", type=Path, help="where results are written and removed; default: beside the folder")
+    parser.add_argument(
+        "--work", type=Path, help="folder for output, removed at the end; default: beside the checkpoint"
+    )
     parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="compare two copies")
-    parser.add_argument("--original", action=argparse.BooleanOptionalAction, default=True, help="load the model")
+    parser.add_argument(
+        "--original", action=argparse.BooleanOptionalAction, default=True, help="also load, zero and save the model"
+    )
     arguments = parser.parse_args()
     base, work = arguments.folder, (arguments.work or arguments.folder.parent / "checkpoint-io").absolute()
     shape = Shape(layers=arguments.layers)
@@ -140,7 +144,7 @@ def main() -> None:
         times[name].append(time.perf_counter() - begin)
 
     for _ in range(arguments.rounds):
-        for file in held:  # all into the page cache
+        for file in held:  # fills the page cache
             file.read_bytes()
         for name, then in (("cp", ""), ("cp, sync", f" && sync {work / 'cp'}/*")):
             (work / "cp").mkdir()
@@ -165,8 +169,8 @@ def main() -> None:
             *(f"{v:.2f}" for v in values),
         )
     for statistic in (min, statistics.median):
-        told = [f"{statistic(times['prune']) / statistic(times[name]):.2f}x of {name}" for name in ("cp", "cp, sync")]
-        print(f"{statistic.__name__}: prune {' and '.join(told)}", end="")
+        ratios = [f"{statistic(times['prune']) / statistic(times[name]):.2f}x of {name}" for name in ("cp", "cp, sync")]
+        print(f"{statistic.__name__}: prune {' and '.join(ratios)}", end="")
         if arguments.compare:
             speeds = [size_of(shape) / 1e9 / statistic(times[name]) for name in ("compare", "cmp")]
             print(
@@ -187,19 +191,19 @@ def main() -> None:
         os.sync()
     whole = {name: (statistics.median(t for t, _ in runs), max(m for _, m in runs)) for name, runs in every.items()}
     for name, runs in every.items():
-        print(f"{name:9} as a whole:", *(f"{seconds:.2f} s" for seconds, _ in runs))
+        print(f"{name:9} as a whole command:", *(f"{seconds:.2f} s" for seconds, _ in runs))
     shutil.rmtree(work / "copy", ignore_errors=True)
     if arguments.original:
         needed = 1.5 * size_of(shape)
         if psutil.virtual_memory().available < needed:
-            print(f"the model is not loaded: that takes {needed / 2**30:.0f} GiB, which are not free")
+            print(f"skipped loading the model: it needs {needed / 2**30:.0f} GiB of free memory")
         else:
             whole["original"] = timed([sys.executable, "-c", ORIGINAL, str(base), str(work / "original"), names])
     for name, (seconds, memory) in whole.items():
-        print(f"{name:9} {seconds:6.2f} s with the start of Python (median), {memory:6.0f} MiB (the most)")
+        print(f"{name:9} {seconds:6.2f} s with the start of Python (median), {memory:6.0f} MiB (highest)")
     if "original" in whole:
         faster, smaller = (whole["original"][i] / whole["prune"][i] for i in range(2))
-        print(f"against loading: {faster:.1f}x faster, {smaller:.0f}x less memory")
+        print(f"prune against loading the model: {faster:.1f}x faster, {smaller:.0f}x less memory")
     shutil.rmtree(work)
 
 

@@ -1,10 +1,10 @@
-"""`evaluate` beside lm-evaluation-harness's own evaluation of the same requests, from the files to the answers.
+"""Time of `evaluate` over that of lm-evaluation-harness's own evaluation of the same requests.
 
     python benchmarks/evaluation_ratio.py --limit 200
 
-Both load the pocket model, read the six benchmarks' files and answer the same prompts greedily, in turn in one process.
-`evaluate` also checks every row, hashes what it reads, syncs each batch to disk and writes answers and manifest; the
-harness builds its requests, generates, and lists its samples.
+Both load the pocket model, read the files of the six benchmarks and answer the same prompts greedily, in turn in one
+process. `evaluate` also checks every row, hashes its inputs, syncs each batch to disk, and writes the answers and a
+manifest. The harness builds its requests, generates, and lists its samples.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from superexperts.pocket import write_checkpoint, write_data
 
 
 def by_evaluate(model: Path, data: Path, limit: int, batch_size: int, tokens: int, out: Path) -> float:
-    """Seconds of the command without Python's start."""
+    """Seconds of the command, without the start of Python."""
     loading._local_cached.cache_clear()
     begin = time.perf_counter()
     evaluate.run(
@@ -41,7 +41,7 @@ def by_evaluate(model: Path, data: Path, limit: int, batch_size: int, tokens: in
 
 
 def by_harness(model: Path, data: Path, limit: int, batch_size: int, tokens: int) -> float:
-    """Seconds of what `lm-eval run` does with the same task files and rows."""
+    """Seconds of the steps of `lm-eval run`, with the same task files and rows."""
     begin = time.perf_counter()
     manager = TaskManager(include_path=Path(superexperts.benchmarks.__file__).parent, include_defaults=False)
     splits = {"boolq": "validation", "vmlu": "valid"}
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="items per benchmark")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -80,7 +80,7 @@ def main() -> None:
         write_data(folder / "data")
         how = (folder / "model", folder / "data", options.limit, options.batch_size, options.max_new_tokens)
         ratios = []
-        for number in range(options.rounds + 1):  # the first imports, and brings the files from disk
+        for number in range(options.rounds + 1):  # the first round imports and fills the page cache; it does not count
             theirs, ours = by_harness(*how), by_evaluate(*how, folder / f"out-{number}")
             if number:
                 ratios.append(ours / theirs)

@@ -1,12 +1,12 @@
-"""How fast the rules read, and what `evaluate` takes beyond the harness's own generation calls.
+"""How fast the rules read answers, and how long `evaluate` takes beyond the harness's own generation calls.
 
     python benchmarks/extraction_speed.py --labelled extraction_dev.jsonl
 
-The rules read the labelled generations (or, without a file, the pocket model's answers) again and again, on one core
-and as `extract` does, on all; the fastest of the rounds counts, for others may use the machine. `evaluate` asks the
-pocket model its six benchmarks, or those of --data-dir, in a folder that is thrown away; what is spent inside
-`HFLM.generate_until` is generation, all else is not: prompts, order, journal and answers of each item; the model's
-loading, the data and the manifest once.
+The rules read the labelled generations several times, on one core and, as `extract` does, on all cores; the fastest
+round counts, since others may use the machine. Then `evaluate` asks the pocket model its six benchmarks, or those of
+--data-dir, in a temporary folder. Time inside `HFLM.generate_until` is generation. The rest is split into work for
+each item (prompts, order, journal, answers) and work once a run (loading the model, data, manifest). Last, one core
+reads the pocket model's answers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from superexperts.extraction.extract import extract, extract_all
 
 
 def labelled(path: Path) -> list[Answer]:
-    """The generations of a labelled file as answers."""
+    """The generations of a labelled file, as answers."""
     answers = []
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         choices = tuple((choice["label"], choice["text"]) for choice in row["choices"])
@@ -54,7 +54,7 @@ def rate(answers: Sequence[Answer], rounds: int, read: Callable[[Sequence[Answer
 
 
 def by_one(answers: Sequence[Answer]) -> None:
-    """What `extract_all` does where there is one core."""
+    """Does what `extract_all` does on one core."""
     for answer in answers:
         extract(answer)
 
@@ -63,14 +63,14 @@ def show_rates(name: str, answers: Sequence[Answer], rounds: int, several: bool)
     kinds = sorted({answer.kind for answer in answers})
     for kind, mine in [("all", list(answers)), *((k, [a for a in answers if a.kind == k]) for k in kinds)]:
         length = sum(len(answer.response) for answer in mine) / len(mine)
-        said = f"{rate(mine * -(-5000 // len(mine)), rounds, by_one):,.0f} answers a second by one core"
+        line = f"{rate(mine * -(-5000 // len(mine)), rounds, by_one):,.0f} answers a second on one core"
         if several:
-            said += f", {rate(mine * -(-50_000 // len(mine)), rounds, extract_all):,.0f} by all"
-        print(f"{name}, {kind}: {said} ({len(mine)} of {length:.0f} characters)")
+            line += f", {rate(mine * -(-50_000 // len(mine)), rounds, extract_all):,.0f} on all"
+        print(f"{name}, {kind}: {line} ({len(mine)} answers of {length:.0f} characters on average)")
 
 
 class Timed:
-    """Adds up the time spent in a function, which it takes the place of."""
+    """Replaces a function and adds up the time spent in it."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.seconds = 0.0
@@ -103,17 +103,18 @@ def evaluated(limit: int, folder: Path, data_dir: Path, batch_size: int) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labelled", type=Path, help="JSONL of labelled generations, as for extract --audit")
-    parser.add_argument("--data-dir", type=Path, default=Path("pocket"), help="the benchmarks' files")
+    parser.add_argument("--data-dir", type=Path, default=Path("pocket"), help="folder of the benchmarks' files")
     parser.add_argument("--limit", type=int, default=200, help="items per benchmark")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    if options.labelled is not None:  # first, for no thread of a library's runs yet: `extract` has none either
+    if (
+        options.labelled is not None
+    ):  # first, since `extract` reads on all cores only before any library has started threads
         show_rates("labelled generations", labelled(options.labelled), options.rounds, several=True)
     with tempfile.TemporaryDirectory() as temporary:
-        evaluated(
-            2, Path(temporary) / "warm", Path("pocket"), options.batch_size
-        )  # imports, and the files' way from disk
+        # The first run imports and fills the page cache; it does not count.
+        evaluated(2, Path(temporary) / "warm", Path("pocket"), options.batch_size)
         whole, asking, generation = (
             Timed(evaluate, "run"), Timed(evaluate, "ask_one"), Timed(HFLM, "generate_until")
         )  # fmt: skip
@@ -123,8 +124,9 @@ def main() -> None:
     print(
         f"asking beyond generation: {1000 * beyond / len(answers):.2f} ms an answer, {beyond / generation.seconds:.2%}"
     )
-    print(f"once a run (model, data, files): {once:.2f} s; all beyond: {(beyond + once) / generation.seconds:.2%}")
-    show_rates("pocket's answers", answers, options.rounds, several=False)
+    share = (beyond + once) / generation.seconds
+    print(f"once a run (model, data, files): {once:.2f} s; all beyond generation: {share:.2%}")
+    show_rates("the pocket model's answers", answers, options.rounds, several=False)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""A checkpoint of DeepSeek-V2-Lite's shape that other benchmarks read: random bfloat16 weights, Hub-style shards with a
-key for each expert, written as a stream, two planted experts."""
+"""A checkpoint of DeepSeek-V2-Lite's shape for the other benchmarks: random bfloat16 weights and two planted experts.
+
+The shards are like those on the Hub, with a key for each expert. They are written one at a time, so that a checkpoint
+may be larger than memory."""
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ from superexperts.checkpoints.reader import INDEX
 from superexperts.pocket import checkpoint_dir
 
 PLANTED = {(3, 17): 2000.0, (8, 40): 1000.0}
-"""Expert -> by how much its down_proj is larger."""
+"""(layer, expert) -> factor on its down_proj, which makes it a super expert."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of DeepSeek-V2-Lite (deepseek-ai/DeepSeek-V2-Lite, config.json)."""
+    """Sizes of a DeepSeek-V2 model; the defaults are DeepSeek-V2-Lite's (deepseek-ai/DeepSeek-V2-Lite, config.json)."""
 
     layers: int
     vocabulary: int = 102400
@@ -55,7 +57,7 @@ class Shape:
         return {"gate_proj": (width, self.hidden), "up_proj": (width, self.hidden), "down_proj": (self.hidden, width)}
 
     def layer(self, number: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of a layer's tensors by their names on the Hub."""
+        """Shapes of a layer's tensors, by their names on the Hub."""
         query = self.heads * (self.nope + self.rope)
         tensors: dict[str, tuple[int, ...]] = {
             "self_attn.q_proj": (query, self.hidden),
@@ -81,7 +83,8 @@ class Shape:
 def tensors_of(
     shapes: dict[str, tuple[int, ...]], pool: Tensor, generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:
-    """Random tensors, each from another place of a pool of random numbers."""
+    """Random tensors in bfloat16, each copied from a random position of a pool of random numbers: drawing each
+    one would take most of the time. Vectors are ones."""
     for key, shape in shapes.items():
         if len(shape) == 1:
             yield key, torch.ones(shape, dtype=torch.bfloat16)
@@ -96,7 +99,7 @@ def tensors_of(
 
 
 def make(folder: Path, shape: Shape) -> None:
-    """Writes the checkpoint, a shard for each layer."""
+    """Writes the checkpoint with one shard for each layer, under a temporary name until it is complete."""
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -133,16 +136,16 @@ def forget(folder: Path) -> None:
 
 
 def size_of(shape: Shape) -> int:
-    """Bytes of the checkpoint."""
+    """Bytes of the checkpoint's weights."""
     layers = sum(torch.Size(size).numel() for n in range(shape.layers) for size in shape.layer(n).values())
     return 2 * layers + 4 * shape.vocabulary * shape.hidden
 
 
 def made(folder: Path, shape: Shape) -> None:
-    """Writes the checkpoint unless it is there; ends the program where it has no room."""
+    """Writes the checkpoint unless it exists; `SystemExit` where the disk has no room for it."""
     if folder.is_dir():
         return
     size, free = size_of(shape), shutil.disk_usage(folder.absolute().parent).free
     if free < 1.1 * size:
-        raise SystemExit(f"skipped: the checkpoint has {size / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
+        raise SystemExit(f"skipped: the checkpoint needs {size / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free")
     make(folder, shape)

@@ -1,11 +1,11 @@
-"""The same scores from every format: four adapters of the pocket model, each evaluated as it is and as exported.
+"""Four adapters of the pocket model, each evaluated as trained and in every export format: are the scores the same?
 
     python benchmarks/lora_formats.py --folder runs/formats
 
-Trains each of recipes/train/pocket-*.yaml on the pocket world's rows, exports it, and asks every format the six
-benchmarks, each in a process of its own that loads it anew: `adapter` and `peft` by `evaluate --adapter`, `merged` as a
-checkpoint, `vllm` as `import` reads it back. Prints a table in Markdown: accuracy in %, and how many answers differ
-from those of the adapter itself. What is done already is not done again.
+Trains each of recipes/train/pocket-*.yaml on the pocket model's rows, exports it, and evaluates every format on the six
+benchmarks, each in a new process: `adapter` and `peft` with `evaluate --adapter`, `merged` as a checkpoint, `vllm`
+after `import` has read it back. Prints a table in Markdown: accuracy in %, and how many answers differ from those of
+the adapter itself. Finished steps are not repeated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def superexperts(*arguments: str | Path) -> None:
 
 
 def evaluated(data: Path, limit: int, out: Path, *what: str | Path) -> tuple[dict[str, float], dict[str, list[str]]]:
-    """Accuracy and answers of each benchmark."""
+    """Accuracy in % and answers, by benchmark."""
     options = ["--data-dir", data, "--limit", limit, "--max-new-tokens", "48", "--out", out]
     command = [sys.executable, "-m", "superexperts", "evaluate", *what, *options]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
@@ -53,8 +53,8 @@ def evaluated(data: Path, limit: int, out: Path, *what: str | Path) -> tuple[dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/formats"))
-    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--folder", type=Path, default=Path("runs/formats"), help="folder for all output")
+    parser.add_argument("--limit", type=int, default=100, help="items per benchmark")
     options = parser.parse_args()
     folder, limit = options.folder, options.limit
     data = folder / "data"
@@ -69,7 +69,7 @@ def main() -> None:
         print(f"| {title} | {parameters} | {name} | {cells} | {mean:.2f} | {others} |", flush=True)
 
     scores, _ = evaluated(data, limit, folder / "base", "pocket")
-    row("nothing", "0", "base model", scores, "")
+    row("none", "0", "base model", scores, "")
     for name, title in TITLES.items():
         own = folder / name
         superexperts(

@@ -1,13 +1,13 @@
-"""Time and memory of a profile against a plain forward pass of the same tokens, side by side.
+"""Time and memory of a profile over those of a plain forward pass of the same tokens.
 
     python benchmarks/profile_speed.py
     python benchmarks/profile_speed.py --device cuda --shapes deepseek_v2_lite --batch 16 --length 1024
 
-For each shape: a random model in bfloat16, the same sequences and batch for all. "plain" is `model(input_ids)` with the
-fastest of the stock experts implementations; the three are measured in turn, and the medians of the ratios printed.
-Each round has sequences of its own, as each batch of a corpus has: on a CPU new numbers of tokens at the experts cost.
-Memory is what a pass needs beyond the weights: on a GPU as torch counts it; on a CPU the resident memory's peak, each
-in a process of its own.
+For each shape: a random model in bfloat16, and the same batch of sequences for a plain pass and for profiles at two
+depths. "plain" is `model(input_ids)` with the fastest stock experts implementation. The three are measured in turn; the
+script prints the medians of the ratios. Each round has new sequences, as each batch of a corpus has: on a CPU every new
+number of tokens at an expert costs time. Memory is what a pass needs beyond the weights: on a GPU as torch counts it,
+on a CPU the peak of resident memory, each measured in a separate process.
 """
 
 from __future__ import annotations
@@ -107,14 +107,17 @@ def measure(name: str, options: argparse.Namespace) -> str:
                 )
                 / base
             )
-    told = ", ".join(f"depth {depth}: {statistics.median(found):.2f}x" for depth, found in ratios.items())
+    ratios_text = ", ".join(f"depth {depth}: {statistics.median(found):.2f}x" for depth, found in ratios.items())
     speed = ids_BL.numel() / base
-    print(f"{name}: {told} of plain ({fastest}, {speed:,.0f} tokens a second, median of {options.rounds})", flush=True)
+    print(
+        f"{name}: {ratios_text} of plain ({fastest}, {speed:,.0f} tokens a second, median of {options.rounds})",
+        flush=True,
+    )
     return fastest
 
 
 def memory(name: str, backend: str, depth: float | None, options: argparse.Namespace) -> None:
-    """What one pass needs beyond the weights, in GiB; a plain one without a depth."""
+    """Prints how many GiB a pass needs beyond the weights; `depth` None is a plain pass."""
     model, ids_BL = made(name, options.device), tokens(name, options)
     model.set_experts_implementation(backend)
     cuda = options.device != "cpu"
@@ -130,15 +133,15 @@ def memory(name: str, backend: str, depth: float | None, options: argparse.Names
             profile_corpus(model, ids_BL, batch_size=options.batch, depth=depth)
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     kind = "plain" if depth is None else f"profile at depth {depth}"
-    print(f"  {kind}: {(peak - before) / GIB:.2f} GiB beside {before / GIB:.2f} GiB of weights", flush=True)
+    print(f"  {kind}: {(peak - before) / GIB:.2f} GiB besides {before / GIB:.2f} GiB of weights", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3_moe", "deepseek_v2", "mixtral"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4, help="sequences")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.batch} x {options.length} tokens")

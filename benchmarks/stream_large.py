@@ -1,11 +1,11 @@
-"""Time and memory of `profile --stream` and `profile --quick` on a checkpoint larger than memory, side by side with the
-time to read the bytes that they need and the time of the matrix products alone.
+"""Time and memory of `profile --stream` and `profile --quick` on a checkpoint larger than memory, over two lower
+bounds: the time to read the bytes that they need, and the time of the matrix products alone.
 
     python benchmarks/stream_large.py --folder DIR
 
 Makes, in DIR, a checkpoint of DeepSeek-V2-Lite's shape (27 layers, 15.7 B parameters in bfloat16, 31 GB, Hub-style
-shards with a key for each expert) with random weights and two planted experts, written as a stream; it is kept for the
-next run. Files are dropped from the page cache before each reading.
+shards with a key for each expert) with random weights and two planted experts, and keeps it for the next run. Files are
+dropped from the page cache before each reading.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from superexperts.checkpoints.reader import Checkpoint
 
 LENGTH = 512
 """Tokens of a sequence."""
-SOME = 8 * 10**9
-"""Bytes that are read to know the disk's pace."""
+SAMPLE = 8 * 10**9
+"""Bytes that are read to measure the speed of the disk."""
 
 
 def needed(key: str, layers: int) -> bool:
@@ -39,9 +39,8 @@ def needed(key: str, layers: int) -> bool:
     return key == "model.embed_tokens.weight" or any(key.startswith(f"model.layers.{n}.") for n in range(layers))
 
 
-def reading(folder: Path, layers: int, wanted: int | None = None) -> tuple[float, int]:
-    """Seconds to read the needed tensors (up to `wanted` bytes) into one buffer, one after the other as they lie in the
-    files; bytes."""
+def reading(folder: Path, layers: int, limit: int | None = None) -> tuple[float, int]:
+    """Seconds to read the needed tensors (until `limit` bytes) into one buffer in file order, and the bytes read."""
     forget(folder)
     with Checkpoint(folder) as checkpoint:
         entries = [entry for key, entry in checkpoint.items() if needed(key, layers)]
@@ -50,7 +49,7 @@ def reading(folder: Path, layers: int, wanted: int | None = None) -> tuple[float
     done = 0
     begin = time.perf_counter()
     for entry in entries:
-        if wanted is None or done < wanted:
+        if limit is None or done < limit:
             done += os.preadv(opened[entry.file], [buffer[: entry.nbytes]], entry.offset)
     seconds = time.perf_counter() - begin
     for descriptor in opened.values():
@@ -60,9 +59,11 @@ def reading(folder: Path, layers: int, wanted: int | None = None) -> tuple[float
 
 @torch.inference_mode()
 def products(shape: Shape, layers: int, tokens: int, length: int) -> float:
-    """Seconds of the matrix products of the first layers on so many tokens in sequences of `length`, weights in memory,
-    an expert's tokens being an even share; the scores and sums of the attention count. All layers with experts have the
-    weights of one, of which no cache holds the first when the last was used."""
+    """Seconds of the matrix products of the first layers, with the weights in memory.
+
+    Takes `tokens` tokens in sequences of `length`, spread evenly over the experts, and includes the products of
+    attention (scores and weighted sums). All layers with experts use the same weights: one layer is larger than any
+    cache, so none of it is still cached when the next layer begins."""
     total = 0.0
     for number, times in ((0, 1), (1, layers - 1)):
         matrices = []
@@ -79,7 +80,7 @@ def products(shape: Shape, layers: int, tokens: int, length: int) -> float:
                 start = time.perf_counter()
                 F.linear(x, weight)
                 seconds += time.perf_counter() - start
-            total += seconds if turn else 0.0  # the first time gets the products' code ready
+            total += seconds if turn else 0.0  # the first turn generates oneDNN's code; it does not count
     return total
 
 
@@ -95,19 +96,19 @@ def _timed_attention(shape: Shape, sequences: int, length: int) -> float:
 
 
 def profile(folder: Path, out: Path, *options: str) -> tuple[float, float, list[tuple[int, int]], str]:
-    """Runs the command in a process of its own: seconds, peak GiB resident, super experts, what it said."""
+    """Runs the command in a separate process: seconds, peak GiB resident, super experts, standard error."""
     shutil.rmtree(out, ignore_errors=True)
     forget(folder)
     ran = watched(
         [sys.executable, "-m", "superexperts", "profile", str(folder), "--json", f"--out={out}", *options],
         lambda process: resident("VmHWM", process),
     )
-    (corpus,) = json.loads(ran.said)["corpora"].values()
+    (corpus,) = json.loads(ran.output)["corpora"].values()
     return ran.seconds, ran.peak / 2**30, [tuple(key) for key in corpus["super"]], ran.errors.strip()
 
 
 def startup() -> float:
-    """Seconds until the command has imported what it needs, which no checkpoint can change."""
+    """Seconds until the command has imported what it needs, which does not depend on the checkpoint."""
     begin = time.perf_counter()
     subprocess.run(
         [
@@ -124,8 +125,8 @@ def startup() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is or shall be")
-    parser.add_argument("--layers", type=int, default=27)
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the checkpoint; made if missing")
+    parser.add_argument("--layers", type=int, default=27, help="layers of the checkpoint")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -134,8 +135,8 @@ def main() -> None:
     layers = round(0.75 * shape.layers)
     size = size_of(shape) / 1e9
     print(f"{shape.layers} layers, {size:.1f} GB; {layers} are profiled; {torch.get_num_threads()} threads")
-    print(f"planted: {sorted(PLANTED)}; starting Python with its imports is taken off the times")
-    # A machine that others use too is not as fast in one minute as in the next: all are measured again in each round.
+    print(f"planted: {sorted(PLANTED)}; times are without the start of Python and its imports")
+    # The speed of a shared machine changes from minute to minute, so every round measures the bounds again.
     for tokens in (None, *arguments.tokens):
         options = ["--quick"] if tokens is None else ["--stream", f"--tokens={tokens}", f"--seq-len={LENGTH}"]
         rounds = [_round(shape, folder, layers, tokens, options) for _ in range(arguments.rounds)]
@@ -149,7 +150,7 @@ def main() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One run of the command, and what it is compared with, measured before and after it."""
+    """One run of the command, and the bounds measured before and after it."""
 
     seconds: float
     read: float
@@ -172,13 +173,13 @@ class Round:
 
 def _round(shape: Shape, folder: Path, layers: int, tokens: int | None, options: list[str]) -> Round:
     def bounds() -> tuple[float, float]:
-        read, done = reading(folder, layers, SOME)
+        read, done = reading(folder, layers, SAMPLE)
         return read / done, products(shape, layers, tokens, LENGTH) if tokens else 0.0
 
     before, start = bounds(), startup()
-    seconds, peak, found, said = profile(folder, folder.parent / "profile", *options)
+    seconds, peak, found, errors = profile(folder, folder.parent / "profile", *options)
     pace, multiplied = (fmean(pair) for pair in zip(before, bounds(), strict=True))
-    read_bytes = float(said.rpartition("profile: ")[2].partition(" GB")[0]) * 1e9
+    read_bytes = float(errors.rpartition("profile: ")[2].partition(" GB")[0]) * 1e9
     return Round(seconds - start, pace * read_bytes, multiplied, peak, found)
 
 

@@ -1,10 +1,11 @@
-"""What a study costs beyond its cells, and whether kills change what it finds.
+"""What a study costs beyond its cells, and whether kills change its results.
 
     python benchmarks/study_kills.py --kills 20 --folder /tmp/kills
 
-Runs a study of the pocket model without a kill, and prints its time beyond the sum of its cells' (as its own log has
-them). Then runs it again in another folder and kills it (SIGKILL) at a random moment, again and again, until it has
-been killed so often; lets it end; and compares results.json byte by byte. `--kills 0` is the first part alone.
+Runs a study of the pocket model without a kill, and prints how much longer it takes than the sum of its cells (read
+from its progress.jsonl). Then runs it again in another folder, kills it with SIGKILL at random moments until it has
+been killed as often as requested, lets it finish, and compares both results.json byte by byte. `--kills 0` runs the
+first part alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ max_new_tokens: 48
 variants: [base, prune-super, prune-random: {{seeds: 3}}, lora-super, lora-random, lora-attention]
 training: {{batch_size: 16, epochs: 1, learning_rate: 3.0e-3, max_length: 256}}
 """
-# Timed within the process: what the interpreter and the imports take is the command's, not the study's.
+# Timed inside the process: the start of the interpreter and the imports belong to the command, not to the study.
 TIMED = """
 import sys, time
 from pathlib import Path
@@ -44,10 +45,10 @@ print(time.monotonic() - started)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--limit", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=20, help="number of kills")
+    parser.add_argument("--limit", type=int, default=40, help="items per benchmark")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--folder", type=Path, required=True, help="new folder for both studies")
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
     file, whole, killed = (options.folder / name for name in ("study.yaml", "whole", "killed"))
@@ -58,7 +59,10 @@ def main() -> None:
     wall = float(done.stdout)
     events = [json.loads(line) for line in (whole / "progress.jsonl").read_text().splitlines()]
     cells = sum(event["seconds"] for event in events if event["event"] == "end")
-    print(f"without a kill: {wall:.1f} s, {cells:.1f} s of them in cells: {wall / cells - 1:.2%} beyond", flush=True)
+    print(
+        f"without a kill: {wall:.1f} s, {cells:.1f} s of it in cells: {wall / cells - 1:.2%} beyond the cells",
+        flush=True,
+    )
     if not options.kills:
         return
 
@@ -69,7 +73,7 @@ def main() -> None:
         seen = log.stat().st_size if log.is_file() else 0
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and (not log.is_file() or log.stat().st_size == seen):
-            time.sleep(0.05)  # the imports are the same each time: a kill there would prove nothing
+            time.sleep(0.05)  # a kill during the imports would prove nothing: they are the same each time
         time.sleep(draw.uniform(0, 2 * wall / options.kills))
         os.kill(process.pid, signal.SIGKILL)
         if process.wait() == -signal.SIGKILL:
@@ -80,7 +84,7 @@ def main() -> None:
             break
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     same = (killed / "results.json").read_bytes() == (whole / "results.json").read_bytes()
-    print(f"{kills} kills: results.json is {'the same' if same else 'ANOTHER'}")
+    print(f"{kills} kills: results.json is {'the same' if same else 'DIFFERENT'}")
     sys.exit(not same)
 
 

@@ -1,4 +1,4 @@
-"""How much memory a process has resident, this one or a command's, and how long the command takes."""
+"""Time and peak memory of a command, and the resident memory of this process."""
 
 from __future__ import annotations
 
@@ -15,37 +15,40 @@ __all__ = ["Ran", "forget_peak", "resident", "watched"]
 class Ran(NamedTuple):
     seconds: float
     peak: int
-    """The largest of what was measured while it ran."""
-    said: str
+    """The largest value of `measure` while it ran."""
+    output: str
+    """What it wrote to standard output."""
     errors: str
     """What it wrote to standard error."""
 
 
-def watched(command: Sequence[str], measure: Callable[[int], int]) -> Ran:
-    """Runs a command in a process of its own, whose number `measure` gets again and again. `SystemExit` if it fails."""
+def watched(command: Sequence[str], measure: Callable[[int], int], code: int = 0) -> Ran:
+    """Runs a command in a separate process and calls `measure` with its process id every 10 ms. `SystemExit` with the
+    text of standard error if its exit code is not `code`."""
     peak = 0
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         begin = time.perf_counter()
-        with subprocess.Popen(command, stdout=said, stderr=errors) as child:
+        with subprocess.Popen(command, stdout=output, stderr=errors) as child:
             while child.poll() is None:
                 peak = max(peak, measure(child.pid))
                 time.sleep(0.01)
         seconds = time.perf_counter() - begin
-        said.seek(0)
+        output.seek(0)
         errors.seek(0)
-        ran = Ran(seconds, peak, said.read(), errors.read())
-    if child.returncode:
-        raise SystemExit(ran.errors)
+        ran = Ran(seconds, peak, output.read(), errors.read())
+    if child.returncode != code:
+        raise SystemExit(ran.errors or f"exit code {child.returncode}: {' '.join(command)}")
     return ran
 
 
 def resident(field: str, process: int | str = "self") -> int:
-    """Bytes that a process has resident, now (VmRSS) or had at its peak (VmHWM); 0 for one that has just ended. What
-    `getrusage` says of a child is never less than its parent's own peak when it began."""
+    """Bytes that a process has resident now (field VmRSS) or had at its peak (VmHWM); 0 for one that has just ended.
+
+    `getrusage` would not do: the peak of a child starts at the peak of its parent."""
     status = Path(f"/proc/{process}/status").read_text()
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:")), 0)
 
 
 def forget_peak() -> None:
-    """Lets this process's peak (VmHWM) begin anew."""
+    """Resets the peak (VmHWM) of this process."""
     Path("/proc/self/clear_refs").write_text("5")
