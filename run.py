@@ -13,7 +13,7 @@ NAMES = ("math", "medical", "legal", "wikitext2", "c4", "tinystories", "multilin
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the one-line errors of `superexperts`."""
+    """An argument parser with one-line errors, like those of `superexperts`."""
 
     def error(self, message: str) -> NoReturn:
         print(f"run.py: {message}; see --help", file=sys.stderr)
@@ -28,7 +28,7 @@ def forward(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile_super_experts", action="store_true", help="profile, then write experts.json")
     options = parser.parse_args(arguments)
     if not options.profile_super_experts:
-        parser.error("--profile_super_experts is missing: this script does nothing else; add it")
+        parser.error("--profile_super_experts is missing; add it: this script only profiles")
     profile = ["profile", options.model_name, "--corpus", options.dataset_name, "--out", options.save_path]
     select = ["select", options.save_path, "--rule", "super", "--out", f"{options.save_path}/experts.json"]
     return main(profile) or main(select)

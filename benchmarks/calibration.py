@@ -1,15 +1,16 @@
-"""Are a study's tests calibrated? Simulated studies without an effect and with a known one.
+"""Are a study's tests calibrated? Simulates studies without an effect and with a known one.
 
     OMP_NUM_THREADS=1 python benchmarks/calibration.py --studies 1000
 
 A simulated study has a base model and five variants on the same items: two prunings (one fixed, one drawn at random)
-and three adapters. An item is answered right where a latent normal variable is over a threshold: a part that all models
-share, one of the item (and of its subject) with the variant, one of the run's seed, and one of the run and the item.
-All models have the same expected accuracy, or the first adapter has a known one more.
+and three adapters. An item is answered correctly where a latent normal variable is above a threshold. The variable is
+the sum of a part that all models share, an interaction of the item (and of its subject) with the variant, an effect of
+the run's seed, and an interaction of the run with the item. All models have the same expected accuracy, except that the
+first adapter can have a known advantage.
 
-Printed, with 95% Monte-Carlo intervals: null studies with any false alarm after Holm in the family against base, and in
-the family of controls; how often each 95% interval holds the true value; and the power found for the difference of
-which `detectable` says 80%.
+Prints, with 95% Monte Carlo intervals: the share of null studies with any false alarm after Holm's correction, in the
+family of comparisons with base and in the family of controls; how often each 95% interval covers the true value; and
+the power found at the difference for which `detectable` predicts 80%.
 """
 
 from __future__ import annotations
@@ -37,26 +38,27 @@ Floats = NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Design:
-    """How studies are made; shares of the latent variable's variance, which is 1."""
+    """How studies are simulated. The variances are shares of the latent variable's variance, which is 1."""
 
     title: str
     items: int = 600
     subjects: int = 0
-    """0: items stand for themselves."""
+    """0: items have no subjects."""
     runs: tuple[int, ...] = (1, 1, 1, 1, 1, 1)
-    """Of base, of the fixed pruning, of the random one, and of the three adapters."""
+    """Runs of base, of the fixed pruning, of the random one, and of the three adapters."""
     subject: float = 0.0
-    """Of the subject, for all models alike."""
+    """Variance of the subject, the same for all models."""
     variant: float = 0.03
-    """Of the item with the variant."""
+    """Variance of the interaction of item and variant."""
     variant_subject: float = 0.0
-    """Of the subject with the variant."""
+    """Variance of the interaction of subject and variant."""
     seed: float = 0.0
-    """Of the seed; only where another seed would give another model."""
+    """Variance of the seed; only for variants where another seed gives another model."""
     rest: float = 0.02
-    """Of the run with the item; likewise."""
+    """Variance of the interaction of run and item; for the same variants as `seed`."""
 
 
+# For each model, whether another seed would give another model.
 RANDOM = (False, False, True, True, True, True)
 SEVERAL = (1, 1, 5, 3, 3, 3)
 DESIGNS = (
@@ -80,7 +82,9 @@ PAIRS = {
 
 
 def study(rng: np.random.Generator, design: Design, effect: float = 0.0) -> tuple[list[Floats], Clusters | None]:
-    """Right (1) or wrong (0) answers [R, N] of base and the five variants; the fourth model's accuracy has `effect`."""
+    """Correct (1) or wrong (0) answers, [runs, items], of base and the five variants, and the clusters of subjects.
+
+    `effect` is added to the expected accuracy of the first adapter, the fourth model."""
     groups_N = np.arange(design.items) % max(design.subjects, 1)
     varied = design.seed + design.rest
     common = 1 - design.subject - design.variant - design.variant_subject - varied
@@ -121,7 +125,7 @@ def share(count: int, total: int) -> str:
 
 @dataclasses.dataclass
 class Counts:
-    """What null studies were counted to show."""
+    """Counts over null studies: false alarms, and how often each interval covered the truth."""
 
     studies: int = 0
     base: int = 0
@@ -136,7 +140,7 @@ class Counts:
 
 
 def null_studies(design: Design, studies: int, seed: int) -> Counts:
-    """False alarms and coverage; the bootstrap's on the first adapter against base."""
+    """False alarms and coverage; the bootstrap is measured on the first adapter against base."""
     rng = np.random.default_rng(seed)
     counts = Counts(studies=studies)
     for _ in range(studies):
@@ -156,15 +160,15 @@ def null_studies(design: Design, studies: int, seed: int) -> Counts:
 
 
 def predicted(design: Design, seed: int, studies: int = 500) -> float | None:
-    """The difference of which `detectable` says 80%, given the variances that studies with it have on average.
+    """The difference for which `detectable` predicts a power of 80%, given the average variances of studies with it.
 
-    A single study says it from its own estimates, which with two or three seeds are far from the average. Variances
-    depend on the effect, so the one is looked for that its own studies call just detectable. None over 42 points, which
-    accuracies have no room for.
+    A single study predicts from its own estimates, which are far from the average with two or three seeds. The
+    variances depend on the effect, so this searches for the effect that its own studies call just detectable. None
+    above 42 points, for which an accuracy of 55% leaves no room.
     """
 
     def beyond(effect: float) -> float:
-        """What is detectable in studies with this effect, over the effect."""
+        """The smallest detectable difference in studies with this effect, minus the effect."""
         rng = np.random.default_rng(seed)
         found: list[tuple[float, ...]] = []
         for _ in range(studies):
@@ -192,7 +196,7 @@ def predicted(design: Design, seed: int, studies: int = 500) -> float | None:
 
 
 def power(design: Design, effect: float, studies: int, seed: int) -> int:
-    """Studies that detect the first adapter's effect at the family's first step, for which it is predicted."""
+    """How many studies detect the first adapter's effect at Holm's first step, the level of the prediction."""
     rng = np.random.default_rng(seed)
     found = 0
     for _ in range(studies):
@@ -203,24 +207,24 @@ def power(design: Design, effect: float, studies: int, seed: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=1000)
+    parser.add_argument("--studies", type=int, default=1000, help="null studies of each design")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.monotonic()
-    gc.freeze()  # statsmodels' Holm collects garbage at each call, which is most of the time otherwise
+    gc.freeze()  # statsmodels' Holm collects garbage at each call, which would otherwise take most of the time
     for design in DESIGNS:
         counts = null_studies(design, options.studies, options.seed)
         print(f"{design.title}: {options.studies} null studies, {design.items} items, runs {design.runs}")
         print(f"  false alarms, against base        {share(counts.base, counts.studies)}")
         print(f"  false alarms, controls            {share(counts.control, counts.studies)}")
         for name, held in counts.held.items():
-            print(f"  holds the truth: {name:24} {share(held, counts.asked[name])}")
+            print(f"  interval covers: {name:24} {share(held, counts.asked[name])}")
         effect = predicted(design, options.seed + 1)
         if effect is None:
-            print("  power of 80% for more than 42 points", flush=True)
+            print("  power of 80% only above 42 points", flush=True)
             continue
         found = power(design, effect, options.studies, options.seed + 2)
-        print(f"  power for {100 * effect:4.1f} points             {share(found, options.studies)}", flush=True)
+        print(f"  power at {100 * effect:4.1f} points              {share(found, options.studies)}", flush=True)
     print(f"{time.monotonic() - started:.0f} s")
 
 

@@ -1,4 +1,4 @@
-"""A training step of LoRA on chosen experts, side by side with the frozen model's and with PEFT's `target_parameters`.
+"""A training step of LoRA on chosen experts, over those of the frozen model and of PEFT's `target_parameters`.
 
     python benchmarks/lora_step.py
     python benchmarks/lora_step.py --device cuda --layers 27 --vocabulary 102400 --adapt 2 3 --batch 16 --length 1024 \\
@@ -6,11 +6,11 @@
 
 Four layers of DeepSeek-V2-Lite's shape (hidden 2048, 64 experts of 1408, top 6, two shared), random weights; LoRA of
 rank 16 on one expert in each of the last two layers. "frozen" is forward and backward of the model without an adapter,
-its gradient ending where ours does: at the output of the lowest adapted layer's experts. They take turns on one model,
-with `--attention` LoRA on all layers' attention too. Printed are the medians of each round's ratios, on a CPU in
-seconds of processor time, which other programs on the machine disturb less than the clock, and by how much the peak of
-resident memory is above that of the frozen step; on a GPU in seconds of the clock, and memory as torch counts it. The
-second command is the whole model, with the batch of the published training in 16 parts.
+with its gradient ending where ours ends: at the output of the lowest adapted layer's experts. All take turns on one
+model; `--attention` adds LoRA on the attention of all layers. Prints the medians of each round's ratios, and by how
+much peak memory exceeds that of the frozen step. On a CPU, seconds are processor time, which other programs disturb
+less than wall time, and memory is resident memory; on a GPU, seconds are wall time, and memory is as torch counts it.
+The second command is the whole model, with the batch of the published training in 16 parts.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ R = 16
 
 
 def build(layers: int, vocabulary: int, dtype: torch.dtype, device: str) -> nn.Module:
-    """A model of the shape; every weight repeats one block of normal numbers, which is as good and takes no time."""
+    """A model of the shape. Every weight repeats one block of normal numbers, since drawing all would take long."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             DeepseekV2Config(**SHAPE | {"vocab_size": vocabulary}, num_hidden_layers=layers, use_cache=False),
@@ -70,7 +70,7 @@ def build(layers: int, vocabulary: int, dtype: torch.dtype, device: str) -> nn.M
         )
     model.to_empty(device=device)
     rotary = model.get_submodule("model.rotary_emb")
-    rotary.__init__(rotary.config)  # its buffers are no weights
+    rotary.__init__(rotary.config)  # its buffers are not in the checkpoint, so `to_empty` left them without values
     rotary.to(device)
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device, dtype)
     with torch.no_grad():
@@ -85,8 +85,8 @@ def build(layers: int, vocabulary: int, dtype: torch.dtype, device: str) -> nn.M
     return model.requires_grad_(False)
 
 
-def busiest(model: nn.Module, ids_BL: Tensor, layers: list[int]) -> list[ExpertKey]:
-    """In each layer the expert whose number of tokens is the median one."""
+def median_experts(model: nn.Module, ids_BL: Tensor, layers: list[int]) -> list[ExpertKey]:
+    """The expert of each layer that has the median number of tokens."""
     counts: dict[int, list[int]] = {}
 
     def tap(call: BankCall) -> None:
@@ -149,7 +149,7 @@ def step(model: nn.Module, ids_BL: Tensor, accumulation: int, trained: bool) -> 
 
 
 def peak_mib(device: str) -> float:
-    """Peak of the memory since `forget_peak`."""
+    """Peak memory since `forget_peak`, in MiB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return watching.resident("VmHWM") / 2**20
@@ -163,7 +163,7 @@ def forget_peak(device: str) -> None:
 
 
 def now(device: str) -> float:
-    """Seconds of the clock once a GPU is done, or of processor time."""
+    """Wall time in seconds once the GPU has finished; on a CPU, processor time."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -181,9 +181,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--adapt", type=int, nargs="+", help="layers with LoRA on one expert; default: the last two")
-    parser.add_argument("--accumulation", type=int, default=1, help="parts of the batch, one after the other")
-    parser.add_argument("--attention", action="store_true", help="LoRA on attention as well")
-    parser.add_argument("--without-peft", action="store_true")
+    parser.add_argument("--accumulation", type=int, default=1, help="parts into which the batch is split")
+    parser.add_argument("--attention", action="store_true", help="also measure LoRA on attention")
+    parser.add_argument("--without-peft", action="store_true", help="leave PEFT out")
     options = parser.parse_args()
     device = options.device
     model = build(options.layers, options.vocabulary, getattr(torch, options.dtype), device)
@@ -191,7 +191,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     ids_BL = torch.randint(3, options.vocabulary, (options.batch, options.length), generator=generator).to(device)
     part_BL = ids_BL.chunk(options.accumulation)[0]
-    chosen = busiest(model, part_BL, options.adapt or [options.layers - 2, options.layers - 1])
+    chosen = median_experts(model, part_BL, options.adapt or [options.layers - 2, options.layers - 1])
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}, {options.dtype}, {options.experts}, "
         f"{options.layers} layers, {options.batch} x {options.length} tokens in {options.accumulation} parts, "
