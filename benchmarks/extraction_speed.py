@@ -26,7 +26,7 @@ from superexperts.core.prompt import prompt_of
 from superexperts.core.types import Answer
 from superexperts.evaluation import evaluate
 from superexperts.extraction.audit import KINDS
-from superexperts.extraction.extract import extract, extract_all
+from superexperts.extraction.scores import extract, extract_all
 
 
 def labelled(path: Path) -> list[Answer]:

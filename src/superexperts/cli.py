@@ -46,7 +46,7 @@ COMMANDS = {
         "evaluation.check_adapter.CheckAdapterConfig",
     ),
     "evaluate": Command("ask a model the questions of benchmarks", "evaluation.evaluate", "core.config.EvaluateConfig"),
-    "extract": Command("read what each answer commits to", "extraction.extract", "core.config.ExtractConfig"),
+    "extract": Command("read what each answer commits to", "extraction.extract", "extraction.extract.ExtractConfig"),
     "study": Command("everything, from the checkpoint to the report", "studies.study", "studies.study.StudyConfig"),
     "status": Command("how far a study is", "studies.status", "studies.status.StatusConfig"),
     "report": Command("write the report of a study again", "reports.report", "reports.report.ReportConfig"),

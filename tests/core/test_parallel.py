@@ -19,8 +19,8 @@ import pytest
 from superexperts.core.errors import DataError, SuperExpertsError
 from superexperts.core.parallel import parallel_map
 from superexperts.core.types import Answer, Extraction
-from superexperts.extraction import extract as module
-from superexperts.extraction.extract import extract
+from superexperts.extraction import scores as module
+from superexperts.extraction.scores import extract
 
 ME = os.getpid()
 

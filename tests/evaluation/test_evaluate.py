@@ -25,7 +25,7 @@ from superexperts.engines.journal import Journal
 from superexperts.evaluation import evaluate
 from superexperts.evaluation.evaluate import ask
 from superexperts.evaluation.perplexity import perplexity
-from superexperts.extraction.extract import extract_folder
+from superexperts.extraction.scores import extract_folder
 from superexperts.models.loading import load_model
 from superexperts.surgery import prune
 from superexperts.surgery.prune import PruneConfig

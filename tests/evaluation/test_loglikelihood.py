@@ -25,7 +25,7 @@ from superexperts.core.types import Answer
 from superexperts.engines.harness import HfAsker, instances
 from superexperts.evaluation import evaluate
 from superexperts.evaluation.ask import ask
-from superexperts.extraction.extract import NORMALIZED, extract, extract_folder, normalized
+from superexperts.extraction.scores import NORMALIZED, extract, extract_folder, normalized
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from superexperts.core.types import Answer
 from superexperts.extraction import expression_value, number_value, read
-from superexperts.extraction.extract import extract
+from superexperts.extraction.scores import extract
 
 
 @pytest.mark.parametrize(

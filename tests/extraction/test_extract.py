@@ -17,14 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superexperts.core.config import ExtractConfig
 from superexperts.core.errors import DataError
 from superexperts.core.types import Answer, Extraction, Score
 from superexperts.extraction import RULES, number_value, plain, read, statements
 from superexperts.extraction import extract as module
 from superexperts.extraction import text as text_module
-from superexperts.extraction.extract import extract, extract_folder
+from superexperts.extraction.extract import ExtractConfig
 from superexperts.extraction.numbers import find_numbers
+from superexperts.extraction.scores import extract, extract_folder
 from superexperts.extraction.text import own_turn, sentences
 from superexperts.results.statistics.single_run import wilson
 

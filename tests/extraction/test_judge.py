@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from superexperts.cli import main
-from superexperts.core.config import ExtractConfig
 from superexperts.core.errors import ModelError, OptionError
 from superexperts.core.prompt import prompt_of
 from superexperts.core.types import Answer
 from superexperts.engines import harness
 from superexperts.extraction import extract as module
+from superexperts.extraction import scores
 from superexperts.extraction.audit import audit_file
+from superexperts.extraction.extract import ExtractConfig
 from superexperts.extraction.judge import (
     FENCE,
     LONGEST_ANSWER,
@@ -30,7 +31,6 @@ from superexperts.extraction.judge import (
     Replies,
     Verdict,
     message,
-    open_judge,
     verdict,
 )
 from tests.support.servers import Reply, said, scripted_server
@@ -71,7 +71,7 @@ def test_the_gold_answer_has_no_way_in() -> None:
     asked: list[str] = []
     judge = Judge("j", "j", lambda messages, _: (asked.append(text) or "VERDICT: none" for text in messages), memory())
     for gold in ("A", "B", "SECRET-GOLD"):
-        module.judged([answer("who knows", gold=gold)], judge, "all")
+        scores.judged([answer("who knows", gold=gold)], judge, "all")
     assert len(asked) == 1  # the three are the same question
     assert "SECRET" not in asked[0]
     assert asked[0].count(QUESTION) == 1
@@ -319,27 +319,27 @@ def test_the_judge_that_nobody_named(scope: str, asked: int, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
-        ({"judge": "no/such"}, ModelError, "--judge: 'no/such' is neither a folder nor a model"),
-        ({"judge": ""}, OptionError, "--judge: '' names no model"),
+        ({"judge": "no/such"}, ModelError, "judge: 'no/such' is neither a folder nor a model"),
+        ({"judge": ""}, OptionError, "judge: '' is empty"),
         (
             {"judge": "left", "judge_scope": "all"},
             OptionError,
-            "--judge-scope: 'all' is not that of --judge left; leave one of the two out",
+            "judge_scope: 'all' is not that of judge left; leave one of the two out",
         ),
-        ({"judge_scope": "all"}, OptionError, "--judge-scope: 'all' needs a judge; give --judge MODEL"),
-        ({"judge_base_url": "http://h"}, OptionError, "--judge-base-url: 'http://h' needs a judge"),
-        ({"judge": "j", "judge_base_url": "h"}, OptionError, "--judge-base-url: 'h' is not a URL"),
-        ({"batch_size": 0}, OptionError, "--batch-size: 0 is not positive"),
-        ({"judge_engine": "vllm"}, OptionError, "--judge-engine: 'vllm' needs a judge"),
+        ({"judge_scope": "all"}, OptionError, "judge_scope: 'all' needs a judge; name one with judge"),
+        ({"judge_base_url": "http://h"}, OptionError, "judge_base_url: 'http://h' needs a judge"),
+        ({"judge": "j", "judge_base_url": "h"}, OptionError, "judge_base_url: 'h' is not a URL"),
+        ({"batch_size": 0}, OptionError, "batch_size: 0 is not positive"),
+        ({"judge_engine": "vllm"}, OptionError, "judge_engine: 'vllm' needs a judge"),
         (
             {"judge": "j", "judge_engine": "vllm"},
             OptionError,
-            "--judge-engine: 'vllm' needs the package vllm",
+            "judge_engine: 'vllm' needs the package vllm",
         ),
         (
             {"judge": "j", "judge_engine": "vllm", "judge_base_url": "http://h"},
             OptionError,
-            "--judge-engine: 'vllm' excludes --judge-base-url",
+            "judge_engine: 'vllm' excludes judge_base_url",
         ),
     ],
 )
@@ -444,4 +444,4 @@ def test_no_answer_touches_another_item_or_the_terminal(
 
 
 def test_no_judge_is_loaded_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert open_judge(ExtractConfig(folder=tmp_path), None) is None
+    assert module.judge_of(ExtractConfig(folder=tmp_path), None) is None

@@ -11,8 +11,8 @@ import pytest
 from superexperts.cli import main
 from superexperts.core.errors import DataError
 from superexperts.core.types import Extraction
-from superexperts.extraction.extract import extract_folder
 from superexperts.extraction.original_files import full_choice, read_raw, task_of
+from superexperts.extraction.scores import extract_folder
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import DataError, OptionError
 from superexperts.core.types import Answer, Extraction
 from superexperts.evaluation import evaluate
-from superexperts.extraction.extract import extract, extract_folder, submission
+from superexperts.extraction.scores import extract, extract_folder, submission
 from superexperts.extraction.subjects import GROUPS, by_subject
 from superexperts.results.statistics import single_run
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
-from tyro.conf import Positional
 
 from superexperts.core.console import is_shown
 from superexperts.core.errors import Field
@@ -24,7 +23,6 @@ __all__ = [
     "TASKS",
     "CheckpointConfig",
     "EvaluateConfig",
-    "ExtractConfig",
     "ModelConfig",
     "ProfileConfig",
     "ServerConfig",
@@ -49,9 +47,6 @@ def identity(config: Any, **contents: Any) -> dict[str, Any]:
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
     return {"options": {name: str(value) for name, value in options.items()}, **contents}
 
-
-DEFAULT_JUDGE = "Qwen/Qwen2.5-32B-Instruct"
-"""The original project's."""
 
 QUICK_LENGTH = 64
 """Tokens of a sequence of the quick look: attention sinks and with them super experts show on the first ones."""
@@ -250,68 +245,3 @@ class EvaluateConfig(ServerConfig, SeededConfig):
     def task_names(self) -> tuple[str, ...]:
         """The benchmarks, in the order given, each once."""
         return tuple(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExtractConfig(ServerConfig):
-    """Read what each raw answer commits to; what cannot be read is counted, shown, and wrong.
-
-    Example: superexperts extract runs/base
-
-    Example: superexperts extract runs/base --judge all --judge-base-url http://localhost:8000/v1
-    """
-
-    folder: Positional[Annotated[Path | None, tyro.conf.arg(metavar="DIR")]] = None
-    """Folder with answers/, which gets extractions/ and scores.json."""
-    audit: Path | None = None
-    """Measure the extraction itself instead, on labelled generations (JSONL)."""
-    judge: str = "off"
-    """Model that reads what the rules cannot: checkpoint folder, Hub name, or its name on --judge-base-url's server;
-    `left` and `all`: Qwen/Qwen2.5-32B-Instruct, with that --judge-scope. It never sees the right answer."""
-    judge_scope: Literal["left", "all"] | None = None
-    """judge: read what the rules left unparsed, or every answer, the rules then being only compared with; default:
-    left."""
-    judge_base_url: str | None = None
-    """judge: URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: a model in this process."""
-    judge_engine: Literal["hf", "vllm", "sglang"] = "hf"
-    """judge in this process: what runs it, as for evaluate."""
-    batch_size: int = 8
-    """judge in this process: answers per batch."""
-    device: str = "auto"
-    """judge in this process: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """judge in this process: weights in memory, as for evaluate."""
-    json: Switch = False
-    """Print the result as JSON."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        given = self.folder is not None or self.audit is not None
-        _require(given, "folder", self.folder, "is missing; give the folder, or ", Field("audit"), " FILE")
-        both = self.folder is not None and self.audit is not None
-        _require(not both, "audit", str(self.audit), "excludes ", Field("folder"), "; give one of the two")
-        _require(self.batch_size > 0, "batch_size", self.batch_size, "is not positive; give at least 1")
-        _require(bool(self.judge), "judge", self.judge, "names no model; give one, or off")
-        if self.judge in ("left", "all"):
-            why = ("is not that of ", Field("judge"), f" {self.judge}; leave one of the two out")
-            _require(self.judge_scope in (None, self.judge), "judge_scope", self.judge_scope, *why)
-            object.__setattr__(self, "judge_scope", self.judge)
-            object.__setattr__(self, "judge", DEFAULT_JUDGE)
-        for option, value, default in (
-            ("judge_scope", self.judge_scope, None),
-            ("judge_base_url", self.judge_base_url, None),
-            ("judge_engine", self.judge_engine, "hf"),
-        ):
-            _require(
-                self.judge != "off" or value == default,
-                option,
-                value,
-                "needs a judge; give ",
-                Field("judge"),
-                " ",
-                Field("model"),
-            )
-        if self.judge_base_url is not None:
-            _require_url("judge_base_url", self.judge_base_url)
-            why = ("excludes ", Field("judge_base_url"), ", the server that runs the judge; leave one of the two out")
-            _require(self.judge_engine == "hf", "judge_engine", self.judge_engine, *why)

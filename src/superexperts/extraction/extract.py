@@ -1,275 +1,200 @@
-"""Reads what each raw answer commits to, by the rules in `extraction` and, where asked for, by a judge.
-
-What cannot be read is counted, and wrong.
-"""
+"""The command `extract`: which answer each raw response commits to, by rules and, if asked for, by a judge."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import time
-from collections.abc import Iterator, Sequence
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from superexperts.core.config import MORE_TASKS, TASKS, ExtractConfig
-from superexperts.core.console import note
-from superexperts.core.errors import DataError
-from superexperts.core.parallel import parallel_map
-from superexperts.core.runs import (
-    MANIFEST,
-    completed,
-    fingerprint,
-    prepare_folder,
-    read_json,
-    write_json,
-    write_manifest,
-    write_text,
-)
-from superexperts.core.types import Answer, Extraction, Score
-from superexperts.extraction import exact_value, number_value, read
-from superexperts.extraction.audit import JudgeReport, audit_file, joined, judge_report
-from superexperts.extraction.judge import Case, Judge, Verdict, open_judge
-from superexperts.extraction.original_files import raw_files, read_raw, task_of
-from superexperts.extraction.subjects import by_subject
-from superexperts.results.statistics import single_run
+import tyro
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+from tyro.conf import Positional
 
-__all__ = ["extract", "extract_all", "extract_folder", "judged", "normalized", "run", "submission"]
+from superexperts.core.console import stdout
+from superexperts.core.errors import Field, OptionError
+from superexperts.core.runs import read_json
+from superexperts.core.settings import ServerConfig, Switch, require, require_url
+from superexperts.extraction.audit import audit_file
+from superexperts.extraction.judge import Judge, open_judge
+from superexperts.extraction.scores import extract_folder
 
-WORTH = 2000
-"""Answers that take the rules several times as long as it takes to start a process."""
-SCORES_SCHEMA = "superexperts/scores/1"
-NORMALIZED = ("arc_easy", "arc_challenge", "openbookqa", "medqa")
-"""Benchmarks for which lm-evaluation-harness has acc_norm beside acc."""
+__all__ = ["DEFAULT_JUDGE", "ExtractConfig", "judge_of", "run", "show"]
+
+DEFAULT_JUDGE = "Qwen/Qwen2.5-32B-Instruct"
+"""The judge of the original project."""
 
 
-def extract(answer: Answer) -> Extraction:
-    """What an answer commits to, and whether that is right. The gold answer plays no part in the reading.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractConfig(ServerConfig):
+    """Read which answer each raw response commits to. Answers that cannot be read are counted as wrong, and shown.
 
-    `extracted` is a choice's label, "yes" / "no", or a plain number or fraction; None, `how` "unparsed" and not
-    correct where nothing, or more than one thing, is committed to. Numbers are compared as numbers.
+    Example: superexperts extract runs/base
+
+    Example: superexperts extract runs/base --judge all --judge-base-url http://localhost:8000/v1
     """
-    if answer.loglikelihoods is not None:  # the response is a label: there is nothing to read
-        label = answer.response
-        return Extraction(id=answer.id, extracted=label, how="rule:loglikelihood", correct=_right(answer, label))
-    value, rule = read(answer.kind, answer.response, answer.question, answer.choices)
-    if value is None:
-        return _unparsed(answer)
-    return Extraction(id=answer.id, extracted=value, how=f"rule:{rule}", correct=_right(answer, value))
 
+    folder: Positional[Annotated[Path | None, tyro.conf.arg(metavar="DIR")]] = None
+    """Folder with answers/. extractions/ and scores.json are written there."""
+    audit: Path | None = None
+    """Measure the extraction itself instead, on labelled generations (JSONL)."""
+    judge: str = "off"
+    """Model that reads what the rules cannot: checkpoint folder, Hub name, or its name on the server. `left` and `all`
+    mean Qwen/Qwen2.5-32B-Instruct with that scope. The judge never sees the right answer."""
+    judge_scope: Literal["left", "all"] | None = None
+    """judge: `left` reads what the rules could not; `all` reads every answer, and the rules are only compared with it.
+    Default: left."""
+    judge_base_url: str | None = None
+    """judge: URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: a model in this process."""
+    judge_engine: Literal["hf", "vllm", "sglang"] = "hf"
+    """judge in this process: what runs it, as for evaluate."""
+    batch_size: int = 8
+    """judge in this process: answers per batch."""
+    device: str = "auto"
+    """judge in this process: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """judge in this process: weights in memory, as for evaluate."""
+    json: Switch = False
+    """Print the result as JSON."""
 
-def extract_all(answers: Sequence[Answer]) -> list[Extraction]:
-    """`extract` of each, on all cores where there are many."""
-    return parallel_map(extract, answers, worth=WORTH)
-
-
-def _unparsed(answer: Answer) -> Extraction:
-    return Extraction(id=answer.id, extracted=None, how="unparsed", correct=None if answer.gold is None else False)
-
-
-def _right(answer: Answer, value: str) -> bool | None:
-    """None where there is no gold answer."""
-    if answer.gold is None:
-        return None
-    if answer.kind == "number":
-        if value == answer.gold:  # most are written alike, and numbers take time
-            return True
-        gold = exact_value(answer.gold)
-        return gold is not None and number_value(value) == gold
-    return value.casefold() == answer.gold.casefold()
-
-
-def normalized(answer: Answer) -> bool | None:
-    """Whether the choice of the highest log-probability per character is right: the harness's acc_norm.
-
-    None where no choices were compared, without a gold answer, and for benchmarks of which the harness has no acc_norm.
-    """
-    if answer.loglikelihoods is None or answer.gold is None or answer.task not in NORMALIZED:
-        return None
-    label, _, _ = max(answer.loglikelihoods, key=lambda choice: choice[1] / max(choice[2], 1))  # the first of equals
-    return _right(answer, label)
-
-
-def judged(answers: Sequence[Answer], judge: Judge, scope: str) -> tuple[list[Extraction], JudgeReport]:
-    """As `extract`, with a judge for what the rules left unparsed, or for all; and how the judge did."""
-    by_rules = extract_all(answers)
-    read_all = scope == "all"
-    asked = [
-        i
-        for i, (answer, found) in enumerate(zip(answers, by_rules, strict=True))
-        if answer.loglikelihoods is None and (read_all or found.extracted is None)
-    ]
-    verdicts = dict(zip(asked, judge.read([_case(answers[i]) for i in asked]), strict=True))
-    found = [_judged(answer, verdicts[i]) if i in verdicts else by_rules[i] for i, answer in enumerate(answers)]
-    pairs = [(answers[i].kind, by_rules[i].extracted, verdict.value) for i, verdict in verdicts.items()]
-    return found, judge_report(list(verdicts.values()), pairs if read_all else None)
-
-
-def _case(answer: Answer) -> Case:
-    """What a judge may know of an answer."""
-    listed = "".join(f"\n{label}. {text}" for label, text in answer.choices)
-    return Case(
-        kind=answer.kind, question=answer.question.removesuffix(listed), choices=answer.choices, answer=answer.response
-    )
-
-
-def _judged(answer: Answer, verdict: Verdict) -> Extraction:
-    if verdict.value is None:
-        return _unparsed(answer)
-    return Extraction(id=answer.id, extracted=verdict.value, how="judge", correct=_right(answer, verdict.value))
-
-
-def extract_folder(folder: Path, judge: Judge | None = None, scope: str = "left") -> list[Score]:
-    """Reads answers/*.jsonl, or the original's raw_result_*.json; writes extractions/ and scores.json.
-
-    Answers without gold get no score, and a file for the benchmark's publisher instead. Scores come in the benchmarks'
-    usual order. Nothing is done where both were read from these very answers.
-    `DataError` without answers, where a line is no answer, or where `evaluate` was interrupted.
-    """
-    started = time.monotonic()
-    files = sorted((folder / "answers").glob("*.jsonl"), key=_order)
-    raw = raw_files(folder)
-    if any((folder / "answers").glob(".*.partial")):
-        raise DataError(
-            f"the answers in {str(folder)!r} are not complete; run `evaluate` again, it continues", field="folder"
-        )
-    if files and raw:
-        raise DataError(f"{str(folder)!r} has answers/ and raw_result_*.json; keep them in two folders", field="folder")
-    if not files and not raw:
-        raise DataError(f"{str(folder)!r} has no answers/*.jsonl; give a folder that `evaluate` wrote", field="folder")
-    inputs = {
-        "answers": {file.name: fingerprint(file) for file in files or raw},
-        "judge": None if judge is None else {"model": judge.identity, "scope": scope},
-    }
-    if completed(folder / "extractions", "extract", inputs):
-        note(f"extract: {folder} is up to date, nothing to do")
-        return [Score.from_json(row) for row in read_json(folder / "scores.json", "folder")["scores"]]
-    answers, filled = _read_all(files, raw)  # all of them, before anything is written
-    prepare_folder(folder / "extractions", "folder")
-    scores, reports, more = [], [], dict[str, list[dict[str, Any]]]()
-    written = []
-    for task, rows in answers.items():
-        if judge is None:
-            extractions = extract_all(rows)
-        else:
-            extractions, report = judged(rows, judge, scope)
-            reports.append(report)
-        lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in extractions]
-        written.append(f"{task}.jsonl")
-        write_text(folder / "extractions" / written[-1], "".join(lines))
-        if rows[0].gold is None:
-            written.append(f"{task}_submission.csv")
-            write_text(folder / "extractions" / written[-1], submission(extractions))
-            entry = {"task": task, "variant": rows[0].variant, "items": len(rows), "submission": written[-1]}
-            unparsed = sum(row.extracted is None for row in extractions)
-            more.setdefault("ungraded", []).append(entry | {"unparsed": unparsed})
-            continue
-        scores.append(single_run.score(rows[0].task, rows[0].variant, extractions))
-        for name, found in _details(rows, extractions).items():
-            more.setdefault(name, []).append({"task": task, **found})
-    for name, value in filled.items():
-        text = json.dumps(value, ensure_ascii=False, indent=2)  # as the notebook writes it
-        write_text(folder / "extractions" / name, text)
-    outputs = [*written, *filled]
-    old = {file for kind in ("*.json*", "*.csv") for file in (folder / "extractions").glob(kind)}
-    for stale in old - {folder / "extractions" / name for name in [*outputs, MANIFEST]}:
-        stale.unlink()
-    value = {**_scores_json(scores), **more}
-    if judge is not None:
-        value["judge"] = {"model": judge.name, "scope": scope, **joined(reports)}
-    write_json(folder / "scores.json", value)
-    write_manifest(folder / "extractions", "extract", inputs, [*outputs, "../scores.json"], time.monotonic() - started)
-    return scores
-
-
-def submission(extractions: Sequence[Extraction]) -> str:
-    """The CSV that VMLU's publisher takes: `id,answer`, a line an item; without an answer where none could be read."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "answer"])
-    writer.writerows((row.id, row.extracted or "") for row in extractions)
-    return text.getvalue()
-
-
-def _details(answers: Sequence[Answer], extractions: Sequence[Extraction]) -> dict[str, dict[str, Any]]:
-    """What stands beside a benchmark's score: acc_norm where choices were compared, averages over subjects."""
-    details = {}
-    by_length = [normalized(answer) for answer in answers]
-    if None not in by_length:
-        right = sum(map(bool, by_length))
-        low, high = single_run.wilson(right, len(by_length))
-        accuracy = right / len(by_length)
-        details["normalized"] = {"correct": right, "accuracy": accuracy, "low": low, "high": high}
-    subjects = by_subject(
-        answers[0].task, [answer.subject for answer in answers], [bool(row.correct) for row in extractions]
-    )
-    if subjects is not None:
-        details["subjects"] = subjects
-    return details
-
-
-def _read_all(files: Sequence[Path], raw: Sequence[Path]) -> tuple[dict[str, list[Answer]], dict[str, Any]]:
-    """(answers by benchmark; rows by raw file's name, with `full_choice`)."""
-    answers = {file.stem: list(_read_answers(file)) for file in files}
-    filled = {}
-    for file in sorted(raw, key=lambda file: _order(Path(task_of(file)))):
-        if task_of(file) in answers:
-            raise DataError(f"{file} is a second file of {task_of(file)}; keep them in two folders", field="folder")
-        filled[file.name], answers[task_of(file)] = read_raw(file)
-    return answers, filled
-
-
-def _order(file: Path) -> tuple[int, str]:
-    known = TASKS + MORE_TASKS
-    return known.index(file.stem) if file.stem in known else len(known), file.stem
-
-
-def _scores_json(scores: Sequence[Score]) -> dict[str, Any]:
-    return {"schema": SCORES_SCHEMA, "scores": [score.to_json() for score in scores]}
-
-
-def _read_answers(file: Path) -> Iterator[Answer]:
-    found, graded, seen = 0, set(), set()
-    of: tuple[str, str] | None = None
-    # A byte that is no UTF-8 becomes a replacement character: it cannot turn one answer into another's error.
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                answer = Answer.from_json(json.loads(line))
-            except (json.JSONDecodeError, DataError) as error:
-                raise DataError(
-                    f"{file} line {number} is no answer ({error}); evaluate again", field="folder"
-                ) from error
-            found = number
-            graded.add(answer.gold is not None)
-            if len(graded) > 1:
-                raise DataError(
-                    f"{file} line {number}: some answers have a gold answer, some none; evaluate again", field="folder"
-                )
-            of = of or (answer.task, answer.variant)
-            if answer.id in seen or of != (answer.task, answer.variant):
-                raise DataError(
-                    (
-                        f"{file} line {number}: a second answer to item {answer.id!r:.60}, or one of another benchmark "
-                        "or variant; keep one file for each benchmark of a variant"
-                    ),
-                    field="folder",
-                )
-            seen.add(answer.id)
-            yield answer
-    if not found:
-        raise DataError(f"{file} is empty; evaluate again", field="folder")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folder is None and self.audit is None:
+            raise OptionError("missing; give the folder with answers, or ", Field("audit"), " FILE", field="folder")
+        both = self.folder is not None and self.audit is not None
+        require(not both, "audit", str(self.audit), "excludes ", Field("folder"), "; give one of the two")
+        require(self.batch_size > 0, "batch_size", self.batch_size, "is not positive; give at least 1")
+        require(bool(self.judge), "judge", self.judge, "is empty; name a model, or give off")
+        if self.judge in ("left", "all"):
+            why = ("is not that of ", Field("judge"), f" {self.judge}; leave one of the two out")
+            require(self.judge_scope in (None, self.judge), "judge_scope", self.judge_scope, *why)
+            object.__setattr__(self, "judge_scope", self.judge)
+            object.__setattr__(self, "judge", DEFAULT_JUDGE)
+        for option, value, default in (
+            ("judge_scope", self.judge_scope, None),
+            ("judge_base_url", self.judge_base_url, None),
+            ("judge_engine", self.judge_engine, "hf"),
+        ):
+            require(
+                self.judge != "off" or value == default,
+                option,
+                value,
+                "needs a judge; name one with ",
+                Field("judge"),
+            )
+        if self.judge_base_url is not None:
+            require_url("judge_base_url", self.judge_base_url)
+            why = ("excludes ", Field("judge_base_url"), ", the server that runs the judge; leave one of the two out")
+            require(self.judge_engine == "hf", "judge_engine", self.judge_engine, *why)
 
 
 def run(config: ExtractConfig, judge: Judge | None = None) -> dict[str, Any]:
-    """The command: extracts a folder's answers and returns the scores, or audits the extraction.
+    """Extracts the answers of a folder and returns the scores, or audits the extraction itself.
 
-    `judge` is the one that the settings name, if it is open already.
+    `judge` is the judge that the settings name, if it is open already.
     """
     if config.audit is not None:
-        return audit_file(config.audit, open_judge(config, None))  # a labelled file has no run folder to remember in
+        return audit_file(config.audit, judge_of(config, None))  # a labelled file has no folder to keep replies in
     assert config.folder is not None
-    judge = judge or open_judge(config, config.folder / "judge.jsonl")
+    judge = judge or judge_of(config, config.folder / "judge.jsonl")
     extract_folder(config.folder, judge, config.judge_scope or "left")
     return {"out": str(config.folder), **read_json(config.folder / "scores.json", "folder")}
+
+
+def judge_of(config: ExtractConfig, replies: Path | None) -> Judge | None:
+    """The judge that the settings name, None for `off`; `replies` is the file that keeps its replies."""
+    if config.judge == "off":
+        return None
+    return open_judge(
+        config.judge,
+        replies,
+        base_url=config.judge_base_url,
+        engine=config.judge_engine,
+        device=config.device,
+        dtype=config.dtype,
+        batch_size=config.batch_size,
+        concurrency=config.concurrency,
+        timeout=config.timeout,
+        retries=config.retries,
+    )
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the scores, or the audit. Text of a model goes through `ascii` and `Text`: it is not markup."""
+    if "scores" not in result:
+        _show_audit(result)
+        return
+    _show_scores(result)
+    if "judge" in result:
+        _show_judge(result["judge"])
+    stdout.print(f"in {result['out']}", soft_wrap=True)
+
+
+def _show_audit(result: dict[str, Any]) -> None:
+    table = Table(caption="accuracy: right, and rightly empty, over all", box=SIMPLE, padding=0)
+    for column in ("", "items", "right", "empty", "wrong", "missed", "invented", "accuracy", "95% interval"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)  # a row fits into 80 columns
+    sections = [("all", result["all"]), *result["kinds"].items(), *(result["rules"].items())]
+    if result["judge"] is not None:
+        judge = result["judge"]
+        sections += [("judge", judge["all"]), *((f"judge {kind}", row) for kind, row in judge["kinds"].items())]
+        sections.append(("rules + judge", judge["together"]))
+    for name, row in sections:
+        counts = [str(row[column]) for column in ("items", "right", "empty", "wrong", "missed", "invented")]
+        interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+        table.add_row(name, *counts, f"{100 * row['accuracy']:.2f}", interval)
+    stdout.print(table)
+    for row in result["not_right"]:
+        stdout.print(Text(ascii(f"{row['id']}: {row['label']} read as {row['extracted']} ({row['rule']})")))
+    if result["judge"] is not None:
+        _show_judge(result["judge"])
+
+
+def _show_judge(result: dict[str, Any]) -> None:
+    line = [f"judge {result['model']!a}: asked {result['asked']:,}, named an answer in {result['committed']:,}"]
+    line.append(f"none in {result['none']:,}, unreadable {result['unreadable']:,}")
+    stdout.print(Text(", ".join(line)), soft_wrap=True)
+    found = result["agreement"]
+    if found is not None:
+        interval = f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"
+        line = [f"{name.replace('_', ' ')} {found[name]}" for name in ("differ", "rules_only", "judge_only")]
+        share = f"agrees with the rules on {100 * found['share']:.2f}% of {found['items']:,} ({interval})"
+        stdout.print(Text(f"judge {share}; {', '.join(line)}"), soft_wrap=True)
+
+
+def _show_scores(result: dict[str, Any]) -> None:
+    table = Table()
+    for column in ("benchmark", "variant", "items", "accuracy", "95% interval", "unparsed"):
+        table.add_column(column, justify="left" if column in ("benchmark", "variant") else "right")
+    for row in result["scores"]:
+        table.add_row(
+            Text(row["task"]),
+            Text(row["variant"]),
+            str(row["items"]),
+            f"{100 * row['accuracy']:.2f}",
+            f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+            f"{row['unparsed']} ({100 * row['unparsed'] / row['items']:.1f}%)",
+        )
+    if result["scores"]:
+        stdout.print(table)
+    for row in result.get("normalized", []):
+        stdout.print(f"{row['task']}, by log-probability per character (acc_norm): {100 * row['accuracy']:.2f}")
+    for row in result.get("subjects", []):
+        groups = "".join(
+            f"; {group} {100 * found['accuracy']:.2f} ({100 * found['macro']:.2f})"
+            for group, found in row["groups"].items()
+        )
+        stdout.print(
+            f"{row['task']}, {len(row['subjects'])} subjects, mean over items (over subjects): "
+            f"{100 * row['accuracy']:.2f} ({100 * row['macro']:.2f}){groups}",
+            soft_wrap=True,
+            markup=False,
+        )
+    for row in result.get("ungraded", []):
+        stdout.print(
+            f"{row['task']}: {row['items']} answers without gold answers, no accuracy; {row['unparsed']} unparsed; "
+            f"to submit: extractions/{row['submission']}",
+            soft_wrap=True,
+            markup=False,
+        )

@@ -14,14 +14,15 @@ from typing import Any, Literal
 from superexperts.adapters import export
 from superexperts.adapters.borrow import ModelCache
 from superexperts.adapters.export import ExportConfig
-from superexperts.core.config import EvaluateConfig, ExtractConfig, ProfileConfig
+from superexperts.core.config import EvaluateConfig, ProfileConfig
 from superexperts.core.errors import OptionError
 from superexperts.core.runs import completed, new_folder, write_json, write_manifest
 from superexperts.core.types import ExpertSet
 from superexperts.data.corpora import takes_column
 from superexperts.evaluation import evaluate
 from superexperts.extraction import extract
-from superexperts.extraction.judge import Judge, open_judge
+from superexperts.extraction.extract import ExtractConfig
+from superexperts.extraction.judge import Judge
 from superexperts.pocket import write_data
 from superexperts.profiling import profile, select
 from superexperts.profiling.select import SelectConfig
@@ -226,5 +227,5 @@ class Worker:
         config = ExtractConfig(folder=self._folder(run), device=self.device, **self.plan.extraction)
         if judged_here(self.plan):
             self.models.clear()  # a judge of 32 B parameters needs the room
-        self._judge = self._judge or open_judge(config, self.out / "judge.jsonl")  # variants often say the same
+        self._judge = self._judge or extract.judge_of(config, self.out / "judge.jsonl")  # variants often say the same
         extract.run(config, self._judge)

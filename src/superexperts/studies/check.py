@@ -18,11 +18,11 @@ from transformers import AutoConfig
 
 from superexperts.benchmarks import load_benchmarks
 from superexperts.checkpoints.source import resolve
-from superexperts.core.config import ExtractConfig
 from superexperts.core.errors import DataError, ModelError, OptionError, UserError
 from superexperts.core.types import ExpertSet
 from superexperts.data.corpora import documents, local_data, named_corpus
 from superexperts.data.packing import pack
+from superexperts.extraction.extract import ExtractConfig
 from superexperts.models.banks import check_experts, find_banks
 from superexperts.models.loading import load_tokenizer, pick_device, structure_of
 from superexperts.pocket import checkpoint_dir
