@@ -30,7 +30,7 @@ from transformers import (
 )
 from watching import forget_peak, resident
 
-from superexperts.profiling.profile import profile_corpus
+from superexperts.profiling.measure import profile_corpus
 
 COMMON = {
     "vocab_size": 8192,

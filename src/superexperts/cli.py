@@ -31,7 +31,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "profile": Command(
-        "what every expert writes, and which tokens it sees", "profiling.profile", "core.config.ProfileConfig"
+        "what every expert writes, and which tokens it sees", "profiling.profile", "profiling.profile.ProfileConfig"
     ),
     "select": Command("choose experts from a profile", "profiling.select", "profiling.select.SelectConfig"),
     "prune": Command("a checkpoint without the chosen experts", "surgery.prune", "surgery.prune.PruneConfig"),

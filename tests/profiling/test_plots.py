@@ -17,10 +17,9 @@ from PIL import Image
 from superexperts.core.errors import OutputError
 from superexperts.core.types import CorpusProfile
 from superexperts.plotting import DARK, LIGHT, Theme
-from superexperts.profiling import plots, plots_corpora
+from superexperts.profiling import plots
 from superexperts.profiling.criterion import considered, threshold
-from superexperts.profiling.plots import plot_heatmap, plot_layers
-from superexperts.profiling.plots_corpora import plot_corpora, plot_top
+from superexperts.profiling.plots import plot_corpora, plot_heatmap, plot_layers, plot_top
 from tests.support.study_folder import profile
 
 CHOSEN = ((1, 2), (2, 5))
@@ -111,8 +110,7 @@ def test_no_text_leaves_the_paper(drawn: list[Figure], monkeypatch: pytest.Monke
         figure.draw_without_rendering()
         drawn.append(figure)
 
-    for module in (plots, plots_corpora):
-        monkeypatch.setattr(module, "save", keep)
+    monkeypatch.setattr(plots, "save", keep)
     long = "Magistrates and Morals: a corpus of law.jsonl"
     section = profile().corpora["pocket"]
     found = dataclasses.replace(
@@ -134,7 +132,7 @@ def test_corpora_are_marked_by_the_criterion_however_deep_the_profile(
     drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An expert in the last quarter of the layers is no super expert, as in the table and in the other pictures."""
-    monkeypatch.setattr(plots_corpora, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     section = profile(layers=8).corpora["pocket"]
     late = [dataclasses.replace(row, output_max=5000.0) if row.key == (7, 3) else row for row in section.experts]
     corpora = {name: dataclasses.replace(section, experts=tuple(late)) for name in "ab"}
@@ -147,7 +145,7 @@ def test_corpora_are_marked_by_the_criterion_however_deep_the_profile(
 def test_seven_corpora_look_different_and_their_super_experts_are_filled(
     drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots_corpora, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     one = profile(experts=80).corpora["pocket"]
     flat = dataclasses.replace(
         one, experts=tuple(dataclasses.replace(row, output_max=min(row.output_max, 1.0)) for row in one.experts)

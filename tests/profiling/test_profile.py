@@ -17,9 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from superexperts.checkpoints.source import resolve
-from superexperts.core.config import ProfileConfig
 from superexperts.core.errors import ModelError, OptionError
-from superexperts.core.show import show
 from superexperts.core.types import CorpusProfile, ExpertSet, ExpertStats, Profile
 from superexperts.data.corpora import CORPORA, documents
 from superexperts.data.packing import pack
@@ -29,10 +27,11 @@ from superexperts.models.decoder import num_layers
 from superexperts.models.experts import down_weight, grouped
 from superexperts.models.loading import load_model, load_tokenizer
 from superexperts.pocket import PLANTED
-from superexperts.profiling import profile
+from superexperts.profiling import measure, plots, profile
 from superexperts.profiling.accumulator import _peaks, _Rows
 from superexperts.profiling.criterion import super_experts
-from superexperts.profiling.profile import profile_corpus
+from superexperts.profiling.measure import profile_corpus
+from superexperts.profiling.profile import ProfileConfig
 from superexperts.profiling.select import SelectConfig
 from superexperts.profiling.select import run as select_run
 from tests.models.test_hooks import by_hand
@@ -266,7 +265,7 @@ def test_several_corpora_and_what_they_agree_on(
     files = [str(tmp_path / folder / "notes.txt") for folder in "ab"]
     out = tmp_path / "out"
     settings = ProfileConfig(corpus=(*files, "pocket"), out=out, tokens=1024, seq_len=128)
-    run, asked = profile.profile_corpus, 0
+    run, asked = measure.profile_corpus, 0
 
     def counted(*arguments: Any, **more: Any) -> Any:
         nonlocal asked
@@ -275,7 +274,7 @@ def test_several_corpora_and_what_they_agree_on(
             raise KeyboardInterrupt
         return run(*arguments, **more)
 
-    monkeypatch.setattr(profile, "profile_corpus", counted)
+    monkeypatch.setattr(measure, "profile_corpus", counted)
     with pytest.raises(KeyboardInterrupt):
         profile.run(settings)
     assert not (out / "profile.json").exists()
@@ -302,7 +301,7 @@ def test_several_corpora_and_what_they_agree_on(
     found = json.loads((out / "stability.json").read_text())
     assert found == result["stability"]
     assert {row["expert"] for row in found["super"]} >= {"L1E11", "L3E54"}
-    show("profile", result)
+    profile.show(result)
     assert "Jaccard" in capsys.readouterr().out
 
 
@@ -311,7 +310,7 @@ def test_pictures_of_corpora_of_like_names_are_kept_apart(tmp_path: Path) -> Non
     rows = (ExpertStats(layer=0, expert=0, tokens=1, output_max=1.0), ExpertStats(layer=0, expert=1))
     names = ("a/n.txt", "x/n-txt-3", "b/n.txt", "c/n.txt")
     corpora = {name: CorpusProfile(tokens=1, experts=rows) for name in names}
-    drawn = profile._pictures(Profile(model="m", num_layers=1, corpora=corpora), tmp_path)
+    drawn = plots.draw_pictures(Profile(model="m", num_layers=1, corpora=corpora), tmp_path)
     tops = [name for name in drawn if name.startswith("top-") and name.endswith(".png")]
     assert tops == ["top-n-txt.png", "top-n-txt-3.png", "top-n-txt-2.png", "top-n-txt-4.png"]
 
@@ -358,7 +357,7 @@ def test_command_does_not_work_twice(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_the_seven_real_corpora_profile_under_their_names(
     tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profile, "_pictures", lambda *_: [])
+    monkeypatch.setattr(plots, "draw_pictures", lambda *_: [])
     settings = ProfileConfig(corpus=tuple(CORPORA), out=tmp_path / "p", tokens=512, seq_len=128, data_dir=shared_data)
     profile.run(settings)
     written = Profile.load(tmp_path / "p")

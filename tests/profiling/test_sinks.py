@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from superexperts.checkpoints.source import resolve
-from superexperts.core.config import ProfileConfig
 from superexperts.core.runs import read_json
-from superexperts.core.show import show
 from superexperts.data.corpora import documents
 from superexperts.data.packing import pack
 from superexperts.models.loading import load_model, load_tokenizer
 from superexperts.pocket import PLANTED
 from superexperts.profiling import profile
+from superexperts.profiling.profile import ProfileConfig
 from superexperts.profiling.sinks import SinkReport, attention_sinks, compare_sinks
 from tests.support.families import FAMILIES, VOCABULARY, tiny_model
 
@@ -94,7 +93,7 @@ def test_command_writes_the_report_and_the_picture(tmp_path: Path, capsys: pytes
     assert result["sinks"]["experts"] == ["L3E54", "L1E11"]
     assert (tmp_path / "p" / "sinks.png").read_bytes().startswith(b"\x89PNG")
     assert profile.run(ProfileConfig(out=tmp_path / "p", **settings)) == result
-    show("profile", result)
+    profile.show(result)
     decay = result["sinks"]["layers"][3]["decay"]
     told = f"decay (D_sink) {100 * decay:.1f}%"
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("layer 3: ")]
@@ -107,7 +106,7 @@ def test_command_writes_the_report_and_the_picture(tmp_path: Path, capsys: pytes
 def test_without_super_experts_the_profile_is_kept_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(profile, "_super", lambda *_: ())
+    monkeypatch.setattr(profile, "super_experts_of", lambda *_: ())
     result = profile.run(ProfileConfig(corpus=("pocket",), tokens=256, seq_len=128, sinks=True, out=tmp_path))
     assert "pocket shows no super expert to silence, so the sinks are not measured" in capsys.readouterr().err
     assert result["sinks"] is None

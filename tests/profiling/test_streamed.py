@@ -26,7 +26,6 @@ from superexperts.checkpoints import float8
 from superexperts.checkpoints.reader import SINGLE
 from superexperts.checkpoints.source import resolve
 from superexperts.cli import main
-from superexperts.core.config import ProfileConfig
 from superexperts.core.errors import ModelError, OptionError, OutputError
 from superexperts.core.types import CorpusProfile, ExpertStats, Profile
 from superexperts.data.corpora import documents
@@ -35,9 +34,11 @@ from superexperts.models.experts import expert_inner
 from superexperts.models.loading import empty_model, load_as_stored, settings_of
 from superexperts.models.streaming import StreamedModel
 from superexperts.pocket import PLANTED
+from superexperts.profiling import measure
 from superexperts.profiling import profile as profile_command
 from superexperts.profiling import streamed as profile_streamed_module
-from superexperts.profiling.profile import profile_corpus
+from superexperts.profiling.measure import profile_corpus
+from superexperts.profiling.profile import ProfileConfig
 from superexperts.profiling.streamed import profile_streamed, quick_look
 from tests.support.families import FAMILIES, MORE_FAMILIES, tiny_model, tiny_tokens
 
@@ -450,7 +451,7 @@ def test_two_processes_write_the_profile_of_one(
         return recorder
 
     with monkeypatch.context() as patch:
-        for module in (profile_command, profile_streamed_module):
+        for module in (measure, profile_streamed_module):
             patch.setattr(module, "merged", interrupted)
         assert main([*command, f"--out={tmp_path / 'two0'}"]) == 130
     assert main([*command, f"--out={tmp_path / 'one'}"]) == 0

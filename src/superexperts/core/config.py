@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, Literal
-
-import tyro
 
 from superexperts.core.console import is_shown
 from superexperts.core.errors import Field
@@ -19,12 +16,10 @@ from superexperts.core.settings import require_sequences as _require_sequences
 from superexperts.core.settings import require_url as _require_url
 
 __all__ = [
-    "QUICK_LENGTH",
     "TASKS",
     "CheckpointConfig",
     "EvaluateConfig",
     "ModelConfig",
-    "ProfileConfig",
     "ServerConfig",
     "identity",
 ]
@@ -46,79 +41,6 @@ def identity(config: Any, **contents: Any) -> dict[str, Any]:
     """What a stage's result depends on: its options but paths, and the contents (hashes) that the paths lead to."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
     return {"options": {name: str(value) for name, value in options.items()}, **contents}
-
-
-QUICK_LENGTH = 64
-"""Tokens of a sequence of the quick look: attention sinks and with them super experts show on the first ones."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProfileConfig(ModelConfig):
-    """Measure what every expert writes: peaks of |down_proj output| per (layer, expert), and which tokens it saw.
-
-    Example: superexperts profile pocket --corpus pocket --out runs/profile
-    """
-
-    corpus: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """`pocket`, one of the original's seven names, `multilingual-LANG`, a .txt / .jsonl / .jsonl.gz file, or a Hub
-    data set as OWNER/NAME[:CONFIG[:SPLIT]][@REVISION]; may be given several times. Default: pocket."""
-    column: str | None = None
-    """Column of a .jsonl file or Hub data set that holds the text; default: text."""
-    out: Path = Path("runs/profile")
-    """Folder for profile.json and the pictures."""
-    tokens: int = 16384
-    """Tokens per corpus, BOS of each sequence counted."""
-    seq_len: int = 512
-    """Tokens per sequence."""
-    batch_size: int = 8
-    """Sequences per forward pass."""
-    stream: Switch = False
-    """One decoder layer in memory at a time, the rest stays in the checkpoint; chosen by itself where the model would
-    not fit."""
-    quick: Switch = False
-    """A quick look: streamed, a few sequences of 64 tokens, more until the super experts stay the same; only experts
-    that some token reaches are read."""
-    activation_budget: float = 4.0
-    """GiB of hidden states that --stream keeps in memory between layers; past it they go to a file in --out."""
-    device_map: Literal["none", "auto"] = "none"
-    """`auto` spreads a model in memory over several GPUs."""
-    depth: float = 0.75
-    """Share of the layers that are run and that the criterion considers; 1.0 for all."""
-    statistic: Literal["all", "first"] = "all"
-    """Peaks of the criterion: over all tokens, or over the first one of each sequence that an expert sees."""
-    sinks: Switch = False
-    """Also measure the attention on the first token, with all experts and with the super experts silent."""
-    data_dir: Path | None = None
-    """Folder of local data files instead of the Hub; default: the environment's SUPEREXPERTS_DATA."""
-    json: Switch = False
-    """Print the result as JSON."""
-
-    def __post_init__(self) -> None:
-        _require_sequences(self.tokens, min(self.seq_len, QUICK_LENGTH) if self.quick else self.seq_len)
-        _require_device(self.device)
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "is not positive; give at least 1")
-        _require(0 < self.depth <= 1, "depth", self.depth, "is out of range; give a share in (0, 1]")
-        _require(
-            0 <= self.activation_budget < math.inf,
-            "activation_budget",
-            self.activation_budget,
-            "is negative or no number; give GiB",
-        )
-        streamed = "quick" if self.quick else "stream"
-        _require(
-            not (self.sinks and (self.quick or self.stream)),
-            "sinks",
-            True,
-            "needs the model in memory; drop ",
-            Field(streamed),
-        )
-        _require(
-            self.device_map == "none" or not (self.quick or self.stream),
-            "device_map",
-            self.device_map,
-            "is for models in memory; drop ",
-            Field(streamed),
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""Statistics of every expert, gathered from `moe.BankCall`s on the model's own device.
+"""Adds up the statistics of every expert from `BankCall`s, on the device of the model.
 
-Nothing as large as the activations is made or kept: each row is reduced to its largest |value| and its norm at once.
+Nothing as large as the activations is created or kept: each row is reduced at once to its largest |value| and its norm.
 
 Shape suffixes: T tokens of a batch (B sequences x L positions), E experts of a bank, R rows (a token at one of its
 experts, sorted by expert and then by token), N rows of a piece, P experts that have rows in a piece, each once.
@@ -22,25 +22,25 @@ from superexperts.core.types import ExpertId, ExpertKey, ExpertStats, key_name, 
 from superexperts.models.experts import BankCall, Piece
 from superexperts.profiling.rules import layer_shares
 
-__all__ = ["Recorder", "merged"]
+__all__ = ["Accumulator", "merged"]
 
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The integers of as many bytes as a float."""
+"""Bytes of a float -> the integer type of the same size."""
 
 
 class _Peaks:
-    """Per expert of a bank the largest |value| so far, and where it was; the first of equals wins."""
+    """For each expert of a bank the largest |value| so far and its place; of equal values the first one counts."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.value_E = torch.full((size,), -1.0, device=device)
-        """-1 without tokens, as are the next two."""
+        """-1 for an expert without tokens, as in the next two."""
         self.place_E = torch.full((size,), -1, device=device)
-        """Place of the peak's token in the corpus: sequence x L + position."""
+        """Place of the token of the peak in the corpus: sequence x L + position."""
         self.channel_E = torch.full((size,), -1, device=device)
 
     def update(self, expert_P: Tensor, value_P: Tensor, place_P: Tensor, channel_P: Tensor) -> None:
-        """Takes the peaks of experts, each named once, on tokens that come after all others."""
+        """Takes new peaks, at most one per expert, of tokens that come after all earlier ones."""
         better_P = value_P > self.value_E[expert_P]
         expert_P = expert_P[better_P]
         self.value_E[expert_P] = value_P[better_P]
@@ -54,7 +54,7 @@ class _Peaks:
         return moved
 
     def merge(self, other: _Peaks) -> None:
-        """Takes the peaks of other tokens."""
+        """Takes the peaks of other batches, in whichever order they were run."""
         first_E = (other.value_E == self.value_E) & (other.place_E < self.place_E)
         better_E = (other.value_E > self.value_E) | first_E
         self.channel_E = torch.where(better_E, other.channel_E, self.channel_E)
@@ -62,21 +62,21 @@ class _Peaks:
         self.value_E = torch.where(better_E, other.value_E, self.value_E)
 
     def listed(self) -> list[tuple[float, int, int]]:
-        """Per expert (value, place, channel)."""
+        """(value, place, channel) for each expert."""
         return list(zip(self.value_E.tolist(), self.place_E.tolist(), self.channel_E.tolist(), strict=True))
 
 
 class _Rows:
-    """Peaks of the rows of a call as its pieces come, and the row in which each expert has its highest one."""
+    """The peak of each row of a call, collected piece by piece, and the row with the highest peak of each expert."""
 
     def __init__(self) -> None:
         self._peaks: list[Tensor] = []
         self._highest: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Per piece its experts, and for each of them a row of the call and that row's values."""
+        """For each piece its experts, and for each of these one row of the call and the values of that row."""
         self._done = 0
 
     def add(self, expert_N: Tensor, values: Tensor, peak_N: Tensor, is_one_expert: bool) -> None:
-        """Takes a piece's rows [N, channels] and each one's largest |value|."""
+        """Takes the rows [N, channels] of a piece and the largest |value| of each."""
         if is_one_expert:
             expert_P, row_P = expert_N[:1], peak_N.argmax()[None]
         else:
@@ -90,24 +90,25 @@ class _Rows:
         return torch.cat(self._peaks)
 
     def highest(self, place_R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The experts that have rows, and each one's peak, with its place and channel; the first of equals."""
+        """The experts that have rows, and for each its peak with place and channel; of equal peaks the first."""
         expert_P, row_P, values = (torch.cat(column) for column in zip(*self._highest, strict=True))
         return expert_P, self.peaks()[row_P], place_R[row_P], values.abs().argmax(-1)
 
 
 class _Bank:
-    """What is known of one bank's experts."""
+    """The statistics of the experts of one bank."""
 
     def __init__(self, experts: tuple[ExpertId, ...], device: torch.device) -> None:
         self.experts = experts
         self.sums_4E: dict[int, Tensor] = {}
-        """Per batch, by the place of its first token: tokens, gate sum, sum of weighted norms, values that are not
-        finite; float64. They are added up in the order of the corpus, whoever ran which batch."""
+        """For each batch, by the place of its first token: number of tokens, gate sum, sum of weighted norms, number of
+        rows that are not finite; float64. They are added up in the order of the corpus, so that the sum does not depend
+        on which process ran which batch."""
         self.first_E = torch.zeros(len(experts), device=device)
         self.input, self.output = _Peaks(len(experts), device), _Peaks(len(experts), device)
 
     def update(self, call: BankCall, real_T: Tensor | None, start: int, length: int) -> None:
-        """Takes the rows of tokens that are no padding; `start` is the place of the batch's first token."""
+        """Takes the rows of all tokens that are not padding; `start` is the place of the first token of the batch."""
         real_R = None if real_T is None else real_T[call.token_R]
         inner, output, norms, done = _Rows(), _Rows(), [], 0
         for piece, inner_N, output_N, norm_N in call.made(_measured):
@@ -130,7 +131,8 @@ class _Bank:
         self.sums_4E[start] = torch.stack([_sums(term_R, counts_E) for term_R in terms_4R])
         self.input.update(*inner.highest(start + token_R))
         self.output.update(*output.highest(start + token_R))
-        # The reference's hook sees a routed expert's first token of a sequence, and all tokens of a shared expert.
+        # The hook of the reference code sees the first token of a sequence that reaches a routed expert, but all tokens
+        # of a shared expert.
         first_R = torch.ones_like(expert_R, dtype=torch.bool)
         if self.experts != ("shared",):
             sequence_R = expert_R * (int(token_R.max()) // length + 1) + token_R // length
@@ -145,13 +147,14 @@ class _Bank:
         return moved
 
     def merge(self, other: _Bank) -> None:
-        """Takes what is known from other batches."""
+        """Takes the statistics of other batches."""
         self.sums_4E |= other.sums_4E
         self.first_E = torch.maximum(self.first_E, other.first_E)
         self.input.merge(other.input)
         self.output.merge(other.output)
 
     def rows(self, layer: int, ids_T: Tensor, length: int) -> list[ExpertStats]:
+        """The statistics of each expert; `ids_T` are the token ids of the corpus, in sequences of `length`."""
         found = []
         peaks = zip(self.output.listed(), self.input.listed(), self.first_E.tolist(), strict=True)
         sums_4E = torch.zeros(4, len(self.experts), dtype=torch.float64)
@@ -189,11 +192,12 @@ class _Bank:
         return found
 
 
-class Recorder:
-    """A tap for `moe.tapped` that gathers `ExpertStats`. Results do not depend on how sequences are put into batches.
+class Accumulator:
+    """Adds up `ExpertStats` while a model runs; pass it to `hooks.tapped`. How sequences are put into batches does not
+    change the result.
 
-    Call `start_batch` before each forward pass; all sequences have one length. Peaks are exact, norms are taken in
-    float32, sums in float64. `ids_BL` are the sequences [B, L] of the whole corpus, in the order of the batches.
+    Call `start_batch` before each forward pass. Peaks are exact, norms are computed in float32 and sums in float64.
+    `ids_BL` are the token ids [B, L] of the whole corpus, in the order of the batches; all sequences have one length.
     """
 
     def __init__(self, keys: Collection[ExpertKey], ids_BL: Tensor) -> None:
@@ -204,7 +208,7 @@ class Recorder:
         self._real_T: Tensor | None = None
 
     def start_batch(self, first: int, mask_BL: Tensor) -> None:
-        """Says which sequences come next: the number of the first, and 1 for tokens, 0 for padding."""
+        """Announces the next sequences: the number of the first, and their mask (1 for tokens, 0 for padding)."""
         self._start = first * self._ids_BL.shape[1]
         self._real_T = None if bool(mask_BL.all()) else mask_BL.flatten().bool()
 
@@ -215,24 +219,23 @@ class Recorder:
         real_T = None if self._real_T is None else self._real_T.to(call.expert_R.device)
         self._banks[where].update(call, real_T, self._start, self._ids_BL.shape[1])
 
-    def merge(self, other: Recorder) -> None:
-        """Takes what another one recorded of other batches of the same corpus; the result does not depend on who ran
-        which, nor on the order of the merges."""
+    def merge(self, other: Accumulator) -> None:
+        """Takes the statistics of other batches of the same corpus. The order of the merges does not matter."""
         for where, bank in other._banks.items():
             if where in self._banks:
                 self._banks[where].merge(bank)
             else:
                 self._banks[where] = copy.deepcopy(bank)
 
-    def cpu(self) -> Recorder:
-        """The same in the CPU's memory, where recorders of several devices can be merged."""
+    def cpu(self) -> Accumulator:
+        """A copy in the memory of the CPU, where those of several devices can be merged."""
         moved = copy.copy(self)
         moved._real_T = None
         moved._banks = {where: bank.cpu() for where, bank in self._banks.items()}
         return moved
 
     def rows(self) -> tuple[ExpertStats, ...]:
-        """Every expert's statistics, in the order of `key_order`. `ModelError` names one that wrote inf or nan."""
+        """The statistics of every expert, in the order of `key_order`; `ModelError` if one wrote inf or nan."""
         ids_T, length = self._ids_BL.flatten(), self._ids_BL.shape[1]
         found = {row.key: row for (layer, _), bank in self._banks.items() for row in bank.rows(layer, ids_T, length)}
         rows = [found.get(key) or ExpertStats(layer=key[0], expert=key[1]) for key in self._keys]
@@ -242,44 +245,43 @@ class Recorder:
         )
 
 
-def merged(recorder: Recorder) -> Recorder:
-    """The statistics of all processes, in each of them: exactly what one process computes from all batches."""
+def merged(accumulator: Accumulator) -> Accumulator:
+    """The statistics of all processes together: exactly what one process computes from all batches."""
     if not is_distributed():
-        return recorder
-    total, *others = gathered(recorder.cpu())
+        return accumulator
+    total, *others = gathered(accumulator.cpu())
     for other in others:
         total.merge(other)
     return total
 
 
 def _measured(piece: Piece) -> tuple[Piece, Tensor, Tensor, Tensor]:
-    """A piece, and per row the largest |input|, the largest |output| and the output's norm, each float32 [N]."""
+    """A piece, and for each row the largest |input|, the largest |output| and the norm of the output, float32 [N]."""
     inner_N, output_N = (_in_parts(_peaks, values) for values in (piece.inner_NF, piece.output_ND))
     return piece, inner_N, output_N, _in_parts(_norms, piece.output_ND)
 
 
 def _in_parts(measure: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """A measure of each row of [N, channels]. A CPU takes a few rows at a time, so that they stay in its cache; a GPU
-    takes all at once."""
+    """A measure of each row of [N, channels], on a CPU for a few rows at a time, so that they stay in its cache."""
     step = max(1, 2**18 // values.shape[1]) if values.device.type == "cpu" else len(values)
     return torch.cat([measure(part) for part in torch.split(values, step)])
 
 
 def _peaks(values: Tensor) -> Tensor:
-    """Per row the largest |value|, float32; NaN where there is one."""
-    # Floats without their sign are in the order of their bits, which a CPU compares several times as fast.
+    """The largest |value| of each row, float32; NaN if the row has one."""
+    # Without their sign, floats have the order of their bits, and a CPU compares integers several times as fast.
     whole = BITS[values.dtype.itemsize]
     bits = values.view(whole).bitwise_and(torch.iinfo(whole).max)
     return bits.amax(-1).view(values.dtype).float()
 
 
 def _norms(values: Tensor) -> Tensor:
-    """Per row the L2 norm, float32."""
+    """The L2 norm of each row, float32."""
     return cast(Tensor, torch.linalg.vector_norm(values.float(), dim=-1))  # bfloat16 has no fast path on a CPU
 
 
 def _highest_rows(expert_N: Tensor, peak_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The experts that have rows, and each one's row with the largest peak; of equals the first."""
+    """The experts that have rows, and for each the row with the largest peak; of equal peaks the first."""
     expert_P, local_N = torch.unique_consecutive(expert_N, return_inverse=True)
     best_P = peak_N.new_full(expert_P.shape, -1.0).scatter_reduce(0, local_N, peak_N, "amax")
     last = len(peak_N) - 1
@@ -288,5 +290,5 @@ def _highest_rows(expert_N: Tensor, peak_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sums(value_R: Tensor, counts_E: Tensor) -> Tensor:
-    """Per expert the sum of its rows, in float64 and always in the same order (a scatter on a GPU adds in any)."""
+    """The sum of the rows of each expert in float64, always in the same order (a scatter on a GPU has none)."""
     return torch.segment_reduce(value_R.double(), "sum", lengths=counts_E, axis=0, unsafe=True)

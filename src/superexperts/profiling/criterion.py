@@ -8,9 +8,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from superexperts.core.errors import OptionError
-from superexperts.core.types import ExpertStats, Statistic, key_order
+from superexperts.core.types import CorpusProfile, ExpertKey, ExpertStats, Profile, Statistic, key_order
 
-__all__ = ["Threshold", "considered", "layers_below", "peak", "super_experts", "threshold"]
+__all__ = [
+    "Threshold",
+    "considered",
+    "found_on",
+    "layers_below",
+    "peak",
+    "super_experts",
+    "super_experts_of",
+    "threshold",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,3 +86,18 @@ def super_experts(
     bound = threshold([peak(row, statistic) for row in rows], percentile, ratio, floor=floor)
     found = [row for row in rows if peak(row, statistic) > bound.value]
     return tuple(sorted(found, key=lambda row: (-peak(row, statistic), key_order(row.key))))
+
+
+def super_experts_of(profile: Profile, corpus: CorpusProfile) -> tuple[ExpertStats, ...]:
+    """The super experts of one corpus of a profile by the paper's criterion, for the statistic and at most the depth of
+    the profile."""
+    return super_experts(corpus.experts, profile.num_layers, depth=profile.criterion_depth, statistic=profile.statistic)
+
+
+def found_on(profile: Profile) -> dict[ExpertKey, list[str]]:
+    """Every expert that is a super expert on at least one corpus -> these corpora; the most often found first."""
+    found: dict[ExpertKey, list[str]] = {}
+    for name, corpus in profile.corpora.items():
+        for row in super_experts_of(profile, corpus):
+            found.setdefault(row.key, []).append(name)
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), key_order(item[0]))))

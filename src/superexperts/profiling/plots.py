@@ -1,13 +1,15 @@
-"""Pictures for a paper's column and for the report: rendered in memory through matplotlib's object interface.
+"""Pictures of a profile, for the column of a paper and for the report.
 
 Suffix of the arrays' names: L decoder layers (dense ones counted), C columns (routed experts, the shared one last).
-Every function takes a `Theme`; the report shows the light or the dark one, as the reader's system asks for.
+Every function takes a `Theme`: the report shows the light or the dark one, depending on the reader's system.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap, LogNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from superexperts.core.parallel import parallel_map
 from superexperts.core.types import CorpusProfile, ExpertKey, Profile, key_name, key_order
 from superexperts.plotting import (
     COLUMN,
@@ -32,10 +35,56 @@ from superexperts.plotting import (
     put_names,
     put_title,
     save,
+    shorten,
 )
-from superexperts.profiling.criterion import considered, layers_below, peak, threshold
+from superexperts.profiling.criterion import considered, found_on, layers_below, peak, super_experts_of, threshold
 
-__all__ = ["plot_heatmap", "plot_layers"]
+__all__ = ["draw_pictures", "plot_corpora", "plot_heatmap", "plot_layers", "plot_top"]
+
+MARKERS = "osD^vPX*"
+"""There is one more marker than colours, so that a pair of both repeats only after 56 corpora."""
+
+
+def draw_pictures(profile: Profile, folder: Path) -> list[str]:
+    """Draws every picture of a profile as PNG and SVG into a folder; returns their names."""
+    drawings: list[Callable[[], object]] = []
+    drawn: list[Path] = []
+    stems: set[str] = set()
+    depth = profile.criterion_depth
+    for name, corpus in profile.corpora.items():
+        # Two files of the same name in different folders get pictures with different names.
+        plain = "".join(letter if letter.isalnum() else "-" for letter in Path(name).name)
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        stem = next(stem for stem in itertools.chain([plain], numbered) if stem not in stems)
+        stems.add(stem)
+        chosen = [row.key for row in super_experts_of(profile, corpus)]
+        heatmap, layers, top = (_both(folder, f"{kind}-{stem}") for kind in ("heatmap", "layers", "top"))
+        drawings += [
+            functools.partial(plot_heatmap, profile, name, chosen, heatmap, depth=depth, ring="super expert"),
+            functools.partial(plot_layers, profile, name, chosen, layers, depth=depth),
+            functools.partial(plot_top, profile, name, chosen, top),
+        ]
+        drawn += [*heatmap, *layers, *top]
+    if len(profile.corpora) > 1:
+        corpora = _both(folder, "corpora")
+        drawings.append(functools.partial(plot_corpora, profile, _largest(profile, 12), corpora))
+        drawn += corpora
+    parallel_map(operator.call, drawings, worth=1)
+    return [path.name for path in drawn]
+
+
+def _both(folder: Path, stem: str) -> list[Path]:
+    """The PNG and the SVG of a picture, which are drawn in one go."""
+    return [folder / f"{stem}.{suffix}" for suffix in ("png", "svg")]
+
+
+def _largest(profile: Profile, count: int) -> list[ExpertKey]:
+    """The experts with the largest peaks on any corpus."""
+    best: dict[ExpertKey, float] = {}
+    for corpus in profile.corpora.values():
+        for row in corpus.experts:
+            best[row.key] = max(best.get(row.key, 0.0), peak(row, profile.statistic))
+    return sorted(best, key=lambda key: (-best[key], key_order(key)))[:count]
 
 
 def plot_heatmap(
@@ -50,9 +99,9 @@ def plot_heatmap(
 ) -> Spots:
     """Every expert's peak |down_proj output| (log scale): a row per decoder layer, under its true number.
 
-    `chosen` experts are ringed and named, in the legend `ring`. PNG or SVG by the suffix of `path`, or several; layers
-    without experts are hatched, and layers that the criterion leaves out for their `depth` are washed out. `width` is
-    in inches; by default a column's up to 24 experts, else a page's. Returns the cells.
+    `chosen` experts are ringed and named; `ring` is their name in the legend. The suffix of each `path` decides between
+    PNG and SVG. Layers without experts are hatched, and layers below `depth`, which the criterion leaves out, are pale.
+    `width` is in inches; the default is a column for up to 24 experts, else a page. Returns the cells.
     """
     section = profile.corpora[corpus]
     routed = sorted({row.expert for row in section.experts if row.expert != "shared"}, key=int)
@@ -134,10 +183,10 @@ def plot_layers(
     width: float | None = None,
     theme: Theme = LIGHT,
 ) -> Spots:
-    """Each layer's largest peak over the peaks of all its experts, and the criterion's two bounds (log scale).
+    """The largest peak of each layer over those of all its experts, and the two bounds of the criterion (log scale).
 
-    `chosen` experts are ringed and named, and so is the largest peak that was not chosen. PNG or SVG by the suffix.
-    Returns each layer's largest and the chosen ones as points.
+    `chosen` experts are ringed and named; the largest peak that was not chosen is named too. The suffix of each `path`
+    decides between PNG and SVG. Returns the largest peak of each layer and the chosen experts as points.
     """
     section = profile.corpora[corpus]
     reached = [row for row in section.experts if peak(row, profile.statistic) > 0]
@@ -211,12 +260,92 @@ def plot_layers(
         put_names(axes, points, names, theme, quiet=[key_name(row.key) for row in quiet], avoid=avoid)
         save(figure, path)
         largest = {row.layer: row for row in sorted(reached, key=lambda row: peaks[row.key])}
-        told = {row.key for row in largest.values()} | set(ringed)
-        said = [
+        labelled = {row.key for row in largest.values()} | set(ringed)
+        texts = [
             (float(layer), peaks[layer, expert], f"{key_name((layer, expert))}: {peaks[layer, expert]:.3g}")
-            for layer, expert in sorted(told, key=key_order)
+            for layer, expert in sorted(labelled, key=key_order)
         ]
-        return Spots(points=points_of(axes, said))
+        return Spots(points=points_of(axes, texts))
+
+
+def plot_top(
+    profile: Profile,
+    corpus: str,
+    chosen: Sequence[ExpertKey],
+    path: Path | Sequence[Path],
+    count: int = 12,
+    theme: Theme = LIGHT,
+) -> None:
+    """The `count` largest peaks as bars (log scale), `chosen` experts in the accent colour, and the bound."""
+    section = profile.corpora[corpus]
+    considered_rows = considered(section.experts, profile.num_layers, profile.criterion_depth)
+    rows = sorted(considered_rows, key=lambda row: (-peak(row, profile.statistic), key_order(row.key)))[:count]
+    rows = [row for row in rows if peak(row, profile.statistic) > 0]
+    with figure_in(COLUMN, 0.95 + 0.17 * max(1, len(rows)), theme) as figure:
+        axes = figure.add_subplot()
+        peaks = [peak(row, profile.statistic) for row in rows]
+        colours = [theme.accent if row.key in chosen else theme.gain for row in rows]
+        bars = axes.barh(range(len(rows)), peaks, color=colours, height=0.68)
+        over: Any = [withStroke(linewidth=2.2, foreground=theme.paper)]  # the bound, which a number may lie on
+        axes.bar_label(
+            bars, [f"{value:.4g}" for value in peaks], padding=2, fontsize=6.5, color=theme.ink, path_effects=over
+        )
+        axes.set_yticks(range(len(rows)), [key_name(row.key) for row in rows])
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.set_xscale("log")
+        if peaks:
+            bound = threshold([peak(row, profile.statistic) for row in considered_rows])
+            axes.axvline(bound.value, color=theme.ink, lw=0.8, ls=(0, (4, 2)))
+            low = min(peaks[-1], bound.value)
+            axes.set_xlim(low / 2, peaks[0] * (peaks[0] / low) ** 0.25 * 1.6)
+        _label_decades(axes)
+        axes.set_xlabel("peak; dashed: the criterion's bound")
+        put_title(axes, "Largest peaks of |down_proj output|", _source(profile, corpus, section), COLUMN)
+        save(figure, path)
+
+
+def plot_corpora(
+    profile: Profile, keys: Sequence[ExpertKey], path: Path | Sequence[Path], theme: Theme = LIGHT
+) -> None:
+    """Whether corpora agree: the experts in `keys`, one row each, with a mark per corpus at its peak (log scale).
+
+    A mark is filled if the expert is a super expert of that corpus by the paper's criterion. The names of experts that
+    are super experts of any corpus have the accent colour.
+    """
+    found = found_on(profile)
+    width = COLUMN if len(profile.corpora) <= 3 else PAGE
+    with figure_in(width, 1.35 + 0.2 * max(1, len(keys)), theme) as figure:
+        axes = figure.add_subplot()
+        axes.grid(axis="y", color=theme.faint, lw=0.5)
+        for place, (name, corpus) in enumerate(profile.corpora.items()):
+            peaks = {row.key: peak(row, profile.statistic) for row in corpus.experts}
+            rows = [row for row, key in enumerate(keys) if peaks[key] > 0]
+            # Marks of corpora that agree would cover each other, so each is drawn a little below the one before.
+            shift = (place - (len(profile.corpora) - 1) / 2) * 0.6 / max(1, len(profile.corpora))
+            colour, marker = theme.lines[place % len(theme.lines)], MARKERS[place % len(MARKERS)]
+            style: Any = {"ls": "none", "marker": marker, "ms": 3.6, "color": colour, "mew": 0.8}
+            for filled in (True, False):
+                some = [row for row in rows if (name in found.get(keys[row], ())) == filled]
+                axes.plot(
+                    [peaks[keys[row]] for row in some],
+                    [row + shift for row in some],
+                    mfc=colour if filled else "none",
+                    label=shorten(Path(name).name, 24) if filled else None,
+                    **style,
+                )
+        axes.set_yticks(range(len(keys)), [key_name(key) for key in keys])
+        for label, key in zip(axes.get_yticklabels(), keys, strict=True):
+            if key in found:
+                label.set(color=theme.accent, fontweight="bold")
+        axes.set_ylim(len(keys) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xscale("log")
+        _label_decades(axes)
+        axes.set_xlabel("peak |down_proj output|;\nfilled: a super expert of that corpus")
+        figure.legend(loc="outside lower center", ncols=4 if width == PAGE else 3)
+        put_title(axes, "The largest peaks, corpus by corpus", Path(profile.model).name, width)
+        save(figure, path)
 
 
 def _hatched(theme: Theme, corner: tuple[float, float], width: float, height: float, label: str = "") -> Rectangle:
@@ -224,7 +353,7 @@ def _hatched(theme: Theme, corner: tuple[float, float], width: float, height: fl
 
 
 def _expert_ticks(axes: Axes, width: int, shared: bool, theme: Theme) -> None:
-    """Routed experts by index below; the shared one is named above its column, where it meets no number."""
+    """Puts the indices of routed experts below the axis and names the shared one above it, clear of the numbers."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if width / step <= 16)
     axes.set_xticks(range(0, width, step))
     if shared:
@@ -235,3 +364,12 @@ def _expert_ticks(axes: Axes, width: int, shared: bool, theme: Theme) -> None:
 
 def _source(profile: Profile, corpus: str, section: CorpusProfile) -> str:
     return f"{Path(profile.model).name} on {Path(corpus).name}, {section.tokens:,} tokens"
+
+
+def _label_decades(axes: Axes) -> None:
+    """Puts numbers at the powers of ten of a log axis, and between them if there would be fewer than two."""
+    low, high = axes.get_xlim()
+    if high < 30 * low:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()

@@ -1,155 +1,183 @@
-"""What every expert does on a corpus: peaks of |down_proj output| and where they came from, tokens, routing weights.
+"""The command `profile`: runs text through a model and writes the statistics of every expert, and pictures of them.
 
-Shape suffixes: B sequences, L tokens per sequence.
+What imports torch or transformers is imported inside the functions, so that --help and a wrong option answer at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import itertools
-import operator
+import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+import tyro
+from rich.table import Table
+from rich.text import Text
 
-from superexperts.checkpoints import float8
-from superexperts.checkpoints.source import resolve
-from superexperts.core.config import QUICK_LENGTH, ProfileConfig, identity
-from superexperts.core.console import is_main_process, note, progress
-from superexperts.core.distributed import from_main_process, is_distributed, my_share
-from superexperts.core.errors import OptionError
-from superexperts.core.parallel import parallel_map
-from superexperts.core.runs import (
-    completed,
-    input_key,
-    prepare_folder,
-    read_json,
-    write_json,
-    write_manifest,
-)
-from superexperts.core.types import CorpusProfile, ExpertKey, ExpertStats, Profile, key_order
-from superexperts.data.corpora import check_column, documents, local_data
-from superexperts.data.packing import digest_ids, pack
-from superexperts.models.banks import expert_keys, find_banks
-from superexperts.models.cpu_attention import padded_values
-from superexperts.models.decoder import num_layers, stopped_after, text_config
-from superexperts.models.hooks import tapped
-from superexperts.models.loading import (
-    dtype_to_run,
-    empty_model,
-    fits_in_memory,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    settings_of,
-)
-from superexperts.models.streaming import StreamedModel
-from superexperts.profiling.accumulator import Recorder, merged
-from superexperts.profiling.criterion import layers_below, peak, super_experts
-from superexperts.profiling.plots import plot_heatmap, plot_layers
-from superexperts.profiling.plots_corpora import plot_corpora, plot_top
-from superexperts.profiling.sinks import compare_sinks, plot_sinks
-from superexperts.profiling.stability import stability
-from superexperts.profiling.streamed import QUICK_SEQUENCES, banks_below, profile_streamed, quick_look
+from superexperts.checkpoints.source import ModelSource, resolve
+from superexperts.core.config import identity
+from superexperts.core.console import is_main_process, note, stdout
+from superexperts.core.errors import Field, OptionError
+from superexperts.core.runs import completed, input_key, prepare_folder, read_json, write_json, write_manifest
+from superexperts.core.settings import ModelConfig, Switch, require, require_device, require_sequences
+from superexperts.core.types import CorpusProfile, Profile, key_name
+from superexperts.profiling.criterion import layers_below, peak, super_experts_of
 
-__all__ = ["profile_corpus", "run"]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
 
+__all__ = ["ProfileConfig", "run", "show"]
+
+QUICK_LENGTH = 64
+"""Tokens of a sequence in a quick look. Attention sinks, and with them super experts, show on the first tokens."""
+QUICK_SEQUENCES = 32
+"""Sequences of a quick look at most."""
 SINK_SEQUENCES = 8
+"""Sequences on which attention sinks are measured, the first ones of the first corpus."""
 SECTIONS = ".sections"
+"""Folder in `out` that keeps finished corpora until all are done."""
 WRITTEN = re.compile(
     r"(manifest|profile|stability|sinks)\.json|((heatmap|layers|top)-.+|corpora|sinks)\.(png|svg)|\..+\.tmp"
 )
-"""Names of what the command leaves in --out, also half done; other files there are somebody's."""
+"""Names of the files that the command writes to `out`, unfinished ones included. Other files there are left alone."""
 
 
-@torch.inference_mode()
-def profile_corpus(
-    model: nn.Module,
-    ids_BL: Tensor,
-    *,
-    mask_BL: Tensor | None = None,
-    batch_size: int = 8,
-    depth: float = 1.0,
-    description: str | None = None,
-) -> CorpusProfile:
-    """Runs int64 sequences [B, L] through the model and returns every expert's statistics.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig(ModelConfig):
+    """Measure what every expert writes: peaks of |down_proj output| per (layer, expert), and which tokens it gets.
 
-    `mask_BL` (1 for tokens, 0 for padding) keeps padding out of every number. The result does not depend on the batch
-    size but for rounding. Only layers below round(depth x layers) are run, up to their last experts; the profile has no
-    others. `description` shows a progress bar. `ModelError` if an expert writes inf or nan.
+    Example: superexperts profile pocket --corpus pocket --out runs/profile
     """
-    mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
-    device = next(model.parameters()).device
-    banks = banks_below(model, depth)
-    recorder = Recorder(expert_keys(banks), ids_BL)
-    starts = my_share(range(0, len(ids_BL), batch_size))
-    with (
-        tapped(model, recorder),
-        padded_values(),
-        stopped_after(model, banks[-1].path, banks[-1].layer) as forward,
-        progress(description, len(starts)) as bar,
-    ):
-        for start in starts:
-            ids, mask = ids_BL[start : start + batch_size].to(device), mask_BL[start : start + batch_size].to(device)
-            recorder.start_batch(start, mask)
-            # Without padding there is no mask to give: attention has faster ways of being only causal.
-            forward(input_ids=ids, attention_mask=None if bool(mask.all()) else mask, use_cache=False)
-            bar()
-    return CorpusProfile(tokens=int(mask_BL.sum()), experts=merged(recorder).rows())
+
+    corpus: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """`pocket`, one of the original's seven names, `multilingual-LANG`, a .txt / .jsonl / .jsonl.gz file, or a Hub
+    data set as OWNER/NAME[:CONFIG[:SPLIT]][@REVISION]; may be given several times. Default: pocket."""
+    column: str | None = None
+    """Column of a .jsonl file or Hub data set that holds the text; default: text."""
+    out: Path = Path("runs/profile")
+    """Folder for profile.json and the pictures."""
+    tokens: int = 16384
+    """Tokens per corpus, the BOS of each sequence included."""
+    seq_len: int = 512
+    """Tokens per sequence."""
+    batch_size: int = 8
+    """Sequences per forward pass."""
+    stream: Switch = False
+    """Keep only one decoder layer in memory at a time and read the others from the checkpoint; chosen for any
+    model that does not fit."""
+    quick: Switch = False
+    """Take a quick look: streamed, a few sequences of 64 tokens, and more until the super experts stay the same. Only
+    experts that a token reaches are read."""
+    activation_budget: float = 4.0
+    """GiB of hidden states that --stream keeps in memory between layers; any more go to a file in --out."""
+    device_map: Literal["none", "auto"] = "none"
+    """`auto` spreads a model that is not streamed over several GPUs."""
+    depth: float = 0.75
+    """Share of the layers that are run and that the criterion considers; 1.0 for all."""
+    statistic: Literal["all", "first"] = "all"
+    """Peaks of the criterion: over all tokens, or over the first one of each sequence that an expert sees."""
+    sinks: Switch = False
+    """Also measure the attention on the first token, with all experts and with the super experts silent."""
+    data_dir: Path | None = None
+    """Folder of local data files instead of the Hub; default: the environment's SUPEREXPERTS_DATA."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        require_sequences(self.tokens, min(self.seq_len, QUICK_LENGTH) if self.quick else self.seq_len)
+        require_device(self.device)
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "is not positive; give at least 1")
+        require(0 < self.depth <= 1, "depth", self.depth, "is out of range; give a share in (0, 1]")
+        require(
+            0 <= self.activation_budget < math.inf,
+            "activation_budget",
+            self.activation_budget,
+            "is not a size; give GiB, 0 or more",
+        )
+        streamed = "quick" if self.quick else "stream"
+        require(
+            not (self.sinks and (self.quick or self.stream)),
+            "sinks",
+            True,
+            "needs the model in memory; leave out ",
+            Field(streamed),
+        )
+        require(
+            self.device_map == "none" or not (self.quick or self.stream),
+            "device_map",
+            self.device_map,
+            "is for models in memory; leave out ",
+            Field(streamed),
+        )
 
 
 def run(config: ProfileConfig) -> dict[str, Any]:
-    """The command: profiles each corpus, writes profile.json and the pictures."""
+    """Profiles each corpus, writes profile.json and the pictures, and returns the numbers that `show` prints.
+
+    Of several processes only the first returns numbers.
+    """
+    from superexperts.core.distributed import from_main_process
+    from superexperts.data.corpora import check_column, documents, local_data
+    from superexperts.data.packing import digest_ids, pack
+    from superexperts.models.loading import load_tokenizer
+
     started = time.monotonic()
-    config = _settled(config)
-    names = tuple(dict.fromkeys(config.corpus)) or ("pocket",)
     source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    config = _with_open_settings(config, source)
+    names = tuple(dict.fromkeys(config.corpus)) or ("pocket",)
     tokenizer = load_tokenizer(source)
-    sequences = {name: _sequences(config, name, tokenizer) for name in names}
+    check_column(config.column, names)
+    sequences = {
+        name: pack(
+            documents(name, config.column or "text", local_data(config.data_dir)),
+            tokenizer,
+            corpus=name,
+            tokens=config.tokens,
+            seq_len=config.seq_len,
+        )
+        for name in names
+    }
     inputs = identity(
         config,
         model=source.fingerprint,
         corpora={name: digest_ids(ids_BL) for name, ids_BL in sequences.items()},
     )
     if from_main_process(inputs) != inputs:
-        raise OptionError("not every process reads the same; give all of them the same model and files", field="corpus")
-    if from_main_process(completed(config.out, "profile", inputs)):
-        if not is_main_process:
-            return {}
+        raise OptionError(
+            "the processes read different models or texts; give all of them the same files", field="corpus"
+        )
+    if not from_main_process(completed(config.out, "profile", inputs)):
+        _measure(config, source, sequences, inputs, started)
+    elif is_main_process:
         note(f"profile: {config.out} is up to date, nothing to do")
-        return summary(Profile.load(config.out), config, tokenizer)
-    with _opened(config) as (model, profile_one):
-        _profile_all(config, model, profile_one, sequences, inputs, started)
-    return summary(Profile.load(config.out), config, tokenizer) if is_main_process else {}
+    return _summary(Profile.load(config.out), config, tokenizer) if is_main_process else {}
 
 
-def _settled(config: ProfileConfig) -> ProfileConfig:
-    """Whether the model is streamed, in which dtype it runs and on how much text, where the options leave it open: the
-    numbers depend on it."""
-    source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
-    settings = settings_of(source)
+def _with_open_settings(config: ProfileConfig, source: ModelSource) -> ProfileConfig:
+    """Decides what the settings leave open and the numbers depend on: streaming, the dtype, and the size of a quick
+    look's text."""
+    from superexperts.checkpoints import float8
+    from superexperts.core.distributed import from_main_process, is_distributed
+    from superexperts.models.loading import dtype_to_run, fits_in_memory, settings_of
+
     if config.quick and is_distributed():
-        raise OptionError("True is for one process; leave accelerate launch out", field="quick")
+        raise OptionError("True runs in one process only; start it without accelerate launch", field="quick")
     if not (config.stream or config.quick):
-        # What transformers builds of a quantized checkpoint has other experts than the family's own.
-        quantized = float8.is_quantized(settings)
+        # transformers builds a quantized checkpoint with other experts modules than those that can be measured.
+        quantized = float8.is_quantized(settings_of(source))
         if from_main_process(
             quantized or (config.device_map == "none" and not fits_in_memory(source, config.device, config.dtype))
         ):
             why = "is quantized" if quantized else "does not fit in memory"
             if config.sinks:
-                raise OptionError(f"True needs the model in memory, and it {why}; drop the option", field="sinks")
+                raise OptionError(f"True needs the model in memory, and it {why}; leave it out", field="sinks")
             config = dataclasses.replace(config, stream=True)
-            note(f"profile: the model {why}, so it is streamed a layer at a time (--stream)")
+            note(f"profile: the model {why}, so it is streamed one layer at a time (stream)")
     if config.dtype == "auto":
         dtype: Any = dtype_to_run(source, config.device, "auto", streamed=config.stream or config.quick)
         config = dataclasses.replace(config, dtype=dtype)
@@ -160,175 +188,117 @@ def _settled(config: ProfileConfig) -> ProfileConfig:
     return config
 
 
-@contextlib.contextmanager
-def _opened(config: ProfileConfig) -> Iterator[tuple[nn.Module, Callable[[str, Tensor], CorpusProfile]]]:
-    """The model, in memory or without weights, and how a corpus is profiled on it."""
-    resolved = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
-    if not (config.stream or config.quick):
-        model = load_model(resolved, device=config.device, dtype=config.dtype, spread=config.device_map == "auto")
-        yield (
-            model,
-            lambda name, ids_BL: profile_corpus(
-                model, ids_BL, batch_size=config.batch_size, depth=config.depth, description=f"profile {name}"
-            ),
-        )
-        return
-    with float8.opened(resolved.folder, settings_of(resolved)) as checkpoint:
-        source = StreamedModel(
-            empty_model(resolved, device=config.device, dtype=config.dtype), checkpoint, pick_device(config.device)
-        )
-
-        def profile_one(name: str, ids_BL: Tensor) -> CorpusProfile:
-            told = f"profile {name}"
-            if config.quick:
-                return quick_look(source, ids_BL, depth=config.depth, statistic=config.statistic, description=told)
-            return profile_streamed(
-                source,
-                ids_BL,
-                batch_size=config.batch_size,
-                depth=config.depth,
-                budget=int(config.activation_budget * 2**30),
-                folder=config.out,
-                description=told,
-            )
-
-        yield source.model, profile_one
-        note(f"profile: {checkpoint.bytes_read / 1e9:.3g} GB of weights were read")
-
-
-def _profile_all(
+def _measure(
     config: ProfileConfig,
-    model: nn.Module,
-    profile_one: Callable[[str, Tensor], CorpusProfile],
+    source: ModelSource,
     sequences: Mapping[str, Tensor],
     inputs: Mapping[str, Any],
     started: float,
 ) -> None:
-    """Profiles each corpus that has no section yet, and writes all files."""
-    context = getattr(text_config(model), "max_position_embeddings", None)  # a state-space model has no limit
-    if context is not None and config.seq_len > context:
-        raise OptionError(
-            f"{config.seq_len} is over the model's context of {context}; give at most that", field="seq_len"
+    """Profiles each corpus that an interrupted run has not finished, and writes all files."""
+    from superexperts.core.distributed import from_main_process
+    from superexperts.models.banks import find_banks
+    from superexperts.models.decoder import num_layers, text_config
+    from superexperts.profiling.measure import opened
+
+    with opened(
+        source,
+        way="quick" if config.quick else "streamed" if config.stream else "in memory",
+        device=config.device,
+        dtype=config.dtype,
+        spread=config.device_map == "auto",
+        depth=config.depth,
+        statistic=config.statistic,
+        batch_size=config.batch_size,
+        budget=int(config.activation_budget * 2**30),
+        folder=config.out,
+    ) as (model, profile_one):
+        context = getattr(text_config(model), "max_position_embeddings", None)  # a state-space model has no limit
+        if context is not None and config.seq_len > context:
+            raise OptionError(
+                f"{config.seq_len} is over the model's context of {context}; give at most that", field="seq_len"
+            )
+        find_banks(model)  # a model without experts is refused before anything is written
+        prepare_folder(config.out)
+
+        def profile_of(corpora: Mapping[str, CorpusProfile]) -> Profile:
+            return Profile(
+                model=config.model,
+                num_layers=num_layers(model),
+                depth=config.depth,
+                statistic=config.statistic,
+                corpora=corpora,
+            )
+
+        files = {name: _section(config.out, inputs, name) for name in sequences}
+        finished: dict[str, CorpusProfile] = from_main_process(
+            {name: Profile.load(file).corpora[name] for name, file in files.items() if file.is_file()}
         )
-    find_banks(model)
-    prepare_folder(config.out)
-    # A killed run starts again from the last finished corpus.
-    sections = {name: _section(config, inputs, name) for name in sequences}
-    kept: dict[str, CorpusProfile] = from_main_process(
-        {name: Profile.load(file).corpora[name] for name, file in sections.items() if file.is_file()}
-    )
-    corpora: dict[str, CorpusProfile] = {}
-    for name, ids_BL in sequences.items():
-        if name in kept:
-            note(f"profile: {name} was finished before, kept")
-            corpora[name] = kept[name]
-            continue
-        corpora[name] = profile_one(name, ids_BL)
+        corpora: dict[str, CorpusProfile] = {}
+        for name, ids_BL in sequences.items():
+            if name in finished:
+                note(f"profile: {name} was finished before, kept")
+                corpora[name] = finished[name]
+                continue
+            corpora[name] = profile_one(name, ids_BL)
+            if is_main_process:
+                write_json(files[name], profile_of({name: corpora[name]}).to_json())
         if is_main_process:
-            write_json(sections[name], _profile(config, model, {name: corpora[name]}).to_json())
-    if not is_main_process:
-        return
-    profile = _profile(config, model, corpora)
+            outputs = _write(config, profile_of(corpora), model, sequences)
+            write_manifest(config.out, "profile", inputs, outputs, time.monotonic() - started)
+            shutil.rmtree(config.out / SECTIONS)
+
+
+def _section(out: Path, inputs: Mapping[str, Any], name: str) -> Path:
+    """The file that keeps the profile of one corpus until all are done. Its name depends on everything that the numbers
+    depend on."""
+    alone = {**inputs, "corpora": {name: inputs["corpora"][name]}, "options": {**inputs["options"], "corpus": name}}
+    return out / SECTIONS / f"{input_key('profile', alone)[:32]}.json"
+
+
+def _write(config: ProfileConfig, profile: Profile, model: nn.Module, sequences: Mapping[str, Tensor]) -> list[str]:
+    """Replaces the files of an earlier run; returns the names of the new ones."""
+    from superexperts.profiling.plots import draw_pictures
+    from superexperts.profiling.stability import stability
+
     for old in config.out.iterdir():
         if WRITTEN.fullmatch(old.name):
-            old.unlink()  # of a former run, whose corpora may have been others
+            old.unlink()  # an earlier run may have had other corpora, so writing over its files is not enough
     write_json(config.out / "profile.json", profile.to_json())
-    outputs = ["profile.json", *_pictures(profile, config.out)]
-    if len(corpora) > 1:
+    outputs = ["profile.json", *draw_pictures(profile, config.out)]
+    if len(profile.corpora) > 1:
         write_json(config.out / "stability.json", stability(profile))
         outputs.append("stability.json")
     if config.sinks:
-        outputs += _sinks(profile, config, model, sequences)
-    write_manifest(config.out, "profile", inputs, outputs, time.monotonic() - started)
-    shutil.rmtree(config.out / SECTIONS)
+        name = next(iter(profile.corpora))
+        outputs += _write_sinks(profile, name, model, sequences[name][:SINK_SEQUENCES], config.out)
+    return outputs
 
 
-def _section(config: ProfileConfig, inputs: Mapping[str, Any], name: str) -> Path:
-    """Where one corpus' part of the profile is kept until all are done."""
-    alone = {**inputs, "corpora": {name: inputs["corpora"][name]}, "options": {**inputs["options"], "corpus": name}}
-    return config.out / SECTIONS / f"{input_key('profile', alone)[:32]}.json"
+def _write_sinks(profile: Profile, name: str, model: nn.Module, ids_BL: Tensor, out: Path) -> list[str]:
+    """Measures the attention sinks on sequences of a corpus, with and without its super experts."""
+    from superexperts.profiling.sinks import compare_sinks, plot_sinks
 
-
-def _profile(config: ProfileConfig, model: nn.Module, corpora: Mapping[str, CorpusProfile]) -> Profile:
-    return Profile(
-        model=config.model,
-        num_layers=num_layers(model),
-        depth=config.depth,
-        statistic=config.statistic,
-        corpora=corpora,
-    )
-
-
-def _pictures(profile: Profile, folder: Path) -> list[str]:
-    """Draws every picture as PNG and SVG; returns their names."""
-    drawings: list[Callable[[], object]] = []
-    drawn: list[Path] = []
-    stems: set[str] = set()
-    depth = profile.criterion_depth
-    for name, corpus in profile.corpora.items():
-        plain = "".join(letter if letter.isalnum() else "-" for letter in Path(name).name)
-        numbered = (f"{plain}-{number}" for number in itertools.count(2))
-        stem = next(stem for stem in itertools.chain([plain], numbered) if stem not in stems)
-        stems.add(stem)
-        chosen = [row.key for row in _super(profile, corpus)]
-        heatmap, layers, top = (_both(folder, f"{kind}-{stem}") for kind in ("heatmap", "layers", "top"))
-        drawings += [
-            functools.partial(plot_heatmap, profile, name, chosen, heatmap, depth=depth, ring="super expert"),
-            functools.partial(plot_layers, profile, name, chosen, layers, depth=depth),
-            functools.partial(plot_top, profile, name, chosen, top),
-        ]
-        drawn += [*heatmap, *layers, *top]
-    if len(profile.corpora) > 1:
-        corpora = _both(folder, "corpora")
-        drawings.append(functools.partial(plot_corpora, profile, _largest(profile, 12), corpora))
-        drawn += corpora
-    parallel_map(operator.call, drawings, worth=1)
-    return [path.name for path in drawn]
-
-
-def _both(folder: Path, stem: str) -> list[Path]:
-    """A picture's files, which are drawn at once."""
-    return [folder / f"{stem}.{suffix}" for suffix in ("png", "svg")]
-
-
-def _sinks(profile: Profile, config: ProfileConfig, model: nn.Module, sequences: Mapping[str, Tensor]) -> list[str]:
-    """Attention sinks on the first sequences of the first corpus, with and without its super experts."""
-    name = next(iter(profile.corpora))
-    experts = [row.key for row in _super(profile, profile.corpora[name])]
+    experts = [row.key for row in super_experts_of(profile, profile.corpora[name])]
     if not experts:
-        note(f"profile: --sinks: {name} shows no super expert to silence, so the sinks are not measured")
+        note(f"profile: sinks: {name} shows no super expert to silence, so the sinks are not measured")
         return []
-    report = compare_sinks(model, sequences[name][:SINK_SEQUENCES], experts, name=config.model, corpus=name)
-    write_json(config.out / "sinks.json", report.to_json())
-    plot_sinks(report, pictures := _both(config.out, "sinks"))
+    report = compare_sinks(model, ids_BL, experts, name=profile.model, corpus=name)
+    write_json(out / "sinks.json", report.to_json())
+    pictures = [out / "sinks.png", out / "sinks.svg"]
+    plot_sinks(report, pictures)
     return ["sinks.json", *(path.name for path in pictures)]
 
 
-def _super(profile: Profile, corpus: CorpusProfile) -> tuple[ExpertStats, ...]:
-    return super_experts(corpus.experts, profile.num_layers, depth=profile.criterion_depth, statistic=profile.statistic)
+def _summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """For each corpus the super experts by the paper's criterion, the ten largest peaks and how many experts no token
+    reached."""
+    from superexperts.profiling.stability import stability
 
-
-def _largest(profile: Profile, count: int) -> list[ExpertKey]:
-    """The experts with the largest peaks on any corpus."""
-    best: dict[ExpertKey, float] = {}
-    for corpus in profile.corpora.values():
-        for row in corpus.experts:
-            best[row.key] = max(best.get(row.key, 0.0), peak(row, profile.statistic))
-    return sorted(best, key=lambda key: (-best[key], key_order(key)))[:count]
-
-
-def _sequences(config: ProfileConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    check_column(config.column, config.corpus or ("pocket",))
-    texts = documents(name, config.column or "text", local_data(config.data_dir))
-    return pack(texts, tokenizer, corpus=name, tokens=config.tokens, seq_len=config.seq_len)
-
-
-def summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Per corpus the super experts by the paper's criterion, the ten largest peaks and the unreached experts."""
     corpora = {}
     for name, corpus in profile.corpora.items():
         top = sorted(corpus.experts, key=lambda row: -peak(row, profile.statistic))[:10]
-        found = _super(profile, corpus)
+        found = super_experts_of(profile, corpus)
         corpora[name] = {
             "tokens": corpus.tokens,
             "stable": corpus.stable,
@@ -350,3 +320,62 @@ def summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedTokeni
         "stability": stability(profile) if len(corpora) > 1 else None,
         "sinks": read_json(sinks, "sinks") if config.sinks and sinks.is_file() else None,
     }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints, for each corpus, a table of the largest peaks, then the sinks and the agreement of the corpora."""
+    peak = "output_max" if result["statistic"] == "all" else "first_token_output_max"
+    for name, corpus in result["corpora"].items():
+        found = {tuple(key) for key in corpus["super"]}
+        found_text = f"{len(found)} super expert{'s' * (len(found) != 1)}"
+        details = f"{found_text}; experts reached by no token: {corpus['unreached']}"
+        if corpus["stable"] is not None:
+            stable = "the same" if corpus["stable"] else "not the same"
+            details += f"; {stable} over the last rounds of the quick look"
+        if result["layers_run"] < result["num_layers"]:
+            details += f"; layers 0 to {result['layers_run'] - 1} of {result['num_layers']} were run (--depth)"
+        title = f"peaks of |down_proj output|: {result['model']} on {name}, {corpus['tokens']:,} tokens"
+        table = Table(title=title)
+        for column in ("expert", "peak", "channel", "position", "token", "tokens routed", "super"):
+            table.add_column(column, justify="left" if column in ("expert", "token", "super") else "right")
+        for row in corpus["top"]:
+            key = (row["layer"], row["expert"])
+            table.add_row(
+                key_name(key),
+                f"{row[peak]:.4g}",
+                str(row["channel"]),
+                str(row["position"]),
+                Text(ascii(row["token"])),
+                f"{row['tokens']:,}",
+                "yes" if key in found else "",
+            )
+        stdout.print(table)
+        stdout.print(details, soft_wrap=True)
+    if result["sinks"] is not None:
+        for row in result["sinks"]["layers"]:
+            before, after = (100 * sum(row[side]) / len(row[side]) for side in ("before", "after"))
+            decay = "no head has a sink" if row["decay"] is None else f"decay (D_sink) {100 * row['decay']:.1f}%"
+            shares = f"{before:.1f}% of attention on the first token, {after:.1f}% without them"
+            stdout.print(f"layer {row['layer']}: {shares}; {decay}", soft_wrap=True)
+    if result["stability"] is not None:
+        _show_stability(result["stability"])
+    stdout.print(f"in {result['out']}", soft_wrap=True)
+
+
+def _show_stability(result: dict[str, Any]) -> None:
+    table = Table(title="super experts, corpus by corpus")
+    table.add_column("expert")
+    for name in result["corpora"]:
+        table.add_column(Text(name), justify="right")
+    for row in result["super"]:
+        marks = [
+            f"{row['peaks'][name]:.4g}" + ("" if name in row["corpora"] else " (no)") for name in result["corpora"]
+        ]
+        table.add_row(row["expert"], *marks)
+    stdout.print(table)
+    for pair in result["pairs"]:
+        jaccard, rank = (
+            "none" if value is None else f"{value:.2f}" for value in (pair["jaccard"], pair["rank_correlation"])
+        )
+        one, two = pair["corpora"]
+        stdout.print(f"{one} and {two}: Jaccard {jaccard}, rank correlation of all peaks {rank}", markup=False)

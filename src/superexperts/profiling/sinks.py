@@ -1,4 +1,4 @@
-"""Attention sinks: how much attention falls on the first token, by layer and head, with and without experts.
+"""Attention sinks: the share of attention on the first token, by layer and head, with and without some experts.
 
 Shape suffixes: B sequences, H heads, Q and K query and key positions.
 """
@@ -29,15 +29,15 @@ __all__ = ["SINKS_SCHEMA", "SinkReport", "attention_sinks", "compare_sinks", "pl
 
 SINKS_SCHEMA = "superexperts/sinks/1"
 A_SINK = 0.01
-"""A head that gives the first token less than this has no sink to lose."""
+"""Heads that give the first token a smaller share than this have no sink and are left out of the decay."""
 
 Shares = dict[int, tuple[float, ...]]
-"""layer -> per head the mean share of attention on the first token; layers without attention are left out"""
+"""Layer -> for each head the mean share of attention on the first token. Layers without attention are left out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SinkReport:
-    """`sinks.json`: the sinks of a model as it is, and with `experts` silent."""
+    """`sinks.json`: the sinks of the unchanged model, and with `experts` silent."""
 
     model: str
     corpus: str
@@ -47,10 +47,10 @@ class SinkReport:
 
     @property
     def decay(self) -> dict[int, float | None]:
-        """Per layer the share of the sink that is lost: the mean over its heads of 1 - after / before.
+        """For each layer the lost share of the sink: the mean over its heads of 1 - after / before.
 
-        This is how we read the attention sink decay rate D_sink of arXiv 2507.23279. Heads under 1% before are left
-        out; None where a layer has no other.
+        This is our reading of the attention sink decay rate D_sink of arXiv 2507.23279. Heads under 1% before are left
+        out; None for a layer that has no others.
         """
         found: dict[int, float | None] = {}
         for layer, before in self.before.items():
@@ -59,7 +59,7 @@ class SinkReport:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value with the schema's name."""
+        """A JSON value that names its schema."""
         layers = [
             {"layer": layer, "before": self.before[layer], "after": self.after[layer], "decay": self.decay[layer]}
             for layer in self.before
@@ -74,8 +74,9 @@ class SinkReport:
 def attention_sinks(model: nn.Module, ids_BL: Tensor, *, description: str | None = None) -> Shares:
     """The mean share of attention that int64 sequences [B, L] give their first token, over all other positions.
 
-    What a model puts on a learned sink (gpt_oss) is on no token, and not counted. Sequences go one by one and a layer's
-    attention is reduced at once, so that memory holds H x L x L values. `ModelError` where no layer shows its weights.
+    Attention on a learned sink (gpt_oss) falls on no token and is not counted. Sequences run one by one and each
+    layer's attention is reduced at once, so that only H x L x L values are in memory. `ModelError` if no layer returns
+    its attention weights.
     """
     sums: dict[int, Tensor] = {}
 
@@ -98,7 +99,7 @@ def attention_sinks(model: nn.Module, ids_BL: Tensor, *, description: str | None
             cast(Any, model).base_model(input_ids=ids.to(device), use_cache=False)
     if not sums:
         family = text_config(model).model_type
-        raise ModelError(f"{family} shows no attention weights; leave ", Field("sinks"), " out", field="model")
+        raise ModelError(f"{family} returns no attention weights; leave out ", Field("sinks"), field="model")
     return {layer: tuple((sums[layer] / len(ids_BL)).tolist()) for layer in sorted(sums)}
 
 
@@ -114,7 +115,7 @@ def compare_sinks(
 
 @contextlib.contextmanager
 def _eager_attention(model: nn.Module) -> Iterator[None]:
-    """Within the block attention is computed in the one way that shows its weights."""
+    """Within the block attention uses the one implementation that returns its weights."""
     before = cast(Any, model).config._attn_implementation
     cast(Any, model).set_attn_implementation("eager")
     try:
@@ -124,15 +125,15 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
 
 
 def plot_sinks(report: SinkReport, path: Path | Sequence[Path], theme: Theme = LIGHT) -> None:
-    """Layers by heads: attention on the first token as it is, and with the experts silent; beside each layer its decay
-    (`SinkReport.decay`, the paper's D_sink). PNG or SVG by the suffix."""
+    """Layers by heads: attention on the first token with all experts, and with some silent; beside each layer its decay
+    (`SinkReport.decay`, the paper's D_sink). The suffix of each path decides between PNG and SVG."""
     layers = list(report.before)
     heads = max(map(len, report.before.values()))
     height = min(7.0, max(1.0, 0.16 * len(layers) + 0.4)) + 1.0
     with figure_in(PAGE, height, theme) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         named = ", ".join(map(key_name, report.experts[:4])) + (" and more" if len(report.experts) > 4 else "")
-        for axes, shares, title in ((left, report.before, "as it is"), (right, report.after, f"{named} silent")):
+        for axes, shares, title in ((left, report.before, "all experts"), (right, report.after, f"{named} silent")):
             share_LH = np.full((len(layers), heads), np.nan)
             for row, layer in enumerate(layers):
                 share_LH[row, : len(shares[layer])] = shares[layer]
@@ -151,8 +152,8 @@ def plot_sinks(report: SinkReport, path: Path | Sequence[Path], theme: Theme = L
         beside: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 6.5}
         for row, layer in enumerate(layers):
             lost = report.decay[layer]
-            told = "no sink" if lost is None else f"{100 * lost:.0f}%".replace("-", "\N{MINUS SIGN}")
-            right.annotate(told, (1, row), xytext=(4, 0), va="center", color=theme.ink, **beside)
+            label = "no sink" if lost is None else f"{100 * lost:.0f}%".replace("-", "\N{MINUS SIGN}")
+            right.annotate(label, (1, row), xytext=(4, 0), va="center", color=theme.ink, **beside)
         top: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 6.5}
         right.annotate("D_sink", (1, 1), xytext=(4, 3), color=theme.muted, **top)
         left.set_ylabel("layer")

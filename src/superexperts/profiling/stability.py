@@ -1,4 +1,4 @@
-"""Whether corpora agree on the super experts: which are found on all, and how alike the orders of the peaks are."""
+"""Whether corpora agree on the super experts: which are found on all, and how similar the ranks of all peaks are."""
 
 from __future__ import annotations
 
@@ -7,31 +7,19 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from superexperts.core.types import ExpertKey, Profile, key_name, key_order
-from superexperts.profiling.criterion import peak, super_experts
+from superexperts.core.types import Profile, key_name
+from superexperts.profiling.criterion import found_on, peak
 
-__all__ = ["STABILITY_SCHEMA", "found_on", "stability"]
+__all__ = ["STABILITY_SCHEMA", "stability"]
 
 STABILITY_SCHEMA = "superexperts/stability/1"
 
 
-def found_on(profile: Profile) -> dict[ExpertKey, list[str]]:
-    """Every expert that is a super expert on some corpus -> the corpora; the most often found first."""
-    found: dict[ExpertKey, list[str]] = {}
-    for name, corpus in profile.corpora.items():
-        for row in super_experts(
-            corpus.experts, profile.num_layers, depth=profile.criterion_depth, statistic=profile.statistic
-        ):
-            found.setdefault(row.key, []).append(name)
-    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), key_order(item[0]))))
-
-
 def stability(profile: Profile) -> dict[str, Any]:
-    """The super experts with their corpora, and per pair of corpora Jaccard's index of the two sets and Spearman's rank
-    correlation of all experts' peaks.
+    """The super experts with their corpora, and for each pair of corpora Jaccard's index of the two sets and Spearman's
+    rank correlation of the peaks of all experts.
 
-    A pair in which neither corpus has a super expert has no index, and one in which all peaks are equal no
-    correlation: None.
+    The index is None if neither corpus has a super expert, the correlation None if all peaks of a corpus are equal.
     """
     found = found_on(profile)
     sets = {name: {key for key, names in found.items() if name in names} for name in profile.corpora}

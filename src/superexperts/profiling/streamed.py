@@ -1,7 +1,7 @@
-"""Profiles of a checkpoint that is never in memory as a whole: in full, and as a quick look.
+"""Profiles of a checkpoint that is never in memory as a whole: complete ones, and quick looks.
 
-Shape suffixes: S sequences of the corpus, B sequences of a batch, L tokens per sequence, D whatever a decoder layer
-passes on per token (its hidden size, in most families).
+Shape suffixes: S sequences of the corpus, B sequences of a batch, L tokens per sequence, D what a decoder layer
+passes on per token (the hidden size, in most families).
 """
 
 from __future__ import annotations
@@ -27,20 +27,19 @@ from superexperts.models.decoder import layer_by_layer, num_layers
 from superexperts.models.experts import BankCall, Piece, ready
 from superexperts.models.hooks import tapped
 from superexperts.models.streaming import StreamedModel
-from superexperts.profiling.accumulator import Recorder, merged
+from superexperts.profiling.accumulator import Accumulator, merged
 from superexperts.profiling.criterion import layers_below, super_experts
 
 __all__ = ["banks_below", "profile_streamed", "quick_look"]
 
-QUICK_SEQUENCES = 32
-"""Sequences of the quick look at most."""
 FIRST_ROUNDS = 4
+"""Sequences of the first pass of a quick look; each is a round."""
 SAME_ROUNDS = 3
-"""Rounds after which the super experts must have stayed the same."""
+"""A quick look ends once the super experts have stayed the same for so many rounds."""
 
 
 def banks_below(model: nn.Module, depth: float) -> list[Bank]:
-    """The banks of the layers below round(depth x layers); `OptionError` if there is none."""
+    """The banks of experts in the layers below round(depth x layers); `OptionError` if there are none."""
     layers = num_layers(model)
     banks = [bank for bank in find_banks(model) if bank.layer < layers_below(depth, layers)]
     if not banks:
@@ -59,19 +58,19 @@ def profile_streamed(
     folder: Path | None = None,
     description: str | None = None,
 ) -> CorpusProfile:
-    """As `profile.profile_corpus`, of the same int64 sequences [S, L], a decoder layer at a time.
+    """The same as `measure.profile_corpus` for int64 sequences [S, L], one decoder layer at a time.
 
-    Between two layers hidden states are kept in memory, or past `budget` bytes in a file without a name in `folder`.
-    A layer's experts are read one by one while others compute; for several batches they are kept until the last one.
+    Between two layers the hidden states are kept in memory, or beyond `budget` bytes in a nameless file in `folder`.
+    The experts of a layer are read one by one while others compute; with several batches they are kept until the last.
     """
     banks = banks_below(streamed.model, depth)
     layers = range(banks[-1].layer + 1)
     batches = my_share(range(0, len(ids_SL), batch_size))
-    recorder = Recorder(expert_keys(banks), ids_SL)
+    accumulator = Accumulator(expert_keys(banks), ids_SL)
     hidden: dict[int, Tensor] = {}
     with (
         padded_values(),
-        tapped(streamed.model, recorder, streamed.experts),
+        tapped(streamed.model, accumulator, streamed.experts),
         layer_by_layer(streamed.model, banks[0].path) as run,
         streamed.running(layers, batches=len(batches)) as loaded,
         progress(description, len(layers) * len(batches)) as bar,
@@ -79,56 +78,55 @@ def profile_streamed(
         for layer in loaded:
             for start in batches:
                 ids_BL = ids_SL[start : start + batch_size].to(streamed.device)
-                recorder.start_batch(start, torch.ones_like(ids_BL))
-                given = hidden[start].to(streamed.device) if layer else None
-                made = run(layer, given, input_ids=ids_BL, use_cache=False)
+                accumulator.start_batch(start, torch.ones_like(ids_BL))
+                inputs = hidden[start].to(streamed.device) if layer else None
+                outputs = run(layer, inputs, input_ids=ids_BL, use_cache=False)
                 if not layer:
-                    hidden[start] = _room(made, len(ids_SL), budget, folder)
-                hidden[start].copy_(made)
+                    hidden[start] = _buffer_like(outputs, len(ids_SL), budget, folder)
+                hidden[start].copy_(outputs)
                 bar()
-    return CorpusProfile(tokens=ids_SL.numel(), experts=merged(recorder).rows())
+    return CorpusProfile(tokens=ids_SL.numel(), experts=merged(accumulator).rows())
 
 
-def _room(made_BLD: Tensor, sequences: int, budget: int, folder: Path | None) -> Tensor:
-    """Where a batch's hidden states are kept from layer to layer: where they are, or in a file if all are too many."""
-    if made_BLD.nbytes / len(made_BLD) * sequences <= budget:
-        return torch.empty_like(made_BLD, device="cpu")
+def _buffer_like(hidden_BLD: Tensor, sequences: int, budget: int, folder: Path | None) -> Tensor:
+    """A buffer for the hidden states of a batch between layers: in memory, or in a file if those of all batches take
+    more than the budget."""
+    if hidden_BLD.nbytes / len(hidden_BLD) * sequences <= budget:
+        return torch.empty_like(hidden_BLD, device="cpu")
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden-") as file:
         try:
-            if sys.platform == "linux":  # a full disk says so now, not by a signal later
-                os.posix_fallocate(file.fileno(), 0, made_BLD.nbytes)
+            if sys.platform == "linux":  # otherwise a full disk would kill the process later, with SIGBUS
+                os.posix_fallocate(file.fileno(), 0, hidden_BLD.nbytes)
         except OSError as error:
             raise OutputError(
-                (
-                    f"{made_BLD.nbytes / 2**30:.1f} GiB more cannot be kept in {folder} ({error.strerror}); make "
-                    "room, or raise the budget"
-                ),
+                f"{hidden_BLD.nbytes / 2**30:.1f} GiB more cannot be kept in {folder} ({error.strerror}); free some "
+                "space, or raise the budget",
                 field="activation_budget",
             ) from error
-        # The kernel keeps the file as long as it is mapped, without its name: nothing is left after a kill.
-        flat = torch.from_file(file.name, shared=True, size=made_BLD.numel(), dtype=made_BLD.dtype)
-    return flat.view(made_BLD.shape)
+        # The file loses its name here but lasts as long as it is mapped, so nothing is left behind after a kill.
+        flat = torch.from_file(file.name, shared=True, size=hidden_BLD.numel(), dtype=hidden_BLD.dtype)
+    return flat.view(hidden_BLD.shape)
 
 
 @torch.inference_mode()
 def quick_look(
     streamed: StreamedModel, ids_SL: Tensor, *, depth: float, statistic: Statistic, description: str | None = None
 ) -> CorpusProfile:
-    """The super experts of a checkpoint at about the cost of reading those experts that some token is routed to.
+    """The super experts of a checkpoint, at about the cost of reading the experts that at least one token is routed to.
 
-    Of sequences [S, L] a few are run at once, and their statistics kept apart, so that one pass through the checkpoint
-    shows what each further sequence (a round) changes; unless the super experts settled, twice as many follow. At the
-    end of the corpus the answer is given as not stable.
+    A few of the sequences [S, L] run at once. Their statistics are kept apart, so that one pass through the checkpoint
+    shows what each further sequence (a round) changes. If the super experts still change, twice as many sequences
+    follow. At the end of the corpus the result is marked as not stable.
     """
     banks = banks_below(streamed.model, depth)
-    total = Recorder(expert_keys(banks), ids_SL)
+    total = Accumulator(expert_keys(banks), ids_SL)
     sets: list[frozenset[ExpertKey]] = []
     while len(sets) < len(ids_SL):
         first, count = len(sets), FIRST_ROUNDS if not sets else 2 * len(sets)
-        rounds = [Recorder(expert_keys(banks), ids_SL) for _ in range(min(count, len(ids_SL) - first))]
+        rounds = [Accumulator(expert_keys(banks), ids_SL) for _ in range(min(count, len(ids_SL) - first))]
         _one_pass(streamed, banks, ids_SL[first : first + len(rounds)], rounds, first, description)
-        for recorder in rounds:
-            total.merge(recorder)
+        for accumulator in rounds:
+            total.merge(accumulator)
             found = super_experts(
                 total.rows(),
                 num_layers(streamed.model),
@@ -140,7 +138,7 @@ def quick_look(
         if stable:
             break
     else:
-        note(f"--quick: the super experts still changed in the last of {len(sets)} rounds; profile more --tokens")
+        note(f"profile: the super experts still changed in the last of {len(sets)} rounds; give more tokens")
     return CorpusProfile(tokens=len(sets) * ids_SL.shape[1], experts=total.rows(), stable=stable)
 
 
@@ -148,24 +146,24 @@ def _one_pass(
     streamed: StreamedModel,
     banks: Sequence[Bank],
     ids_BL: Tensor,
-    rounds: Sequence[Recorder],
+    rounds: Sequence[Accumulator],
     first: int,
     description: str | None,
 ) -> None:
-    """Runs sequences [B, L] as one batch; each round's recorder hears one of them."""
+    """Runs sequences [B, L] as one batch; the accumulator of each round gets the statistics of one of them."""
     length = ids_BL.shape[1]
 
-    def tap(call: BankCall) -> None:
-        # So few rows that all of a bank can be kept.
+    def split_by_sequence(call: BankCall) -> None:
+        # There are so few tokens that all rows of a bank fit in memory.
         pieces = list(call.pieces)
         inner_RF, output_RD = (
             torch.cat([getattr(piece, name) for piece in pieces]) for name in ("inner_NF", "output_ND")
         )
-        for number, recorder in enumerate(rounds):
+        for number, accumulator in enumerate(rounds):
             own_R = call.token_R // length == number
             own = Piece(inner_NF=inner_RF[own_R], output_ND=output_RD[own_R], is_one_expert=False)
-            recorder.start_batch(first + number, torch.ones(1, length))
-            recorder(
+            accumulator.start_batch(first + number, torch.ones(1, length))
+            accumulator(
                 dataclasses.replace(
                     call,
                     expert_R=call.expert_R[own_R],
@@ -179,9 +177,9 @@ def _one_pass(
     hidden = None
     ids_BL = ids_BL.to(streamed.device)
     with (
-        _a_core_for_readers(),
+        _one_thread_for_reading(),
         padded_values(),
-        tapped(streamed.model, tap, streamed.experts),
+        tapped(streamed.model, split_by_sequence, streamed.experts),
         layer_by_layer(streamed.model, banks[0].path) as run,
         streamed.running(layers, all_wanted=False) as loaded,
         progress(description, len(layers)) as bar,
@@ -192,8 +190,8 @@ def _one_pass(
 
 
 @contextlib.contextmanager
-def _a_core_for_readers() -> Iterator[None]:
-    """Within the block one thread fewer computes: an expert has so few tokens that the reading is what takes time."""
+def _one_thread_for_reading() -> Iterator[None]:
+    """Within the block one thread fewer computes: for so few tokens per expert, reading is what takes time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - 1))
     try:

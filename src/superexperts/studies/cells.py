@@ -14,7 +14,7 @@ from typing import Any, Literal
 from superexperts.adapters import export
 from superexperts.adapters.borrow import ModelCache
 from superexperts.adapters.export import ExportConfig
-from superexperts.core.config import EvaluateConfig, ProfileConfig
+from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import OptionError
 from superexperts.core.runs import completed, new_folder, write_json, write_manifest
 from superexperts.core.types import ExpertSet
@@ -25,6 +25,7 @@ from superexperts.extraction.extract import ExtractConfig
 from superexperts.extraction.judge import Judge
 from superexperts.pocket import write_data
 from superexperts.profiling import profile, select
+from superexperts.profiling.profile import ProfileConfig
 from superexperts.profiling.select import SelectConfig
 from superexperts.results.variants import Run
 from superexperts.studies.plan import Plan, expert_files, reads

@@ -12,11 +12,12 @@ from typing import Any, cast, get_type_hints
 
 from pydantic import ValidationError
 
-from superexperts.core.config import EvaluateConfig, ProfileConfig
+from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import DataError, ExpertsError, OptionError
 from superexperts.core.settings import typed
 from superexperts.core.types import ExpertSet
 from superexperts.extraction.extract import ExtractConfig
+from superexperts.profiling.profile import ProfileConfig
 from superexperts.profiling.select import SelectConfig
 from superexperts.results.variants import DEFAULT_SETS, Kind
 from superexperts.studies.lined_yaml import LinedYaml, Place
