@@ -563,14 +563,14 @@ def change_of(out: Path) -> dict[str, Any]:
         (lambda b, o: (b / INDEX).write_text((b / INDEX).read_text() + " "), INDEX),
         (lambda b, o: (o / RECORD).unlink(), "has no superexperts.json"),
         (lambda b, o: (o / RECORD).write_text("{"), "is not valid JSON"),
-        (lambda b, o: (o / RECORD).write_text("[1]"), "is no file of schema"),
-        (lambda b, o: (o / RECORD).write_text('{"schema": "superexperts/surgery/1"}'), "a field is missing"),
-        (lambda b, o: amend(o, changes=[{**change_of(o), "offset": -1}]), "a field is missing or wrong"),
+        (lambda b, o: (o / RECORD).write_text("[1]"), "expected a file of schema 'superexperts/surgery/1', found 'list'"),
+        (lambda b, o: (o / RECORD).write_text('{"schema": "superexperts/surgery/1"}'), "json: command is missing"),
+        (lambda b, o: amend(o, changes=[{**change_of(o), "offset": -1}]), r"changes\.0\.offset: -1 should be greater"),
         (lambda b, o: amend(o, changes=[{**change_of(o), "bytes": 10**15}]), "differs from the record"),
         (lambda b, o: amend(o, changes=[{**change_of(o), "file": "../../etc/passwd"}]), "differs from the record"),
         (lambda b, o: amend(o, files={"a\nb": {"bytes": 1, "sha256": ""}}), "of .* is not the recorded file"),
         (lambda b, o: amend(o, model="../nowhere"), "'../nowhere' is neither a folder"),
-        (lambda b, o: amend(o, files={"config.json": 3}), "a field is missing or wrong"),
+        (lambda b, o: amend(o, files={"config.json": 3}), r"files\.config\.json: 3 should be an object"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("mode", ["zero", "remove"])

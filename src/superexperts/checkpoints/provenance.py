@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from superexperts.checkpoints.reader import INDEX, Checkpoint
 from superexperts.checkpoints.writer import RECORD, Change, side_files
 from superexperts.core.errors import DataError
 from superexperts.core.runs import read_json, write_json
+from superexperts.core.validation import check_schema, validated
 
 __all__ = ["Record", "base_files"]
 
 SCHEMA = "superexperts/surgery/1"
+
+
+class BaseFile(TypedDict, total=False):
+    """Size and hash of a file of the base."""
+
+    bytes: int
+    sha256: str
+    sha256_header: str
+    """Of a shard, in place of `sha256`: hashing its tensors would take longer than the rest of the command. The bytes
+    that were changed have their hashes in `Record.changes`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,10 +41,9 @@ class Record:
     """By name, such as L2E54."""
     model: str
     """The base: a folder's full path, a Hub name, or `pocket`."""
-    revision: str | None
-    files: Mapping[str, Mapping[str, Any]]
-    """Of the base: bytes and SHA-256 of each file; of a shard the SHA-256 of its header, since a hash of its tensors
-    would take longer than everything else. What of them was changed has its hashes in `changes`."""
+    revision: str | None = None
+    files: Mapping[str, BaseFile]
+    """All files of the base by name."""
     changes: tuple[Change, ...]
 
     def write(self, folder: Path) -> None:
@@ -41,33 +52,24 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record:
-        """Reads superexperts.json; `DataError` in one line for one that is not there or no such record."""
+        """Reads superexperts.json; `DataError` in one line if it is missing or is not such a record."""
         path = folder / RECORD
         if not path.is_file():
             raise DataError(
-                f"{folder} has no {RECORD}, so nothing says what was changed; give what prune wrote", field="folder"
+                f"{folder} has no {RECORD}, so what was changed is not known; give a folder that `prune` wrote",
+                field="folder",
             )
         value = read_json(path, "folder")
-        if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-            raise DataError(f"{path} is no file of schema {SCHEMA!r}; give what prune wrote", field="folder")
         try:
-            record = cls(
-                command=_text(value["command"]),
-                mode=_text(value["mode"]),
-                experts=tuple(map(_text, value["experts"])),
-                model=_text(value["model"]),
-                revision=None if value["revision"] is None else _text(value["revision"]),
-                files={_text(name): _file(said) for name, said in value["files"].items()},
-                changes=tuple(_change(row) for row in value["changes"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{path}: a field is missing or wrong ({error}); prune again", field="folder") from error
-        return record
+            check_schema(value, SCHEMA, "folder", "give a folder that `prune` wrote")
+            return validated(cls, value, "folder", "prune again")
+        except DataError as error:
+            raise DataError(f"{path}: ", *error.parts, field="folder") from error
 
 
-def base_files(base: Checkpoint, folder: Path) -> dict[str, dict[str, Any]]:
+def base_files(base: Checkpoint, folder: Path) -> dict[str, BaseFile]:
     """Bytes and hashes of a checkpoint's files, as `Record.files` has them."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, BaseFile] = {}
     index = [folder / INDEX] if (folder / INDEX).is_file() else []
     for file in [*side_files(folder), *index]:
         with file.open("rb") as opened:
@@ -79,37 +81,9 @@ def base_files(base: Checkpoint, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def name_of(model: str) -> str:
-    """A model as a record names it: a folder by its full path, since a relative one means nothing elsewhere."""
+    """A model as a record names it: a folder by its full path, since a relative path depends on the working folder."""
     return str(Path(model).resolve()) if model != "pocket" and Path(model).is_dir() else model
 
 
 def _sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} is no text")
-    return value
-
-
-def _file(said: Any) -> dict[str, Any]:
-    number, (name, sha) = said["bytes"], next((key, said[key]) for key in ("sha256", "sha256_header") if key in said)
-    if type(number) is not int:
-        raise TypeError(f"{number!r:.40} is no number of bytes")
-    return {"bytes": number, name: _text(sha)}
-
-
-def _change(row: Any) -> Change:
-    numbers: Sequence[Any] = (row["offset"], row["bytes"])
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise TypeError(f"{numbers!r:.40} are no offset and length")
-    after = row["sha256_after"]
-    return Change(
-        key=_text(row["key"]),
-        file=_text(row["file"]),
-        offset=row["offset"],
-        bytes=row["bytes"],
-        sha256_before=_text(row["sha256_before"]),
-        sha256_after=None if after is None else _text(after),
-    )

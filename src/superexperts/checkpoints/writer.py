@@ -17,7 +17,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from annotated_types import Ge
 
 from superexperts.checkpoints.reader import INDEX, KINDS, PIECE, Checkpoint, Entry, as_bytes
 from superexperts.core.console import note, progress
@@ -80,8 +82,8 @@ class Change:
 
     key: str
     file: str
-    offset: int
-    bytes: int
+    offset: Annotated[int, Ge(0)]
+    bytes: Annotated[int, Ge(0)]
     sha256_before: str
     sha256_after: str | None
     """None where they were taken out."""

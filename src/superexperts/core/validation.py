@@ -47,6 +47,6 @@ def _first(error: ValidationError) -> str:
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return f"{place} is missing"
-    is_object = first["type"] == "dataclass_type"
+    is_object = first["type"] in ("dataclass_type", "dict_type")
     what = "an object" if is_object else first["msg"].removeprefix("Input should be ")
     return f"{place}: {first['input']!r:.40} should be {what}".removeprefix(": ")
