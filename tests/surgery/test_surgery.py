@@ -563,7 +563,7 @@ def change_of(out: Path) -> dict[str, Any]:
         (lambda b, o: (b / INDEX).write_text((b / INDEX).read_text() + " "), INDEX),
         (lambda b, o: (o / RECORD).unlink(), "has no superexperts.json"),
         (lambda b, o: (o / RECORD).write_text("{"), "is not valid JSON"),
-        (lambda b, o: (o / RECORD).write_text("[1]"), "expected a file of schema 'superexperts/surgery/1', found 'list'"),
+        (lambda b, o: (o / RECORD).write_text("[1]"), "expected a file of schema .*, found 'list'"),
         (lambda b, o: (o / RECORD).write_text('{"schema": "superexperts/surgery/1"}'), "json: command is missing"),
         (lambda b, o: amend(o, changes=[{**change_of(o), "offset": -1}]), r"changes\.0\.offset: -1 should be greater"),
         (lambda b, o: amend(o, changes=[{**change_of(o), "bytes": 10**15}]), "differs from the record"),
