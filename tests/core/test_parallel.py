@@ -60,7 +60,7 @@ def test_a_killed_process_is_an_error() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return item
 
-    with pytest.raises(SuperExpertsError, match="was killed, for its memory perhaps"):
+    with pytest.raises(SuperExpertsError, match="was killed, perhaps for lack of memory"):
         parallel_map(die, range(100), worth=1)
     assert not multiprocessing.active_children()
 
