@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -179,7 +180,7 @@ def _round(shape: Shape, folder: Path, layers: int, tokens: int | None, options:
     before, start = bounds(), startup()
     seconds, peak, found, errors = profile(folder, folder.parent / "profile", *options)
     pace, multiplied = (fmean(pair) for pair in zip(before, bounds(), strict=True))
-    read_bytes = float(errors.rpartition("profile: ")[2].partition(" GB")[0]) * 1e9
+    read_bytes = float(re.findall(r"(\S+) GB", errors)[-1]) * 1e9
     return Round(seconds - start, pace * read_bytes, multiplied, peak, found)
 
 
