@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 from tyro.conf import Positional
@@ -131,7 +131,20 @@ def _alternatives(names: Sequence[str]) -> list[str]:
 
 def run(config: SelectConfig) -> dict[str, Any]:
     """Reads the profile, applies the rule, writes experts.json and returns it."""
-    profile = Profile.load(config.profile)
+    chosen = _chosen(Profile.load(config.profile), config)
+    write_json(config.out, chosen.to_json())
+    return {"out": str(config.out), **chosen.to_json()}
+
+
+def choose(profile: Profile, rule: str = "super", *, like: ExpertSet | str | None = None, **settings: Any) -> ExpertSet:
+    """As the command, from a profile in memory: `like` may be an `ExpertSet`, and nothing is written."""
+    text = ",".join(key_name(key) for key in like.experts) if isinstance(like, ExpertSet) else like
+    if rule not in RULES:
+        raise OptionError(f"{rule!r} is unknown; choose from {', '.join(RULES)}", field="rule")
+    return _chosen(profile, SelectConfig(profile=Path(), rule=cast(Any, rule), like=text, **settings))
+
+
+def _chosen(profile: Profile, config: SelectConfig) -> ExpertSet:
     if config.corpus is not None and config.corpus not in profile.corpora:
         names = ", ".join(profile.corpora)
         raise OptionError(f"{config.corpus!r} is not in the profile; choose from {names}", field="corpus")
@@ -143,9 +156,7 @@ def run(config: SelectConfig) -> dict[str, Any]:
     chosen = rule.choose(profile, corpora, **settings)
     _note_missing_layers(profile, config)
     made_from = {"corpora": corpora, "profile": digest(profile.to_json()), "profile_depth": profile.depth}
-    chosen = dataclasses.replace(chosen, rule={"name": config.rule, **chosen.rule, **made_from})
-    write_json(config.out, chosen.to_json())
-    return {"out": str(config.out), **chosen.to_json()}
+    return dataclasses.replace(chosen, rule={"name": config.rule, **chosen.rule, **made_from})
 
 
 def _like(profile: Profile, corpus: str, text: str | None) -> tuple[ExpertKey, ...]:
