@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from superexperts.core.config import TASKS
 from superexperts.profiling.rules import RULES
@@ -74,9 +74,7 @@ class _Fields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[
-        str, Field(), BeforeValidator(lambda value: _folder_name(value) if isinstance(value, str) else value)
-    ]
+    name: Annotated[str, AfterValidator(_folder_name)]
     model: str = "pocket"
     revision: str | None = None
     corpus: Names = ("pocket",)
