@@ -33,7 +33,7 @@ def test_missing_files_are_named_before_any_work(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "s.yaml"]
 
 
-def test_everything_that_is_missing_is_told_at_once_before_any_work(tmp_path: Path, monkeypatch: Any) -> None:
+def test_everything_that_is_missing_is_reported_at_once_before_any_work(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.delenv("SUPEREXPERTS_DATA", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (tmp_path / "rows.json").write_text('[{"question": "q", "explain": "e"}]')
@@ -57,9 +57,9 @@ max_new_tokens: 2048
         "line 4: tasks: vmlu is not on the Hub",
         "line 3: corpus: 'nonsense' is neither a file nor one of",
         "line 3: corpus: .*blank.txt is empty",
-        "line 11: max_new_tokens: 2048 is over the model's context; give at most 2047",
+        "line 11: max_new_tokens: 2048 exceeds the model's context; give at most 2047",
         "line 7: experts.mine: L2E999 is not in the model",
-        "line 7: experts.many.count: 9999 of 288 routed experts",
+        "line 7: experts.many.count: the model has 288 experts, not 9999",
         "device: 'cuda:99' is not on this machine",
         "line 9: evaluation.engine: 'vllm' needs the package vllm",
         "line 8: load_in_4bit: bitsandbytes is not installed",
@@ -94,7 +94,7 @@ max_new_tokens: 2048
             "{data_dir: pocket, corpus: SHORT}",
             "line 1: corpus: .*short.txt has .* tokens, under one sequence; give seq_len",
         ),
-        ("{data_dir: pocket, seq_len: 4096}", "line 1: seq_len: 4096 is over the model's context; give at most 2048"),
+        ("{data_dir: pocket, seq_len: 4096}", "line 1: seq_len: 4096 exceeds the model's context; give at most 2048"),
         (
             '{data_dir: pocket, extraction: {judge: x, judge_base_url: "http://127.0.0.1:1/v1"}}',
             "line 1: extraction.judge_base_url: .* cannot be reached .ConnectionRefusedError.; start the server",
@@ -106,7 +106,7 @@ max_new_tokens: 2048
         ("{data_dir: pocket, corpus: c4}", "line 1: corpus: data_dir pocket has no 'c4'"),
     ],
 )
-def test_missing_data_are_told_before_any_work(fields: str, said: str, tmp_path: Path) -> None:
+def test_missing_data_are_reported_before_any_work(fields: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short.")
     (tmp_path / "medium.txt").write_text("The lamp is red. " * 800)
     fields = fields.replace("SHORT", str(tmp_path / "short.txt")).replace("MEDIUM", str(tmp_path / "medium.txt"))
@@ -132,8 +132,8 @@ def test_the_perplexity_is_measured_on_the_corpus_own_column(
     (tmp_path / "rows.jsonl").write_text('{"body": "The lamp is red."}\n' * 40)
     fields = fields.replace("ROWS", str(tmp_path / "rows.jsonl"))
     plan = parse(f"{{name: x, data_dir: pocket, variants: [base], tokens: 64, seq_len: 32, {fields}}}")
-    for _, look in check._data(plan):
-        look()
+    for _, check_field in check._data(plan):
+        check_field()
     asked: list[EvaluateConfig] = []
     monkeypatch.setattr(cells.evaluate, "run", lambda config, load: asked.append(config))
     cells.Worker(plan, tmp_path / "out", "cpu")._evaluate(plan.runs[0])

@@ -1,7 +1,8 @@
-"""The cells of a study: which there are, what each waits for, and how one is run.
+"""The cells of a study: which ones there are, which others each one needs, and how a cell is run.
 
-A cell is one command with its settings and a folder of its own. Every command knows by its inputs' hashes whether it
-is done, so to run a cell again costs only the look.
+A cell is one command with its settings and its own folder. Every command knows from the hashes of its inputs whether
+its result is up to date, so running a finished cell again only costs that check. This is the one module of a study that
+runs other commands.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ from superexperts.training import train
 from superexperts.training.resume import checkpoints_folder
 from superexperts.training.train import TrainConfig
 
-__all__ = ["Cell", "Worker", "cells"]
+__all__ = ["Cell", "Worker", "cells", "extraction_settings"]
 
 Stage = Literal["data", "profile", "select", "train", "checkpoint", "evaluate", "extract"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One piece of work."""
+    """One command of the study."""
 
     stage: Stage
     run: str | None = None
-    """Name of the run that it belongs to; None for what all runs share."""
+    """Name of the run that it belongs to; None for a cell that all runs share."""
     needs: tuple[str, ...] = ()
-    """Names of the cells that must be done before."""
+    """Names of the cells that must be done first."""
 
     @property
     def name(self) -> str:
@@ -57,7 +58,7 @@ class Cell:
 
 
 def cells(plan: Plan) -> tuple[Cell, ...]:
-    """All cells, each after those that it needs; what can be asked without training comes first."""
+    """All cells, each after those that it needs; runs that need no training come first."""
     shared = [Cell(stage="data")] if plan.data_dir == "pocket" else []
     data = tuple(cell.name for cell in shared)
     shared += [Cell(stage="profile", needs=data), Cell(stage="select", needs=("profile",))]
@@ -68,28 +69,33 @@ def cells(plan: Plan) -> tuple[Cell, ...]:
         if run.kind == "lora":
             found.append(Cell(stage="train", run=run.name, needs=before))
             before = (found[-1].name,)
-        if run.kind != "base" and elsewhere(plan):
+        if run.kind != "base" and needs_checkpoints(plan):
             found.append(Cell(stage="checkpoint", run=run.name, needs=before))
             before = (found[-1].name,)
         found.append(Cell(stage="evaluate", run=run.name, needs=before))
         found.append(Cell(stage="extract", run=run.name, needs=(found[-1].name,)))
-    if judged_here(plan):  # two large models in turns would be loaded again and again
+    if judged_here(plan):  # else model and judge, both large, would be loaded in turns
         found.sort(key=lambda cell: cell.stage == "extract")
     return tuple(found)
 
 
 def judged_here(plan: Plan) -> bool:
-    """Whether a judge is loaded in the processes of the study."""
+    """Whether the processes of the study load a judge."""
     return plan.extraction.get("judge", "off") != "off" and plan.extraction.get("judge_base_url") is None
 
 
-def elsewhere(plan: Plan) -> bool:
-    """Whether the answers come from an engine that needs every variant as a checkpoint of its own."""
+def extraction_settings(plan: Plan, folder: Path, device: str = "auto") -> ExtractConfig:
+    """The settings of `extract` for the run in `folder`."""
+    return ExtractConfig(folder=folder, device=device, **plan.extraction)
+
+
+def needs_checkpoints(plan: Plan) -> bool:
+    """Whether the answers come from an engine that needs every variant as a separate checkpoint."""
     return plan.engine != "hf"
 
 
 class Worker:
-    """Runs cells of one study in this process; runs that differ only in silent experts or adapter share a model."""
+    """Runs cells of one study in this process. Runs that differ only in silenced experts or adapter share one model."""
 
     def __init__(self, plan: Plan, out: Path, device: str = "auto") -> None:
         self.plan, self.out, self.device = plan, out, device
@@ -102,7 +108,7 @@ class Worker:
         self._judge: Judge | None = None
 
     def work(self, cell: Cell) -> None:
-        """Runs a cell, or sees that it is done."""
+        """Run a cell; it returns at once if its result is up to date."""
         if cell.run is None:
             {"data": self._data, "profile": self._profile, "select": self._select}[cell.stage]()
             return
@@ -178,13 +184,13 @@ class Worker:
         if less_memory:
             self.models.clear()
         load = None if less_memory else self.models.take
-        if checkpoints_folder(config.out).is_dir():  # it was killed
-            with contextlib.suppress(OptionError):  # while other settings were trained
+        if checkpoints_folder(config.out).is_dir():  # an earlier training was killed
+            with contextlib.suppress(OptionError):  # that training had other settings
                 train.train(dataclasses.replace(config, resume=True), load=load)
         train.train(config, load=load)
 
     def _checkpoint(self, run: Run) -> None:
-        """The variant as a checkpoint, for engines that know nothing of silent experts or of adapters."""
+        """Write the variant as a checkpoint, for engines that cannot silence experts or attach our adapters."""
         plan, out = self.plan, self._folder(run) / "model"
         self.models.clear()
         if run.kind == "prune":
@@ -196,8 +202,8 @@ class Worker:
             export.run(ExportConfig(adapter=adapter, format="merged", out=out))
 
     def _evaluate(self, run: Run) -> None:
-        plan, built = self.plan, elsewhere(self.plan) and run.kind != "base"
-        if elsewhere(plan):
+        plan, built = self.plan, needs_checkpoints(self.plan) and run.kind != "base"
+        if needs_checkpoints(plan):
             self.models.clear()
         lora, pruned = run.kind == "lora" and not built, run.kind == "prune" and not built
         options: dict[str, Any] = {**plan.evaluation, "perplexity": plan.perplexity}
@@ -225,8 +231,9 @@ class Worker:
         )
 
     def _extract(self, run: Run) -> None:
-        config = ExtractConfig(folder=self._folder(run), device=self.device, **self.plan.extraction)
+        config = extraction_settings(self.plan, self._folder(run), self.device)
         if judged_here(self.plan):
-            self.models.clear()  # a judge of 32 B parameters needs the room
-        self._judge = self._judge or extract.judge_of(config, self.out / "judge.jsonl")  # variants often say the same
+            self.models.clear()  # a judge with 32 B parameters needs the memory
+        # One judge and one file of its verdicts for all runs, since variants often give the same answers.
+        self._judge = self._judge or extract.judge_of(config, self.out / "judge.jsonl")
         extract.run(config, self._judge)

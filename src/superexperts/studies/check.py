@@ -1,12 +1,11 @@
-"""What a study file names, looked for before anything runs: files, rows, corpora, experts, device, engine and judge.
+"""Checks everything that a study file names before it runs: files, rows, corpora, experts, device, engine and judge.
 
-`study_file` checks what can be told from the file alone; this looks at the machine. Nothing is fetched for it but
+`study_file` checks what depends on the file alone, this module what depends on the machine. It downloads nothing but
 config.json of models on the Hub.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,39 +21,41 @@ from superexperts.core.errors import DataError, ModelError, OptionError, UserErr
 from superexperts.core.types import ExpertSet
 from superexperts.data.corpora import documents, local_data, named_corpus
 from superexperts.data.packing import pack
-from superexperts.extraction.extract import ExtractConfig
+from superexperts.engines.local import require_engine
 from superexperts.models.banks import check_experts, find_banks
 from superexperts.models.loading import load_tokenizer, pick_device, structure_of
 from superexperts.pocket import checkpoint_dir
+from superexperts.studies.cells import extraction_settings
 from superexperts.studies.lined_yaml import Place, together
 from superexperts.studies.plan import Plan
 from superexperts.studies.study_file import line_of
+from superexperts.training.memory import require_bitsandbytes
 from superexperts.training.rows import read_rows
 
 __all__ = ["check", "given_experts", "row_files", "settings_of_plan"]
 
-Look = tuple[Place, Callable[[], Any]]
-"""What may be wrong, and the field that it would be wrong in."""
+Check = tuple[Place, Callable[[], Any]]
+"""The place of a field in the study file, and a function that raises `UserError` if the field is wrong."""
 
 
 def check(plan: Plan, text: str = "", name: str = "STUDY", *, device: str = "auto", here: bool = True) -> None:
-    """`DataError` that tells everything that is missing or wrong, a line each, with the line of the file's `text`.
+    """`DataError` that lists everything that is missing or wrong, each with its line in the file.
 
-    `name` is the file's. `here` says whether the cells run on this machine, so that it must have the device, the engine
-    and what else they need.
+    `text` is the content of the file and `name` its name. `here` says whether the cells run on this machine, which must
+    then have the device, the engine and the packages that they need.
     """
-    told = []
-    for place, look in _looks(plan, device, here):
+    errors = []
+    for place, check_field in _checks(plan, device, here):
         try:
-            look()
+            check_field()
         except UserError as error:
             line = line_of(text, place)
-            told.append((f"line {line}: " if line else "") + error.line())
-    if told:
-        raise DataError(together(name, list(dict.fromkeys(told))))
+            errors.append((f"line {line}: " if line else "") + error.line())
+    if errors:
+        raise DataError(together(name, list(dict.fromkeys(errors))))
 
 
-def _looks(plan: Plan, device: str, here: bool) -> Iterator[Look]:
+def _checks(plan: Plan, device: str, here: bool) -> Iterator[Check]:
     for option, file in row_files(plan):
         yield tuple(option.split(".")), partial(_rows, option, file)
     if plan.data_dir is not None and plan.data_dir != "pocket" and not Path(plan.data_dir).is_dir():
@@ -67,22 +68,22 @@ def _looks(plan: Plan, device: str, here: bool) -> Iterator[Look]:
         yield ("model",), partial(_raise, error)
     else:
         context = getattr(settings.get_text_config(), "max_position_embeddings", None)
-        if context is not None:  # a state-space model has no limit
+        if context is not None:  # a state-space model has none
             yield ("seq_len",), partial(_fits, "seq_len", plan.seq_len, context)
             yield ("max_new_tokens",), partial(_fits, "max_new_tokens", plan.max_new_tokens, context - 1)
         yield from _experts(plan, settings)
     if here:
         yield ("device",), partial(pick_device, device)
-        yield ("evaluation", "engine"), partial(_engine, "evaluation.engine", plan.engine)
+        yield ("evaluation", "engine"), partial(require_engine, plan.engine, "evaluation.engine")
         for run in plan.runs:
             if run.kind == "lora" and plan.training_of(run).get("load_in_4bit"):
                 own = "load_in_4bit" in plan.variant(run.variant).training
-                yield ("variants", run.variant) if own else ("training", "load_in_4bit"), _four_bits
+                yield ("variants", run.variant) if own else ("training", "load_in_4bit"), require_bitsandbytes
         yield from _judge(plan)
 
 
 def row_files(plan: Plan) -> list[tuple[str, Path]]:
-    """Files of rows that the trainings read, each with the field that names it."""
+    """The files of rows that training reads, each with the field that names it."""
     if not any(variant.kind == "lora" for variant in plan.variants):
         return []
     named = [("train_data", plan.train_data), ("training.eval_data", plan.training.get("eval_data"))]
@@ -91,7 +92,7 @@ def row_files(plan: Plan) -> list[tuple[str, Path]]:
 
 
 def given_experts(plan: Plan) -> dict[str, ExpertSet]:
-    """The sets that stand in the study file or in a file that it names, by the set whose options name them."""
+    """Name of a set -> the experts that its options list or name by a file."""
     found = {}
     for name, options in plan.experts.items():
         text = options.get("experts", options.get("like"))
@@ -111,7 +112,7 @@ def _settings(model: str, revision: str | None, field: str) -> Any:
         return AutoConfig.from_pretrained(where, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{model!r} is neither a folder nor a model that the Hub gives ({type(error).__name__}); "
+            f"{model!r} is neither a folder nor a model on the Hub ({type(error).__name__}); "
             "check the name and the network, or use `pocket`",
             field=field,
         ) from error
@@ -131,7 +132,7 @@ def _folder(data_dir: str) -> None:
     raise DataError(f"{data_dir!r} is missing; check the path", field="data_dir")
 
 
-def _data(plan: Plan) -> Iterator[Look]:
+def _data(plan: Plan) -> Iterator[Check]:
     data_dir = Path(plan.data_dir) if plan.data_dir else None
     if plan.data_dir != "pocket":
         # From the Hub nothing is read here; it has all of them but VMLU.
@@ -153,8 +154,11 @@ def _data(plan: Plan) -> Iterator[Look]:
 
 
 def _corpus(plan: Plan, name: str, column: str, field: str, quick: bool) -> None:
-    """Reads as much of a corpus on this machine as is asked for; the first text where the tokenizer is not here, where
-    `quick` needs a few tokens only, and of `pocket`, which is made and not read, and that takes its time."""
+    """Check that a corpus on this machine has as many tokens as the study needs.
+
+    Only the first text is read if the tokenizer is not on this machine, if `quick` needs few tokens, and of `pocket`,
+    since tokenizing takes time. Corpora on the Hub are not read.
+    """
     hub = named_corpus(name)
     named = hub is not None and hub.stem is not None
     if named and plan.data_dir == "pocket":
@@ -175,7 +179,7 @@ def _corpus(plan: Plan, name: str, column: str, field: str, quick: bool) -> None
 
 
 def _folder_here(plan: Plan) -> Path | None:
-    """The model's folder, if it is on this machine."""
+    """The folder of the study's model; None if it is not on this machine."""
     try:
         return resolve(plan.model, plan.revision, fetch=False).folder
     except ModelError:
@@ -184,10 +188,10 @@ def _folder_here(plan: Plan) -> Path | None:
 
 def _fits(field: str, length: int, most: int) -> None:
     if length > most:
-        raise OptionError(f"{length} is over the model's context; give at most {most}", field=field)
+        raise OptionError(f"{length} exceeds the model's context; give at most {most}", field=field)
 
 
-def _experts(plan: Plan, settings: Any) -> Iterator[Look]:
+def _experts(plan: Plan, settings: Any) -> Iterator[Check]:
     given = given_experts(plan)
     counts = {name: options["count"] for name, options in plan.experts.items() if options.get("count") is not None}
     if not given and not counts:
@@ -201,35 +205,24 @@ def _experts(plan: Plan, settings: Any) -> Iterator[Look]:
 
 def _enough(name: str, count: int, most: int) -> None:
     if count > most:
-        raise OptionError(f"{count} of {most:,} routed experts; ask for fewer", field=f"experts.{name}.count")
-
-
-def _engine(field: str, engine: str) -> None:
-    if engine != "hf" and importlib.util.find_spec(engine) is None:
         raise OptionError(
-            f"{engine!r} needs the package {engine}, which is not installed; pip install {engine}, or use hf",
-            field=field,
+            f"the model has {most:,} routed experts, not {count}; give fewer", field=f"experts.{name}.count"
         )
 
 
-def _four_bits() -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise OptionError("bitsandbytes is not installed; run pip install superexperts[4bit]", field="load_in_4bit")
-
-
-def _judge(plan: Plan) -> Iterator[Look]:
-    asked = ExtractConfig(folder=Path(), **plan.extraction)
+def _judge(plan: Plan) -> Iterator[Check]:
+    asked = extraction_settings(plan, Path())
     if asked.judge == "off":
         return
     if asked.judge_base_url is not None:
         yield ("extraction", "judge_base_url"), partial(_answers, asked.judge_base_url)
     else:
         yield ("extraction", "judge"), partial(_settings, asked.judge, None, "extraction.judge")
-        yield ("extraction", "judge_engine"), partial(_engine, "extraction.judge_engine", asked.judge_engine)
+        yield ("extraction", "judge_engine"), partial(require_engine, asked.judge_engine, "extraction.judge_engine")
 
 
 def _answers(url: str) -> None:
-    """Whether something listens there; what it is is seen with the first answer."""
+    """Check that something accepts connections at the URL; only an answer can show whether it is the right server."""
     parts = urlsplit(url)
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)

@@ -143,7 +143,8 @@ class _Reader(LinedYaml):
                 self._check_set(path, options)
                 sets[name] = {"experts": options}
             else:
-                sets[name] = self._options(path, {} if options is None else options, SelectConfig, {"profile", "seed", "depth"})
+                given = {} if options is None else options
+                sets[name] = self._options(path, given, SelectConfig, {"profile", "seed", "depth"})
             rule = DEFAULT_SETS.get(name, {}).get("rule")
             if rule is not None and ("experts" in sets[name] or sets[name].get("rule", "super") != rule):
                 self.error(path, f"experts: every study has a set {name!r}, of rule {rule}; give yours another name")

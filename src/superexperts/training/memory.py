@@ -85,9 +85,14 @@ def load_to_train(
     return model
 
 
-def _four_bits(model: nn.Module, skipped: list[str], device: torch.device) -> BitsAndBytesConfig:
+def require_bitsandbytes() -> None:
+    """`OptionError` if bitsandbytes, which computes with 4-bit weights, is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise OptionError("bitsandbytes is not installed; run pip install superexperts[4bit]", field="load_in_4bit")
+
+
+def _four_bits(model: nn.Module, skipped: list[str], device: torch.device) -> BitsAndBytesConfig:
+    require_bitsandbytes()
     if getattr(model.config, "quantization_config", None) is not None:
         raise OptionError("the model is quantized already; leave it out", field="load_in_4bit")
     head = next((name for name, module in model.named_modules() if module is _head(model)), "lm_head")
