@@ -59,7 +59,7 @@ max_new_tokens: 2048
         "line 3: corpus: .*blank.txt is empty",
         "line 11: max_new_tokens: 2048 exceeds the model's context; give at most 2047",
         "line 7: experts.mine: L2E999 is not in the model",
-        "line 7: experts.many.count: the model has 288 experts, not 9999",
+        "line 7: experts.many.count: the model has 288 routed experts, not 9999",
         "device: 'cuda:99' is not on this machine",
         "line 9: evaluation.engine: 'vllm' needs the package vllm",
         "line 8: load_in_4bit: bitsandbytes is not installed",
