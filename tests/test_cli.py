@@ -106,7 +106,7 @@ import superexperts.cli as cli
 imported = cli._imported
 def watched(name):
     module = imported(name)
-    if name == cli.COMMANDS["select"].module:
+    if name == cli.COMMANDS["select"].module and module.run.__name__ == "run":  # imported twice: settings, then module
         module.run = lambda _: print(gc.get_freeze_count()) or {"out": gc.isenabled()}
         print(gc.isenabled())
     return module

@@ -1,4 +1,4 @@
-"""What the pictures share: colours, a figure in them, names that cover nothing, and whole files."""
+"""Shared by all pictures: colours, figures, labels that do not overlap, and saving."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ __all__ = [
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column and the full width of a two-column paper
 BESIDE = 0.6
-"""Inches beside the axes, for the names at its left."""
+"""Inches left of the axes, for the labels."""
 LETTERS = ".letters.svg"
-"""An SVG whose name ends so is for a page: text is letters instead of outlines, and pixels, if any, are fewer."""
+"""Ending of an SVG for a web page: text stays text instead of outlines, and raster parts have a lower resolution."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Colours of a picture; the marks are near Okabe and Ito's palette, which colour-blind readers tell apart, as dark
-    as names in them have to be on paper (WCAG AA: 4.5 to 1, lines 3 to 1)."""
+    """Colours of a picture. Marks are close to the palette of Okabe and Ito, which colour-blind readers can tell apart,
+    and dark enough for text (contrast of WCAG AA: 4.5 to 1 for text, 3 to 1 for lines)."""
 
     ink: str
     muted: str
@@ -93,27 +93,27 @@ DARK = Theme(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Cells of a picture that have values of their own."""
+    """A grid of cells of a picture, with a value for each."""
 
     box: tuple[float, float, float, float]
-    """Left, top, width and height in shares of the picture's width and height."""
+    """Left, top, width and height as fractions of the picture's width and height."""
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
-    """By row and column; None where there is nothing."""
+    """By row and column; None for an empty cell."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spots:
-    """What of a picture can be pointed at and read."""
+    """The parts of a picture that show a value on pointing."""
 
     grids: tuple[Grid, ...] = ()
     points: tuple[tuple[float, float, str], ...] = ()
-    """Left and top in shares of the picture's width and height, and what is to be said of that place."""
+    """Left and top as fractions of the picture's width and height, and the text to show."""
 
 
 def grid_of(axes: Axes, rows: Sequence[str], columns: Sequence[str], values_RC: NDArray[np.float64]) -> Grid:
-    """The whole of a drawn figure's axes as cells; `values_RC` are rounded to three digits, nan is nothing."""
+    """The axes of a drawn figure as a grid; `values_RC` [rows, columns] are rounded to three digits, nan is empty."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     box, whole = axes.get_window_extent(), figure.bbox
@@ -127,7 +127,7 @@ def grid_of(axes: Axes, rows: Sequence[str], columns: Sequence[str], values_RC: 
 
 
 def points_of(axes: Axes, points: Sequence[tuple[float, float, str]]) -> tuple[tuple[float, float, str], ...]:
-    """(x, y, text) in the data of a drawn figure's axes, as places of `Spots`."""
+    """(x, y, text) in data coordinates of a drawn figure's axes, converted to points of `Spots`."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     found = []
@@ -141,7 +141,7 @@ def points_of(axes: Axes, points: Sequence[tuple[float, float, str]]) -> tuple[t
 
 @contextmanager
 def figure_in(width: float, height: float, theme: Theme) -> Iterator[Figure]:
-    """A figure of that many inches in the theme's colours; the settings hold for the block only."""
+    """A figure of this size in inches in the colours of the theme; matplotlib's settings change only in the block."""
     settings: Any = {
         "font.size": 7.5,
         "axes.labelsize": 7.5,
@@ -164,8 +164,8 @@ def figure_in(width: float, height: float, theme: Theme) -> Iterator[Figure]:
         "xtick.major.width": 0.6,
         "ytick.major.width": 0.6,
         "hatch.linewidth": 0.6,
-        "svg.hashsalt": "superexperts",  # the same picture is the same file
-        "text.parse_math": False,  # names may hold a dollar sign
+        "svg.hashsalt": "superexperts",  # makes the file reproducible
+        "text.parse_math": False,  # names may contain a dollar sign
     }
     with mpl.rc_context(settings):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor=theme.paper)
@@ -173,7 +173,7 @@ def figure_in(width: float, height: float, theme: Theme) -> Iterator[Figure]:
 
 
 def save(figure: Figure, paths: Path | Sequence[Path]) -> None:
-    """Renders in memory, then writes whole or not at all; PNG or SVG by each path's suffix (see `LETTERS`)."""
+    """Renders in memory, then writes each file atomically, as PNG or SVG by its suffix (see `LETTERS`)."""
     for path in [paths] if isinstance(paths, Path) else paths:
         kind = path.suffix.removeprefix(".").lower()
         if kind not in ("png", "svg"):
@@ -181,10 +181,10 @@ def save(figure: Figure, paths: Path | Sequence[Path]) -> None:
         buffer = io.BytesIO()
         small = path.name.endswith(LETTERS)
         with mpl.rc_context({"svg.fonttype": "none" if small else "path"}):
-            dpi = 140 if small else 200  # of what is drawn as pixels within an SVG
+            dpi = 140 if small else 200  # in an SVG only for the raster parts
             figure.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
         write_bytes(path, buffer.getvalue())
-        figure.set_layout_engine(None)  # another format need not be laid out again; "none" would still draw twice
+        figure.set_layout_engine(None)  # saves the second layout for another format; "none" would still draw twice
 
 
 def put_title(axes: Axes, title: str, source: str, inches: float) -> None:
@@ -212,9 +212,9 @@ def put_names(
     quiet: Sequence[str] = (),
     avoid: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Writes a name beside each point, where it covers the least of the rings, other names and the points of `avoid`.
+    """Writes a name beside each point, in the place with the least overlap with rings, other names and `avoid`.
 
-    Names in `quiet` are written thin and grey. Lays the figure out, so nothing may be added to it afterwards.
+    Names in `quiet` are thin and grey. This fixes the layout, so nothing may be added to the figure afterwards.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -242,7 +242,7 @@ def put_names(
                 box = Bbox.from_bounds(left, bottom, size.width, size.height)
                 outside = size.width * size.height - float(_overlaps(box, np.array([frame.extents])).sum())
                 covered = float(_overlaps(box, taken).sum()) + 10 * outside
-                # Nearer to another ring it would be read as that one's name.
+                # A name that is nearer to another ring would be taken for the name of that one.
                 astray = any(_distance(box, other) < _distance(box, (x, y)) for other in centres)
                 covered += 0.1 * astray * size.width * size.height
                 places.append((covered, len(places), (shift_x / unit, shift_y / unit), box, astray))
@@ -254,7 +254,7 @@ def put_names(
             textcoords="offset points",
             path_effects=[withStroke(linewidth=2.2, foreground=theme.paper)],
             annotation_clip=False,
-            # a name that had to move away, or to another ring, is tied to its own
+            # a line connects the ring with a name that had to move away
             arrowprops={"arrowstyle": "-", "lw": 0.7, "color": colour, "shrinkA": 0, "shrinkB": 4}
             if rank > 7 or astray
             else None,
@@ -262,15 +262,15 @@ def put_names(
         )
         text.set_in_layout(False)
         boxes.append(box)
-    figure.set_layout_engine(None)  # names were placed in this layout; to make it again takes as long as drawing
+    figure.set_layout_engine(None)  # names were placed in this layout; computing it again takes as long as drawing
 
 
 def _distance(box: Bbox, point: Sequence[float] | NDArray[np.float64]) -> float:
-    """From a point to the nearest place of a box."""
+    """Distance from a point to a box."""
     return math.hypot(max(box.x0 - point[0], 0, point[0] - box.x1), max(box.y0 - point[1], 0, point[1] - box.y1))
 
 
 def _overlaps(box: Bbox, others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The area that a box shares with each of the others, rows of (left, bottom, right, top)."""
+    """Area of the overlap of a box with each of the others, given as rows of (left, bottom, right, top)."""
     sides = np.minimum(others[:, 2:], box.max) - np.maximum(others[:, :2], box.min)
     return cast(NDArray[np.float64], sides.clip(min=0).prod(1))

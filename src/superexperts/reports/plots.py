@@ -1,6 +1,6 @@
 """Pictures of a study: differences, learning curves, attention sinks, changes of weights.
 
-They know nothing of files: what they draw comes as plain values. Each returns what can be pointed at.
+The functions take plain values and no files of a study. Each returns the spots that show a value on pointing.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = [
 
 MINUS = "\N{MINUS SIGN}"
 POINTS_PER_CURVE = 40
-"""That can be pointed at; more would be too near to each other to choose from."""
+"""Points of a curve that show a value; more would be too close to each other to select."""
 STROKES = 150
-"""Of a smoothed curve, which has no more to show."""
+"""Line segments of a smoothed curve; more would not be visible."""
 MARKED = 24
-"""Up to so many changed experts are drawn large enough to be found, more as cells."""
+"""Up to this many changed experts are drawn as large marks; more are drawn as cells."""
 
 Pairs = Sequence[tuple[float, float]]
 
@@ -56,7 +56,7 @@ class Mark:
     detected: bool
     """Whether it was detected."""
     runs: tuple[float, ...] = ()
-    """The differences of single runs; none where there is one."""
+    """The differences of single runs; empty for one run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,20 +76,20 @@ class LearningCurve:
 
     variant: str
     run: str
-    """Which one of the variant's, such as `seed 1`."""
+    """Such as `seed 1`."""
     train: Pairs
     evaluated: Pairs = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightChanges:
-    """What a variant does to the weights, the mean over those of its runs that do it."""
+    """How much a variant changes the weights, as the mean over its runs."""
 
     title: str
     experts: Mapping[ExpertKey, float | None]
     """Relative norm of the change; None for an expert that is silenced."""
     others: Mapping[int, float]
-    """By layer, of attention."""
+    """Layer -> relative norm of the change of its attention."""
 
 
 def plot_forest(rows: Sequence[ForestRow], path: Path | Sequence[Path], *, unit: str, theme: Theme = LIGHT) -> Spots:

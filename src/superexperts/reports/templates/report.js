@@ -1,6 +1,6 @@
 "use strict";
-// Two things, each on its own: values of the pictures to point at or to step through, and the list of items where the
-// runs disagree. Model output only ever becomes text (textContent), never markup.
+// Two independent parts: values of the pictures on pointing or with arrow keys, and the list of items on which runs
+// disagree. Model output is only ever written as text (textContent), never as markup.
 const make = (tag, className, text) => {
   const element = document.createElement(tag);
   if (className) element.className = className;
@@ -71,7 +71,7 @@ for (const plot of document.querySelectorAll(".plot")) {
   };
   const first = () => {
     if (!grids.length) return point(0);
-    let best = [0, 0, -Infinity]; // the largest value is what one looks for
+    let best = [0, 0, -Infinity]; // start at the largest value
     grids[0].values.forEach((values, row) =>
       values.forEach((value, column) => {
         if (value !== null && value > best[2]) best = [row, column, value];
