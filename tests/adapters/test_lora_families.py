@@ -165,7 +165,7 @@ def test_training_accumulates_resumes_and_leaves_every_weight_alone(
             r=4, dropout=0, learning_rate=0.01, epochs=2, adapter_dtype="float32", allow_unexposed=True,
             checkpoint_steps=1, **options,
         )  # fmt: skip
-        result = train.train(config, load=lambda: model, tokenizer=tokenizer)
+        result = train.train(config, load=lambda *_, **__: model, tokenizer=tokenizer)
         return load_file(tmp_path / out / WEIGHTS), {name: x for name, x in result.items() if name != "out"}
 
     gradients: list[Tensor] = []

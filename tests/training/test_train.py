@@ -304,16 +304,20 @@ def test_a_model_that_is_handed_in_comes_back_as_it_was(config: Any, tmp_path: P
         )
 
     before, weights = copy.deepcopy(state()), {n: t.clone() for n, t in model.state_dict().items()}
-    one = train.train(config("qwen3_moe", out=tmp_path / "one"), load=lambda: model, tokenizer=tokenizer)
+    one = train.train(config("qwen3_moe", out=tmp_path / "one"), load=lambda *_, **__: model, tokenizer=tokenizer)
     assert state() == before
-    train.train(config("qwen3_moe", out=tmp_path / "two", attention=True), load=lambda: model, tokenizer=tokenizer)
+    train.train(
+        config("qwen3_moe", out=tmp_path / "two", attention=True), load=lambda *_, **__: model, tokenizer=tokenizer
+    )
     assert state() == before
-    again = train.train(config("qwen3_moe", out=tmp_path / "three"), load=lambda: model, tokenizer=tokenizer)
+    again = train.train(config("qwen3_moe", out=tmp_path / "three"), load=lambda *_, **__: model, tokenizer=tokenizer)
     fresh = train.run(config("qwen3_moe", out=tmp_path / "four"))
     assert one["loss"] == again["loss"] == fresh["loss"]
     with pytest.raises(EffectError):
         train.train(
-            config("qwen3_moe", out=tmp_path / "five", learning_rate=1e-30), load=lambda: model, tokenizer=tokenizer
+            config("qwen3_moe", out=tmp_path / "five", learning_rate=1e-30),
+            load=lambda *_, **__: model,
+            tokenizer=tokenizer,
         )
     assert state() == before
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
@@ -473,7 +477,9 @@ def test_adapters_on_other_parts_see_the_same_rows_in_the_same_order(config: Any
                 seen[name].append(arguments[0].tolist())
 
         model.get_input_embeddings().register_forward_pre_hook(note)  # type: ignore[operator]
-        train.train(config(out=tmp_path / name, **options), load=lambda m=model: m, tokenizer=byte_tokenizer())  # type: ignore[misc]
+        train.train(
+            config(out=tmp_path / name, **options), load=lambda *_, m=model, **__: m, tokenizer=byte_tokenizer()
+        )  # type: ignore[misc]
     assert len(seen["experts"]) == 6
     assert seen["experts"] == seen["attention"]
     assert seen["experts"][:3] != seen["experts"][3:]  # another order in the second epoch

@@ -341,7 +341,7 @@ def test_checkpointed_activations_train_the_same_and_ask_nothing_of_lower_layers
     options: dict[str, Any] = {"experts": "L1E0,L1E2", "epochs": 1, "batch_size": 4}
     train.train(
         config(out=tmp_path / "less", gradient_checkpointing=True, **options),
-        load=lambda: model,
+        load=lambda *_, **__: model,
         tokenizer=byte_tokenizer(),
     )
     assert calls == {0: 2, 1: 4, 2: 4}  # two steps; layer 0, below the adapter, is never computed again
