@@ -1,6 +1,6 @@
-"""Two checkpoints read side by side: for each tensor, or part of one, how much of it differs and by how much.
+"""Reads two checkpoints side by side: for each tensor, or part of one, how much of it differs and by how much.
 
-Equal bytes are compared in the caches of the processor and never leave them; only what differs is measured.
+Bytes are compared in blocks that fit into the caches of the processor. Numbers are computed only for what differs.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ __all__ = [
 ]
 
 Status = Literal["identical", "changed", "reshaped", "missing in A", "missing in B"]
-"""`changed` has the same shape (its dtype may be another), `reshaped` has not."""
+"""`changed`: the same shape, but other values or another dtype; `reshaped`: another shape."""
 
 THREADS = 2
 BLOCK = 2**20
-"""Bytes of each side that are compared at a time: both fit into a core's cache."""
+"""Bytes of each side compared at a time: both blocks fit into the cache of a core."""
 
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -49,19 +49,19 @@ _memcmp.restype = ctypes.c_int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sums:
-    """What every number about a difference is computed from; over finite values only."""
+    """Sums over two tensors, from which all numbers about their difference are computed; finite values only."""
 
     elements: int = 0
     changed: int = 0
-    """Elements whose bits differ (whose values differ, where the dtypes do)."""
+    """Number of elements with different bits, or with different values if the dtypes differ."""
     aa: float = 0.0
-    """Sum of squares of A, as `bb` of B, `ab` of their products and `dd` of B - A."""
+    """Sum of the squares of A; `bb`: of B; `ab`: of the products; `dd`: of the squares of B - A."""
     bb: float = 0.0
     ab: float = 0.0
     dd: float = 0.0
     max_change: float = 0.0
     not_finite: int = 0
-    """Changed elements that are infinite or no number on either side."""
+    """Number of changed elements that are infinite or NaN on either side."""
 
     def __add__(self, other: Sums) -> Sums:
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
@@ -69,7 +69,7 @@ class Sums:
         return Sums(**{**both, "max_change": max(self.max_change, other.max_change)})
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers that are asked for; None where a norm is 0."""
+        """The numbers of a comparison; those that need a norm other than 0 are None without one."""
         norms = math.sqrt(self.aa) * math.sqrt(self.bb)
         return {
             "elements": self.elements,
@@ -84,18 +84,18 @@ class Sums:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What became of a unit."""
+    """How one unit differs between A and B."""
 
     unit: Unit
     status: Status
     sums: Sums
-    """Zeros but for `elements` where nothing was changed or nothing can be compared."""
+    """All zero, except `elements`, if nothing changed or nothing can be compared."""
     bytes: int
-    """Of A and B together, as far as they were compared."""
+    """Bytes of A and B together that were compared."""
 
     @property
     def expert(self) -> ExpertKey | None:
-        """The expert that the unit belongs to, alone."""
+        """The expert that the unit belongs to; None for a unit of no expert."""
         layer, expert = self.unit.layer, self.unit.expert
         return None if layer is None or expert is None else (layer, expert)
 
@@ -112,7 +112,7 @@ class Difference:
 
 
 class _Buffers(threading.local):
-    """Each thread's own two blocks."""
+    """Two blocks for each thread."""
 
     def __init__(self) -> None:
         blocks = [bytearray(BLOCK) for _ in range(2)]
@@ -124,13 +124,13 @@ _buffers = _Buffers()
 
 
 def compare_units(a: Checkpoint, b: Checkpoint, units: Sequence[Unit]) -> Iterator[Difference]:
-    """Each unit's difference, in their order."""
+    """The difference of each unit, in the order given."""
     with ThreadPoolExecutor(THREADS) as workers:
         yield from workers.map(lambda unit: compare_unit(a, b, unit), units)
 
 
 def compare_unit(a: Checkpoint, b: Checkpoint, unit: Unit) -> Difference:
-    """Compares bit by bit first, and measures only what differs."""
+    """Compares the bytes first, and computes numbers only if they differ."""
     untouched = Sums(elements=count(unit.a or unit.b))
     if not unit.a or not unit.b:
         return Difference(unit=unit, status="missing in B" if unit.a else "missing in A", sums=untouched, bytes=0)
@@ -147,12 +147,12 @@ def compare_unit(a: Checkpoint, b: Checkpoint, unit: Unit) -> Difference:
 
 
 def count(entries: Sequence[Entry]) -> int:
-    """Elements of all pieces."""
+    """Number of elements of all pieces."""
     return sum(math.prod(entry.shape) for entry in entries)
 
 
 def _shape(entries: Sequence[Entry]) -> tuple[int, ...]:
-    """The shape of pieces that lie below each other."""
+    """The shape of pieces stacked along the first dimension."""
     if len(entries) == 1:
         return entries[0].shape
     return (sum(entry.shape[0] for entry in entries), *entries[0].shape[1:])
@@ -163,7 +163,7 @@ def _same_dtype(unit: Unit) -> bool:
 
 
 def same_bytes(a: Checkpoint, b: Checkpoint, ones: Sequence[Entry], others: Sequence[Entry]) -> bool:
-    """Whether pieces of equal size in all hold the same bytes. A file that has two names is not read."""
+    """Whether pieces of equal total size hold the same bytes. The same file under two names is not read."""
     for one, other in _spans(ones, others, whole=True):
         if one.offset == other.offset and a.inode(one.file) == b.inode(other.file):
             continue
@@ -178,7 +178,7 @@ def same_bytes(a: Checkpoint, b: Checkpoint, ones: Sequence[Entry], others: Sequ
 
 
 def part(entry: Entry, offset: int, nbytes: int) -> Entry:
-    """Some of an entry's bytes, as bytes."""
+    """A range of the bytes of an entry, as an entry of dtype uint8."""
     return dataclasses.replace(entry, kind="U8", shape=(nbytes,), offset=offset, nbytes=nbytes)
 
 
@@ -192,8 +192,8 @@ def _fill(descriptor: int, target: memoryview, entry: Entry, start: int) -> None
 
 
 def _spans(ones: Sequence[Entry], others: Sequence[Entry], *, whole: bool = False) -> Iterator[tuple[Entry, Entry]]:
-    """Pairs of flat pieces of the same number of elements, which together are all of both sides; of at most a block
-    unless they may be `whole`."""
+    """Pairs of flat pieces with the same number of elements that together cover both sides; each has at most BLOCK
+    elements unless `whole`."""
     left, right = list(ones), list(others)
     while left and right:
         sizes = [entry.nbytes // entry.itemsize for entry in (left[0], right[0])]
@@ -211,8 +211,8 @@ def _spans(ones: Sequence[Entry], others: Sequence[Entry], *, whole: bool = Fals
 
 
 def tensor_sums(a_N: Tensor, b_N: Tensor) -> Sums:
-    """The sums over two tensors of the same number of elements, in float64."""
-    import torch  # here, as said above
+    """The sums over two tensors with the same number of elements, in float64."""
+    import torch  # imported here, because comparing equal files does not need it
 
     a_N, b_N = a_N.reshape(-1), b_N.reshape(-1)
     if a_N.dtype == b_N.dtype:
@@ -222,7 +222,7 @@ def tensor_sums(a_N: Tensor, b_N: Tensor) -> Sums:
         differs_N = a_N.double() != b_N.double()
     x_N, y_N = a_N.double(), b_N.double()
     finite_N = x_N.isfinite() & y_N.isfinite()
-    strange = int((differs_N & ~finite_N).sum())
+    not_finite = int((differs_N & ~finite_N).sum())
     if not bool(finite_N.all()):
         x_N, y_N = x_N.where(finite_N, 0), y_N.where(finite_N, 0)
     change_N = y_N - x_N
@@ -234,10 +234,10 @@ def tensor_sums(a_N: Tensor, b_N: Tensor) -> Sums:
         ab=float(x_N @ y_N),
         dd=float(change_N @ change_N),
         max_change=float(change_N.abs().max()) if len(a_N) else 0.0,
-        not_finite=strange,
+        not_finite=not_finite,
     )
 
 
 def total(sums: Iterable[Sums]) -> Sums:
-    """Their sum."""
+    """The sum of all."""
     return sum(sums, Sums())

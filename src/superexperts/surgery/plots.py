@@ -20,7 +20,7 @@ from superexperts.plotting import COLUMN, LIGHT, PAGE, Theme, figure_in, put_nam
 __all__ = ["plot_changes"]
 
 NAMED = 12
-"""Experts that get their name, if there are not more."""
+"""Experts are named in the picture up to this number."""
 
 
 def plot_changes(
@@ -32,10 +32,11 @@ def plot_changes(
     path: Path,
     theme: Theme = LIGHT,
 ) -> None:
-    """Relative Frobenius norm of each changed expert's change (log scale): a row per decoder layer.
+    """Relative Frobenius norm of the change of each changed expert (log scale), one row per decoder layer.
 
-    `changes`: None for an expert that is missing, reshaped or has no norm to compare with; `sizes`: routed experts of
-    each MoE layer; `shared`: the layers with a shared expert. PNG or SVG by the suffix of `path`.
+    `changes`: None for an expert that is missing, reshaped or has no norm to compare with; `sizes`: number of routed
+    experts of each MoE layer; `shared`: the layers with a shared expert. The suffix of `path` decides between PNG and
+    SVG.
     """
     experts = max(sizes.values(), default=0)
     width = experts + bool(shared)

@@ -1,7 +1,7 @@
-"""Takes experts out of a checkpoint: their matrices, their rows of the router, and their number in config.json.
+"""Removes experts from a checkpoint: their matrices, their rows of the router, and their number in config.json.
 
-Which tensors shrink, and which field of the configuration says so, is found by building the model's structure twice,
-with all experts and with fewer: no name is known here.
+The structure of the model is built twice, with all experts and with fewer. The comparison shows which tensors shrink
+and which field of the configuration holds their number, so the code needs no names of any family.
 """
 
 from __future__ import annotations
@@ -33,23 +33,21 @@ __all__ = ["Removal", "plan_removal"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Removal:
-    """What a checkpoint without the experts is made of."""
+    """The contents of a checkpoint without the experts."""
 
     shards: Mapping[str, Sequence[NewTensor]]
-    """The shards that change, in full."""
+    """Every tensor of the shards that change."""
     settings: Mapping[str, Any]
     """The new config.json."""
     field: str
-    """Its field that held the number of experts."""
+    """The field of config.json that holds the number of experts."""
     changes: tuple[Change, ...]
-    """What was taken out."""
+    """What was removed."""
 
 
 def plan_removal(source: ModelSource, base: Checkpoint, experts: Collection[ExpertKey]) -> Removal:
-    """Finds out what changes; `ExpertsError` or `ModelError` where the result would be no model of the family.
-
-    Nothing is read but what is taken out.
-    """
+    """Plans a removal and reads only what is removed; `ExpertsError` or `ModelError` if the result would not be a model
+    of the family."""
     settings = settings_of(source)
     model = structure_of(settings, source)
     banks = find_banks(model)
@@ -78,6 +76,7 @@ def plan_removal(source: ModelSource, base: Checkpoint, experts: Collection[Expe
             )
         gone = [cast(int, expert) for layer, expert in experts if layer == bank.layer]
         kept = [expert for expert in range(bank.num_experts) if expert not in gone]
+        # Exactly one dimension of the tensor counts experts.
         (dim,) = (d for d, (x, y) in enumerate(zip(shape, after[name], strict=True)) if x != y)
         changes += _shrink(base, key_mapping, name, dim, kept, gone, new)
     shards = {}
@@ -93,7 +92,7 @@ def plan_removal(source: ModelSource, base: Checkpoint, experts: Collection[Expe
 
 
 def _each_loses(banks: Sequence[Bank], experts: Collection[ExpertKey]) -> int:
-    """How many experts every MoE layer loses."""
+    """The number of experts that every MoE layer loses; `ExpertsError` if it differs between layers."""
     shared = next((key for key in experts if key[1] == "shared"), None)
     if shared is not None:
         raise ExpertsError(
@@ -149,11 +148,12 @@ def _shrunk(settings: Any, source: ModelSource, banks: Sequence[Bank], count: in
     )
 
 
-def _only_fewer_experts(banks: Sequence[Bank], fewer: nn.Module, wanted: int) -> bool:
+def _only_fewer_experts(banks: Sequence[Bank], fewer: nn.Module, count: int) -> bool:
+    """Whether a structure has `count` experts in every bank, and is otherwise that of the banks."""
     found = find_banks(fewer)
     if [bank.path for bank in found] != [bank.path for bank in banks]:
         return False
-    if any(bank.num_experts != wanted for bank in found):
+    if any(bank.num_experts != count for bank in found):
         return False
     return all(
         down_weight(one.module).shape[1:] == down_weight(other.module).shape[1:]
@@ -162,15 +162,15 @@ def _only_fewer_experts(banks: Sequence[Bank], fewer: nn.Module, wanted: int) ->
 
 
 def _check_routing(model: nn.Module, count: int) -> None:
-    """Sends a few tokens without values through the router: a family says itself where it cannot choose its top k
-    among so few, or cannot split them into its groups."""
+    """Sends two tokens without values through the router of each layer: the family's own code then fails if it cannot
+    choose its top k among so few experts, or cannot split them into groups."""
     for bank in find_banks(model):
         block = model.get_submodule(bank.path.rpartition(".")[0])
         stock = bank.module.forward
         bank.module.forward = lambda x, *_, **__: torch.empty_like(x)
         try:
             hidden = torch.empty(1, 2, text_config(model).hidden_size, device="meta")
-            if block is decoder_layers(model, bank.path)[bank.layer]:  # gemma4; a layer takes more than hidden states
+            if block is decoder_layers(model, bank.path)[bank.layer]:  # gemma4 has its router in the layer itself
                 cast(Any, block).router(hidden[0])
             else:
                 block(hidden)
@@ -187,7 +187,7 @@ def _check_routing(model: nn.Module, count: int) -> None:
 
 
 def _check_groups(settings: Any, banks: Sequence[Bank], experts: Collection[ExpertKey]) -> None:
-    """Where a router chooses groups of experts first (DeepSeek-V3's `n_group`), each must keep its own."""
+    """If a router chooses groups of experts first (`n_group` of DeepSeek-V3), every group must lose the same number."""
     groups = settings.get_text_config().to_dict().get("n_group")
     if type(groups) is not int or groups <= 1:
         return
@@ -197,21 +197,19 @@ def _check_groups(settings: Any, banks: Sequence[Bank], experts: Collection[Expe
         numbers = [lost[group] for group in range(groups)]
         if len(set(numbers)) > 1:
             raise ExpertsError(
-                (
-                    f"the router chooses among {groups} groups of {size} experts first, and layer {bank.layer} loses "
-                    f"{numbers} of them, so others would change their group; remove as many of each, or use zero"
-                ),
+                f"the router chooses among {groups} groups of {size} experts first, and layer {bank.layer} loses "
+                f"{numbers} of them, so others would change their group; remove as many of each, or use zero",
                 field="experts",
             )
 
 
 def _check_ignored(model: nn.Module, banks: Sequence[Bank], key_mapping: KeyMapping) -> None:
-    """A checkpoint may hold more layers than the model uses (for speculative decoding), with experts of their own."""
+    """`ModelError` if the checkpoint holds layers that the model does not run (for speculative decoding)."""
     beyond, layers = in_layer(banks[0].path, banks[0].layer), num_layers(model)
     more = next((key for key in key_mapping.ignored if (found := beyond.match(key)) and int(found[1]) >= layers), None)
     if more is not None:
         raise ModelError(
-            (f"holds layers that the model does not run ({more!a}), whose experts the new number would not fit; use "),
+            f"holds layers that the model does not run ({more!a}); the new number of experts would not fit them; use ",
             Field("mode"),
             " zero",
             field="model",
@@ -230,7 +228,7 @@ def _shrink(
     base: Checkpoint, key_mapping: KeyMapping, name: str, dim: int, kept: Sequence[int], gone: Sequence[int],
     new: dict[str, NewTensor | None],
 ) -> list[Change]:  # fmt: skip
-    """Puts what becomes of a parameter's keys into `new` (None for a key that leaves); returns what was taken out."""
+    """Puts the new tensors of a parameter into `new` (None for a key that is removed); returns what was removed."""
     whole = key_mapping.whole(name)
     if whole is not None:
         shape = tuple(len(kept) if d == dim else size for d, size in enumerate(whole.shape))
@@ -252,7 +250,7 @@ def _shrink(
             field="model",
         )
     for column in columns:
-        # The experts that stay close ranks: the keys are those of the first ones, whatever the family calls them.
+        # The remaining experts are renumbered from 0: they take the keys of the first ones, whatever these are called.
         for place, entry in enumerate(column):
             new[entry.key] = None
             if place < len(kept):
@@ -269,7 +267,7 @@ def _taken_out(base: Checkpoint, entry: Entry) -> Change:
 
 
 def _new_settings(folder: Path, settings: Any, field: str, count: int) -> dict[str, Any]:
-    """config.json with the new number wherever it stands under this field's name or one of its aliases."""
+    """config.json with the new number of experts under the name of the field and all of its aliases."""
     raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = settings.get_text_config()
     place = raw if text is settings else next(raw.setdefault(k, {}) for k, v in vars(settings).items() if v is text)
