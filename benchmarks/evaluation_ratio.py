@@ -14,16 +14,15 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
-import superexperts.benchmarks
-from superexperts.benchmarks import FILE_STEMS, loading
-from superexperts.core.config import TASKS, EvaluateConfig
+from superexperts.benchmarks import BENCHMARKS, default_benchmarks, loading
 from superexperts.evaluation import evaluate
 from superexperts.evaluation.ask import quiet
+from superexperts.evaluation.evaluate import EvaluateConfig
 from superexperts.pocket import write_checkpoint, write_data
 
 
@@ -41,28 +40,25 @@ def by_evaluate(model: Path, data: Path, limit: int, batch_size: int, tokens: in
 
 
 def by_harness(model: Path, data: Path, limit: int, batch_size: int, tokens: int) -> float:
-    """Seconds of the steps of `lm-eval run`, with the same task files and rows."""
+    """Seconds of what `lm-eval run` does with the same tasks and rows."""
     begin = time.perf_counter()
-    manager = TaskManager(include_path=Path(superexperts.benchmarks.__file__).parent, include_defaults=False)
-    splits = {"boolq": "validation", "vmlu": "valid"}
-    entries = [
-        {
-            "task": name,
+    sources = {
+        name: {
             "dataset_path": "json",
-            "dataset_name": None,
             "dataset_kwargs": {
-                "data_files": {splits.get(name, "test"): str(data / f"{FILE_STEMS[name]}.jsonl")},
+                "data_files": {BENCHMARKS[name].split: str(data / f"{BENCHMARKS[name].file}.jsonl")},
                 "cache_dir": str(model.parent / f"cache-{begin}"),
             },
-            "generation_kwargs": {"until": ["\nQuestion:"], "do_sample": False, "max_gen_toks": tokens},
         }
-        for name in TASKS
-    ]
+        for name in default_benchmarks()
+    }
     with quiet():
-        tasks = manager.load({"group": "six", "task": entries})["tasks"]
-        asker = HFLM(pretrained=str(model), batch_size=batch_size, dtype="float32", device="cpu")
-        found = lm_eval.evaluate(asker, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
-    assert sum(map(len, found["samples"].values())) == limit * len(TASKS)
+        tasks: dict[str, Any] = {name: loading.harness_task(name, source) for name, source in sources.items()}
+        for task in tasks.values():
+            task.set_config("generation_kwargs", {"max_gen_toks": tokens}, update=True)
+        model_of_harness = HFLM(pretrained=str(model), batch_size=batch_size, dtype="float32", device="cpu")
+        found = lm_eval.evaluate(model_of_harness, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+    assert sum(map(len, found["samples"].values())) == limit * len(default_benchmarks())
     return time.perf_counter() - begin
 
 

@@ -21,10 +21,11 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from superexperts.core.config import TASKS, EvaluateConfig
+from superexperts.benchmarks import default_benchmarks
 from superexperts.core.prompt import prompt_of
 from superexperts.core.types import Answer
 from superexperts.evaluation import evaluate
+from superexperts.evaluation.evaluate import EvaluateConfig
 from superexperts.extraction.audit import KINDS
 from superexperts.extraction.scores import extract, extract_all
 
@@ -95,7 +96,7 @@ def evaluated(limit: int, folder: Path, data_dir: Path, batch_size: int) -> list
     )  # fmt: skip
     return [
         Answer.from_json(json.loads(line))
-        for task in TASKS
+        for task in default_benchmarks()
         for line in (folder / "answers" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
     ]
 

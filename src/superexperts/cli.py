@@ -45,7 +45,9 @@ COMMANDS = {
         "evaluation.check_adapter",
         "evaluation.check_adapter.CheckAdapterConfig",
     ),
-    "evaluate": Command("ask a model the questions of benchmarks", "evaluation.evaluate", "core.config.EvaluateConfig"),
+    "evaluate": Command(
+        "ask a model the questions of benchmarks", "evaluation.evaluate", "evaluation.evaluate.EvaluateConfig"
+    ),
     "extract": Command("read what each answer commits to", "extraction.extract", "extraction.extract.ExtractConfig"),
     "study": Command("everything, from the checkpoint to the report", "studies.study", "studies.study.StudyConfig"),
     "status": Command("how far a study is", "studies.status", "studies.status.StatusConfig"),
@@ -122,8 +124,7 @@ def _run(name: str, module: Any, settings: Any) -> int:
     if "json" in vars(settings) and settings.json:
         print(json.dumps(result, ensure_ascii=False))
     else:
-        own = getattr(module, "show", None)
-        own(result) if own else _imported("core.show").show(name, result)
+        module.show(result)
     return int(result.get("exit_code", 0)) if name == "compare" else 0
 
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from superexperts import benchmarks as tasks
-from superexperts.benchmarks import FILE_STEMS, load_benchmarks, prompt, read_item
-from superexperts.core.config import TASKS
+from superexperts.benchmarks import BENCHMARKS, default_benchmarks
+from superexperts.benchmarks.base import prompt
+from superexperts.benchmarks.loading import load_benchmarks
 from superexperts.core.errors import DataError
+
+TASKS = default_benchmarks()
 
 ROWS: dict[str, dict[str, Any]] = {
     "mmlu": {"question": " Which? ", "subject": "s", "choices": ["1", " 2", "2", "4"], "answer": 2},
@@ -53,7 +55,7 @@ ROWS["arc_challenge"] = ROWS["arc_easy"]
     ],
 )
 def test_prompt_and_gold(task: str, item_id: str, said: str, gold: str, kind: str) -> None:
-    item = read_item(task, ROWS[task], 6)
+    item = BENCHMARKS[task].item(ROWS[task], 6)
     assert (item.id, prompt(item), item.gold, item.kind) == (item_id, said, gold, kind)
 
 
@@ -74,7 +76,7 @@ def test_prompt_and_gold(task: str, item_id: str, said: str, gold: str, kind: st
 )
 def test_bad_field(task: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match="row 3") as caught:
-        read_item(task, ROWS[task] | change, 2)
+        BENCHMARKS[task].item(ROWS[task] | change, 2)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -100,8 +102,8 @@ def _rows(folder: Path, stem: str) -> Iterator[dict[str, Any]]:
 def test_full_real_test_sets(task: str, count: int, shared_data: Path) -> None:
     benchmark = load_benchmarks([task], shared_data)[task]
     assert len(benchmark.items) == len(benchmark.parts[0].task.eval_docs) == count
-    for index, (row, item) in enumerate(zip(_rows(shared_data, FILE_STEMS[task]), benchmark.items, strict=True)):
-        assert item == read_item(task, row, index), "the harness's rows are not the file's"
+    for index, (row, item) in enumerate(zip(_rows(shared_data, BENCHMARKS[task].file), benchmark.items, strict=True)):
+        assert item == BENCHMARKS[task].item(row, index), "the harness's rows are not the file's"
         said, question = prompt(item), row["question"].strip()
         texts = dict(item.choices)
         if task == "mmlu":
@@ -127,7 +129,7 @@ def test_full_real_test_sets(task: str, count: int, shared_data: Path) -> None:
 
 def test_both_published_shapes_of_medqa_are_the_same_items(shared_data: Path) -> None:
     shapes = [_rows(shared_data, stem) for stem in ("medqa_gbaker_test", "medqa_lavita_test")]
-    ours, lavita = ([read_item("medqa", row, i) for i, row in enumerate(rows)] for rows in shapes)
+    ours, lavita = ([BENCHMARKS["medqa"].item(row, i) for i, row in enumerate(rows)] for rows in shapes)
     assert len(ours) == 1273
     assert ours == lavita
 
@@ -152,7 +154,7 @@ def test_a_folder_with_the_other_shape_only(tmp_path: Path) -> None:
     options = [{"key": label, "value": text} for label, text in row["options"].items()]
     (tmp_path / "medqa_lavita_test.jsonl").write_text(json.dumps(row | {"options": options}) + "\n")
     found = load_benchmarks(["medqa"], tmp_path)["medqa"]
-    assert found.items == (read_item("medqa", row, 0),)
+    assert found.items == (BENCHMARKS["medqa"].item(row, 0),)
     _write(tmp_path, "medqa", [row, row | {"question": "Who?"}])
     assert len(load_benchmarks(["medqa"], tmp_path)["medqa"].items) == 2
 
@@ -222,7 +224,7 @@ def test_a_folder_with_the_other_shape_only(tmp_path: Path) -> None:
 def test_exact_prompts_of_real_rows(task: str, stem: str, index: int, body: str, gold: str, shared_data: Path) -> None:
     """Repeated choices, commas and signs, labels 1-4, three and five choices, choices that begin with their label."""
     row = next(itertools.islice(_rows(shared_data, stem), index, None))
-    item = read_item(task, row, index)
+    item = BENCHMARKS[task].item(row, index)
     assert (prompt(item), item.gold) == (f"Question: {body}\nAnswer:", gold)
 
 
@@ -239,7 +241,7 @@ def test_exact_prompts_of_real_rows(task: str, stem: str, index: int, body: str,
 )
 def test_what_real_rows_hold(task: str, change: dict[str, Any], said: str, gold: str) -> None:
     """As above, of rows made up, for where the real ones are missing."""
-    item = read_item(task, ROWS[task] | change, 0)
+    item = BENCHMARKS[task].item(ROWS[task] | change, 0)
     assert item.body.endswith(said)
     assert item.gold == gold
 
@@ -253,10 +255,10 @@ PINNED = {
 
 @pytest.mark.parametrize("task", PINNED)
 def test_every_hub_data_set_is_pinned_to_a_commit(task: str) -> None:
-    text = (Path(tasks.__file__).parent / f"{task}.yaml").read_text(encoding="utf-8")
-    field = dict(re.findall(r"^ *(dataset_path|dataset_name|revision): (.*)$", text, re.MULTILINE))
-    assert (field["dataset_path"], field.get("dataset_name")) == PINNED[task]
-    assert re.fullmatch(r"[0-9a-f]{40}", field["revision"])
+    hub = BENCHMARKS[task].hub
+    assert hub is not None
+    assert (hub.path, hub.config) == PINNED[task]
+    assert re.fullmatch(r"[0-9a-f]{40}", hub.revision)
 
 
 def test_pocket_rows() -> None:
@@ -265,7 +267,7 @@ def test_pocket_rows() -> None:
 
 
 def _write(folder: Path, task: str, rows: list[dict[str, Any]]) -> Path:
-    file = folder / f"{FILE_STEMS[task]}.jsonl"
+    file = folder / f"{BENCHMARKS[task].file}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 

@@ -12,7 +12,9 @@ from typing import Any
 import datasets
 import pytest
 
-from superexperts.benchmarks import load_benchmarks, loading, with_examples
+from superexperts.benchmarks import loading
+from superexperts.benchmarks.fewshot import with_examples
+from superexperts.benchmarks.loading import load_benchmarks
 from superexperts.core.errors import DataError
 
 HUB = {

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from superexperts.cli import main
-from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import OptionError
 from superexperts.engines.journal import Journal
 from superexperts.engines.server import request_url
 from superexperts.evaluation import evaluate
+from superexperts.evaluation.evaluate import EvaluateConfig
 from tests.support.servers import free_port, scripted_server
 
 TASKS = "gsm8k,boolq,mmlu"
@@ -128,14 +128,14 @@ def test_a_request_that_fails_is_made_again(tmp_path: Path, data: Path) -> None:
 @pytest.mark.parametrize(
     ("reply", "endpoint", "said"),
     [
-        ((404, {"error": "no such model"}), "", "answers 404; check the URL, the name"),
+        ((404, {"error": "no such model"}), "", "answers 404; check the URL, the server's name"),
         ((400, {"error": "too long"}), "", "answers 400; a prompt may be too long for its context"),
-        ((200, {"error": "busy"}), "", "answers what is no completion"),
-        ((200, {"error": "busy"}), "/chat/completions", "answers what is no completion"),
-        ((200, {"choices": []}), "", "answers what is no completion"),
-        ((200, b"<html>"), "", "answers what is no completion"),
-        ((200, b"\xff"), "", "answers what is no completion"),
-        ((200, {"choices": [{"index": 0, "text": 3}]}), "", "answers what is no completion"),
+        ((200, {"error": "busy"}), "", "does not answer with a completion"),
+        ((200, {"error": "busy"}), "/chat/completions", "does not answer with a completion"),
+        ((200, {"choices": []}), "", "does not answer with a completion"),
+        ((200, b"<html>"), "", "does not answer with a completion"),
+        ((200, b"\xff"), "", "does not answer with a completion"),
+        ((200, {"choices": [{"index": 0, "text": 3}]}), "", "does not answer with a completion"),
     ],
 )
 def test_a_bad_server_is_one_line(
@@ -178,21 +178,21 @@ def test_an_answer_of_null_is_empty(tmp_path: Path, data: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"engine": "vllm"}, "--engine: 'vllm' needs the package vllm, which is not installed; pip install vllm"),
-        ({"engine": "sglang"}, "--engine: 'sglang' needs the package sglang"),
-        ({"engine": "api"}, "--base-url: None is missing for --engine api"),
-        ({"engine": "api", "base_url": "localhost:8000"}, "--base-url: 'localhost:8000' is not a URL"),
-        ({"engine": "api", "base_url": "http://me:secret@host/v1"}, "--base-url: 'host/v1' holds a password"),
-        ({"base_url": "http://host/v1"}, "--base-url: 'http://host/v1' excludes --engine hf"),
-        ({"engine": "vllm", "silence": "L1E1"}, "--silence: 'L1E1' needs --engine hf, not vllm"),
-        ({"engine": "vllm", "adapter": Path("a")}, "--adapter: 'a' needs --engine hf, not vllm"),
-        ({"engine": "sglang", "perplexity": "c4"}, "--perplexity: 'c4' needs --engine hf, not sglang"),
-        ({"concurrency": 0}, "--concurrency: 0 is not positive"),
-        ({"timeout": 0}, "--timeout: 0 is not positive"),
-        ({"timeout": float("inf")}, "--timeout: inf is not positive and finite; give some seconds"),
-        ({"column": "body"}, "--column: 'body' does nothing without --perplexity"),
-        ({"column": "body", "perplexity": "wikitext2"}, "--column: 'body' has no effect on wikitext2; leave it out"),
-        ({"retries": -1}, "--retries: -1 is negative"),
+        ({"engine": "vllm"}, "engine: 'vllm' needs the package vllm, which is not installed; pip install vllm"),
+        ({"engine": "sglang"}, "engine: 'sglang' needs the package sglang"),
+        ({"engine": "api"}, "base_url: missing for engine api; give the server's URL"),
+        ({"engine": "api", "base_url": "localhost:8000"}, "base_url: 'localhost:8000' is not a URL"),
+        ({"engine": "api", "base_url": "http://me:secret@host/v1"}, "base_url: 'host/v1' holds a password"),
+        ({"base_url": "http://host/v1"}, "base_url: 'http://host/v1' excludes engine hf"),
+        ({"engine": "vllm", "silence": "L1E1"}, "silence: 'L1E1' needs engine hf, not vllm"),
+        ({"engine": "vllm", "adapter": Path("a")}, "adapter: 'a' needs engine hf, not vllm"),
+        ({"engine": "sglang", "perplexity": "c4"}, "perplexity: 'c4' needs engine hf, not sglang"),
+        ({"concurrency": 0}, "concurrency: 0 is not positive"),
+        ({"timeout": 0}, "timeout: 0 is not positive"),
+        ({"timeout": float("inf")}, "timeout: inf is not positive and finite; give some seconds"),
+        ({"column": "body"}, "column: 'body' does nothing without perplexity"),
+        ({"column": "body", "perplexity": "wikitext2"}, "column: 'body' has no effect on wikitext2; leave it out"),
+        ({"retries": -1}, "retries: -1 is negative"),
     ],
 )
 def test_bad_options(changes: dict[str, Any], said: str, tmp_path: Path, data: Path) -> None:

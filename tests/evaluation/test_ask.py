@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import OptionError
 from superexperts.core.stages import STAGE_VERSIONS
-from superexperts.engines.harness import HfAsker
+from superexperts.engines.harness import TransformersModel
 from superexperts.engines.journal import Journal, open_journals
 from superexperts.evaluation import evaluate
 from superexperts.evaluation.ask import chosen_items
+from superexperts.evaluation.evaluate import EvaluateConfig
 
 
 def _config(out: Path, data: Path, **changes: Any) -> EvaluateConfig:
@@ -27,18 +27,18 @@ def _config(out: Path, data: Path, **changes: Any) -> EvaluateConfig:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts each batch had that the model was given."""
     batches: list[int] = []
-    generate, score = HfAsker._model_generate, HfAsker._loglikelihood_tokens
+    generate, score = TransformersModel._model_generate, TransformersModel._loglikelihood_tokens
 
-    def generated(self: HfAsker, context: torch.Tensor, *arguments: Any, **more: Any) -> Any:
+    def generated(self: TransformersModel, context: torch.Tensor, *arguments: Any, **more: Any) -> Any:
         batches.append(len(context))
         return generate(self, context, *arguments, **more)
 
-    def scored(self: HfAsker, requests: list[Any], **more: Any) -> Any:
+    def scored(self: TransformersModel, requests: list[Any], **more: Any) -> Any:
         batches.append(len(requests))
         return score(self, requests, **more)
 
-    monkeypatch.setattr(HfAsker, "_model_generate", generated)
-    monkeypatch.setattr(HfAsker, "_loglikelihood_tokens", scored)
+    monkeypatch.setattr(TransformersModel, "_model_generate", generated)
+    monkeypatch.setattr(TransformersModel, "_loglikelihood_tokens", scored)
     return batches
 
 

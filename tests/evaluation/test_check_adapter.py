@@ -19,11 +19,11 @@ from superexperts.adapters.effect import adapter_effect
 from superexperts.adapters.export import ExportConfig
 from superexperts.adapters.exposure import adapted_experts, counting
 from superexperts.cli import main
-from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import DataError, ModelError, OptionError
 from superexperts.core.types import ExpertKey, key_name
 from superexperts.evaluation import check_adapter, evaluate
 from superexperts.evaluation.check_adapter import CheckAdapterConfig
+from superexperts.evaluation.evaluate import EvaluateConfig
 from superexperts.models.experts import BankCall, is_bank
 from superexperts.models.hooks import tapped
 from tests.adapters.test_export import save_adapter, stock, without
@@ -248,7 +248,7 @@ def test_evaluate_asks_nothing_with_an_adapter_that_does_nothing(tmp_path: Path,
         device="cpu",
     )
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "ask_one", None)
+        patch.setattr("superexperts.evaluation.ask.ask_one", None)
         with pytest.raises(DataError, match=r"adapter: .*fresh changes no logit of [\d,]+ probe tokens"):
             evaluate.run(config)
     assert not (tmp_path / "out").exists()

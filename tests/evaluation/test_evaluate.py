@@ -14,21 +14,24 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from superexperts.adapters.lora import attach_attention
+from superexperts.benchmarks import default_benchmarks
 from superexperts.checkpoints.source import resolve
-from superexperts.core.config import TASKS, EvaluateConfig
 from superexperts.core.errors import DataError, ExpertsError, OptionError, OutputError
 from superexperts.core.types import Answer
 from superexperts.data.corpora import documents
 from superexperts.data.packing import pack
-from superexperts.engines.harness import HfAsker
+from superexperts.engines.harness import TransformersModel
 from superexperts.engines.journal import Journal
 from superexperts.evaluation import evaluate
-from superexperts.evaluation.evaluate import ask
+from superexperts.evaluation.ask import ask
+from superexperts.evaluation.evaluate import EvaluateConfig
 from superexperts.evaluation.perplexity import perplexity
 from superexperts.extraction.scores import extract_folder
 from superexperts.models.loading import load_model
 from superexperts.surgery import prune
 from superexperts.surgery.prune import PruneConfig
+
+TASKS = default_benchmarks()
 
 NEW_TOKENS = 24
 
@@ -58,7 +61,7 @@ def test_batched_answers_equal_plain_greedy_generation_one_by_one(
 
 
 def test_one_bos_in_front_even_where_the_beginning_is_cut(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    asker = HfAsker(model, tokenizer, 2, NEW_TOKENS)
+    asker = TransformersModel(model, tokenizer, 2, NEW_TOKENS)
     texts = ["Question: one two three four five six seven eight nine ten\nAnswer:", "Question: one\nAnswer:"]
     ids_BL, mask_BL = asker.tok_batch_encode(texts)
     assert ((ids_BL == tokenizer.bos_token_id).sum(1) == 1).all()
@@ -132,7 +135,9 @@ def test_run_writes_answers_and_does_no_work_twice(
     assert first["perplexity"] == pytest.approx(perplexity(model, ids_BL), rel=1e-6)
     assert not list((tmp_path / "run" / "answers").glob(".*"))
 
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(
+        "superexperts.models.loading.load_model", lambda *_, **__: pytest.fail("the model was loaded again")
+    )
     assert evaluate.run(config) == first
     with pytest.raises(pytest.fail.Exception, match="loaded again"):  # another question of the same number
         evaluate.run(_config(tmp_path / "run", data, limit=2))
@@ -192,16 +197,16 @@ def test_a_killed_run_asks_nothing_twice_and_answers_the_same(
 ) -> None:
     settings: dict[str, Any] = {"tasks": "gsm8k,boolq", "limit": 10, "batch_size": 4, "perplexity": None}
     evaluate.run(_config(tmp_path / "whole", data, **settings))
-    generate, asked = HfAsker._model_generate, 0
+    generate, asked = TransformersModel._model_generate, 0
 
-    def counted(self: HfAsker, context: Any, *arguments: Any, **more: Any) -> Any:
+    def counted(self: TransformersModel, context: Any, *arguments: Any, **more: Any) -> Any:
         nonlocal asked
         asked += len(context)
         if asked == 18:  # 10 of gsm8k, and the second batch of boolq
             raise KeyboardInterrupt
         return generate(self, context, *arguments, **more)
 
-    monkeypatch.setattr(HfAsker, "_model_generate", counted)
+    monkeypatch.setattr(TransformersModel, "_model_generate", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(_config(tmp_path / "killed", data, **settings))
     with pytest.raises(DataError, match="are not complete; run `evaluate` again"):
@@ -243,7 +248,7 @@ def test_an_earlier_runs_files_are_not_left_behind(
     ("changes", "error", "message"),
     [
         ({"max_new_tokens": 2048}, OptionError, "max_new_tokens: 2048 leaves no room"),
-        ({"adapter": Path("no/such")}, OptionError, "adapter: 'no/such' is no folder"),
+        ({"adapter": Path("no/such")}, OptionError, "adapter: 'no/such' is not a folder"),
         ({"perplexity": "no-such-corpus"}, DataError, "no-such-corpus"),
         ({"silence": "L1E99"}, ExpertsError, "silence: L1E99 is not in the model"),
         ({"silence": "L1E9", "adapter": Path("a")}, OptionError, "silence: 'L1E9' excludes adapter"),
@@ -260,7 +265,7 @@ def test_bad_options(tmp_path: Path, data: Path, changes: dict[str, Any], error:
 def test_answers_of_somebody_elses_are_left_alone(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "answers").mkdir()
     (tmp_path / "answers" / "mmlu.jsonl").write_text("mine")
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("superexperts.models.loading.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(OutputError, match=r"out: .*mmlu\.jsonl was not written by `evaluate`.*choose another folder"):
         evaluate.run(_config(tmp_path, data, perplexity=None))
     assert (tmp_path / "answers" / "mmlu.jsonl").read_text() == "mine"
@@ -275,7 +280,7 @@ def test_unwritable_folder(tmp_path: Path, data: Path) -> None:
 def test_bad_rows_stop_it_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = {"question": "a", "passage": "b", "answer": True}
     (tmp_path / "boolq_validation.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | {'answer': None})}\n")
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("superexperts.models.loading.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(DataError, match=r"boolq_validation\.jsonl: boolq: row 2: field 'answer' is missing"):
         evaluate.run(_config(tmp_path / "out", tmp_path, tasks="boolq", limit=1))
 

@@ -24,15 +24,15 @@ LAUNCH = [
 SCRIPT = """
 import os, sys
 from superexperts import cli
-from superexperts.engines.harness import HfAsker
-stock, seen = HfAsker._model_generate, 0
+from superexperts.engines.harness import TransformersModel
+stock, seen = TransformersModel._model_generate, 0
 def counted(self, context, *arguments, **more):
     global seen
     seen += len(context)
     if os.environ["KILLED"] == os.environ["RANK"] and seen > 4:
         os._exit(9)
     return stock(self, context, *arguments, **more)
-HfAsker._model_generate = counted
+TransformersModel._model_generate = counted
 code = cli.main(sys.argv[1:])
 open(os.environ["SEEN"] + os.environ["RANK"], "w").write(str(seen))
 sys.exit(code)

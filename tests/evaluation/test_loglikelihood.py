@@ -16,23 +16,33 @@ from lm_eval.tasks import TaskManager
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from superexperts.benchmarks import load_benchmarks, with_examples
-from superexperts.benchmarks.fewshot import HARNESS
-from superexperts.benchmarks.loading import EXAMPLE_STEMS
-from superexperts.core.config import TASKS, EvaluateConfig
+from superexperts.benchmarks import BENCHMARKS, default_benchmarks
+from superexperts.benchmarks.base import FewShot
+from superexperts.benchmarks.fewshot import with_examples
+from superexperts.benchmarks.loading import load_benchmarks
 from superexperts.core.errors import DataError, ModelError, OptionError
 from superexperts.core.types import Answer
-from superexperts.engines.harness import HfAsker, instances
+from superexperts.engines.harness import TransformersModel, instances
 from superexperts.evaluation import evaluate
 from superexperts.evaluation.ask import ask
-from superexperts.extraction.scores import NORMALIZED, extract, extract_folder, normalized
+from superexperts.evaluation.evaluate import EvaluateConfig
+from superexperts.extraction.scores import extract, extract_folder, normalized
+
+TASKS = default_benchmarks()
 
 
 @pytest.fixture(scope="module")
 def answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Path) -> dict[str, list[Answer]]:
     """The pocket model's, to nine items of each benchmark."""
     return ask(
-        model, tokenizer, tasks=TASKS, data_dir=data, limit=9, batch_size=4, max_new_tokens=40, protocol="loglikelihood"
+        model,
+        tokenizer,
+        tasks=TASKS,
+        data_dir=data,
+        limit=9,
+        batch_size=4,
+        max_new_tokens=40,
+        protocol="loglikelihood",
     )
 
 
@@ -66,7 +76,7 @@ def test_log_probabilities_are_those_of_a_plain_forward_pass(
         labels = [label for label, _ in answer.choices] or ["no", "yes"]
         assert answer.response == labels[by_hand.index(max(by_hand))]
         per_character = [nats / (len(choice) - 1) for nats, choice in zip(by_hand, _choices(answer), strict=True)]
-        expected = labels[per_character.index(max(per_character))] == answer.gold if task in NORMALIZED else None
+        expected = labels[per_character.index(max(per_character))] == answer.gold if BENCHMARKS[task].acc_norm else None
         assert normalized(answer) is expected
         found = extract(answer)
         assert (found.extracted, found.how) == (answer.response, "rule:loglikelihood")
@@ -89,12 +99,18 @@ def test_gsm8k_generates_after_five_examples(
     assert first.response == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).split("Question:")[0]
 
 
+def _few_shot(task: str) -> FewShot:
+    found = BENCHMARKS[task].few_shot
+    assert found is not None
+    return found
+
+
 def _harness(
     task: str, config: dict[str, Any], lm: Any, count: int, shots: int, folder: str | None = None
 ) -> dict[str, Any]:
     """The harness's own evaluation of its own task, over rows in its own columns."""
     root = Path(lm_eval.tasks.__file__).parent
-    manager = TaskManager(include_path=root / (folder or HARNESS[task][0]), include_defaults=False)
+    manager = TaskManager(include_path=root / (folder or _few_shot(task).folder), include_defaults=False)
     settings = {**config, "num_fewshot": shots}
     name = config["task"]
     loaded = manager.load({"group": "g", "task": [settings]})
@@ -115,8 +131,8 @@ def test_it_is_what_the_harness_itself_does(
     """Prompts, examples, log-probabilities, acc and acc_norm; the harness asks its first 7, we ask the same ones."""
     stem = {"boolq": "boolq_validation", "medqa": "medqa_gbaker_test"}.get(task, f"{task}_test")
     stem = {"gsm8k": "gsm8k_main_test", "mmlu": "mmlu_all_test"}.get(task, stem)
-    rows, shown = ([*_rows(data / f"{name}.jsonl")] for name in (stem, EXAMPLE_STEMS[task]))
-    config: dict[str, Any] = {"task": HARNESS[task][1] if task != "mmlu" else "mmlu_abstract_algebra"}
+    rows, shown = ([*_rows(data / f"{name}.jsonl")] for name in (stem, BENCHMARKS[task].examples_file))
+    config: dict[str, Any] = {"task": _few_shot(task).task if task != "mmlu" else "mmlu_abstract_algebra"}
     if task == "boolq":
         rows, shown = ([{**row, "label": int(row["answer"])} for row in some] for some in (rows, shown))
     elif task == "medqa":
@@ -131,7 +147,7 @@ def test_it_is_what_the_harness_itself_does(
     elif task == "mmlu":
         subject = rows[0]["subject"]
         rows, shown = ([row for row in some if row["subject"] == subject] for some in (rows, shown))
-        for name, some in ((stem, rows), (EXAMPLE_STEMS[task], shown)):
+        for name, some in ((stem, rows), (BENCHMARKS[task].examples_file, shown)):
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
         data, words = tmp_path, subject.replace("_", " ")
         config["description"] = f"The following are multiple choice questions (with answers) about {words}.\n\n"
@@ -156,8 +172,8 @@ def test_it_is_what_the_harness_itself_does(
         nats = [first[0] for first in sample["resps"]]
         assert [value for _, value, _ in answer.loglikelihoods or ()] == pytest.approx([n[0] for n in nats], abs=1e-4)
     assert sum(bool(extract(answer).correct) for answer in ours) / 7 == theirs["acc,none"]
-    assert ("acc_norm,none" in theirs) is (task in NORMALIZED)
-    if task in NORMALIZED:
+    assert ("acc_norm,none" in theirs) is (BENCHMARKS[task].acc_norm)
+    if BENCHMARKS[task].acc_norm:
         assert sum(bool(normalized(answer)) for answer in ours) / 7 == theirs["acc_norm,none"]
 
 
@@ -248,16 +264,16 @@ def test_a_killed_run_goes_on_and_silence_counts(tmp_path: Path, data: Path, mon
     settings: dict[str, Any] = {"tasks": "arc_easy,mmlu", "limit": 9, "batch_size": 4}
     evaluate.run(_config(tmp_path / "whole", data, **settings))
     evaluate.run(_config(tmp_path / "silent", data, **settings, silence="L1E11,L3E54"))
-    stock, asked = HfAsker._loglikelihood_tokens, 0
+    stock, asked = TransformersModel._loglikelihood_tokens, 0
 
-    def counted(self: HfAsker, requests: list[Any], **more: Any) -> Any:
+    def counted(self: TransformersModel, requests: list[Any], **more: Any) -> Any:
         nonlocal asked
         asked += len(requests)
         if asked > 36:  # nine of arc_easy, four choices each
             raise KeyboardInterrupt
         return stock(self, requests, **more)
 
-    monkeypatch.setattr(HfAsker, "_loglikelihood_tokens", counted)
+    monkeypatch.setattr(TransformersModel, "_loglikelihood_tokens", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(_config(tmp_path / "killed", data, **settings))
     asked = -1000
@@ -276,8 +292,8 @@ def test_a_killed_run_goes_on_and_silence_counts(tmp_path: Path, data: Path, mon
 def test_what_is_too_long_loses_its_beginning_but_not_its_bos(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asker = HfAsker(model, tokenizer, 2, 8)
-    monkeypatch.setattr(HfAsker, "max_length", 20)
+    asker = TransformersModel(model, tokenizer, 2, 8)
+    monkeypatch.setattr(TransformersModel, "max_length", 20)
     context = "one two three four five six seven eight nine ten" * 3
     item = [type(instances(["x"], 1)[0])("loglikelihood", {}, (context, f" {word}"), i) for i, word in enumerate("AB")]
     short = [type(item[0])("loglikelihood", {}, ("one", " A"), 0)]
@@ -297,7 +313,9 @@ def test_what_is_too_long_loses_its_beginning_but_not_its_bos(
 def test_a_logit_that_is_no_number_stops_it(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HfAsker, "_model_call", lambda self, ids, **_: torch.full((*ids.shape, 1536), float("nan")))
+    monkeypatch.setattr(
+        TransformersModel, "_model_call", lambda self, ids, **_: torch.full((*ids.shape, 1536), float("nan"))
+    )
     with pytest.raises(ModelError, match="a logit is not a number"):
         ask(model, tokenizer, tasks=["boolq"], data_dir=data, limit=1, max_new_tokens=8, protocol="loglikelihood")
 
@@ -305,9 +323,9 @@ def test_a_logit_that_is_no_number_stops_it(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_fewshot": -1}, "--num-fewshot: -1 is negative"),
-        ({"protocol": "generative", "num_fewshot": 0}, "--num-fewshot: 0 does nothing for --protocol generative"),
-        ({"engine": "api", "base_url": "http://x"}, "--protocol: 'loglikelihood' needs --engine hf"),
+        ({"num_fewshot": -1}, "num_fewshot: -1 is negative"),
+        ({"protocol": "generative", "num_fewshot": 0}, "num_fewshot: 0 does nothing for protocol generative"),
+        ({"engine": "api", "base_url": "http://x"}, "protocol: 'loglikelihood' needs engine hf"),
     ],
 )
 def test_bad_options(changes: dict[str, Any], message: str) -> None:
@@ -319,9 +337,9 @@ def test_bad_options(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("task", "shots", "message"),
     [
-        ("arc_easy", 999, "--num-fewshot: 999 examples are drawn from 999 rows, arc_easy has"),
+        ("arc_easy", 999, "num_fewshot: 999 examples are drawn from 999 rows, arc_easy has"),
         ("boolq", 35, "are drawn from 36 rows, boolq has 35"),
-        ("mmlu", 6, "--num-fewshot: 6 is more than mmlu has of any subject, 5; give fewer"),
+        ("mmlu", 6, "num_fewshot: 6 is more than mmlu has of any subject, 5; give fewer"),
     ],
 )
 def test_too_few_examples(task: str, shots: int, message: str, data: Path) -> None:
@@ -341,7 +359,7 @@ def test_examples_that_are_missing_or_wrong(tmp_path: Path, data: Path) -> None:
         load_benchmarks(["mmlu"], tmp_path, protocol="loglikelihood")
     rows = [{**row, "subject": None} for row in _rows(data / "mmlu_all_test.jsonl")]
     (tmp_path / "mmlu_all_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match="mmlu: mmlu-0 has no subject, whose examples it needs"):
+    with pytest.raises(DataError, match="mmlu: mmlu-0 has no subject, so its examples cannot be chosen"):
         load_benchmarks(["mmlu"], tmp_path, protocol="loglikelihood")
     (tmp_path / "boolq_train7.jsonl").write_text('{"question": "a", "passage": "b", "answer": null}\n')
     with pytest.raises(DataError, match=r"boolq_train7\.jsonl: boolq: row 1: field 'answer' is missing"):

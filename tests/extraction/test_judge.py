@@ -274,7 +274,7 @@ def test_the_same_replies_in_this_process_and_from_a_real_server(
         assert [how for _, how, _ in extractions(folder)] == ["unparsed"] * 3
     assert sorted(replies[0]) == sorted(replies[1])
     assert all(replies[0])
-    monkeypatch.setattr(harness.HfAsker, "generate_until", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(harness.TransformersModel, "generate_until", lambda *_: pytest.fail("asked again"))
     assert main(["extract", str(tmp_path / "here"), "--judge", str(checkpoint), "--judge-scope", "all"]) == 0
 
 
@@ -292,7 +292,7 @@ def test_what_a_model_of_this_process_is_told(
         told.extend(context.tolist())
         return context
 
-    monkeypatch.setattr(harness.HfAsker, "_model_generate", generate)
+    monkeypatch.setattr(harness.TransformersModel, "_model_generate", generate)
     write(tmp_path, ["hm"])
     assert main(["extract", str(tmp_path), "--judge", str(tmp_path / "model"), "--device", "cpu"]) == 0
     [ids] = told

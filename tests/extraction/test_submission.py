@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from lm_eval import tasks as harness_tasks
 
-from superexperts.benchmarks import load_benchmarks
+from superexperts.benchmarks import BENCHMARKS
+from superexperts.benchmarks.loading import load_benchmarks
 from superexperts.cli import main
-from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import DataError, OptionError
 from superexperts.core.types import Answer, Extraction
 from superexperts.evaluation import evaluate
+from superexperts.evaluation.evaluate import EvaluateConfig
 from superexperts.extraction.scores import extract, extract_folder, submission
-from superexperts.extraction.subjects import GROUPS, by_subject
+from superexperts.extraction.subjects import by_subject
 from superexperts.results.statistics import single_run
 
 CHOICES = (("A", "đỏ"), ("B", "xanh"), ("C", "vàng"))
@@ -49,7 +50,7 @@ def test_rows_without_gold_are_refused_where_they_would_be_scored(tmp_path: Path
         load_benchmarks(["vmlu"], tmp_path)
     with pytest.raises(DataError, match=r"has no vmlu_test\.jsonl"):
         load_benchmarks(["vmlu"], tmp_path, split="test")
-    with pytest.raises(OptionError, match="split: 'test' is for vmlu only; boolq is asked with split default"):
+    with pytest.raises(OptionError, match="split: 'test' is for vmlu only; ask boolq in another run, without split"):
         EvaluateConfig(tasks="vmlu,boolq", split="test")
 
 
@@ -92,7 +93,7 @@ def test_the_file_to_submit(tmp_path: Path, data: Path, capsys: pytest.CaptureFi
 
 def test_an_unread_answer_is_an_empty_field_and_never_a_guess() -> None:
     rows = [extract(_answer(1, " B")), extract(_answer(2, " Tôi không biết.")), extract(_answer(3, " C. vàng"))]
-    assert submission(rows) == "id,answer\n07-0001,B\n07-0002,\n07-0003,C\n"
+    assert submission("vmlu", rows) == "id,answer\n07-0001,B\n07-0002,\n07-0003,C\n"
     assert [row.correct for row in rows] == [None] * 3
 
 
@@ -157,19 +158,19 @@ def test_groups_are_the_published_ones(shared_data: Path) -> None:
     """MMLU's as the harness's files have them; VMLU's 58 numbers; every real item belongs to one."""
     folder = Path(harness_tasks.__file__).parent / "mmlu" / "default"
     tags = {"STEM": "stem", "humanities": "humanities", "social sciences": "social_sciences", "other": "other"}
-    for group, names in GROUPS["mmlu"].items():
+    for group, names in BENCHMARKS["mmlu"].groups.items():
         tagged = [file for file in folder.glob("mmlu_*.yaml") if f'mmlu_{tags[group]}_tasks"' in file.read_text()]
         assert {file.stem.removeprefix("mmlu_") for file in tagged} == set(names)
     counts = {"mmlu": {}, "vmlu": {}}
     for task, benchmark in load_benchmarks(["mmlu", "vmlu"], shared_data).items():
-        group_of = {name: group for group, names in GROUPS[task].items() for name in names}
+        group_of = {name: group for group, names in BENCHMARKS[task].groups.items() for name in names}
         for item in benchmark.items:
             group = group_of[str(item.subject)]
             counts[task][group] = counts[task].get(group, 0) + 1
     # The sizes that lm-evaluation-harness's documentation and the rows give for MMLU's groups.
     assert sum(counts["mmlu"].values()) == 14042
     assert (counts["mmlu"]["humanities"], counts["mmlu"]["social sciences"]) == (4705, 3077)
-    assert [len(names) for names in GROUPS["vmlu"].values()] == [21, 10, 18, 9]
+    assert [len(names) for names in BENCHMARKS["vmlu"].groups.values()] == [21, 10, 18, 9]
 
 
 def test_scores_name_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

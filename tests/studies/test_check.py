@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from superexperts import pocket
-from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import DataError, UserError
 from superexperts.core.types import ExpertSet
+from superexperts.evaluation.evaluate import EvaluateConfig
 from superexperts.studies import cells, check, study, workflow
 from superexperts.studies.study import StudyConfig
 from superexperts.studies.study_file import parse
@@ -85,7 +85,7 @@ max_new_tokens: 2048
             "{data_dir: pocket, evaluation: {perplexity: nonsense}}",
             "line 1: perplexity: 'nonsense' is neither a file nor",
         ),
-        ("data_dir: .", "data_dir: . has no gsm8k_main_test.jsonl"),
+        ("data_dir: .", "data_dir: '.' has no gsm8k_main_test.jsonl"),
         (
             "{data_dir: pocket, corpus: MEDIUM}",
             "line 1: corpus: .*medium.txt has [0-9]* tokens, .* under tokens 16384; give tokens [0-9]*",

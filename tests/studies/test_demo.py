@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from superexperts.core.config import TASKS
+from superexperts.benchmarks import default_benchmarks
+
+TASKS = default_benchmarks()
 
 
 def run(folder: Path) -> str:

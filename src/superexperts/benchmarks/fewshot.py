@@ -1,82 +1,63 @@
-"""The harness's own few-shot tasks over a benchmark's rows, for the protocol `loglikelihood`.
+"""The few-shot tasks of lm-evaluation-harness over a benchmark's rows, for the protocol `loglikelihood`.
 
-Prompts, examples and choices are the harness's; only where the rows come from is ours, so that the Hub and local files
-go the same way. Which examples stand before an item does not depend on what else is asked: they are those that the
+Prompts, examples and choices are the harness's. Only the rows come from us, so that the Hub and local files work the
+same way. The examples in front of an item do not depend on which other items are asked: they are the ones that the
 harness draws for it when it asks the whole benchmark.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval.tasks
 from lm_eval.api.samplers import ContextSampler
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
-from superexperts.benchmarks.items import Item, Row, read_item
+from superexperts.benchmarks.base import Benchmark, FewShot, Item, RowError
 from superexperts.benchmarks.quiet import quiet
 from superexperts.core.errors import DataError, Field
 
-__all__ = ["DEFAULT_SHOTS", "choice_labels", "few_shot_tasks", "with_examples"]
-
-DEFAULT_SHOTS = {
-    "mmlu": 5,
-    "gsm8k": 5,
-    "arc_easy": 0,
-    "arc_challenge": 25,
-    "openbookqa": 0,
-    "boolq": 0,
-    "medqa": 0,
-    "vmlu": 5,
-}
-"""Examples before a question, as published few-shot numbers have them; the harness's own number where there is none."""
-
-BY_SUBJECT = ("mmlu", "vmlu")
-"""Benchmarks that show an item examples of its own subject."""
+__all__ = ["choice_labels", "few_shot_tasks", "with_examples"]
 
 FEWSHOT_SEED = 1234
-"""The seed with which the harness draws examples unless told otherwise."""
-
-HARNESS = {
-    "gsm8k": ("gsm8k", "gsm8k"),
-    "arc_easy": ("arc", "arc_easy"),
-    "arc_challenge": ("arc", "arc_challenge"),
-    "openbookqa": ("openbookqa", "openbookqa"),
-    "boolq": ("super_glue/boolq", "boolq"),
-    "medqa": ("medqa", "medqa_4options"),
-}
-"""Folder below the harness's tasks, and the task's name there. MMLU has a task for each subject; VMLU has none."""
+"""The harness's default seed for drawing examples."""
 
 
 def choice_labels(item: Item) -> tuple[str, ...]:
-    """The labels of what the harness scores, in its order: the row's own, or no and yes."""
+    """The labels of the choices that the harness scores, in its order; no and yes for a yes-or-no question."""
     return tuple(label for label, _ in item.choices) or ("no", "yes")
 
 
 def few_shot_tasks(
-    name: str, items: Sequence[Item], rows: datasets.Dataset, examples: datasets.Dataset | None, shots: int
+    benchmark: Benchmark, items: Sequence[Item], rows: datasets.Dataset, examples: datasets.Dataset | None, shots: int
 ) -> list[tuple[Task, tuple[int, ...], int]]:
-    """(harness task, numbers of its items, examples) for all of a benchmark's items; one for each of its subjects.
+    """(harness task, numbers of its items, examples) for all items of a benchmark: one task, or one for each subject.
 
-    `examples` are rows that the `shots` examples are drawn from, of the item's own subject; None without any. A subject
-    with fewer rows shows all that it has: some of VMLU's have three or four. `DataError` where none has enough, or
-    where a row does not fit the harness's task.
+    The `shots` examples are drawn from the rows `examples`, for a benchmark by subject from those of the item's
+    subject; None if there are none. A subject with fewer rows shows all that it has: some of VMLU's have three or four.
+    `DataError` if no subject has enough rows, or if a row does not fit the harness's task.
     """
-    asked = _harness_rows(name, items, rows)
-    if name in BY_SUBJECT and (odd := next((item.id for item in items if item.subject is None), None)) is not None:
+    spec, name = benchmark.few_shot, benchmark.name
+    if spec is None:
         raise DataError(
-            f"{name}: {odd} has no subject, whose examples it needs; add it, or give ", Field("protocol"), " generative"
+            f"{name} has no few-shot task; leave it out, or give ", Field("protocol"), " generative", field="tasks"
         )
-    if name not in BY_SUBJECT:
-        shown = asked.select([]) if examples is None else _harness_rows(name, _read(name, examples), examples)
-        return [(_task(name, "", asked, shown, shots), tuple(range(len(items))), shots)]
-    shown_items = [] if examples is None else _read(name, examples)
-    shown = asked.select([]) if examples is None else _harness_rows(name, shown_items, examples)
+    asked = _harness_rows(benchmark, spec, items, rows)
+    if spec.by_subject and (odd := next((item.id for item in items if item.subject is None), None)) is not None:
+        raise DataError(
+            f"{name}: {odd} has no subject, so its examples cannot be chosen; add it, or give ",
+            Field("protocol"),
+            " generative",
+        )
+    shown_items = [] if examples is None else [benchmark.item(row, index) for index, row in enumerate(examples)]
+    shown = asked.select([]) if examples is None else _harness_rows(benchmark, spec, shown_items, examples)
+    if not spec.by_subject:
+        return [(_task(name, spec, "", asked, shown, shots), tuple(range(len(items))), shots)]
     numbers, found = _by_subject(items), _by_subject(shown_items)
     most = max((len(mine) for mine in found.values()), default=0)
     if shots > most:
@@ -84,15 +65,13 @@ def few_shot_tasks(
     lacking = next((subject for subject in numbers if subject not in found), None) if shots else None
     if lacking is not None:
         raise DataError(f"{name} has no examples of subject {lacking!r}; add some, or give 0", field="num_fewshot")
-    return [
-        (
-            _task(name, subject, asked.select(mine), shown.select(found.get(subject, ())), fewest),
-            tuple(mine),
-            fewest,
-        )
-        for subject, mine in numbers.items()
-        for fewest in [min(shots, len(found.get(subject, ())))]
-    ]
+    tasks = []
+    for subject, mine in numbers.items():
+        fewest = min(shots, len(found.get(subject, ())))
+        examples_of_subject = shown.select(found.get(subject, ()))
+        task = _task(name, spec, subject, asked.select(mine), examples_of_subject, fewest)
+        tasks.append((task, tuple(mine), fewest))
+    return tasks
 
 
 def _by_subject(items: Sequence[Item]) -> dict[str, list[int]]:
@@ -103,59 +82,32 @@ def _by_subject(items: Sequence[Item]) -> dict[str, list[int]]:
     return numbers
 
 
-def _read(name: str, rows: datasets.Dataset) -> list[Item]:
-    return [read_item(name, row, index) for index, row in enumerate(rows)]
+def _harness_rows(
+    benchmark: Benchmark, spec: FewShot, items: Sequence[Item], rows: datasets.Dataset
+) -> datasets.Dataset:
+    """The rows in the columns that the harness's task reads."""
+    if spec.row is None:
+        return rows
+    try:
+        return datasets.Dataset.from_list([dict(spec.row(item, row)) for item, row in zip(items, rows, strict=True)])
+    except RowError as error:
+        raise DataError(f"{benchmark.name}: {error}") from error
 
 
-def _harness_rows(name: str, items: Sequence[Item], rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows in the columns that the harness's task reads, which differ from the data set's for three benchmarks."""
-    if name in ROWS:
-        return datasets.Dataset.from_list([ROWS[name](item, row) for item, row in zip(items, rows, strict=True)])
-    if name == "mmlu":
-        odd = next((item for item in items if len(item.choices) != 4), None)
-        if odd is not None:
-            raise DataError(f"mmlu: {odd.id} has {len(odd.choices)} choices; the harness's task needs 4")
-    return rows
-
-
-def _boolq_row(item: Item, row: Row) -> Row:
-    # SuperGLUE's columns, which the harness reads. Its passages begin with a title, those of google/boolq do not.
-    return {"question": row["question"].rstrip("?"), "passage": row["passage"], "label": int(row["answer"])}
-
-
-def _medqa_row(item: Item, row: Row) -> Row:
-    labels = [label for label, _ in item.choices]
-    if labels != ["A", "B", "C", "D"]:
-        raise DataError(f"medqa: {item.id} has the choices {','.join(labels)}; the harness's task needs A,B,C,D")
-    endings = {f"ending{i}": text for i, (_, text) in enumerate(item.choices)}
-    return {"sent1": row["question"], **endings, "label": _gold(item)}
-
-
-def _vmlu_row(item: Item, row: Row) -> Row:
-    return {"body": item.body, "labels": [label for label, _ in item.choices], "answer": _gold(item)}
-
-
-def _gold(item: Item) -> int:
-    """The right choice's number; the first where the gold answer is not published, since the harness wants one."""
-    return 0 if item.gold is None else [label for label, _ in item.choices].index(item.gold)
-
-
-ROWS: Mapping[str, Callable[[Item, Row], Row]] = {"boolq": _boolq_row, "medqa": _medqa_row, "vmlu": _vmlu_row}
-
-
-def _task(name: str, subject: str, asked: datasets.Dataset, shown: datasets.Dataset, shots: int) -> Task:
+def _task(name: str, spec: FewShot, subject: str, asked: datasets.Dataset, shown: datasets.Dataset, shots: int) -> Task:
     splits = {"test": asked, "validation": asked, "train": shown, "dev": shown}
     settings: dict[str, Any] = {"custom_dataset": lambda **_: splits, "num_fewshot": shots}
-    if name == "mmlu":
-        folder, entry = "mmlu/default", f"mmlu_{subject}"
-        if entry not in _manager(folder).all_tasks:  # another world's subject, asked as the harness asks its own
-            entry, words = "mmlu_abstract_algebra", subject.replace("_", " ")
-            settings["description"] = f"The following are multiple choice questions (with answers) about {words}.\n\n"
-    else:
-        folder, entry = HARNESS.get(name, ("", "vmlu_loglikelihood"))
     with quiet():
-        task = _manager(folder).load({"group": "superexperts", "task": [{"task": entry, **settings}]})["tasks"][entry]
-    # One more where the harness leaves the asked row out of what it has drawn.
+        if spec.config is not None:
+            task = ConfigurableTask(config={**spec.config, **settings})
+        else:
+            manager, entry = _manager(spec.folder), spec.task.format(subject=subject)
+            if spec.other_subject is not None and entry not in manager.all_tasks:
+                entry, description = spec.other_subject
+                settings["description"] = description.format(subject=subject.replace("_", " "))
+            # In a group, the settings of a task override fields of its file; alone they would replace the file.
+            task = manager.load({"group": "superexperts", "task": [{"task": entry, **settings}]})["tasks"][entry]
+    # The harness draws one row more if it has to leave out the row that it asks.
     needed = shots + (_excluded(task) if shots else 0)
     if len(shown) < needed:
         raise DataError(
@@ -166,17 +118,16 @@ def _task(name: str, subject: str, asked: datasets.Dataset, shown: datasets.Data
 
 @functools.cache
 def _manager(folder: str) -> TaskManager:
-    path = Path(lm_eval.tasks.__file__).parent / folder if folder else Path(__file__).parent
-    return TaskManager(include_path=path, include_defaults=False)
+    return TaskManager(include_path=Path(lm_eval.tasks.__file__).parent / folder, include_defaults=False)
 
 
 def _excluded(task: Any) -> bool:
-    """Whether the harness keeps the asked row out of its examples: where both could come from the same split."""
+    """Whether the harness leaves the asked row out of the examples, because both can come from the same split."""
     return bool(task.fewshot_cfg.split == task.config.test_split)
 
 
 class _Drawn(ContextSampler):  # type: ignore[misc]  # the harness is untyped
-    """Gives the examples that were drawn for the next item."""
+    """Returns given examples instead of drawing some."""
 
     def __init__(self, examples: Sequence[Mapping[str, Any]]) -> None:
         super().__init__(list(examples))
@@ -187,17 +138,21 @@ class _Drawn(ContextSampler):  # type: ignore[misc]  # the harness is untyped
 
 
 def with_examples(task: Any, positions: Sequence[int], shots: int) -> list[tuple[Any, str]]:
-    """(row, context) of some rows of a task, `positions` ascending, with the examples of a run over all its rows."""
+    """(row, context) of some rows of a task, with the examples that a run over all its rows would show them.
+
+    `positions` are the numbers of the rows, ascending.
+    """
     rows = task.eval_docs
     if shots == 0:
         return [(rows[i], _context(task, rows[i], 0)) for i in positions]
     sampler = task.sampler.set_rnd(FEWSHOT_SEED)
-    wanted, found = set(positions), []
+    chosen, found = set(positions), []
     try:
+        # Each draw moves the generator on, so we draw for the rows in between as well.
         for i in range(positions[-1] + 1):
-            row = rows[i] if i in wanted or _excluded(task) else None
+            row = rows[i] if i in chosen or _excluded(task) else None
             drawn = sampler.sample(shots, eval_doc=row if _excluded(task) else None)
-            if i in wanted:
+            if i in chosen:
                 task.sampler = _Drawn(drawn)
                 found.append((row, _context(task, row, shots)))
     finally:

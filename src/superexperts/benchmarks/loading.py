@@ -1,4 +1,4 @@
-"""The benchmarks as lm-evaluation-harness tasks, their rows from the Hub or from local files, checked up front."""
+"""Loads benchmarks from local files or the Hub, as lm-evaluation-harness tasks, and checks every row first."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from lm_eval.api.task import Task
-from lm_eval.tasks import TaskManager
+from lm_eval.api.task import ConfigurableTask, Task
 
-from superexperts.benchmarks.fewshot import DEFAULT_SHOTS, few_shot_tasks
-from superexperts.benchmarks.items import Item, read_item
+from superexperts.benchmarks import BENCHMARKS
+from superexperts.benchmarks.base import Benchmark, Item, Row, prompt
+from superexperts.benchmarks.fewshot import few_shot_tasks
 from superexperts.benchmarks.quiet import quiet
 from superexperts.core.errors import DataError, Field
 from superexperts.core.jsonl import read_rows
@@ -24,46 +24,15 @@ from superexperts.core.runs import digest, fingerprint
 from superexperts.data.corpora import local_data
 from superexperts.pocket import write_benchmarks
 
-__all__ = ["FILE_STEMS", "Benchmark", "Part", "load_benchmarks"]
+__all__ = ["LoadedBenchmark", "Part", "harness_task", "load_benchmarks"]
 
-FILE_STEMS = {
-    "mmlu": "mmlu_all_test",
-    "gsm8k": "gsm8k_main_test",
-    "arc_easy": "arc_easy_test",
-    "arc_challenge": "arc_challenge_test",
-    "openbookqa": "openbookqa_test",
-    "boolq": "boolq_validation",
-    "medqa": "medqa_gbaker_test",
-    "vmlu": "vmlu_valid",
-}
-"""Name, without .jsonl or .jsonl.gz, of each benchmark's file below --data-dir."""
 
-SPLITS = {"boolq": "validation", "vmlu": "valid"}
-"""Split that is asked, where it is not `test`, as the task files have it."""
-
-EXAMPLE_STEMS = {
-    "mmlu": "mmlu_all_dev",
-    "gsm8k": "gsm8k_main_train",
-    "arc_easy": "arc_easy_train",
-    "arc_challenge": "arc_challenge_train",
-    "openbookqa": "openbookqa_train",
-    "boolq": "boolq_train",
-    "medqa": "medqa_gbaker_train",
-    "vmlu": "vmlu_dev",
-}
-"""The same of the files that few-shot examples come from; a number behind the name says that it has so many rows only.
-"""
-
-OTHER_STEMS = {"medqa": "medqa_lavita_test"}
-"""The same of files in another published shape, read where the usual one is not there."""
-
-TEST_STEMS = {"vmlu": "vmlu_test"}
-"""The same of the files whose gold answers the publisher keeps."""
+_UNREADABLE = (datasets.exceptions.DatasetsError, ValueError, OSError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """A harness task and which of the benchmark's items its rows are, in its order."""
+    """A harness task, and which of the benchmark's items it asks, in its order."""
 
     task: Task
     numbers: Sequence[int]
@@ -72,8 +41,8 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """Checked items, and the harness's tasks that ask them: one, or one for each subject."""
+class LoadedBenchmark:
+    """The checked items of a benchmark, and the harness's tasks that ask them: one, or one for each subject."""
 
     parts: tuple[Part, ...]
     items: tuple[Item, ...]
@@ -85,11 +54,7 @@ class Benchmark:
     def sha(self) -> str:
         """Digest of everything that is asked and of what counts as right."""
         shots = [part.num_fewshot for part in self.parts]
-        return digest([self.protocol, shots, self.examples, *map(_values, self.items)])
-
-
-def _values(item: Item) -> list[Any]:
-    return list(vars(item).values())
+        return digest([self.protocol, shots, self.examples, *(list(vars(item).values()) for item in self.items)])
 
 
 def load_benchmarks(
@@ -99,13 +64,13 @@ def load_benchmarks(
     protocol: str = "generative",
     num_fewshot: int | None = None,
     split: str = "default",
-) -> dict[str, Benchmark]:
+) -> dict[str, LoadedBenchmark]:
     """Loads and checks every row of the named benchmarks, before anything is asked.
 
-    `data_dir` is a folder of JSONL files (default: the environment's SUPEREXPERTS_DATA; without either, the Hub), or
-    `pocket` for the pocket world's. With the protocol `loglikelihood`, `num_fewshot` examples stand before each
-    question (None: as many as DEFAULT_SHOTS has). `split="test"` asks VMLU's test rows, whose gold answers are not
-    published. `DataError` names the file, the row and the field.
+    `data_dir` is a folder of JSONL files, or `pocket` for the data of the pocket world. The default is the folder in
+    the environment variable SUPEREXPERTS_DATA, and the Hub if that is not set. With the protocol `loglikelihood`,
+    `num_fewshot` examples stand before each question (None: the benchmark's default). `split="test"` asks the rows
+    whose gold answers are not published. `DataError` names the file, the row and the field.
     """
     folder = local_data(data_dir)
     with contextlib.ExitStack() as stack:
@@ -114,153 +79,180 @@ def load_benchmarks(
             write_benchmarks(folder)
         loaded = {}
         for name in names:
-            benchmark = _graded(name, _local(name, folder, split) if folder is not None else _hub(name), split)
+            benchmark = BENCHMARKS[name]
+            found = _hub(name) if folder is None else _local(benchmark, folder, split)
+            if split == "default":
+                _require_gold(benchmark, found)
             if protocol == "loglikelihood":
-                shots = DEFAULT_SHOTS[name] if num_fewshot is None else num_fewshot
-                benchmark = _few_shot(name, benchmark, folder, shots)
-            loaded[name] = benchmark
+                found = _few_shot(benchmark, found, folder, num_fewshot)
+            loaded[name] = found
     return loaded
 
 
-def _graded(name: str, benchmark: Benchmark, split: str) -> Benchmark:
-    if split == "default" and any(item.gold is None for item in benchmark.items):
-        odd = next(item.id for item in benchmark.items if item.gold is None)
-        raise DataError(
-            f"{name}: {odd}: field 'answer' is missing; VMLU's test rows have none: ask them with ",
-            Field("split"),
-            " test",
-        )
-    return benchmark
+def _require_gold(benchmark: Benchmark, found: LoadedBenchmark) -> None:
+    odd = next((item.id for item in found.items if item.gold is None), None)
+    if odd is None:
+        return
+    hint: tuple[str, ...] = ("add it",)
+    if benchmark.withheld is not None:
+        hint = ("to ask rows whose answers are not published, give ", Field("split"), " test")
+    raise DataError(f"{benchmark.name}: {odd}: field 'answer' is missing; ", *hint)
 
 
-def _few_shot(name: str, benchmark: Benchmark, folder: Path | None, shots: int) -> Benchmark:
-    """The same items, asked by the harness's own few-shot tasks."""
-    [part] = benchmark.parts
+def _few_shot(
+    benchmark: Benchmark, loaded: LoadedBenchmark, folder: Path | None, num_fewshot: int | None
+) -> LoadedBenchmark:
+    """The same items, asked by the harness's few-shot tasks."""
+    shots = num_fewshot
+    if shots is None:
+        shots = 0 if benchmark.few_shot is None else benchmark.few_shot.shots
+    [part] = loaded.parts
     examples, where = None, None
     if shots > 0 and folder is not None:
-        file = _file(name, EXAMPLE_STEMS[name], folder, numbered=True)
+        file = _file(benchmark.examples_file, folder, numbered=True)
         if file is None:
             raise DataError(
-                (
-                    f"{folder} has no {EXAMPLE_STEMS[name]}.jsonl or .jsonl.gz, from which {name}'s {shots} examples "
-                    "are drawn; add it, or give "
-                ),
+                f"{str(folder)!r} has no {benchmark.examples_file}.jsonl or .jsonl.gz, from which the {shots} examples "
+                f"of {benchmark.name} are drawn; add it, or give ",
                 Field("num_fewshot"),
                 " 0",
                 field="data_dir",
             )
-        found = _local_cached(name, file.resolve(), fingerprint(file))
+        found = _local_cached(benchmark.name, file.resolve(), fingerprint(file))
         examples, where = found.parts[0].task.eval_docs, str(file)
     elif shots > 0:
-        examples, where = part.task.dataset["dev" if name == "mmlu" else "train"], f"{name}'s examples on the Hub"
+        examples, where = part.task.dataset[benchmark.examples_split], f"the examples of {benchmark.name} on the Hub"
     if examples is not None:
-        _items(name, examples, str(where))  # says what is wrong with a row
-    tasks = few_shot_tasks(name, benchmark.items, part.task.eval_docs, examples, shots)
+        _items(benchmark, examples, str(where))  # raises if a row is wrong
+    tasks = few_shot_tasks(benchmark, loaded.items, part.task.eval_docs, examples, shots)
     parts = tuple(Part(task=task, numbers=numbers, num_fewshot=fewest) for task, numbers, fewest in tasks)
-    return Benchmark(
+    return LoadedBenchmark(
         parts=parts,
-        items=benchmark.items,
+        items=loaded.items,
         protocol="loglikelihood",
-        # Whole rows: GSM8K's show how the answer is reached.
+        # Whole rows and not only items: GSM8K's rows also show how the answer is reached.
         examples=digest([sorted((field, str(value)) for field, value in row.items()) for row in examples or ()]),
     )
 
 
-def _file(name: str, stem: str, folder: Path, *, numbered: bool = False) -> Path | None:
-    """The benchmark's file of that stem; None where there is none."""
+def _file(stem: str, folder: Path, *, numbered: bool = False) -> Path | None:
+    """The file with that stem; None if there is none. `numbered` also accepts a number after the stem."""
     plain = [folder / f"{stem}{suffix}" for suffix in (".jsonl", ".jsonl.gz")]
     parts = sorted(folder.glob(f"{stem}[0-9]*.jsonl*")) if numbered else []
     return next((file for file in [*plain, *parts] if file.is_file()), None)
 
 
-def _local(name: str, folder: Path, split: str) -> Benchmark:
-    stem = TEST_STEMS.get(name, FILE_STEMS[name]) if split == "test" else FILE_STEMS[name]
-    file = _file(name, stem, folder) or _file(name, OTHER_STEMS.get(name, stem), folder)
+def _local(benchmark: Benchmark, folder: Path, split: str) -> LoadedBenchmark:
+    stem = benchmark.file
+    if split == "test" and benchmark.withheld is not None:
+        stem = benchmark.withheld.file
+    file = _file(stem, folder) or _file(benchmark.other_file or stem, folder)
     if file is not None:
-        return _local_cached(name, file.resolve(), fingerprint(file))
-    hint = "; fetch VMLU MQA v1.5 from github.com/ZaloAI-Jaist/VMLU" if name == "vmlu" else ""
+        return _local_cached(benchmark.name, file.resolve(), fingerprint(file))
+    hint = f"; get {benchmark.source}" if benchmark.source else ""
     raise DataError(
-        f"{folder} has no {stem}.jsonl or .jsonl.gz for {name}; add it, or leave {name} out of ",
+        f"{str(folder)!r} has no {stem}.jsonl or .jsonl.gz for {benchmark.name}; add it, or leave {benchmark.name} out "
+        "of ",
         Field("tasks"),
-        f"{hint}",
+        hint,
         field="data_dir",
     )
 
 
 @functools.lru_cache(maxsize=16)  # a study asks every variant the same questions
-def _local_cached(name: str, file: Path, sha: str) -> Benchmark:
-    # A cache of its own, in memory: Arrow files of a temporary folder's rows must not pile up in the user's cache.
+def _local_cached(name: str, file: Path, sha: str) -> LoadedBenchmark:
+    benchmark = BENCHMARKS[name]
+    # A temporary cache, and the rows in memory: Arrow files must not pile up in the user's cache.
     with tempfile.TemporaryDirectory() as cache:
         source = {
             "dataset_path": "json",
-            "dataset_name": None,
             "dataset_kwargs": {
-                "data_files": {SPLITS.get(name, "test"): str(file)},
+                "data_files": {benchmark.split: str(file)},
                 "cache_dir": cache,
                 "keep_in_memory": True,
             },
         }
         try:
-            task = _task(name, source)
-        # StopIteration is what datasets raises for an empty file.
-        except (datasets.exceptions.DatasetsError, ValueError, TypeError, LookupError, OSError, StopIteration) as error:
-            rows = [row for _, row in read_rows(file, f"--data-dir: {name}")]  # says which line is no JSON object
-            _items(name, rows, str(file))
+            task = harness_task(name, source)
+        # The harness tries the first row, and raises anything. StopIteration is what datasets raises for an empty file.
+        except (DataError, *_UNREADABLE, TypeError, LookupError, StopIteration) as error:
+            rows = [row for _, row in read_rows(file, "data_dir")]  # raises if a line is not a JSON object
+            _items(benchmark, rows, str(file))
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{file} cannot be read as {name} ({reason}); repair the file", field="data_dir") from error
-    return _whole(task, _items(name, task.eval_docs, str(file)))
+    return _whole(task, _items(benchmark, task.eval_docs, str(file)))
 
 
 @functools.cache
-def _hub(name: str) -> Benchmark:
-    if name == "vmlu":
-        raise DataError(
-            (
-                "vmlu is not on the Hub; get VMLU MQA v1.5 from github.com/ZaloAI-Jaist/VMLU, put its "
-                "valid.jsonl into a folder as vmlu_valid.jsonl, and name the folder with "
-            ),
-            Field("data_dir"),
-            field="tasks",
-        )
+def _hub(name: str) -> LoadedBenchmark:
+    benchmark = BENCHMARKS[name]
     try:
-        task = _task(name, {})
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        if isinstance(error, DataError):
-            raise
+        task = harness_task(name)
+    except _UNREADABLE as error:
         raise DataError(
-            (
-                f"{name} cannot be read from the Hub ({type(error).__name__}); check the network, or give local "
-                "files with "
-            ),
+            f"{name} cannot be read from the Hub ({type(error).__name__}); check the network, or give files with ",
             Field("data_dir"),
             field="tasks",
         ) from error
-    return _whole(task, _items(name, task.eval_docs, f"{task.config.dataset_path} on the Hub"))
+    return _whole(task, _items(benchmark, task.eval_docs, f"{task.config.dataset_path} on the Hub"))
 
 
-def _whole(task: Task, items: tuple[Item, ...]) -> Benchmark:
-    return Benchmark(parts=(Part(task=task, numbers=range(len(items))),), items=items)
+def _whole(task: Task, items: tuple[Item, ...]) -> LoadedBenchmark:
+    return LoadedBenchmark(parts=(Part(task=task, numbers=range(len(items))),), items=items)
 
 
-def _task(name: str, source: Mapping[str, Any]) -> Task:
-    with quiet():  # "Generating test split" twice a second is no progress
-        # Inside a group, a task's entry overrides fields of the task file; alone it would replace the file.
-        return _manager().load({"group": "superexperts", "task": [{"task": name, **source}]})["tasks"][name]
+def harness_task(name: str, source: Mapping[str, Any] | None = None) -> Task:
+    """The benchmark as a zero-shot task of lm-evaluation-harness, which `lm_eval.evaluate` can run.
+
+    It generates greedily until the model goes on to another question, and has no metric, because `extract` reads the
+    responses. `source` says where the rows come from, as the harness's settings `dataset_path` and `dataset_kwargs`;
+    the default is the Hub, and a `DataError` for a benchmark that is not there.
+    """
+    benchmark = BENCHMARKS[name]
+    config = {
+        "task": name,
+        **(source or _hub_source(benchmark)),
+        "test_split": benchmark.split,
+        "output_type": "generate_until",
+        "doc_to_text": lambda row: prompt(benchmark.item(row, 0)),
+        "doc_to_target": lambda row: benchmark.item(row, 0).gold or "",
+        "process_results": _unscored,
+        "metric_list": [{"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}],
+        "num_fewshot": 0,
+        "fewshot_config": {"samples": []},  # without it the harness lists all test rows as a source of examples
+        # The end-of-sequence token always stops a response as well. `ask` sets `max_gen_toks` for each run.
+        "generation_kwargs": {"until": ["\nQuestion:"], "do_sample": False},
+    }
+    with quiet():
+        return ConfigurableTask(config=config)
 
 
-@functools.cache
-def _manager() -> TaskManager:
-    return TaskManager(include_path=Path(__file__).parent, include_defaults=False)
+def _hub_source(benchmark: Benchmark) -> dict[str, Any]:
+    hub = benchmark.hub
+    if hub is None:
+        raise DataError(
+            f"{benchmark.name} is not on the Hub; get {benchmark.source or 'its rows'}, put them into a folder as "
+            f"{benchmark.file}.jsonl, and name the folder with ",
+            Field("data_dir"),
+            field="tasks",
+        )
+    return {"dataset_path": hub.path, "dataset_name": hub.config, "dataset_kwargs": {"revision": hub.revision}}
 
 
-def _items(name: str, rows: Iterable[Mapping[str, Any]], where: str) -> tuple[Item, ...]:
+def _unscored(row: Row, responses: list[str]) -> dict[str, float]:
+    """`extract` reads the raw responses, and counts what it cannot read."""
+    return {"bypass": 0.0}
+
+
+def _items(benchmark: Benchmark, rows: Iterable[Row], where: str) -> tuple[Item, ...]:
+    name = benchmark.name
     try:
-        items = tuple(read_item(name, row, index) for index, row in enumerate(rows))
+        items = tuple(benchmark.item(row, index) for index, row in enumerate(rows))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     if not items:
         raise DataError(f"{where}: {name} has no rows; give a file with at least one")
     twice = [item_id for item_id, count in collections.Counter(item.id for item in items).items() if count > 1]
     if twice:
-        raise DataError(f"{where}: {name} has two rows with the id {twice[0]!r}; give every row its own")
+        raise DataError(f"{where}: {name} has two rows with the id {twice[0]!r}; give every row a different id")
     return items

@@ -1,47 +1,44 @@
-"""What answers the prompts: lm-evaluation-harness's own models, with every answer kept as it comes.
+"""The models of lm-evaluation-harness, which answer the prompts. Every answer is kept as soon as it arrives.
 
 Shape suffixes: B prompts in a batch, L tokens of the longest one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
-import lm_eval.api.task
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models import api_models
 from lm_eval.models.huggingface import HFLM
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from superexperts.benchmarks.quiet import quiet
 from superexperts.core.console import note, stderr
 from superexperts.core.errors import Field, ModelError, OptionError
 from superexperts.engines.journal import Keeper
 
-__all__ = ["Asker", "HfAsker", "instances", "quiet"]
+__all__ = ["HarnessModel", "TransformersModel", "instances", "quiet"]
 
 
-class Asker:
-    """What `evaluate` needs of a harness model, to be put in front of one: a journal of the answers, and one bar."""
+class HarnessModel:
+    """Stands in front of a model class of the harness, and adds a journal of the answers and one progress bar."""
 
     truncated = 0
-    """Prompts whose beginning was cut because the model's context has no room for them."""
+    """Number of prompts that lost their beginning, because they are longer than the model's context."""
     scored_room = 0
-    """Tokens of a prompt and a choice after it that are scored, beyond those that the context has."""
+    """Tokens that a prompt and its choice may have beyond the model's context, when the choice is scored."""
     _bar: tuple[Progress, TaskID] | None = None
     _journal: Keeper | None = None
 
     @contextlib.contextmanager
-    def asking(self, description: str, total: int, journal: Keeper | None) -> Iterator[None]:
-        """Within the block answers go to the journal and are counted: by a bar, or without a terminal by one line."""
+    def answering(self, description: str, total: int, journal: Keeper | None) -> Iterator[None]:
+        """Within the block, answers go to the journal. A bar counts them; without a terminal, one line does."""
         started = time.monotonic()
         with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
             self._bar, self._journal = (progress, progress.add_task(description, total=total)), journal
@@ -58,23 +55,25 @@ class Asker:
             progress.advance(bar, answers)
 
     def _kept(self) -> dict[int, Any]:
-        """The answers of an interrupted run, counted."""
-        given = {} if self._journal is None else dict(self._journal.answers)
-        self._advance(len(given))
-        return given
+        """The answers of an interrupted run, which the progress bar counts as well."""
+        kept = {} if self._journal is None else dict(self._journal.answers)
+        self._advance(len(kept))
+        return kept
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """As the harness does it, but batch by batch, so that each can be kept."""
+        """The harness's method, but batch by batch, so that each batch can be kept."""
 
         def ask(batch: list[list[Any]]) -> list[Any]:
-            return list(cast(Any, super(Asker, self)).generate_until([one for [one] in batch], disable_tqdm=True))
+            return list(
+                cast(Any, super(HarnessModel, self)).generate_until([one for [one] in batch], disable_tqdm=True)
+            )
 
         return self._batch_by_batch([[request] for request in requests], ask)
 
     def choice_loglikelihoods(self, items: Sequence[list[Any]]) -> list[list[float]]:
-        """The log-probability of each choice of each item, in nats; an item is the harness's requests for its choices.
+        """The log-probability (nats) of each choice of each item; an item is the harness's requests for its choices.
 
-        `ModelError` where one is not a number.
+        `ModelError` if one is not a number.
         """
 
         def ask(batch: list[list[Any]]) -> list[Any]:
@@ -87,20 +86,20 @@ class Asker:
         return self._batch_by_batch(items, ask)
 
     def _batch_by_batch(self, items: Sequence[list[Any]], ask: Callable[[list[list[Any]]], list[Any]]) -> list[Any]:
-        given = self._kept()
-        left = [i for i in self._order(items) if i not in given]
+        answers = self._kept()
+        left = [i for i in self._order(items) if i not in answers]
         size = int(cast(Any, self).batch_size)
         for start in range(0, len(left), size):
             batch = left[start : start + size]
             new = dict(zip(batch, ask([items[i] for i in batch]), strict=True))
-            given |= new
+            answers |= new
             self._advance(len(batch))
             if self._journal is not None:
                 self._journal.add(new)
-        return [given[i] for i in range(len(items))]
+        return [answers[i] for i in range(len(items))]
 
     def _order(self, items: Sequence[list[Any]]) -> list[int]:
-        """Longest first; counts those that are too long."""
+        """Indices of the items, longest first; adds those that are too long to `truncated`."""
         model = cast(Any, self)
         asked = [max((one.args for one in item), key=_characters) for item in items]
         scored = [isinstance(more, str) for _, more in asked]
@@ -112,7 +111,7 @@ class Asker:
         return sorted(range(len(items)), key=lambda i: (-longest[i], i))
 
     def _loglikelihood_tokens(self, requests: list[Any], **more: Any) -> list[tuple[float, bool]]:
-        """As the harness does it, but for BOS: what is too long loses its beginning and keeps the sinks' BOS."""
+        """The harness's method, but a prompt that is too long keeps its BOS, because the attention sinks need it."""
         model, cut = cast(Any, self), []
         bos = model.tokenizer.bos_token_id
         for texts, context, continuation in requests:
@@ -122,11 +121,11 @@ class Asker:
         return cast(list[tuple[float, bool]], cast(Any, super())._loglikelihood_tokens(cut, **more))
 
     def check_room(self, max_new_tokens: int) -> None:
-        """`OptionError` where no prompt would fit beside so many new tokens."""
+        """`OptionError` if so many new tokens leave no room for a prompt."""
         context = cast(Any, self).max_length
         if max_new_tokens >= context:
             raise OptionError(
-                (f"{max_new_tokens} leaves no room for a prompt in the model's context of {context} tokens; give less"),
+                f"{max_new_tokens} leaves no room for a prompt in the model's context of {context} tokens; give less",
                 field="max_new_tokens",
             )
 
@@ -137,7 +136,7 @@ def _characters(arguments: tuple[str, Any]) -> int:
     return len(context) + (len(more) if isinstance(more, str) else 0)
 
 
-class HfAsker(Asker, HFLM):  # type: ignore[misc]  # the harness is untyped
+class TransformersModel(HarnessModel, HFLM):  # type: ignore[misc]  # the harness is untyped
     """A transformers model in this process. A prompt that is cut keeps its BOS."""
 
     scored_room = 1  # the last token is not read, only predicted
@@ -165,7 +164,7 @@ class HfAsker(Asker, HFLM):  # type: ignore[misc]  # the harness is untyped
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Left-padded ids and mask [B, L]. What is too long loses its beginning, but keeps the sinks' BOS."""
+        """Left-padded ids and mask [B, L]. A prompt that is too long loses its beginning but keeps its BOS."""
         ids_BL, mask_BL = super().tok_batch_encode(strings, padding_side, None, truncation)
         if left_truncate_len is None or ids_BL.shape[1] <= left_truncate_len:
             return ids_BL, mask_BL
@@ -178,40 +177,8 @@ class HfAsker(Asker, HFLM):  # type: ignore[misc]  # the harness is untyped
 
 
 def instances(prompts: Sequence[Any], max_new_tokens: int) -> list[Instance]:
-    """The harness's requests for greedy replies that stop where the model stops."""
+    """The harness's requests for greedy replies that end where the model ends them."""
     settings = {"until": [], "do_sample": False, "max_gen_toks": max_new_tokens}
     return [
         Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(settings)), idx=0) for prompt in prompts
     ]
-
-
-class _NoBar:
-    """Takes the place of the harness's bar over requests."""
-
-    @staticmethod
-    async def gather(*tasks: Any, **_: Any) -> list[Any]:
-        return list(await asyncio.gather(*tasks))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Within the block the harness says only what is wrong: not that a model is a model, nor how a loop gets on."""
-    # transformers warns of each prompt that is longer than the context; `truncated` counts them. What a server says
-    # goes to no terminal.
-    levels = {
-        "lm_eval": logging.ERROR,
-        "transformers.tokenization_utils_base": logging.ERROR,
-        "lm_eval.models.api_models": logging.CRITICAL,
-    }
-    before = {name: logging.getLogger(name).level for name in levels}
-    bars = lm_eval.api.task.tqdm, api_models.tqdm_asyncio
-    try:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        lm_eval.api.task.tqdm = lambda rows, **_: rows  # building 100 prompts is over before its bar is drawn
-        api_models.tqdm_asyncio = _NoBar
-        yield
-    finally:
-        lm_eval.api.task.tqdm, api_models.tqdm_asyncio = bars
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)

@@ -1,8 +1,8 @@
-"""Answers as they come, kept batch by batch, so that a killed evaluation asks nothing twice.
+"""Keeps the answers batch by batch as they arrive, so that a killed evaluation asks nothing twice.
 
-A journal is a file of JSON lines. The first holds the key of what is asked; each other one holds a whole batch. A batch
-is the smallest thing kept: the same batches make the same padding, so an interrupted run gives the same answers bit by
-bit as one that was not. Several processes have a journal each; what any of them has kept counts for all.
+A journal is a file of JSON lines. The first line holds the key of what is asked; each other line holds one batch. Only
+whole batches are kept: the same batches have the same padding, so a run that was interrupted gives bit for bit the
+answers of one that was not. Each process has a journal, and all processes use what any of them has kept.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from superexperts.core.errors import OutputError
 __all__ = ["Given", "Journal", "Keeper", "numbered", "open_journals", "remove_journals"]
 
 Given = str | list[float]
-"""What a model gave for an item: its response, or the log-probability of each choice."""
+"""A model's answer to an item: its response, or the log-probability of each choice."""
 
 
 class Keeper(Protocol):
-    """What takes a model's answers as they come."""
+    """Takes a model's answers as they arrive."""
 
     @property
     def answers(self) -> Mapping[int, Given]:
-        """Number of the request -> what was given, of what need not be asked."""
+        """Number of the request -> answer, for the requests that are already answered."""
 
     def add(self, answers: Mapping[int, Given], *, sync: bool = True) -> None:
-        """Keeps some answers."""
+        """Keeps more answers."""
 
 
 class Journal:
-    """The answers given so far to one benchmark; a file with another key, or none, begins an empty one."""
+    """The answers so far to one benchmark; empty if there is no file yet, or one with another key."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
         self.answers: dict[str, Given] = {}
-        """Id of the item -> what was given."""
+        """Id of the item -> answer."""
         whole = self._read(key) if path.is_file() else 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as stream:
-                stream.truncate(whole)  # half a line is what a kill left
+                stream.truncate(whole)  # a kill may leave half a line
             if not whole:
                 self._append({"key": key})
         except OSError as error:
             raise OutputError(f"cannot write {path} ({error.strerror}); choose another folder", field="out") from error
 
     def _read(self, key: str) -> int:
-        """Takes the whole lines; returns how many bytes they have, 0 where the key is another one."""
+        """Reads the whole lines; returns their length in bytes, or 0 if the file has another key."""
         whole = 0
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
             try:
@@ -68,7 +68,7 @@ class Journal:
         return whole
 
     def add(self, answers: Mapping[str, Given], *, sync: bool = True) -> None:
-        """Appends a batch and syncs it to disk; without `sync` it outlives the process, but not a power cut."""
+        """Appends a batch and syncs it to disk; without `sync` it survives a kill but not a power cut."""
         self._append({"answers": dict(answers)}, sync=sync)
         self.answers |= answers
 
@@ -95,7 +95,7 @@ class _Numbered:
 
 
 def numbered(journal: Journal, ids: Sequence[str]) -> Keeper:
-    """The journal as a model sees it, which numbers its requests; `ids` are those of the items asked, in order."""
+    """The journal for a model, which numbers its requests; `ids` are the ids of the items asked, in order."""
     return _Numbered(journal, ids)
 
 
@@ -106,10 +106,10 @@ def _file(folder: Path, name: str, number: int) -> Path:
 def open_journals(
     folder: Path, keys: Mapping[str, str], finished: Mapping[str, Mapping[str, Given]]
 ) -> dict[str, Journal]:
-    """This process' journals of the benchmarks that `keys` has, with all that any process has kept under the same key.
+    """The journals of this process, one per benchmark in `keys`, with all that any process has kept under that key.
 
-    `finished` are answers of a run that came to its end, which are kept as well: they count where no journal is there.
-    Other benchmarks' journals are removed.
+    `finished` holds answers of a finished run, which are used if there is no journal. Journals of other benchmarks are
+    removed.
     """
     journals: dict[str, Journal] = {}
     if is_main_process:
@@ -133,6 +133,6 @@ def open_journals(
 
 
 def remove_journals(folder: Path) -> None:
-    """What they kept stands in the answers' files now."""
+    """Removes all journals, once the answers are in their files."""
     for path in folder.glob(".*.partial"):
         path.unlink()

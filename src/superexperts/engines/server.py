@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server as what answers: many requests at a time, each answer kept the moment it comes."""
+"""The engine `api`: an OpenAI-compatible server. Many requests run at a time, and each answer is kept at once."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ import aiohttp
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
 from superexperts.core.errors import Field, OptionError
-from superexperts.engines.harness import Asker, quiet
+from superexperts.engines import Opening
+from superexperts.engines.harness import HarnessModel, quiet
 
-__all__ = ["api", "as_chat", "chat_url", "request_url"]
+__all__ = ["api", "as_chat", "chat_url", "open_engine", "request_url"]
 
 SYNC_EVERY = 64
-"""Answers of a server that may be lost where the machine, and not only the evaluation, goes down."""
-# Of the connection, of the time, and of a reply that is no JSON or holds no text where it should.
+"""Answers between two syncs of the journal, which are lost if the machine loses power."""
+# Connection, timeout, and a reply that is not JSON or has no text in the expected place.
 _FAULTS = (aiohttp.ClientError, TimeoutError, json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError)
 
 
-class _Served(Asker):
-    """Many requests at a time; each answer is kept the moment it comes."""
+class _Served(HarnessModel):
+    """Many requests at a time; each answer is kept at once."""
 
     field = "base_url"
     """The setting that names the server, for errors."""
-    _given: dict[int, str]
+    _answers: dict[int, str]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Asks for what the journal has not; `OptionError` where the server fails more often than it may."""
+        """Requests the answers that the journal lacks; `OptionError` if the server fails more often than allowed."""
         server = cast(Any, self)
-        self._given = self._kept()
-        left = [i for i in range(len(requests)) if i not in self._given]
+        self._answers = self._kept()
+        left = [i for i in range(len(requests)) if i not in self._answers]
         if left:
             settings = requests[left[0]].args[1]
             messages = [self._message(requests[i].args[0]) for i in left]
@@ -41,19 +42,19 @@ class _Served(Asker):
             except _FAULTS as error:
                 raise OptionError(f"{server.base_url!r} ", *_fault(error, server.timeout), field=self.field) from error
         until = requests[0].args[1].get("until", [])
-        return [_cut(self._given[i], until) for i in range(len(requests))]
+        return [_cut(self._answers[i], until) for i in range(len(requests))]
 
     async def amodel_call(self, session: Any, sem: Any, messages: Any, *, cache_keys: Any, **more: Any) -> list[str]:
         """One request, as the harness makes it; the key is the request's number."""
         answers: list[str] = await cast(Any, super()).amodel_call(session, sem, messages, cache_keys=None, **more)
-        self._given[cache_keys[0]] = answers[0]
+        self._answers[cache_keys[0]] = answers[0]
         if self._journal is not None:
-            self._journal.add({cache_keys[0]: answers[0]}, sync=len(self._given) % SYNC_EVERY == 0)
+            self._journal.add({cache_keys[0]: answers[0]}, sync=len(self._answers) % SYNC_EVERY == 0)
         self._advance(1)
         return answers
 
     def _create_payload(self, *arguments: Any, **more: Any) -> dict[str, Any]:
-        """As the harness has it, but for a `stop` without any text, which some servers fail on."""
+        """The harness's payload, but without an empty `stop`, on which some servers fail."""
         payload: dict[str, Any] = cast(Any, super())._create_payload(*arguments, **more)
         return {name: value for name, value in payload.items() if name != "stop" or value}
 
@@ -75,7 +76,7 @@ class _ChatCompletions(_Served, LocalChatCompletion):  # type: ignore[misc]
         return self.apply_chat_template([{"role": "user", "content": prompt}])
 
     def parse_generations(self, outputs: Any, **_: Any) -> list[str | None]:
-        """The harness takes a reply without `choices` for an empty answer; here it is an error, and asked again."""
+        """The harness takes a reply without `choices` for an empty answer. Here it is an error, and sent again."""
         return [_only_text(outputs["choices"][0]["message"]["content"])]
 
 
@@ -106,7 +107,7 @@ def api(
     """
     kind = _ChatCompletions if url.endswith("/chat/completions") else _Completions
     with quiet():
-        asker = kind(
+        server = kind(
             model=model,
             base_url=url,
             tokenizer_backend=None,
@@ -116,38 +117,51 @@ def api(
             timeout=timeout,
             seed=seed,
         )
-    asker.timeout = timeout  # the harness takes whole seconds only
-    asker.field = field
-    return asker
+    server.timeout = timeout  # the harness takes whole seconds only
+    server.field = field
+    return server
 
 
-def as_chat(asker: Any, messages: Sequence[str]) -> list[Any]:
-    """Each text as a user's message, in the model's own template; as it is where there is no template."""
-    if isinstance(asker, _Served) or asker.tokenizer.chat_template is None:
+def open_engine(opening: Opening) -> Any:
+    """The model `opening.model` of the server at `opening.base_url`."""
+    assert opening.base_url is not None
+    return api(
+        opening.model,
+        request_url(opening.base_url),
+        concurrency=opening.concurrency,
+        timeout=opening.timeout,
+        retries=opening.retries,
+        seed=opening.seed,
+    )
+
+
+def as_chat(model: Any, messages: Sequence[str]) -> list[Any]:
+    """Each text as a user's message in the model's chat template; unchanged if there is no template."""
+    if isinstance(model, _Served) or model.tokenizer.chat_template is None:
         return list(messages)
-    told = [asker.apply_chat_template([{"role": "user", "content": text}]) for text in messages]
-    # SGLang's class of the harness puts a BOS in front of whatever it is given; the others look for one first.
-    bos = asker.tokenizer.bos_token if getattr(asker, "add_bos_token", None) else None
-    return [text.removeprefix(bos) if bos else text for text in told]
+    prompts = [model.apply_chat_template([{"role": "user", "content": text}]) for text in messages]
+    # The harness's class of SGLang always adds a BOS in front; the others first check whether there is one.
+    bos = model.tokenizer.bos_token if getattr(model, "add_bos_token", None) else None
+    return [text.removeprefix(bos) if bos else text for text in prompts]
 
 
 def _cut(text: str, until: Sequence[str]) -> str:
-    """Up to the first stop text, for servers that know no `stop`."""
+    """The text up to the first stop text, for servers that ignore `stop`."""
     for stop in until:
         text = text.split(stop)[0]
     return text
 
 
 def _fault(error: Exception, timeout: float) -> tuple[str, ...]:
-    """What a server did wrong and what to do, in one line; what it said itself is none of it."""
+    """What the server did wrong and what to do. The server's own text is left out, because it may be anything."""
     if isinstance(error, aiohttp.ClientResponseError) and not isinstance(error, aiohttp.ContentTypeError):
         if error.status == 400:
             return (
-                "answers 400; a prompt may be too long for its context, or the name not one that it gives a model; see "
-                "its log, what was answered is kept",
+                "answers 400; a prompt may be too long for its context, or it has no model of that name; see its log, "
+                "the answers so far are kept",
             )
         return (
-            f"answers {error.status}; check the URL, the name that the server gives ",
+            f"answers {error.status}; check the URL, the server's name for ",
             Field("model"),
             ", and OPENAI_API_KEY",
         )
@@ -157,8 +171,8 @@ def _fault(error: Exception, timeout: float) -> tuple[str, ...]:
             Field("timeout"),
             " or lower ",
             Field("concurrency"),
-            ", what was answered is kept",
+            ", the answers so far are kept",
         )
     if isinstance(error, aiohttp.ClientConnectionError):
         return (f"cannot be reached ({type(error).__name__}); start the server or check the URL, then run again",)
-    return (f"answers what is not a completion ({type(error).__name__}); give an OpenAI-compatible server",)
+    return (f"does not answer with a completion ({type(error).__name__}); give an OpenAI-compatible server",)

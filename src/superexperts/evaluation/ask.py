@@ -1,11 +1,10 @@
-"""Puts a benchmark's items to a model through lm-evaluation-harness: which ones, in which process, and the answers."""
+"""Asks a model the items of benchmarks through lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,15 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from superexperts.benchmarks import Benchmark, Item, choice_labels, load_benchmarks, prompt, with_examples
+from superexperts.benchmarks.base import Item, prompt
+from superexperts.benchmarks.fewshot import choice_labels, with_examples
+from superexperts.benchmarks.loading import LoadedBenchmark, load_benchmarks
 from superexperts.core.distributed import gathered, my_share
-from superexperts.core.runs import MANIFEST, fingerprint, input_key, made_from, read_json
 from superexperts.core.types import Answer
-from superexperts.engines.harness import HfAsker, quiet
+from superexperts.engines.harness import TransformersModel, quiet
 from superexperts.engines.journal import Given, Journal, numbered
 
-__all__ = ["answers_key", "ask", "ask_one", "chosen_items", "finished_answers"]
-
-NOT_OF_AN_ANSWER = ("tasks", "limit", "shuffle", "perplexity", "column", "tokens", "seq_len", "reference_windows")
-"""Options that decide what else is asked, and that cannot change the answer to one item."""
+__all__ = ["ask", "ask_one", "chosen_items"]
 
 
 def ask(
@@ -40,15 +37,16 @@ def ask(
     protocol: str = "generative",
     num_fewshot: int | None = None,
 ) -> dict[str, list[Answer]]:
-    """Greedy answers to the first `limit` items of each benchmark, in the items' order.
+    """Greedy answers to the first `limit` items of each benchmark, in the order of the items.
 
-    `model` is a transformers causal language model, wrapped by PEFT or not; the rest as for `load_benchmarks`.
+    `model` is a transformers causal language model, with or without a PEFT adapter. The other arguments are those of
+    `load_benchmarks`, which raises `DataError`.
     """
     benchmarks = load_benchmarks(tasks, data_dir, protocol=protocol, num_fewshot=num_fewshot)
-    asker = HfAsker(model, tokenizer, batch_size, max_new_tokens)
+    answering = TransformersModel(model, tokenizer, batch_size, max_new_tokens)
     return {
         name: ask_one(
-            asker,
+            answering,
             name,
             benchmark,
             chosen_items(len(benchmark.items), limit),
@@ -61,9 +59,9 @@ def ask(
 
 
 def chosen_items(count: int, limit: int | None, shuffled_by: str | None = None) -> list[int]:
-    """Numbers of the items that are asked, ascending: the first `limit` of all `count`, or of all in a seeded order.
+    """Numbers of the items to ask, ascending: the first `limit` of `count`, or a sample with the seed `shuffled_by`.
 
-    With the same text in `shuffled_by` a larger sample holds a smaller one.
+    With the same seed, a larger sample contains a smaller one.
     """
     order = list(range(count))
     if shuffled_by is not None:
@@ -73,21 +71,21 @@ def chosen_items(count: int, limit: int | None, shuffled_by: str | None = None) 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Question:
-    """An item as it is asked."""
+    """An item with its prompt."""
 
     item: Item
     prompt: str
     num_fewshot: int
     requests: list[Any]
-    """The harness's: one to generate, or one for each choice to compare."""
+    """The harness's requests: one that generates, or one for each choice."""
     lengths: tuple[int, ...]
-    """Characters of each choice, as the harness counts them for acc_norm; empty where nothing is compared."""
+    """Characters of each choice, as the harness counts them for acc_norm; empty if the model generates."""
 
 
 def ask_one(
-    asker: Any,
+    model: Any,
     name: str,
-    benchmark: Benchmark,
+    benchmark: LoadedBenchmark,
     numbers: Sequence[int],
     *,
     variant: str,
@@ -95,28 +93,31 @@ def ask_one(
     max_new_tokens: int,
     journal: Journal | None = None,
 ) -> list[Answer]:
-    """Answers to the items of those numbers, ascending, in every process; each process asks its share."""
+    """Answers of `model`, a `HarnessModel`, to the items with these numbers, ascending.
+
+    Each process asks its share, and every process returns all answers.
+    """
     set_seed(seed)
     with quiet():
         questions = _questions(name, benchmark, numbers, max_new_tokens)
         mine = my_share(questions)
         keeper = None if journal is None else numbered(journal, [question.item.id for question in mine])
-        with asker.asking(f"{variant}: {name}", len(mine), keeper):
+        with model.answering(f"{variant}: {name}", len(mine), keeper):
             if mine and mine[0].lengths:
-                values = asker.choice_loglikelihoods([question.requests for question in mine])
+                values = model.choice_loglikelihoods([question.requests for question in mine])
             else:
-                values = asker.generate_until([request for question in mine for request in question.requests])
+                values = model.generate_until([request for question in mine for request in question.requests])
     given: dict[str, Given] = {}
     for part in gathered({question.item.id: value for question, value in zip(mine, values, strict=True)}):
         given |= part
     return [_answer(question, given[question.item.id], name, variant, seed) for question in questions]
 
 
-def _questions(name: str, benchmark: Benchmark, numbers: Sequence[int], max_new_tokens: int) -> list[_Question]:
-    wanted, found = set(numbers), {}
+def _questions(name: str, benchmark: LoadedBenchmark, numbers: Sequence[int], max_new_tokens: int) -> list[_Question]:
+    chosen, found = set(numbers), {}
     for part in benchmark.parts:
         task: Any = part.task
-        positions = [position for position, number in enumerate(part.numbers) if number in wanted]
+        positions = [position for position, number in enumerate(part.numbers) if number in chosen]
         if not positions:
             continue
         generates = task.OUTPUT_TYPE == "generate_until"
@@ -159,40 +160,3 @@ def _answer(question: _Question, given: Given, task: str, variant: str, seed: in
         num_fewshot=question.num_fewshot,
         loglikelihoods=compared,
     )
-
-
-def answers_key(inputs: Mapping[str, Any], name: str) -> str:
-    """What must be equal for the answers to a benchmark's items to be up to date, whatever else is asked.
-
-    `inputs` are the inputs of the evaluation, as its manifest holds them.
-    """
-    options = {option: value for option, value in inputs["options"].items() if option not in NOT_OF_AN_ANSWER}
-    more = {what: value for what, value in inputs.items() if what not in ("options", "data", "perplexity")}
-    return input_key("evaluate", {"options": options, "data": inputs["data"][name], **more})
-
-
-def finished_answers(folder: Path, keys: Mapping[str, str]) -> dict[str, dict[str, Given]]:
-    """What a finished run's files hold for the benchmarks that it asked under these very keys: id -> what was given.
-
-    Files that have changed since are left out.
-    """
-    if not (folder / MANIFEST).is_file():
-        return {}
-    manifest = read_json(folder / MANIFEST, "manifest")
-    inputs = made_from(manifest, "evaluate")
-    if inputs is None:
-        return {}
-    asked = {name: answers_key(inputs, name) for name in inputs.get("data", {})}
-    outputs = manifest.get("outputs", {})
-    found: dict[str, dict[str, Given]] = {}
-    for name, key in keys.items():
-        file = folder / "answers" / f"{name}.jsonl"
-        if asked.get(name) != key or not file.is_file() or fingerprint(file) != outputs.get(f"answers/{name}.jsonl"):
-            continue
-        answers = [Answer.from_json(json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        found[name] = {answer.id: _given(answer) for answer in answers}
-    return found
-
-
-def _given(answer: Answer) -> Given:
-    return answer.response if answer.loglikelihoods is None else [nats for _, nats, _ in answer.loglikelihoods]

@@ -1,69 +1,198 @@
-"""Asks a model the benchmarks' questions through lm-evaluation-harness, and keeps the answers as they are given.
+"""The command `evaluate`: asks a model the questions of benchmarks, and keeps the answers unchanged.
 
-Base and adapter are asked by the same call with the same prompts, greedily. Nothing is scored here: see `extract`.
-
-Shape suffixes: B sequences, L tokens of each.
+Base model, pruned checkpoint and adapter are asked in the same way, with the same prompts and greedily. Nothing is
+scored here; `extract` does that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+import tyro
 
-from superexperts.adapters.borrow import borrowed
-from superexperts.adapters.effect import require_effect
-from superexperts.adapters.lora import load_adapter
-from superexperts.benchmarks import Benchmark, load_benchmarks, prompt
+from superexperts.benchmarks import BENCHMARKS, default_benchmarks
 from superexperts.checkpoints.source import ModelSource, adapter_folder, resolve
-from superexperts.core.config import EvaluateConfig, identity
-from superexperts.core.console import is_main_process, note
-from superexperts.core.distributed import from_main_process, gathered, my_share
-from superexperts.core.errors import OptionError, OutputError
-from superexperts.core.runs import (
-    MANIFEST,
-    completed,
-    fingerprint,
-    prepare_folder,
-    read_json,
-    versions,
-    write_json,
-    write_manifest,
-    write_text,
+from superexperts.core.config import identity
+from superexperts.core.console import is_main_process, is_shown, note, stdout
+from superexperts.core.errors import Field, OptionError
+from superexperts.core.runs import completed, fingerprint, read_json, versions, write_manifest
+from superexperts.core.settings import (
+    SeededConfig,
+    ServerConfig,
+    Switch,
+    require,
+    require_device,
+    require_seed,
+    require_sequences,
+    require_url,
 )
 from superexperts.core.types import chosen_experts
-from superexperts.data.packing import corpus_sequences, digest_ids, reference_windows
-from superexperts.engines.harness import HfAsker
-from superexperts.engines.journal import Journal, open_journals, remove_journals
-from superexperts.engines.local import open_engine
-from superexperts.engines.server import request_url
-from superexperts.evaluation.ask import answers_key, ask, ask_one, chosen_items, finished_answers
-from superexperts.evaluation.perplexity import perplexity_of, sequence_losses
-from superexperts.models.banks import check_experts, find_banks
-from superexperts.models.hooks import silenced
-from superexperts.models.loading import load_model, load_tokenizer
+from superexperts.engines import ENGINES, Opening, in_process_engines, open_engine
 
-__all__ = ["ask", "run"]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from superexperts.benchmarks.loading import LoadedBenchmark
+
+    EngineName = str
+else:
+    EngineName = Literal[tuple(ENGINES)]
+
+__all__ = ["EvaluateConfig", "run", "show"]
 
 PROBES, PROBE_TOKENS = 16, 256
-"""Prompts on which an adapter's effect is measured before the evaluation, and the tokens kept of each."""
-PERPLEXITY_SCHEMA = "superexperts/perplexity/1"
+"""Number of prompts on which the effect of an adapter is measured first, and the last tokens taken of each."""
+
+_ENGINE_HELP = "What runs the model: " + ", ".join(f"`{name}` {one.help}" for name, one in ENGINES.items()) + "."
+_TASKS_HELP = "Benchmarks, separated by commas; also available: " + (
+    ", ".join(name for name in BENCHMARKS if name not in default_benchmarks()) + "."
+)
+
+
+def _shots_help() -> str:
+    shots: dict[int, list[str]] = {}
+    for name, benchmark in BENCHMARKS.items():
+        if benchmark.few_shot is not None and benchmark.few_shot.shots:
+            shots.setdefault(benchmark.few_shot.shots, []).append(name)
+    parts = [f"{number} for {' and '.join(names)}" for number, names in shots.items()]
+    return f"loglikelihood: examples before each question; default: {', '.join(parts)}, else 0."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ServerConfig, SeededConfig):
+    """Ask a model, or a model with an adapter, the questions of benchmarks, and keep its answers unchanged.
+
+    Example: superexperts evaluate pocket --data-dir pocket --tasks gsm8k,boolq --limit 50 --out runs/base
+
+    Example: superexperts evaluate NAME --engine api --base-url http://localhost:8000/v1 --tasks gsm8k --out runs/served
+    """
+
+    engine: Annotated[EngineName, tyro.conf.arg(help=_ENGINE_HELP)] = "hf"
+    base_url: str | None = None
+    """api: URL of the server, such as http://localhost:8000/v1. If it ends in /chat/completions, prompts are sent as
+    chat messages."""
+    adapter: Path | None = None
+    """Adapter folder that `train` wrote."""
+    silence: str | None = None
+    """Experts (file or inline) that output 0 in this run, as if their down_proj were pruned."""
+    tasks: Annotated[str, tyro.conf.arg(help=_TASKS_HELP)] = ",".join(default_benchmarks())
+    protocol: Literal["generative", "loglikelihood"] = "generative"
+    """`generative`: zero-shot, free text, read by `extract`; `loglikelihood`: the few-shot tasks of
+    lm-evaluation-harness, which take the most probable choice (GSM8K generates)."""
+    num_fewshot: Annotated[int | None, tyro.conf.arg(help=_shots_help())] = None
+    split: Literal["default", "test"] = "default"
+    """`test`: VMLU's test rows, whose answers are not published; `extract` writes the file to submit."""
+    out: Path = Path("runs/evaluate")
+    """Folder for answers/."""
+    limit: int | None = None
+    """Items per benchmark, the first ones; default: all. A larger limit only asks the new items."""
+    shuffle: Switch = False
+    """limit: a sample drawn with --seed instead of the first items."""
+    batch_size: int = 64
+    """Prompts per generation batch."""
+    max_new_tokens: int = 512
+    """Longest answer in tokens."""
+    perplexity: str | None = None
+    """Also measure the perplexity on this corpus (names as for profile)."""
+    column: str | None = None
+    """perplexity: column of a .jsonl file or Hub data set that holds the text; default: text."""
+    tokens: int = 16384
+    """perplexity: tokens of the corpus, the BOS of each sequence included."""
+    seq_len: int = 512
+    """perplexity: tokens per sequence."""
+    reference_windows: Switch = False
+    """perplexity: the whole corpus, cut into windows as in the paper's code (there with --seq-len 2048), with one BOS
+    before the first; --tokens is ignored."""
+    variant: str = "base"
+    """Name of this variant in the answers."""
+    data_dir: Path | None = None
+    """Folder of local benchmark files instead of the Hub, or `pocket`; default: the environment's SUPEREXPERTS_DATA."""
+    json: Switch = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_seed(self.seed)
+        require(is_shown(self.variant), "variant", self.variant, "has characters that no terminal shows; rename it")
+        require(self.limit is None or self.limit > 0, "limit", self.limit, "is not positive; give at least 1")
+        shuffled = self.shuffle and self.limit is None
+        require(not shuffled, "shuffle", True, "does nothing when all items are asked; give ", Field("limit"))
+        require(self.batch_size > 0, "batch_size", self.batch_size, "is not positive; give at least 1")
+        require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "is not positive; give at least 1")
+        require_sequences(self.tokens, self.seq_len)
+        why = ("does nothing without ", Field("perplexity"), "; name a corpus there")
+        require(self.perplexity is not None or not self.reference_windows, "reference_windows", True, *why)
+        require(self.perplexity is not None or self.column is None, "column", self.column, *why)
+        require_device(self.device)
+        both = self.adapter is not None and self.silence is not None
+        merge = ("excludes ", Field("adapter"), "; merge the adapter into a checkpoint first")
+        require(not both, "silence", self.silence, *merge)
+        self._check_tasks()
+        self._check_engine()
+
+    def _check_tasks(self) -> None:
+        known = ",".join(BENCHMARKS)
+        unknown = [name for name in self.task_names if name not in BENCHMARKS]
+        require(not unknown, "tasks", ",".join(unknown), f"is unknown; choose from {known}")
+        require(bool(self.task_names), "tasks", self.tasks, f"names no benchmark; choose from {known}")
+        if self.protocol == "generative":
+            why = ("does nothing for ", Field("protocol"), " generative, which shows no examples; leave it out")
+            require(self.num_fewshot is None, "num_fewshot", self.num_fewshot, *why)
+        else:
+            fits = self.num_fewshot is None or self.num_fewshot >= 0
+            require(fits, "num_fewshot", self.num_fewshot, "is negative; give 0 or more")
+            without = [name for name in self.task_names if BENCHMARKS[name].few_shot is None]
+            why = ("has no few-shot task; leave it out, or give ", Field("protocol"), " generative")
+            require(not without, "tasks", ",".join(without), *why)
+        if self.split == "test":
+            withheld = [name for name, benchmark in BENCHMARKS.items() if benchmark.withheld is not None]
+            others = [name for name in self.task_names if name not in withheld]
+            fits_only = f"is for {','.join(withheld)} only; ask {', '.join(others)} in another run, without "
+            require(not others, "split", self.split, fits_only, Field("split"))
+
+    def _check_engine(self) -> None:
+        engine = ENGINES[self.engine]
+        able = ", ".join(name for name, one in ENGINES.items() if one.loglikelihood)
+        why = ("needs ", Field("engine"), f" {able}; a server does not return the log-probabilities of a prompt")
+        require(self.protocol == "generative" or engine.loglikelihood, "protocol", self.protocol, *why)
+        if engine.server and self.base_url is None:
+            raise OptionError(
+                "missing for ", Field("engine"), f" {self.engine}; give the server's URL", field="base_url"
+            )
+        if self.base_url is not None:
+            why = ("excludes ", Field("engine"), f" {self.engine}; give api")
+            require(engine.server, "base_url", self.base_url, *why)
+            require_url("base_url", self.base_url)
+        if not engine.in_process:
+            why = ("needs ", Field("engine"), f" {' or '.join(in_process_engines())}, not {self.engine}; ")
+            require(self.silence is None, "silence", self.silence, *why, "or prune and serve that checkpoint")
+            require(self.adapter is None, "adapter", str(self.adapter), *why, "or merge it into a checkpoint")
+            require(self.perplexity is None, "perplexity", self.perplexity, *why, "leave it out")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The benchmarks, in the order given, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
+
+
+# Functions below import torch, transformers and the harness themselves, so that --help and a wrong setting do not wait
+# for them.
 
 
 def run(config: EvaluateConfig, load: Callable[..., nn.Module] | None = None) -> dict[str, Any]:
-    """The command: writes answers/<task>.jsonl, perplexity.json if asked for, and the manifest.
+    """Writes answers/<benchmark>.jsonl, perplexity.json if asked for, and the manifest; returns what `show` prints.
 
-    The data are checked before the model is loaded. Nothing is done where the folder holds these very answers.
-    What `load` (default: `load_model`) gives comes back as it was, adapter taken off.
+    The data are checked before the model is loaded. Nothing is done if the folder already holds these answers. The
+    model that `load` returns (default: `load_model`, with its arguments) is handed back unchanged, without the adapter.
     """
+    from superexperts.adapters.borrow import borrowed
+    from superexperts.models.loading import load_model
+
     with contextlib.ExitStack() as stack:
 
         def borrow(source: ModelSource) -> nn.Module:
@@ -75,6 +204,15 @@ def run(config: EvaluateConfig, load: Callable[..., nn.Module] | None = None) ->
 
 
 def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> dict[str, Any]:
+    from superexperts.benchmarks.loading import load_benchmarks
+    from superexperts.core.distributed import from_main_process, gathered
+    from superexperts.data.packing import digest_ids
+    from superexperts.engines.journal import remove_journals
+    from superexperts.evaluation.answers_folder import answers_key, open_folder, require_own_answers, write_answers
+    from superexperts.evaluation.ask import ask_one, chosen_items
+    from superexperts.evaluation.perplexity import measured_perplexity, write_perplexity
+    from superexperts.models.hooks import silenced
+
     started = time.monotonic()
     out = config.out
     benchmarks = load_benchmarks(
@@ -85,8 +223,8 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
         split=config.split,
     )
     silent = chosen_experts(config.silence, config.model, "silence").experts if config.silence else ()
-    source = None
-    if config.engine != "api":  # a server knows its model by a name of its own
+    source = None  # a server only has a name for its model
+    if not ENGINES[config.engine].server:
         source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     sequences_BL = _sequences(config, source)
     inputs = identity(
@@ -102,30 +240,18 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
         note(f"evaluate: {out} is up to date, nothing to do")
         return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"]) if is_main_process else {}
     if is_main_process:
-        _own(out)
+        require_own_answers(out)
     model, effect = None, None
-    if config.engine == "hf" and source is not None:
-        tokenizer = load_tokenizer(source)
-        model = load(source)
-        if config.adapter:
-            adapted = load_adapter(model, _adapter(config.adapter))
-            probe = _probe(benchmarks, tokenizer)
-            effect = dataclasses.asdict(require_effect(adapted, probe, _adapter(config.adapter), "adapter"))
-            model = adapted
-        if silent:
-            check_experts(find_banks(model), silent, "silence")
-    if model is None:
-        asker = open_engine(config)
-    else:
-        asker = HfAsker(model, tokenizer, config.batch_size, config.max_new_tokens)
-    keys = {name: answers_key(inputs, name) for name in benchmarks}
-    journals = _begin(out, keys)
+    if ENGINES[config.engine].in_process and source is not None:
+        model, effect = _prepared(config, source, load(source), benchmarks, silent)
+    answering = _answering(config, source, model)
+    journals = open_folder(out, {name: answers_key(inputs, name) for name in benchmarks})
     outputs = []
     with silenced(model, silent) if model is not None and silent else contextlib.nullcontext():
         for name, benchmark in benchmarks.items():
             shuffled_by = f"{config.seed}:{name}" if config.shuffle else None
             answers = ask_one(
-                asker,
+                answering,
                 name,
                 benchmark,
                 chosen_items(len(benchmark.items), config.limit, shuffled_by),
@@ -135,14 +261,13 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
                 journal=journals[name],
             )
             outputs.append(f"answers/{name}.jsonl")
-            lines = [json.dumps(answer.to_json(), ensure_ascii=False) + "\n" for answer in answers]
-            if is_main_process:
-                write_text(out / outputs[-1], "".join(lines))
+            write_answers(out / outputs[-1], answers)
         if sequences_BL is not None:
             assert model is not None
-            _measure_perplexity(config, model, sequences_BL)
+            measured = measured_perplexity(model, sequences_BL, description=f"{config.variant}: perplexity")
+            write_perplexity(out, measured, str(config.perplexity), sequences_BL, config.reference_windows)
             outputs.append("perplexity.json")
-    truncated = sum(gathered(asker.truncated))
+    truncated = sum(gathered(answering.truncated))
     if not is_main_process:
         return {}
     if truncated:
@@ -153,67 +278,66 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     return _summary(config, truncated)
 
 
-def _own(out: Path) -> None:
-    """`OutputError` for answers that no evaluation wrote: its own have a manifest, or journals until they have one."""
-    folder = out / "answers"
-    ours = (out / MANIFEST).is_file() or any(folder.glob(".*.partial"))
-    if not ours and (strange := next(folder.glob("*.jsonl"), None)) is not None:
-        raise OutputError(
-            f"{strange} was not written by `evaluate`, which would remove it; choose another folder", field="out"
-        )
-
-
-def _begin(out: Path, keys: Mapping[str, str]) -> dict[str, Journal]:
-    """This process' journals, with all answers that need not be asked again; an earlier run's files are gone then."""
-    finished = {}
-    if is_main_process:
-        prepare_folder(out)
-        finished = finished_answers(out, keys)
-    journals = open_journals(out / "answers", keys, finished)
-    if is_main_process:
-        if kept := sum(len(journal.answers) for journal in journals.values()):
-            note(f"evaluate: {kept} answers of an earlier run are kept")
-        gone = sorted(file.stem for file in (out / "answers").glob("*.jsonl") if file.stem not in finished)
-        if gone:
-            note(
-                f"evaluate: {', '.join(gone)}: an earlier run's answers are removed, they are not to what is asked now"
-            )
-        for old in [out / MANIFEST, out / "perplexity.json", *(out / "answers").glob("*.jsonl")]:
-            old.unlink(missing_ok=True)  # answers of two runs must never stand side by side
-    return journals
-
-
-def _measure_perplexity(config: EvaluateConfig, model: nn.Module, sequences_BL: Tensor) -> None:
-    """Writes perplexity.json; each process takes its share of the sequences."""
-    mine = my_share(range(len(sequences_BL)))
-    losses: dict[int, float] = {}
-    if mine:
-        found = sequence_losses(model, sequences_BL[list(mine)], description=f"{config.variant}: perplexity")
-        losses = dict(zip(mine, found.tolist(), strict=True))
-    for part in gathered(losses):
-        losses |= part
-    measured = perplexity_of(torch.tensor([losses[i] for i in range(len(sequences_BL))], dtype=torch.float64))
-    value = {
-        "schema": PERPLEXITY_SCHEMA,
-        "corpus": config.perplexity,
-        "tokens": sequences_BL.numel(),
-        "seq_len": sequences_BL.shape[1],
-        "reference_windows": config.reference_windows,
-        "perplexity": measured.value,
-        "interval": measured.interval,
-    }
-    if is_main_process:
-        write_json(config.out / "perplexity.json", value)
-
-
 def _adapter(folder: Path) -> Path:
     if not folder.is_dir():
-        raise OptionError(f"{str(folder)!r} is no folder; give the adapter folder that `train` wrote", field="adapter")
+        raise OptionError(
+            f"{str(folder)!r} is not a folder; give the adapter folder that `train` wrote", field="adapter"
+        )
     return adapter_folder(folder)
 
 
-def _probe(benchmarks: Mapping[str, Benchmark], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """The first prompts of every benchmark in tokens, on which the adapter must have an effect before any is asked."""
+def _sequences(config: EvaluateConfig, source: ModelSource | None) -> Tensor | None:
+    """Token ids [B, L] of the corpus for the perplexity; None if it is not measured."""
+    from superexperts.data.packing import corpus_sequences, reference_windows
+    from superexperts.models.loading import load_tokenizer
+
+    if config.perplexity is None or source is None:
+        return None
+    where: Any = (config.perplexity, config.data_dir, load_tokenizer(source))
+    if config.reference_windows:
+        return reference_windows(*where, seq_len=config.seq_len, column=config.column)
+    return corpus_sequences(*where, tokens=config.tokens, seq_len=config.seq_len, column=config.column)
+
+
+def _model_identity(config: EvaluateConfig, source: ModelSource | None) -> str | dict[str, str]:
+    """The digest of the checkpoint; of a server only its address and its name for the model are known."""
+    from superexperts.engines.server import request_url
+
+    if source is not None:
+        return source.fingerprint
+    assert config.base_url is not None
+    return {"server": request_url(config.base_url), "name": config.model}
+
+
+def _prepared(
+    config: EvaluateConfig,
+    source: ModelSource,
+    model: nn.Module,
+    benchmarks: Mapping[str, LoadedBenchmark],
+    silent: Any,
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """(the model with its adapter, the adapter's effect); raises if the adapter changes no logit."""
+    from superexperts.adapters.effect import require_effect
+    from superexperts.adapters.lora import load_adapter
+    from superexperts.models.banks import check_experts, find_banks
+
+    if silent:
+        check_experts(find_banks(model), silent, "silence")
+    if not config.adapter:
+        return model, None
+    adapted = load_adapter(model, _adapter(config.adapter))
+    effect = require_effect(adapted, _probe(source, benchmarks), _adapter(config.adapter), "adapter")
+    return adapted, dataclasses.asdict(effect)
+
+
+def _probe(source: ModelSource, benchmarks: Mapping[str, LoadedBenchmark]) -> list[Tensor]:
+    """Token ids [L] of the first prompts of every benchmark, on which an adapter must have an effect."""
+    import torch
+
+    from superexperts.benchmarks.base import prompt
+    from superexperts.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(source)
     texts = [
         prompt(item)
         for benchmark in benchmarks.values()
@@ -222,30 +346,31 @@ def _probe(benchmarks: Mapping[str, Benchmark], tokenizer: PreTrainedTokenizerBa
     return [torch.tensor(tokenizer(text, verbose=False).input_ids[-PROBE_TOKENS:]) for text in texts]
 
 
-def _model_identity(config: EvaluateConfig, source: ModelSource | None) -> str | dict[str, str]:
-    """The checkpoint's digest; of a server no more is known than its address and the name that it gives the model."""
-    if source is None:
-        assert config.base_url is not None
-        return {"server": request_url(config.base_url), "name": config.model}
-    return source.fingerprint
+def _answering(config: EvaluateConfig, source: ModelSource | None, model: nn.Module | None) -> Any:
+    """The `HarnessModel` that answers the prompts; `model` is the model in this process, if it runs here."""
+    from superexperts.engines.harness import TransformersModel
+    from superexperts.models.loading import load_tokenizer
 
-
-def _sequences(config: EvaluateConfig, source: ModelSource | None) -> Tensor | None:
-    """Token ids [B, L] of the corpus whose perplexity is wanted, None where none is."""
-    if config.perplexity is None or source is None:
-        return None
-    where: Any = (
-        config.perplexity,
-        config.data_dir,
-        load_tokenizer(source),
+    if model is not None and source is not None:
+        return TransformersModel(model, load_tokenizer(source), config.batch_size, config.max_new_tokens)
+    opening = Opening(
+        model=config.model,
+        folder=None if source is None else source.folder,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        base_url=config.base_url,
+        concurrency=config.concurrency,
+        timeout=config.timeout,
+        retries=config.retries,
     )
-    if config.reference_windows:
-        return reference_windows(*where, seq_len=config.seq_len, column=config.column)
-    return corpus_sequences(*where, tokens=config.tokens, seq_len=config.seq_len, column=config.column)
+    return open_engine(config.engine, opening)
 
 
 def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:
-    """How many answers there are to each benchmark, the perplexity if it was measured, and the cut prompts."""
+    """The number of answers to each benchmark, the perplexity if it was measured, and the number of cut prompts."""
     counts = {}
     for name in config.task_names:
         with (config.out / "answers" / f"{name}.jsonl").open(encoding="utf-8") as stream:
@@ -259,3 +384,14 @@ def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:
         "perplexity_interval": found["interval"] if found else None,
         "truncated": truncated,
     }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the number of answers to each benchmark, and the perplexity if it was measured."""
+    for task, items in result["tasks"].items():
+        stdout.print(f"{task}: {items} answers")
+    if result["perplexity"] is not None:
+        interval = result["perplexity_interval"]
+        bounds = f" (95%: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+        stdout.print(f"perplexity: {result['perplexity']:.3f}{bounds}")
+    stdout.print(f"in {result['out']}", soft_wrap=True)

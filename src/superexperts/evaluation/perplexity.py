@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,20 +16,24 @@ from rich.progress import track
 from scipy import stats
 from torch import LongTensor, Tensor, nn
 
-from superexperts.core.console import stderr
+from superexperts.core.console import is_main_process, stderr
+from superexperts.core.distributed import gathered, my_share
 from superexperts.core.errors import Field, ModelError
+from superexperts.core.runs import write_json
 
-__all__ = ["Perplexity", "perplexity", "perplexity_of", "sequence_losses"]
+__all__ = ["Perplexity", "measured_perplexity", "perplexity", "perplexity_of", "sequence_losses", "write_perplexity"]
+
+PERPLEXITY_SCHEMA = "superexperts/perplexity/1"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """A corpus' perplexity over sequences of one length."""
+    """The perplexity of a corpus over sequences of one length."""
 
     value: float
     """exp of the mean over all predicted tokens, which is the mean over the sequences."""
     interval: tuple[float, float] | None
-    """95%, from Student's t on the sequences' mean losses, which are taken to be independent; None for one sequence."""
+    """95%, by Student's t on the mean losses of the sequences, taken as independent; None for one sequence."""
 
 
 @torch.inference_mode()
@@ -56,8 +61,10 @@ def sequence_losses(
 
 
 def perplexity_of(losses_B: Tensor) -> Perplexity:
-    """From the losses of sequences of one length. `ModelError` if a logit was not a number, or if the model is so sure
-    and so wrong that the result overflows."""
+    """The perplexity from the mean losses (nats) of sequences of one length.
+
+    `ModelError` if a logit was not a number, or if the result overflows.
+    """
     mean = float(losses_B.mean())
     if math.isnan(mean):
         raise ModelError("a logit is not a number; try ", Field("dtype"), " float32", field="model")
@@ -71,6 +78,35 @@ def perplexity_of(losses_B: Tensor) -> Perplexity:
     return Perplexity(value=math.exp(mean), interval=(math.exp(mean - half), math.exp(min(mean + half, 700))))
 
 
+def measured_perplexity(model: nn.Module, sequences_BL: LongTensor | Tensor, *, description: str) -> Perplexity:
+    """The perplexity over sequences [B, L]. Each process takes its share of them, and all return the same result."""
+    mine = my_share(range(len(sequences_BL)))
+    losses: dict[int, float] = {}
+    if mine:
+        found = sequence_losses(model, sequences_BL[list(mine)], description=description)
+        losses = dict(zip(mine, found.tolist(), strict=True))
+    for part in gathered(losses):
+        losses |= part
+    return perplexity_of(torch.tensor([losses[i] for i in range(len(sequences_BL))], dtype=torch.float64))
+
+
 def perplexity(model: nn.Module, sequences_BL: LongTensor | Tensor, batch_size: int = 8) -> float:
     """The perplexity alone."""
     return perplexity_of(sequence_losses(model, sequences_BL, batch_size)).value
+
+
+def write_perplexity(
+    folder: Path, measured: Perplexity, corpus: str, sequences_BL: Tensor, reference_windows: bool
+) -> None:
+    """Writes perplexity.json, in the main process only, with what it was measured on."""
+    value = {
+        "schema": PERPLEXITY_SCHEMA,
+        "corpus": corpus,
+        "tokens": sequences_BL.numel(),
+        "seq_len": sequences_BL.shape[1],
+        "reference_windows": reference_windows,
+        "perplexity": measured.value,
+        "interval": measured.interval,
+    }
+    if is_main_process:
+        write_json(folder / "perplexity.json", value)

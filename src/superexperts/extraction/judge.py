@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from superexperts.core.errors import ModelError, OutputError
 from superexperts.core.runs import digest
@@ -225,8 +225,8 @@ def open_judge(
     """
     # torch and the harness take seconds to import, and extraction by rules needs neither.
     from superexperts.checkpoints.source import resolve
-    from superexperts.engines.harness import HfAsker
-    from superexperts.engines.local import open_engine, require_engine
+    from superexperts.engines import Opening, open_engine, require_engine
+    from superexperts.engines.harness import TransformersModel
     from superexperts.engines.server import api, chat_url
     from superexperts.models.loading import load_model, load_tokenizer
 
@@ -241,19 +241,15 @@ def open_judge(
     def load() -> Any:
         try:
             if engine != "hf":
-                from superexperts.core.config import EvaluateConfig
-
-                return open_engine(
-                    EvaluateConfig(
-                        model=model,
-                        engine=cast(Any, engine),
-                        device=device,
-                        dtype=cast(Any, dtype),
-                        batch_size=batch_size,
-                        max_new_tokens=MAX_NEW_TOKENS,
-                    )
+                opening = Opening(
+                    model=model,
+                    folder=source.folder,
+                    dtype=dtype,
+                    batch_size=batch_size,
+                    max_new_tokens=MAX_NEW_TOKENS,
                 )
-            return HfAsker(
+                return open_engine(engine, opening)
+            return TransformersModel(
                 load_model(source, device=device, dtype=dtype), load_tokenizer(source), batch_size, MAX_NEW_TOKENS
             )
         except ModelError as error:
@@ -273,7 +269,7 @@ def _asking(load: Callable[[], Any]) -> Ask:
         if not loaded:
             loaded.append(load())
         asker = loaded[0]
-        with quiet(), asker.asking("judge", len(messages), keeper):
+        with quiet(), asker.answering("judge", len(messages), keeper):
             answers: list[str] = asker.generate_until(instances(as_chat(asker, messages), MAX_NEW_TOKENS))
         return answers
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from superexperts.core.config import MORE_TASKS, TASKS
+from superexperts.benchmarks import BENCHMARKS
+from superexperts.benchmarks.base import Withheld
 from superexperts.core.console import note
 from superexperts.core.errors import DataError
 from superexperts.core.parallel import parallel_map
@@ -40,8 +41,6 @@ __all__ = ["extract", "extract_all", "extract_folder", "judged", "normalized", "
 WORTH = 2000
 """Answers that take the rules several times as long as it takes to start a process."""
 SCORES_SCHEMA = "superexperts/scores/1"
-NORMALIZED = ("arc_easy", "arc_challenge", "openbookqa", "medqa")
-"""Benchmarks for which lm-evaluation-harness has acc_norm beside acc."""
 
 
 def extract(answer: Answer) -> Extraction:
@@ -85,7 +84,7 @@ def normalized(answer: Answer) -> bool | None:
 
     None where no choices were compared, without a gold answer, and for benchmarks of which the harness has no acc_norm.
     """
-    if answer.loglikelihoods is None or answer.gold is None or answer.task not in NORMALIZED:
+    if answer.loglikelihoods is None or answer.gold is None or not _has_acc_norm(answer.task):
         return None
     label, _, _ = max(answer.loglikelihoods, key=lambda choice: choice[1] / max(choice[2], 1))  # the first of equals
     return _right(answer, label)
@@ -160,7 +159,7 @@ def extract_folder(folder: Path, judge: Judge | None = None, scope: str = "left"
         write_text(folder / "extractions" / written[-1], "".join(lines))
         if rows[0].gold is None:
             written.append(f"{task}_submission.csv")
-            write_text(folder / "extractions" / written[-1], submission(extractions))
+            write_text(folder / "extractions" / written[-1], submission(task, extractions))
             entry = {"task": task, "variant": rows[0].variant, "items": len(rows), "submission": written[-1]}
             unparsed = sum(row.extracted is None for row in extractions)
             more.setdefault("ungraded", []).append(entry | {"unparsed": unparsed})
@@ -183,11 +182,16 @@ def extract_folder(folder: Path, judge: Judge | None = None, scope: str = "left"
     return scores
 
 
-def submission(extractions: Sequence[Extraction]) -> str:
+def _has_acc_norm(task: str) -> bool:
+    return task in BENCHMARKS and BENCHMARKS[task].acc_norm
+
+
+def submission(task: str, extractions: Sequence[Extraction]) -> str:
     """The CSV that VMLU's publisher takes: `id,answer`, a line an item; without an answer where none could be read."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "answer"])
+    withheld = BENCHMARKS[task].withheld if task in BENCHMARKS else None
+    writer.writerow((withheld or Withheld(file="")).columns)
     writer.writerows((row.id, row.extracted or "") for row in extractions)
     return text.getvalue()
 
@@ -221,7 +225,7 @@ def _read_all(files: Sequence[Path], raw: Sequence[Path]) -> tuple[dict[str, lis
 
 
 def _order(file: Path) -> tuple[int, str]:
-    known = TASKS + MORE_TASKS
+    known = list(BENCHMARKS)
     return known.index(file.stem) if file.stem in known else len(known), file.stem
 
 

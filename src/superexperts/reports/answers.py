@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from superexperts.benchmarks import title_of
 from superexperts.core.errors import DataError
 from superexperts.core.types import Answer, Extraction
-from superexperts.results.results import Results, task_title
+from superexperts.results.results import Results
 
 __all__ = ["Disagreements", "disagreements", "script_safe", "visible"]
 
@@ -53,7 +54,7 @@ def disagreements(results: Results, answers: Lines, extractions: Lines, max_byte
         asked, found = asked + len(first), found + len(differing)
         shown = _fitting(task, differing[:MAX_PER_TASK], budget)
         items += shown
-        tasks.append({"name": task, "title": task_title(task), "found": len(differing), "shown": len(shown)})
+        tasks.append({"name": task, "title": title_of(task), "found": len(differing), "shown": len(shown)})
     variants = [
         {
             "title": visible(variant.title),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from superexperts.adapters.norms import Changes, adapter_changes
+from superexperts.benchmarks import title_of
 from superexperts.core.console import note
 from superexperts.core.errors import DataError, ExpertsError, ModelError
 from superexperts.core.runs import read_json
@@ -35,7 +36,7 @@ from superexperts.reports.plots import (
     plot_weight_changes,
 )
 from superexperts.reports.tables import run_difference
-from superexperts.results.results import Comparison, Results, signed_points, task_title
+from superexperts.results.results import Comparison, Results, signed_points
 
 __all__ = ["Picture", "drawn", "pictures", "rule_of"]
 
@@ -122,7 +123,7 @@ def _forest(results: Results, family: Any) -> Picture | None:
     for row in rows:
         variant, reference = results.variant(row.variant), results.variant(row.reference)
         marks = {
-            "all items" if task is None else task_title(task): _mark(results, found)
+            "all items" if task is None else title_of(task): _mark(results, found)
             for task in tasks
             if (found := everything.get((row.variant, row.reference, task))) is not None
         }

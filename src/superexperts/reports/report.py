@@ -41,7 +41,7 @@ def show(result: dict[str, Any]) -> None:
 def write_report(folder: Path) -> Path:
     """Writes the report of the study in `folder`; returns the path of report.html."""
     # Imported here so that --help and wrong options do not wait for matplotlib, torch and the other commands.
-    from superexperts.core.config import EvaluateConfig
+    from superexperts.evaluation.evaluate import EvaluateConfig
     from superexperts.profiling.profile import ProfileConfig
     from superexperts.reports import page
     from superexperts.surgery.prune import PruneConfig

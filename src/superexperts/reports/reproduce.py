@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
+from superexperts.benchmarks import title_of
 from superexperts.core.runs import read_json
 from superexperts.core.types import key_name
-from superexperts.results.results import Results, task_title
+from superexperts.results.results import Results
 
 __all__ = ["Stage", "facts", "read_manifests", "stages", "study_file", "versions"]
 
@@ -50,7 +51,7 @@ def facts(results: Results, manifests: Manifests) -> list[tuple[str, str]]:
     found = [
         ("Model", results.model),
         ("Revision", results.revision or "none given"),
-        ("Benchmarks", ", ".join(task_title(task) for task in results.columns)),
+        ("Benchmarks", ", ".join(title_of(task) for task in results.columns)),
         ("Items per benchmark", "all" if results.limit is None else f"at most {results.limit}"),
         ("Protocol", results.protocol),
         ("Corpora", ", ".join(results.corpora)),

@@ -6,7 +6,8 @@ import dataclasses
 import statistics
 from collections.abc import Mapping
 
-from superexperts.results.results import Results, RunResult, VariantResult, signed_points, task_title
+from superexperts.benchmarks import title_of
+from superexperts.results.results import Results, RunResult, VariantResult, signed_points
 from superexperts.results.tables import MANY_EXPERTS, count, effect_of, expert_names, mean_accuracy, percent
 from superexperts.results.verdict import Verdict, against_base, against_controls, format_p
 
@@ -89,7 +90,7 @@ def comparison_rows(results: Results) -> list[dict[str, str]]:
                 "family": row.family,
                 "variant": results.variant(row.variant).title,
                 "reference": results.variant(row.reference).title,
-                "task": "all items" if row.task is None else task_title(row.task),
+                "task": "all items" if row.task is None else title_of(row.task),
                 "n": f"{row.n:,}",
                 "runs": f"{row.runs[0]} : {row.runs[1]}",
                 "difference": signed_points(row.difference),

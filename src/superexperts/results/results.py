@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from superexperts.benchmarks import result_columns
 from superexperts.core.errors import DataError
 from superexperts.core.runs import read_json
 from superexperts.core.types import Score
@@ -14,7 +15,6 @@ from superexperts.core.validation import check_schema, validated
 from superexperts.results.variants import Kind
 
 __all__ = [
-    "COLUMNS",
     "RESULTS_SCHEMA",
     "SIGNIFICANT",
     "Comparison",
@@ -23,22 +23,11 @@ __all__ = [
     "VariantResult",
     "VariantScore",
     "signed_points",
-    "task_title",
 ]
 
 RESULTS_SCHEMA = "superexperts/results/2"
 SIGNIFICANT = 0.05
 MINUS = "\N{MINUS SIGN}"
-
-COLUMNS = {
-    "mmlu": "MMLU",
-    "arc_easy": "ARC-E",
-    "gsm8k": "GSM8K",
-    "boolq": "BoolQ",
-    "medqa": "MedicalQA",
-    "vmlu": "VMLU",
-}
-"""Benchmark -> its column in the original project's result.csv, in that file's order."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,9 +181,9 @@ class Results:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The benchmarks that were run, in the order of `COLUMNS`, unknown ones last."""
-        known = list(COLUMNS)
-        return tuple(sorted(self.tasks, key=lambda task: known.index(task) if task in COLUMNS else len(known)))
+        """The benchmarks that were run, in the order of the columns of result.csv, the others last."""
+        known = result_columns()
+        return tuple(sorted(self.tasks, key=lambda task: known.index(task) if task in known else len(known)))
 
     def variant(self, name: str) -> VariantResult:
         """The variant with this name, which must exist."""
@@ -234,11 +223,6 @@ class Results:
     def load(cls, folder: Path) -> Results:
         """Reads `results.json` of a study's folder."""
         return cls.from_json(read_json(folder / "results.json", "results"))
-
-
-def task_title(task: str) -> str:
-    """The column title of a benchmark; its own name if it has none."""
-    return COLUMNS.get(task, task)
 
 
 def signed_points(difference: float, digits: int = 1) -> str:

@@ -17,15 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from superexperts.benchmarks import result_columns, title_of
 from superexperts.core.runs import write_text
 from superexperts.results.results import (
-    COLUMNS,
     Comparison,
     Results,
     RunResult,
     VariantResult,
     signed_points,
-    task_title,
 )
 
 __all__ = [
@@ -121,7 +120,7 @@ def result_table(results: Results) -> ResultTable:
     columns = []
     for task in results.columns:
         score = results.base.score(task)
-        columns.append(Column(task=task, title=task_title(task), asked=score.items if score else "?"))
+        columns.append(Column(task=task, title=title_of(task), asked=score.items if score else "?"))
     return ResultTable(columns=tuple(columns), rows=tuple(_row(results, variant) for variant in results.variants))
 
 
@@ -133,9 +132,9 @@ def write_csv(results: Mapping[str, Any], path: Path) -> None:
     table = result_table(Results.from_json(results))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["Model Variant", *COLUMNS.values()])
+    writer.writerow(["Model Variant", *map(title_of, result_columns())])
     for row in table.rows:
-        cells = [row.cells.get(task) for task in COLUMNS]
+        cells = [row.cells.get(task) for task in result_columns()]
         writer.writerow([row.title, *("" if cell is None else percent(cell.share, 2) for cell in cells)])
     write_text(path, buffer.getvalue())
 

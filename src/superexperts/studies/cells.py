@@ -15,12 +15,13 @@ from typing import Any, Literal
 from superexperts.adapters import export
 from superexperts.adapters.borrow import ModelCache
 from superexperts.adapters.export import ExportConfig
-from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import OptionError
 from superexperts.core.runs import completed, new_folder, write_json, write_manifest
 from superexperts.core.types import ExpertSet
 from superexperts.data.corpora import takes_column
+from superexperts.engines import ENGINES
 from superexperts.evaluation import evaluate
+from superexperts.evaluation.evaluate import EvaluateConfig
 from superexperts.extraction import extract
 from superexperts.extraction.extract import ExtractConfig
 from superexperts.extraction.judge import Judge
@@ -91,7 +92,7 @@ def extraction_settings(plan: Plan, folder: Path, device: str = "auto") -> Extra
 
 def needs_checkpoints(plan: Plan) -> bool:
     """Whether the answers come from an engine that needs every variant as a separate checkpoint."""
-    return plan.engine != "hf"
+    return not ENGINES[plan.engine].in_process
 
 
 class Worker:

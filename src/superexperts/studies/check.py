@@ -15,13 +15,14 @@ from urllib.parse import urlsplit
 
 from transformers import AutoConfig
 
-from superexperts.benchmarks import load_benchmarks
+from superexperts.benchmarks import BENCHMARKS
+from superexperts.benchmarks.loading import load_benchmarks
 from superexperts.checkpoints.source import resolve
 from superexperts.core.errors import DataError, ModelError, OptionError, UserError
 from superexperts.core.types import ExpertSet
 from superexperts.data.corpora import documents, local_data, named_corpus
 from superexperts.data.packing import pack
-from superexperts.engines.local import require_engine
+from superexperts.engines import require_engine
 from superexperts.models.banks import check_experts, find_banks
 from superexperts.models.loading import load_tokenizer, pick_device, structure_of
 from superexperts.pocket import checkpoint_dir
@@ -135,10 +136,10 @@ def _folder(data_dir: str) -> None:
 def _data(plan: Plan) -> Iterator[Check]:
     data_dir = Path(plan.data_dir) if plan.data_dir else None
     if plan.data_dir != "pocket":
-        # From the Hub nothing is read here; it has all of them but VMLU.
+        # Nothing is read from the Hub here, but a benchmark that is not on the Hub is an error.
         local = local_data(data_dir) is not None
         for task in plan.tasks:
-            if local or task == "vmlu":
+            if local or BENCHMARKS[task].hub is None:
                 yield ("tasks",), partial(load_benchmarks, [task], data_dir)
     quick = bool(plan.profile.get("quick"))
     for name in plan.corpus:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from superexperts.benchmarks import load_benchmarks
+from superexperts.benchmarks import BENCHMARKS
+from superexperts.benchmarks.loading import load_benchmarks
 from superexperts.data.corpora import local_data
 from superexperts.models.banks import find_banks
 from superexperts.models.loading import pick_device, structure_of
@@ -26,17 +27,6 @@ from superexperts.training.rows import read_rows
 
 __all__ = ["Size", "estimate", "size_of"]
 
-HUB_ITEMS = {
-    "mmlu": 14042,
-    "gsm8k": 1319,
-    "arc_easy": 2376,
-    "arc_challenge": 1172,
-    "boolq": 3270,
-    "medqa": 1273,
-    "openbookqa": 500,
-    "vmlu": 744,
-}
-"""Items of the published test sets (VMLU: its answered ones), where nothing may be fetched to count them."""
 PROMPT_TOKENS = 256
 CHARACTERS_PER_TOKEN = 4
 USED = 0.3
@@ -142,7 +132,8 @@ def _guess(
 def _items(plan: Plan) -> dict[str, int]:
     """Items of each benchmark that are asked; nothing is fetched for it."""
     data_dir = local_data(Path(plan.data_dir) if plan.data_dir else None)
-    counts = dict(HUB_ITEMS)
+    # Nothing may be fetched to count the items of data sets on the Hub.
+    counts = {name: BENCHMARKS[name].size for name in plan.tasks}
     if data_dir is not None:
         counts = {name: len(benchmark.items) for name, benchmark in load_benchmarks(plan.tasks, data_dir).items()}
     return {name: min(plan.limit or counts[name], counts[name]) for name in plan.tasks}

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
-from superexperts.core.config import TASKS
+from superexperts.benchmarks import default_benchmarks
+from superexperts.engines import ENGINES
 from superexperts.profiling.rules import RULES
 from superexperts.results.variants import DEFAULT_VARIANTS, Kind, Run
 
@@ -84,7 +85,7 @@ class _Fields(BaseModel):
     depth: Number = 0.75
     profile: Options = Field(default_factory=dict)
     seed: Whole = 0
-    tasks: Names = TASKS
+    tasks: Names = Field(default_factory=default_benchmarks)
     limit: Whole | None = None
     max_new_tokens: Whole = 512
     data_dir: str | None = None
@@ -147,7 +148,7 @@ class Plan(_Fields):
     @property
     def perplexity(self) -> str | None:
         """The corpus of the perplexity; None for other engines than hf, which give no log-probabilities of a text."""
-        return self.evaluation.get("perplexity", self.corpus[0]) if self.engine == "hf" else None
+        return self.evaluation.get("perplexity", self.corpus[0]) if ENGINES[self.engine].in_process else None
 
     @property
     def perplexity_column(self) -> str | None:

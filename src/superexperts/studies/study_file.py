@@ -12,10 +12,10 @@ from typing import Any, cast, get_type_hints
 
 from pydantic import ValidationError
 
-from superexperts.core.config import EvaluateConfig
 from superexperts.core.errors import DataError, ExpertsError, OptionError
 from superexperts.core.settings import typed
 from superexperts.core.types import ExpertSet
+from superexperts.evaluation.evaluate import EvaluateConfig
 from superexperts.extraction.extract import ExtractConfig
 from superexperts.profiling.profile import ProfileConfig
 from superexperts.profiling.select import SelectConfig

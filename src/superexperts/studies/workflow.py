@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from superexperts.benchmarks import Benchmark, load_benchmarks
+from superexperts.benchmarks.loading import LoadedBenchmark, load_benchmarks
 from superexperts.checkpoints.source import resolve
 from superexperts.core.console import note, stderr
 from superexperts.core.errors import DataError, Field, OptionError
@@ -126,7 +126,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _benchmarks(plan: Plan, data_dir: Path | None) -> dict[str, Benchmark]:
+def _benchmarks(plan: Plan, data_dir: Path | None) -> dict[str, LoadedBenchmark]:
     asked = {name: plan.evaluation[name] for name in ("protocol", "num_fewshot") if name in plan.evaluation}
     return load_benchmarks(plan.tasks, data_dir, **asked)
 
