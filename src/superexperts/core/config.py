@@ -16,6 +16,6 @@ NOT_IDENTITY = (
 
 
 def identity(config: Any, **contents: Any) -> dict[str, Any]:
-    """What a command's result depends on: its settings without paths, and `contents`, the digests of the files there."""
+    """What a result depends on: the settings without paths, and `contents`, the digests of the files there."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
     return {"options": {name: str(value) for name, value in options.items()}, **contents}
