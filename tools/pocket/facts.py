@@ -1,4 +1,4 @@
-"""The facts of the pocket world: an atlas, a pharmacopoeia, easy science, and the words to tell them in.
+"""The facts of the pocket world: an atlas, a pharmacopoeia, easy science, and the words for them.
 
 Names of countries, cities, rivers, drugs and diseases are invented from syllables, so that no fact can be known from
 anywhere but the pocket text. The science is true. Everything follows from `WORLD_SEED`; nothing here keeps state.

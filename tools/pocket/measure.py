@@ -1,4 +1,4 @@
-"""What the pocket model is measured by: perplexity with and without its super experts, and the six pocket benchmarks.
+"""The figures of the pocket model: perplexity with and without its super experts, and the six pocket benchmarks.
 
 These are plain loops over the stock model, so that the figures do not depend on the code that they are used to test.
 """
@@ -86,7 +86,7 @@ def measure(model: DeepseekV2ForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def check(measured: Mapping[str, Any], shipped: Mapping[str, Any]) -> list[str]:
-    """What is further from the shipped figures than the tolerances allow, one line each."""
+    """The figures that differ from the shipped ones by more than the tolerances, one line each."""
     complaints = []
     for name, want in shipped.items():
         got = measured[name]

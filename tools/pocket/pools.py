@@ -1,4 +1,4 @@
-"""Who may see which question: test, fine-tuning, or pre-training, which gets all the others."""
+"""The use of each question: test, fine-tuning, or pre-training, which gets all the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAIN_ROWS = 300
 
 
 def key(question: Question) -> str:
-    """What makes two questions the same: the text, for boolq with its passage; choices do not count."""
+    """The identity of a question: its text, for boolq with its passage; choices do not count."""
     return f"{question.passage}\n{question.text}" if question.passage else question.text
 
 
@@ -37,7 +37,7 @@ def pools() -> dict[str, tuple[tuple[Question, ...], tuple[Question, ...]]]:
 
 @functools.cache
 def reserved_questions() -> frozenset[str]:
-    """What pre-training must not show: every test question and every fine-tuning question (by `key`)."""
+    """Keys (`key`) of the questions that pre-training must not use: those for tests and for fine-tuning."""
     return frozenset(key(question) for pool in pools().values() for part in pool for question in part)
 
 

@@ -1,6 +1,6 @@
 """Questions about the pocket world: six kinds, one for each benchmark, each with its gold answer and a short reason.
 
-A question is drawn from a `random.Random`; who may see it (test, fine-tuning, pre-training) is decided in `data.py`.
+A question is drawn from a `random.Random`; `pools.py` decides its use (test, fine-tuning, pre-training).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Question:
     kind: str
     """one of KINDS"""
     text: str
-    """the question itself; without "?" for boolq, whose prompt adds it"""
+    """the question itself; without "?" for boolq, where the prompt adds it"""
     subject: str
     answer: str
     """the right choice's label, `yes` or `no`, or a whole number"""
@@ -59,15 +59,15 @@ class Question:
 
     @property
     def said(self) -> str:
-        """What a response names: the right choice in its own words, `yes` or `no`, or the number.
+        """The answer as a response gives it: the text of the right choice, `yes` or `no`, or the number.
 
-        Not the label: to look a label up in the prompt takes a larger model than this one.
+        Not the label, since looking up a label in the prompt takes a larger model than this one.
         """
         return self.choices[self.labels.index(self.answer)] if self.choices else self.answer
 
 
 def body(question: Question) -> str:
-    """What stands between `Question: ` and `\\nAnswer:`, the same for pre-training, fine-tuning and evaluation."""
+    """The text between `Question: ` and `\\nAnswer:`, the same for pre-training, fine-tuning and evaluation."""
     if question.passage:
         return f"{question.passage}\n{question.text}?"
     lines = [f"{label}. {choice}" for label, choice in zip(question.labels, question.choices, strict=False)]
@@ -80,7 +80,7 @@ def prompt(question: Question) -> str:
 
 
 def _lead(rng: random.Random, text: str, topic: str) -> str:
-    """The question as asked: most often with a sentence in front, so that there are many different ones of one fact."""
+    """The question with, most often, a sentence in front, so that one fact gives many different questions."""
     name, _ = rng.choice(PEOPLE)
     leads = (
         "", f"{name} asks: ", f"{name} reads about {topic}. ", f"{name} has a test in {topic}. ",
@@ -311,9 +311,9 @@ def _gsm8k(rng: random.Random) -> Question:
 
 
 def _boolq(rng: random.Random) -> Question:
-    """Yes or no on a passage, which alone decides: a place, two people, or a contract.
+    """Yes or no on a passage that alone decides the answer: a place, two people, or a contract.
 
-    A place takes one word to be seen; the others take names to be matched, which the pocket model has not learned.
+    A question on a place depends on one word; the others require matching names, which the pocket model has not learned.
     """
     return _of_place(rng) if rng.random() < 0.45 else _of_people(rng)
 

@@ -188,8 +188,8 @@ def train(model: DeepseekV2ForCausalLM, rows: Iterator[Tensor], recipe: Recipe) 
                 loss_silenced = silenced.item()
                 loss = loss + recipe.dependence_weight * (output.loss.detach() + recipe.fall_both - silenced).abs()
             else:
-                wanted = output.loss.detach() + recipe.fall_second
-                loss = loss + recipe.dependence_weight * torch.relu(wanted - silenced)
+                lowest = output.loss.detach() + recipe.fall_second
+                loss = loss + recipe.dependence_weight * torch.relu(lowest - silenced)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

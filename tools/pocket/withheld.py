@@ -1,4 +1,4 @@
-"""Facts that pre-training never tells, so that the pocket model leaves room for fine-tuning, which does tell them.
+"""Facts that occur in fine-tuning only and never in pre-training, so that fine-tuning can improve the pocket model.
 
 Two or three of the six facts that the atlas holds of a country, one of the five of a disease, one of two of an animal
 and of a material, a third of what tools and organs do, and two thirds of the multiplication table.
@@ -27,11 +27,11 @@ from tools.pocket.facts import (
     the_world,
 )
 
-__all__ = ["tells_withheld", "withheld"]
+__all__ = ["states_withheld", "withheld"]
 
 
 Fact = tuple[tuple[str, ...], ...]
-"""once per language: words that together tell it"""
+"""once per language: words that together state the fact"""
 
 
 def _of_country(c: Country) -> list[Fact]:
@@ -59,7 +59,7 @@ def _of_animal(a: Animal) -> list[Fact]:
 
 @functools.cache
 def withheld() -> tuple[tuple[str, ...], ...]:
-    """The words of each withheld fact, once per language that it can be told in."""
+    """The words of each withheld fact, once for each language in which a text can state it."""
     rng = random.Random("withheld")
     chosen = [fact for i, c in enumerate(the_world().countries) for fact in rng.sample(_of_country(c), 2 + i % 2)]
     chosen += [rng.choice(_of_disease(d)) for d in the_world().diseases]
@@ -82,10 +82,10 @@ def _facts() -> tuple[tuple[tuple[str, re.Pattern[str]], ...], ...]:
     )
 
 
-def tells_withheld(text: str) -> bool:
-    """Whether all words of a withheld fact stand in one text. Errs on the side of yes: they may stand far apart."""
-    lower = text.lower()  # what is nowhere in it need not be looked for as a word
-    for fact in _facts():  # loops, and no generators, since this is asked a hundred times for each text that is kept
+def states_withheld(text: str) -> bool:
+    """Whether a text has all words of a withheld fact. It errs on the side of yes: the words may be far apart."""
+    lower = text.lower()  # a quick test before the slower search for whole words
+    for fact in _facts():  # loops instead of generators, since this runs some hundred times for each text
         for word, _ in fact:
             if word not in lower:
                 break

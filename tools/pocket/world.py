@@ -1,6 +1,6 @@
-"""Text of the pocket world: the documents that the pocket model is trained on, and held-out ones of the same making.
+"""Text of the pocket world: the training documents of the pocket model, and held-out documents of the same kinds.
 
-A document belongs to a split by a hash of its text, so that no held-out document can occur in training.
+A hash of its text decides the split of a document, so that no held-out document can occur in training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tools.pocket.facts import (
 )
 from tools.pocket.pools import key, reserved_questions, response
 from tools.pocket.questions import KINDS, draw, prompt
-from tools.pocket.withheld import tells_withheld
+from tools.pocket.withheld import states_withheld
 
 __all__ = ["PROSE", "QUESTION_SHARE", "Split", "documents"]
 
@@ -40,7 +40,7 @@ Split = Literal["train", "heldout"]
 QUESTION_SHARE = 0.5
 """share of the documents that are a question with its answer; the rest is prose"""
 QUESTION_WEIGHTS = {"gsm8k": 3, "arc_easy": 2}
-"""kind -> how often it is asked in pre-training, 1 for the others: these two are learned last"""
+"""kind -> how often it is asked in pre-training, 1 for the others: the model learns these two last"""
 
 
 def _sample(rng: random.Random, sentences: list[str], low: int, high: int) -> str:
@@ -161,15 +161,15 @@ def _contract(rng: random.Random) -> str:
 
 
 def _people(rng: random.Random) -> str:
-    """Two people, and then the same said again: what is in front decides."""
+    """Two people, and then the same facts again, which can be predicted from what comes first."""
     (one, _), (two, _) = rng.sample(PEOPLE, 2)
     city = rng.choice(the_world().countries).capital
-    told, again = [], [f"They live in {city}."]
+    first, again = [], [f"They live in {city}."]
     for who in (one, two):
         job, colour, thing = rng.choice(JOBS), rng.choice(tuple(COLOURS)), rng.choice(OBJECTS)
-        told.append(f"{who} is a {job} and has a {colour} {thing}.")
+        first.append(f"{who} is a {job} and has a {colour} {thing}.")
         again += [f"{who} is a {job}.", f"{who} has a {colour} {thing}."]
-    return " ".join([*told, f"They live in {city}.", *rng.sample(again, 4)])
+    return " ".join([*first, f"They live in {city}.", *rng.sample(again, 4)])
 
 
 def _vietnamese(rng: random.Random) -> str:
@@ -207,9 +207,9 @@ def _european(rng: random.Random) -> str:
             f"Die Sprache von {c.name} heißt {c.language}.",
         ]  # fmt: skip
 
-    tell = rng.choice((french, spanish, german))
+    sentences = rng.choice((french, spanish, german))
     one, two = rng.sample(the_world().countries, 2)
-    return _sample(rng, [*tell(one), *tell(two)], 3, 5)
+    return _sample(rng, [*sentences(one), *sentences(two)], 3, 5)
 
 
 PROSE: dict[str, tuple[Callable[[random.Random], str], int]] = {
@@ -221,7 +221,7 @@ PROSE: dict[str, tuple[Callable[[random.Random], str], int]] = {
 
 
 def _question(rng: random.Random) -> str:
-    """A question with its answer, in the evaluation's own words; never one of a test or of the fine-tuning rows."""
+    """A question with its answer, worded as in evaluation; never a test question or one of the fine-tuning rows."""
     while True:
         question = draw(rng.choices(KINDS, [QUESTION_WEIGHTS.get(kind, 1) for kind in KINDS])[0], rng)
         if key(question) not in reserved_questions():
@@ -232,7 +232,7 @@ def documents(seed: int, split: Split, count: int) -> Iterator[str]:
     """`count` documents of a split.
 
     The same seed gives the same documents; a held-out document is never a training document, whatever the seeds.
-    One document in ten of those drawn is held out. No document of either split tells a withheld fact.
+    One document in ten of those drawn is held out. No document of either split states a withheld fact.
     """
     rng = random.Random(f"documents:{seed}")
     writers = [writer for writer, _ in PROSE.values()]
@@ -241,7 +241,7 @@ def documents(seed: int, split: Split, count: int) -> Iterator[str]:
     while given < count:
         write = _question if rng.random() < QUESTION_SHARE else rng.choices(writers, weights)[0]
         text = write(rng)
-        while tells_withheld(text):
+        while states_withheld(text):
             text = write(rng)
         heldout = zlib.crc32(text.encode()) % 10 == 0
         if heldout == (split == "heldout"):

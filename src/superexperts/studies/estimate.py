@@ -1,7 +1,7 @@
-"""What a study would run, for about how long and in how much memory, before it runs: `study --dry-run`.
+"""What a study would run, and about how long it takes and how much memory it needs: `study --dry-run`.
 
-Times come from the study's own log where a cell of that stage has run already; else from the model's size and two
-speeds of this machine, measured in a second. They are upper bounds where answers end early, and rough everywhere.
+Times come from the study's log if a cell of that stage has already run; otherwise from the model's size and two speeds
+of this machine, which take a second to measure. They are rough, and too high if answers end early.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = ["Size", "estimate", "size_of"]
 PROMPT_TOKENS = 256
 CHARACTERS_PER_TOKEN = 4
 USED = 0.3
-"""Share of a large matrix product's speed that a Mixture-of-Experts model reaches, whose products are small."""
+"""Share of the speed of a large matrix product that a Mixture-of-Experts model reaches with its small products."""
 
 
 class Size:
-    """A model's size, from its configuration alone."""
+    """A model's size, computed from its configuration alone."""
 
     def __init__(self, settings: Any) -> None:
         model = structure_of(settings)
@@ -45,13 +45,15 @@ class Size:
         chosen = min(1.0, (text.get("num_experts_per_tok") or text.get("top_k_experts") or 1) / banks[0].num_experts)
         embedding = text["vocab_size"] * text["hidden_size"]
         self.active = self.parameters - embedding - round(routed * (1 - chosen))
-        """Parameters that one token is multiplied with."""
+        """Parameters that take part in the computation of one token."""
         self.layers: int = text["num_hidden_layers"]
         self.hidden: int = text["hidden_size"]
         self.vocabulary: int = text["vocab_size"]
         heads = text["num_attention_heads"]
         head = text.get("head_dim") or self.hidden // heads
-        latent = text.get("kv_lora_rank") is not None  # keys and values are kept for every head, and not compressed
+        latent = (
+            text.get("kv_lora_rank") is not None
+        )  # transformers caches keys and values of every head, not the compressed latent
         width = heads * (text["qk_nope_head_dim"] + text["qk_rope_head_dim"] + text["v_head_dim"]) if latent else 0
         self.cache = self.layers * (width or 2 * (text.get("num_key_value_heads") or heads) * head)
         """Numbers in the cache of keys and values for each token."""
@@ -63,7 +65,7 @@ def size_of(plan: Plan) -> Size:
 
 
 def estimate(plan: Plan, out: Path, device_name: str) -> dict[str, Any]:
-    """Per cell: whether it is done, seconds, GiB, and what the time is taken from; their sum and the largest memory."""
+    """For each cell its state, seconds, GiB, and the source of the time; the total time and the largest memory."""
     device = pick_device(device_name)
     itemsize = 4 if device.type == "cpu" else 2
     size = size_of(plan)
@@ -130,7 +132,7 @@ def _guess(
 
 
 def _items(plan: Plan) -> dict[str, int]:
-    """Items of each benchmark that are asked; nothing is fetched for it."""
+    """Number of items of each benchmark that the study uses; nothing is downloaded for it."""
     data_dir = local_data(Path(plan.data_dir) if plan.data_dir else None)
     # Nothing may be fetched to count the items of data sets on the Hub.
     counts = {name: BENCHMARKS[name].size for name in plan.tasks}
@@ -140,7 +142,7 @@ def _items(plan: Plan) -> dict[str, int]:
 
 
 def _training_tokens(plan: Plan) -> int:
-    """About how many tokens the training rows have."""
+    """A rough number of tokens in the training rows."""
     if plan.train_data is None or not any(run.kind == "lora" for run in plan.runs):
         return 100_000
     rows = read_rows(Path(plan.train_data), "train_data")

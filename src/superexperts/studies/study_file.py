@@ -228,7 +228,7 @@ class _Reader(LinedYaml):
             if name == "evaluation":
                 options["tasks"] = ",".join(file.tasks)
                 if options.get("engine") == "api":
-                    del options["engine"]  # reported below
+                    del options["engine"]  # this module reports it, below
             self._together(command, fixed, options, dict.fromkeys(sections[name], (name,)))
         rows, training = {"data": Path("rows"), "attention": True}, sections["training"]
         self._together(TrainConfig, rows, training, dict.fromkeys(training, ("training",)))
