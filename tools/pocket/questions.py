@@ -313,7 +313,7 @@ def _gsm8k(rng: random.Random) -> Question:
 def _boolq(rng: random.Random) -> Question:
     """Yes or no on a passage that alone decides the answer: a place, two people, or a contract.
 
-    A question on a place depends on one word; the others require matching names, which the pocket model has not learned.
+    A question on a place depends on one word; the others require matching names, which this model has not learned.
     """
     return _of_place(rng) if rng.random() < 0.45 else _of_people(rng)
 
