@@ -51,8 +51,8 @@ def write(adapter: Path, source: ModelSource, out: Path, *, copy: bool = False) 
     factors = read_factors(model, adapter, "adapter")
     config, tensors = _layout(model, factors)
     # The keys and shapes must be those that PEFT itself creates on a model without weights.
-    wanted = injected_keys(load_structure(source), config)
-    check_keys(wanted, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, out, "out")
+    expected = injected_keys(load_structure(source), config)
+    check_keys(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, out, "out")
     return write_export(out, model, factors, config, tensors, base=source.name, revision=source.revision, loader="PEFT")
 
 

@@ -77,15 +77,15 @@ def _dispatch(target: nn.Module, adapter_name: str, config: ExpertLoraConfig, **
         return ExpertsLora(target, adapter_name, config=config, **settings)
     path = settings["target_name"]
     own_linears = linears(target) if path in config.shared else {}
-    wanted = {name: linear for name, linear in own_linears.items() if is_projection(name, config.projections)}
+    adapted = {name: linear for name, linear in own_linears.items() if is_projection(name, config.projections)}
     for name in config.linears:
         if name.rpartition(".")[0] == path:
-            wanted[name.rpartition(".")[2]] = target.get_submodule(name.rpartition(".")[2])
-    if not wanted:
+            adapted[name.rpartition(".")[2]] = target.get_submodule(name.rpartition(".")[2])
+    if not adapted:
         return None
     # PEFT cannot target `...shared_experts.gate_proj`: it takes that for a former name of the routed experts and adapts
     # those instead (peft#3711). So its layers are created here, and it never sees the name.
-    for name, linear in wanted.items():
+    for name, linear in adapted.items():
         parent, leaf = target.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if isinstance(linear, LoraLayer):
             linear.update_layer(adapter_name, settings["r"], lora_alpha=settings["lora_alpha"], config=config)

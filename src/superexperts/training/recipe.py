@@ -30,7 +30,8 @@ def read_recipe(file: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     try:
         value = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file} ({error}); check the path", field="recipe") from error
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(f"cannot read {file} ({why}); check the path", field="recipe") from error
     except yaml.YAMLError as error:
         why = " ".join(str(error).split())
         raise OptionError(f"{file} is not valid YAML ({why}); fix it there", field="recipe") from error
