@@ -1,4 +1,4 @@
-"""Rules for answers that choose: a label, or an option's text."""
+"""Rules for multiple choice: an answer names an option by its label or by its text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from superexperts.extraction.text import normalise
 
 
 def choice_in(reading: Reading, tail: str) -> str | None:
-    """The choice that a statement's tail names by its label, else by its text."""
+    """The option named after "the answer is": by its label, "(B)", else by its text, "a desk drawer"."""
     part = first_part(tail)
     if not part:
         return None
@@ -44,7 +44,7 @@ def choice_in(reading: Reading, tail: str) -> str | None:
     return value if aside is None else _option_in(reading, normalise(part[: aside.start()]))
 
 
-# What follows explains the answer, or weighs others against it.
+# What follows explains the answer, or compares it with others: "friction, not gravity", "B, though C is close".
 _ASIDE = Gated(
     re.compile(
         r"[,;(]\s?(?:not|and\snot|but|which|al?though|though|even\sthough|while|whereas|because|since|as|vì|chứ)\b"
@@ -67,7 +67,7 @@ _MARK = re.compile(r"\s?(?:[)\]}*_\"'.,:;`$\\!?—–-]|$|\()")
 
 @functools.lru_cache(maxsize=256)
 def _joined(labels: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What joins another label to one: to a bare one that may be a word, and to any other."""
+    """Patterns for another label after one ("B and C"): after an unmarked "A", which may be a word, and otherwise."""
     return (
         re.compile(rf"\s+(?:and|or|và|hoặc|hay|&)\s+\(?(?:{labels})\b"),
         re.compile(
@@ -78,7 +78,7 @@ def _joined(labels: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
 
 
 def label_at(reading: Reading, part: str, at: int) -> str | None:
-    """The label that stands at a place; `NONE` if others are joined to it, or if it is a letter that is no option."""
+    """The label at index `at`; `NONE` for "B or C", and for a marked letter that is not an option, "(F)"."""
     found = _LABEL.match(part, at)
     bracket = part[max(0, at - 1) : at] in ("(", "[", "{")
     if found is None:
@@ -93,10 +93,10 @@ def label_at(reading: Reading, part: str, at: int) -> str | None:
     known = label in dict(reading.choices)
     if label.isdigit() and (not known or not marked):
         return None  # a number in the answer, not a label
-    # "A" is a word too: without a mark, only what can be no word counts.
+    # "A" and "I" are words too. Without a mark, "A because" is a label, but "A rabbit" is not.
     if not marked and not (_GOES_ON if label in "AI" else _GOES_ON_OR_NAME).match(after):
         return NONE if _joined(reading.labels)[0].match(after) else None
-    if known and not after.strip(_CLOSING):  # nothing that could say more of it
+    if known and not after.strip(_CLOSING):  # nothing follows that could deny it
         return label
     if _joined(reading.labels)[1].match(after):
         return NONE
@@ -115,7 +115,7 @@ _NONE_OF = re.compile(r" none of (?:above|these|those|them|other|listed|given|op
 
 
 def _refusing_option(reading: Reading, words: str) -> str | None:
-    """The one option that normalised `words` are, or begin with: "all of the above", "none of these", "both"."""
+    """The option that says what `words` (normalised) say: "all of the above", "none of these", "both"."""
     same = [
         label
         for label, text in reading.options
@@ -127,9 +127,9 @@ def _refusing_option(reading: Reading, words: str) -> str | None:
 
 
 def _option_in(reading: Reading, words: str) -> str | None:
-    """The one option whose text stands in normalised `words`, or whose beginning they are; `NONE` if several are.
+    """The one option whose text `words` (normalised) contain, or whose beginning they are; `NONE` if there are several.
 
-    An option inside a longer one that stands there too does not count.
+    An option within a longer one does not count: with "oil" and "olive oil", "olive oil" names only the second.
     """
     found = [(label, text) for label, text in reading.options if text in words]
     found = [(label, text) for label, text in found if not any(text != other and text in other for _, other in found)]
@@ -144,6 +144,7 @@ def _option_in(reading: Reading, words: str) -> str | None:
 
 
 def statement(reading: Reading) -> str | None:
+    """ "The answer is (B)", "đáp án đúng là B"; the last one that names an option."""
     for tail in statements(reading):
         value = choice_in(reading, tail)
         if value is not None:
@@ -169,7 +170,7 @@ _CHOSEN = re.compile(r"answer|choice|option|response|most|best|phương án|đá
 
 @functools.lru_cache(maxsize=256)
 def _named(labels: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """A label that is the answer; that a sentence names; that it ends with."""
+    """Patterns for a label before "is the answer"; anywhere in a sentence; and at its end ("so it must be B")."""
     return (
         re.compile(rf"{_NAMED_OPTION}({labels})\b(?!'| [a-z])"),
         re.compile(rf"[(\[]({labels})[)\]]|\b(?:option|choice)\s({labels})\b"),
@@ -183,7 +184,7 @@ def _named(labels: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[st
 def is_the_answer(reading: Reading) -> str | None:
     """ "Option B is correct", "so the roof is the most likely answer". `NONE` if several options are."""
     if reading.lower is not None and not _IS_THE_ANSWER.matches_lower(reading.lower[-CONCLUSION:]):
-        return None  # sentence by sentence it takes longer
+        return None  # a search of the whole text first: sentence by sentence takes longer
     values = []
     for sentence in reading.conclusion:
         found = next(iter(_IS_THE_ANSWER.matches(sentence)), None)
@@ -215,7 +216,7 @@ _CHECKED = re.compile(r"\[\s?[xX✓✔]\s?\]\s?[*(\[]{0,3}([A-H])\b")
 
 
 def _lists_options(reading: Reading) -> bool:
-    """Whether the answer goes through the options one by one: each in a line of its own, or all in the first."""
+    """Whether the answer lists the options: one per line, or all in the first line ("A. oil B. sand C. iron")."""
     if reading.text[:3].lstrip("([")[:1] == "A":
         line = reading.text[:1000].partition("\n")[0]
         if _INLINE_LABEL.findall(line)[:3] == _ABC:
@@ -233,7 +234,7 @@ _A_FOR_ANSWER = re.compile(r"A\s?[:：]\s?[*(\[]{0,3}(?=[A-H](?:[.)\]*]|\s*$))")
 
 
 def first_label(reading: Reading) -> str | None:
-    """A label or an option's text at the very beginning: "B", "[B] because ...", "D, garage."."""
+    """A label at the very beginning: "B", "[B] because ...", "D, garage.", or the only checked box: "[ ] A [x] B"."""
     checked = set(_CHECKED.findall(reading.text)) if reading.text[:1] == "[" or "\n[" in reading.text else ()
     if len(checked) == 1:  # [ ] A, [x] B
         return str(*checked)
@@ -252,7 +253,7 @@ def first_label(reading: Reading) -> str | None:
 
 
 def first_option(reading: Reading) -> str | None:
-    """The first line is an option's text, or names just one in few words."""
+    """The first line is the text of an option, or names one in a few words or in words of the question."""
     part = first_part(reading.text)
     words = normalise(part)
     if not part or part.endswith("?") or _NUMBERED.match(part) or _lists_options(reading):
@@ -273,7 +274,7 @@ _LATER = re.compile(r"[,;(]")
 
 
 def _restates(reading: Reading, part: str, label: str) -> bool:
-    """Whether a sentence says two of the question's words or more, the option, and nothing else: X is the capital."""
+    """Whether a sentence has only the option and at least two words of the question: "Hanoi is the capital"."""
     words, option = normalise(_LATER.split(part)[0]), dict(reading.options)[label]
     if option not in words:
         return False
@@ -283,7 +284,7 @@ def _restates(reading: Reading, part: str, label: str) -> bool:
 
 _SAID_WRONG = Gated(re.compile(r"\b(?:is|are|was|là)\s(?:incorrect|wrong|sai)\b"), ("incorrect", "wrong", "sai"))
 _NUMBERED = re.compile(r"\(?1[).]\s")
-"""A first of several steps."""
+"""The first of several steps: "1. Read the passage"."""
 _SO = re.compile(r"[,;]\s(?:(?:so|therefore|thus|hence|nên|vậy)\b|(?=leaving\b|which\sleaves\b))")
 _ILL = Gated(
     re.compile(r"\b(?:incorrect|wrong|if)\b"),
@@ -299,11 +300,11 @@ _WEIGHED = Gated(
 _BUT = re.compile(r"[,;]\s(?:but|nhưng)\s(?=.{0,80}\b(?:is|are|was|were|là)\b)")
 _ALSO = re.compile(r"\b(?:also|possible|could|might|may|close|cũng)\b")
 _BESIDE = re.compile(r"[,;]\s(?:with|while|whereas|unlike|al?though|though|còn|trong\skhi)\b")
-"""What follows is said of others."""
+"""What follows is about other options: "it is iron, while sand is not magnetic"."""
 
 
 def conclusion(reading: Reading) -> str | None:
-    """The last sentence that names an option, if it names one and says no ill of it."""
+    """One of the last two sentences, if it names one option and does not deny it: "... is a rabbit reservoir (B)."."""
     listed = _lists_options(reading)
     for place, sentence in enumerate(reversed(reading.conclusion[-2:])):
         if (listed and _LINE_LABEL.match(sentence)) or (
@@ -336,7 +337,7 @@ def conclusion(reading: Reading) -> str | None:
 
 
 def only_option(reading: Reading) -> str | None:
-    """A short answer in which the text of one option stands and that of no other."""
+    """A short answer that contains the text of one option only: `print("desk drawer")`."""
     if len(reading.text) > 400 or _lists_options(reading) or _SAID_WRONG.search(reading.text):
         return None
     words = normalise(reading.text)

@@ -21,10 +21,11 @@ from superexperts.extraction.statements import (
 )
 from superexperts.extraction.text import normalise
 
+# "21 books out of 30", "12 miles in 4 days": the first number is the answer.
 _OF = re.compile(r"[^\d,;&]{0,60}\b(?:out of|of|per|in|every|for|from|after|over|each|than|at|on|within|by|during)\b")
 _ARITHMETIC = re.compile(r"\d\s?[*×x·/÷+−-]\s?\$?\(?\d")
 _UNDONE = re.compile(r"\s?(?:[*×x·÷+−-]|\\times)\s?[$(]{0,2}")
-"""Between two numbers that are still to be put together."""
+"""Between two numbers of a calculation without a result: "3 * 4"."""
 _TOTAL = re.compile(r"\b(?:total|altogether|in\ all|final|sum|tổng)\b", re.IGNORECASE | re.VERBOSE)
 _COPULA = re.compile(rf"{_TOTAL.pattern}|\b(?:is|are|was|were|be|equals?|là|còn)\b", re.IGNORECASE | re.VERBOSE)
 
@@ -36,8 +37,10 @@ _COMES_TO = re.compile(r"[^,;.]{0,40}(?<!that)(?<!which)\s(?:is|are|equals?|make
 
 
 def _result(sentence: str) -> str | None:
-    """What a sum comes to: the number after the last "=". `NONE` where two sums that do not build on each other are
-    joined by "and"."""
+    """The result of a calculation: the number after the last "=" of "12 + 3 = 15".
+
+    `NONE` if "and" joins two calculations of which the second does not use the first: "2 + 2 = 4 and 3 + 3 = 6".
+    """
     parts = sentence[-CONCLUSION:].split("=")
     last = list(find_numbers(parts[-1]))
     if len(last) > 1 and _UNDONE.fullmatch(parts[-1], last[0][1], last[1][0]):
@@ -55,10 +58,13 @@ def _result(sentence: str) -> str | None:
 
 
 def number_in(reading: Reading, sentence: str) -> str | None:
-    """The one number that a sentence states; `NONE` if it states several."""
+    """The one number that a sentence states, as in "She has 34 apples left"; `NONE` if it states several.
+
+    Numbers of the question are ignored if there are others.
+    """
     if "=" in sentence:
         return _result(sentence)
-    # What stands in brackets after a number explains it.
+    # Brackets after a word explain it: "34 apples (12 red and 22 green)".
     bare = re.sub(r"(?<=\w)\s?\([^()]{0,200}\)", " ", sentence) if "(" in sentence else sentence
     numbers = list(find_numbers(bare))
     if not numbers:
@@ -84,6 +90,7 @@ def number_in(reading: Reading, sentence: str) -> str | None:
 
 
 def statement(reading: Reading) -> str | None:
+    """ "The answer is 34 apples"; of "not 30 but 34" it is 34."""
     for tail in statements(reading):
         part = first_part(tail)
         lead = lead_end(part)
@@ -104,7 +111,7 @@ _BEFORE = re.compile(r"(?:[\s:*≈~]|(?:approximately|about|equal to)\s)+")
 
 
 def stated(reading: Reading, part: str) -> str | None:
-    """The value of an expression that stands where the answer does, else its one number."""
+    """The value of the expression after "the answer is" (`\\frac{1}{2}`, `12 + 3`), else the one number there."""
     before = _BEFORE.match(part)
     value = expression_value(part[before.end() :] if before else part)
     return number_in(reading, part) if value is None else value
@@ -117,7 +124,7 @@ _CONCLUDES = re.compile(
 
 
 _NOT_RUN = re.compile(r"(?:return|print)\b")
-"""Code that would say the answer if it were run."""
+"""Code that was not run: `print(3 * 4)`."""
 _SMALL_WORDS = r"(?:and|or|of|in|to|for|from|with|by|at|on|the|an?|plus|minus|per|is|are|but|about)"
 _LAST_WORDS = re.compile(r"(?:[%)]|\.0{1,3})?(?:/\w{1,12})?(?:\s[\w'’-]{1,20}){0,4}")
 _LEADS_ON = re.compile(
@@ -125,11 +132,12 @@ _LEADS_ON = re.compile(
 )
 _LAST_SMALL = re.compile(rf"\s{_SMALL_WORDS}$", re.IGNORECASE)
 _SUM = re.compile(r"\d[^=]{0,200}=\s?(?:\$?<<[^<>]{1,200}>>)?$")
-"""Before the number that a sum comes to."""
+"""Before the result of a calculation, also in the form of GSM8K: `48/2 = <<48/2=24>>`."""
 
 
 def _ends(reading: Reading, sentence: str) -> bool:
-    """Whether a last sentence without a stop is whole: a conclusion or a sum that ends with a number and few words."""
+    """Whether a last sentence without a full stop is complete: a conclusion or calculation ending with a number and a
+    few words, as "So she has 36 - 9 = 27 apples"."""
     cue = _CONCLUDES.match(sentence)
     if not cue and "=" not in sentence:
         return False
@@ -146,14 +154,14 @@ def _ends(reading: Reading, sentence: str) -> bool:
 
 
 def _broken(reading: Reading, sentence: str) -> bool:
-    """Whether a sentence stops in a word or after one that cannot be its last."""
+    """Whether a sentence breaks off within a word, or after a word such as "of" that cannot be the last."""
     if not sentence[-1].isalpha() or " " not in sentence:
         return False
     return _LAST_SMALL.search(sentence) is not None or _fragment(reading, sentence)
 
 
 def _fragment(reading: Reading, after: str) -> bool:
-    """Whether the last word is the beginning of one that the question or the answer holds, and no word of theirs."""
+    """Whether the last word is only the beginning of a word in the question or the answer: "appl" of "apples"."""
     word = after.rpartition(" ")[2].lower()
     if not word.isalpha():
         return False
@@ -167,14 +175,14 @@ def _fragment(reading: Reading, after: str) -> bool:
 
 
 def _is_asked(reading: Reading, words: str) -> bool:
-    """Whether normalised words stand in the question, which may be long: one of them is looked for first."""
+    """Whether the question contains the normalised words. The longest is looked for first, since questions are long."""
     if reading.question.isascii() and max(words.split(), key=len) not in reading.question.lower().replace("y", "i"):
         return False
     return words in normalise(reading.question)
 
 
 def conclusion(reading: Reading) -> str | None:
-    """The number of the last sentence, if the answer was not cut off in it and it is no question."""
+    """The number of the last sentence: "She has 34 apples." Questions and incomplete sentences do not count."""
     found = reading.ending
     if not found:
         return None

@@ -1,7 +1,7 @@
 """What an answer commits to, read by rules: one table, `RULES`, tried from top to bottom.
 
-A rule returns a value (a choice's label, "yes" / "no", a number), `NONE` where the answer commits to nothing that can
-be scored (several options, "none of the above", "it depends"), which ends the search, or None where it has no opinion.
+A rule returns a value (the label of a choice, "yes" / "no", a number); or `NONE` if the answer commits to nothing that
+can be scored (several options, "none of the above", "it depends"), which ends the search; or None if it does not apply.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from superexperts.extraction.text import own_span, plain
 __all__ = ["RULES", "Rule", "read"]
 
 
-# ---- what is marked as the answer, whatever its kind ---------------------------------------------------------------
+# ---- answers in a tag, a box or after ####, of every kind ----------------------------------------------------------
 
 
 def _read_marked(reading: Reading, inside: str) -> str | None:
-    """Reads what stands in a tag, a box or after ####: it is a statement by itself."""
+    """Reads the text inside a tag or box, which counts as a statement without "the answer is" in front."""
     inner = Reading(reading.kind, inside, reading.question, reading.choices)
     attempts: tuple[Callable[[], str | None], ...]
     if reading.kind == "number":
@@ -51,6 +51,7 @@ def _read_marked(reading: Reading, inside: str) -> str | None:
 
 
 def _tag(reading: Reading) -> str | None:
+    """The last `<answer> B </answer>`; a missing end tag is fine."""
     if "<" not in reading.text:
         return None
     start = reading.text.rfind("<answer>")
@@ -66,6 +67,7 @@ def _tag(reading: Reading) -> str | None:
 
 
 def _boxed(reading: Reading) -> str | None:
+    """The last `\\boxed{34}`; braces inside it are counted, since it may hold `\\frac{1}{2}`."""
     if "{" not in reading.text:
         return None
     start = max(reading.text.rfind(r"\boxed{"), reading.text.rfind(r"\fbox{"))
@@ -85,7 +87,7 @@ _FOUR = re.compile(r"#{4}(?!#)")
 
 
 def _hashes(reading: Reading) -> str | None:
-    """What stands right after the first #### that is no heading."""
+    """The text right after `####`, as in the solutions of GSM8K: `#### 34`. A heading of four marks has words there."""
     if "#" not in reading.text or "####" not in reading.text:
         return None
     for found in itertools.islice(_FOUR.finditer(reading.text), LAST_STATEMENTS):
@@ -108,7 +110,7 @@ def _hashes(reading: Reading) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A rule: its name in `how`, the kinds of answer that it reads, and how."""
+    """A rule: its name as it appears in `how`, the kinds of answer that it reads, and the function that reads them."""
 
     name: str
     kinds: tuple[Kind, ...]
@@ -131,7 +133,7 @@ RULES: Final = (
     Rule("conclusion", ("number",), number.conclusion),  # She has 34 apples.
     Rule("only-option", ("choice",), choice.only_option),  # print("desk drawer")
 )
-"""Tried from top to bottom; the first that has an opinion decides."""
+"""Tried from top to bottom; the first that applies decides."""
 
 _BY_KIND: Final = {
     kind: tuple((rule.name, rule.read) for rule in RULES if kind in rule.kinds)
@@ -140,13 +142,15 @@ _BY_KIND: Final = {
 
 
 def read(kind: Kind, response: str, question: str, choices: Choices) -> tuple[str | None, str]:
-    """(value, rule's name) of a response; value None where no rule reads a commitment, with the name of the rule that
-    said so, or "" where none had an opinion."""
+    """(value, name of the rule that decided) of a response.
+
+    The value is None if that rule found that the response commits to nothing. (None, "") if no rule applied.
+    """
     text = plain(response)
     lower = lowered(text)
     start, end = own_span(text, lower, question, choices)
     text = text[start:end]
-    if "</think>" in text:  # what stands behind the thoughts is the answer, if anything there is one
+    if "</think>" in text:  # the text after the reasoning is the answer, if a rule can read it
         answer = _read(Reading(kind, text.partition("</think>")[2], question, choices))
         if answer[1]:
             return answer

@@ -1,12 +1,12 @@
-"""An answer as the rules see it, and what is said in it: "the answer is", refusals, hedges, conclusions."""
+"""What the rules share: an answer with its parts, and patterns for "the answer is", refusals, hedges, conclusions."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, Final, Generic, Literal, TypeVar
+from collections.abc import Iterator
+from typing import Final, Literal
 
 from superexperts.extraction.cued import Cued, Gated, lowered
 from superexperts.extraction.numbers import find_numbers
@@ -38,64 +38,50 @@ NONE: Final = ""
 Kind = Literal["choice", "number", "yesno"]
 Choices = tuple[tuple[str, str], ...]
 
-LAST_STATEMENTS = 40  # of a text that says "the answer is" a thousand times, the last ones are looked at
-TAIL = 400  # characters after "the answer is" that are looked at
-CONCLUSION = 3000  # last characters in which a conclusion is looked for
-
-
-V = TypeVar("V")
-
-
-class _Once(Generic[V]):
-    """`functools.cached_property` without the lock that Python 3.12 dropped as well: it took 2% of all reading."""
-
-    def __init__(self, function: Callable[[Any], V]) -> None:
-        self._function = function
-
-    def __get__(self, reading: Any, kind: type) -> V:
-        value: V = self._function(reading)
-        reading.__dict__[self._function.__name__] = value  # which is found before this is asked again
-        return value
+# Bounds on what is searched. They keep the time linear for a model that repeats "the answer is" a thousand times.
+LAST_STATEMENTS = 40  # statements, counted from the end
+TAIL = 400  # characters after "the answer is"
+CONCLUSION = 3000  # last characters that may hold a conclusion
 
 
 @dataclasses.dataclass
 class Reading:
-    """An answer as the rules see it. Nothing changes it; that it is not frozen makes it three times as fast to make."""
+    """An answer as the rules see it. It is never changed, but not frozen either: creating it is three times as fast."""
 
     kind: Kind
     text: str
-    """The answer's own turn, see `own_turn`."""
+    """The answer up to the next question or turn, see `own_turn`."""
     question: str
     choices: Choices
 
-    @_Once
+    @functools.cached_property
     def options(self) -> tuple[tuple[str, str], ...]:
-        """(label, normalised text) of each choice that has words."""
+        """(label, normalised text) of each choice that contains words."""
         return tuple((label, words) for label, text in self.choices if (words := normalise(text)).strip())
 
-    @_Once
+    @functools.cached_property
     def labels(self) -> str:
-        """The choices' labels as a pattern's alternatives."""
+        """The labels of the choices as alternatives of a pattern: `A|B|C|D`."""
         return _alternatives(next(zip(*self.choices, strict=True), ()))
 
-    @_Once
+    @functools.cached_property
     def asked(self) -> frozenset[str]:
         """The numbers of the question."""
         return frozenset(value for _, _, value in find_numbers(self.question[-CONCLUSION:]))
 
-    @_Once
+    @functools.cached_property
     def lower(self) -> str | None:
         """The text `lowered`."""
         return lowered(self.text)
 
-    @_Once
+    @functools.cached_property
     def conclusion(self) -> list[str]:
-        """The last sentences, code fences and tags taken off."""
+        """The last sentences, without code fences and tags."""
         return last_sentences(self.text[-CONCLUSION:], CONCLUSION)
 
-    @_Once
+    @functools.cached_property
     def ending(self) -> list[str]:
-        """The last three of `conclusion` at least, or all of them."""
+        """At least the last three sentences of `conclusion`, or all if there are fewer."""
         return self.__dict__.get("conclusion") or last_sentences(self.text[-CONCLUSION:], 3)
 
 
@@ -104,6 +90,7 @@ def _alternatives(labels: tuple[str, ...]) -> str:
     return "|".join(map(re.escape, labels))
 
 
+# What may come between "the answer is" and the answer: "the answer is most likely option B", "đáp án là phương án B".
 _HEDGE = (
     r"(?:most\ likely|very\ likely|more\ likely|likely|probably|clearly|definitely|simply|therefore|thus|actually|"
     r"still|indeed|perhaps|it's|it\ is|i\ would\ say|i'd\ say|i\ think|i\ believe|i\ guess|closest\ to|approximately|"
@@ -158,7 +145,8 @@ _STATES = (
 """What a statement begins with."""
 _STATE_SEVERAL = ("approaches", "factors", "reasons", "statements", "options", "choices")
 _STATEMENT = Cued(_STATEMENT_SOURCE, _STATES, where={"are": _STATE_SEVERAL})
-# Of a text with a new line in front: a pattern that begins with one is fast. A can be a label, but of no number.
+# "Ans: B", "Đ/A: B". The text gets a new line in front, since a pattern that begins with one character is fast. "A: 12"
+# is a statement only for numbers: elsewhere "A" is a label.
 _SHORT_STATEMENT = re.compile(r"[\n.!?]\s{0,8}(?:Ans|Đ/A|ĐA|TL)\s?[:：.](?=\s)", re.IGNORECASE)
 _SHORTEST_STATEMENT = re.compile(r"\n\s{0,8}(?:A|Ans|Đ/A|ĐA|TL)\s?[:：](?=\s)")
 _HEADING = re.compile(
@@ -168,6 +156,7 @@ _HEADING = re.compile(
 NOT = re.compile(r"(?:not|no\ longer|isn't|cannot|can't|unlikely|không\ phải|không)\b", re.IGNORECASE | re.VERBOSE)
 NOT_IN = Gated(NOT, ("not", "no longer", "isn't", "can't", "unlikely", "không"))
 INSTEAD = re.compile(r"(?:\bbut(?: rather)?|\bit is|\bit's|\binstead|\brather|mà là)\s[:\s]{0,3}", re.IGNORECASE)
+# Commits to nothing: "none of the above", "it depends", "cannot be determined", "không xác định".
 REFUSAL = re.compile(
     r"""
     (?:_{2,}
@@ -187,7 +176,7 @@ _RECENT = 400
 
 
 def lead_end(part: str) -> int:
-    """Where what leads to an answer ends (brackets, hedges)."""
+    """Index at which the answer begins, behind brackets and hedges: of "(most likely B)", the B."""
     if part[:1] in _PLAINLY and not part[1:2].isalpha():
         return 0
     found = LEAD.match(part)
@@ -200,15 +189,15 @@ _PLAINLY = frozenset("0123456789ABCDEFGHbcdefgh")
 
 
 def statements(reading: Reading) -> Iterator[str]:
-    """What follows each "the answer is", the last one first."""
+    """The text after each "the answer is", from the last to the first."""
     text, lower = reading.text, reading.lower
     if lower is None:
         ends = [found.end() for found in _STATEMENT.matches(text)]
     elif len(text) < _RECENT + LONGEST_STATEMENT:
         ends = [found.end() for found in _STATEMENT.matches_lower(lower)]
     else:
-        # Most say it at their end, and the rest need not be searched then. What stands there may depend on a match that
-        # begins before it, which would reach no farther than its first characters: with none in those it does not.
+        # Most say it near the end, so the rest is not searched. A match in the end part is reliable only
+        # if no longer match began before that part; such a match could not reach beyond LONGEST_STATEMENT characters.
         begin = len(text) - _RECENT
         recent = _STATEMENT.matches_lower(lower, begin)
         sure = not recent or recent[0].start() >= begin + LONGEST_STATEMENT
@@ -237,7 +226,7 @@ _BLANK = re.compile(r"(?:\s|\[\s?\]|(?:model|assistant)\s?\n|[*#>]|---+|```\w{0,
 
 
 def first_part(tail: str) -> str:
-    """The first sentence or line that says something, brackets of roles and blank check boxes left out."""
+    """The first sentence or line with words, without a role ("assistant"), heading marks or an empty check box."""
     tail = tail[1:TAIL] if tail[:1] == " " else tail[:TAIL]
     if tail[:1].isalnum() and tail[0] not in "ma":
         return first_sentence(tail)  # most begin with a word or a number, after one blank
@@ -251,13 +240,13 @@ CUE = re.compile(
 
 
 def is_said_again(reading: Reading, sentence: str) -> bool:
-    """Whether an answer stops in the middle of saying this sentence once more."""
+    """Whether the answer breaks off while it repeats this sentence."""
     last = reading.ending[-1]
     return sentence.startswith(last) and 2 * len(last) > len(sentence)
 
 
 def cut_off(reading: Reading) -> bool:
-    """Whether the answer stops in the middle of a sentence that is not its first."""
+    """Whether the answer breaks off in a sentence other than its first, as at the limit of tokens."""
     found = reading.ending
     if len(found) < 2 or not (found[-1][-1].isalnum() or found[-1][-1] in ",-("):
         return False

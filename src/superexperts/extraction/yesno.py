@@ -1,4 +1,4 @@
-"""Rules for answers of yes or no, in English and Vietnamese."""
+"""Rules for answers of yes or no (true or false), in English and Vietnamese."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from superexperts.extraction.statements import (
     statements,
 )
 
-# "Có thể" is maybe, "không biết" is no answer.
+# "Có" is yes but "có thể" is maybe; "không" is no but "không biết" is "I do not know".
 _WORDS = r"yes|true|có(?!\s(?:thể|lẽ))|đúng|no|false|không(?!\s(?:rõ|biết|chắc|đủ|thể\s(?:xác|biết|kết|trả)))|sai"
 _YES_NO = re.compile(
     rf"({_WORDS}|correct|incorrect|yeah|yep|nope|nah)\b(?!\s(?:one|doubt|longer|evidence|phải là không))", re.IGNORECASE
 )
+# "According to the passage, yes": the word of the answer follows the source.
 _ACCORDING = re.compile(r"(?:according to|based on|as per|theo)\b[^,.]{1,80},\s", re.IGNORECASE)
 _SAID = re.compile(rf"[\"'“*]{{0,3}}({_WORDS})\b(?=[\"'”*]{{0,3}}[,.;:!]|\s?$)", re.IGNORECASE)
+# "So the statement is false", "phát biểu này là đúng".
 _IT_IS = re.compile(
     r"\b(?:the\ (?:statement|claim)|it|this|that|(?:điều|câu|phát\ biểu|mệnh\ đề|nhận\ định)\ (?:này|trên))"
     r"\s(?:is|was|là)\s(true|false|(?:not\ |in)?correct|not\ true|đúng|sai)\b",
@@ -44,6 +46,7 @@ def _yes_no(word: str) -> str:
 
 
 def yes_no_in(reading: Reading, tail: str) -> str | None:
+    """Yes or no at the beginning of a text: "probably not.", "absolutely!", "not true". `NONE` for "yes or no"."""
     part = first_part(tail)
     lead = lead_end(part)
     if _NOT_SO.match(part, lead) or (lead and _NOT_ALONE.match(part, lead)):  # probably not
@@ -66,6 +69,7 @@ def yes_no_in(reading: Reading, tail: str) -> str | None:
 
 
 def statement(reading: Reading) -> str | None:
+    """ "So the answer is no"; else the last "the statement is false"."""
     for tail in statements(reading):
         value = yes_no_in(reading, tail)
         if value is not None:
@@ -76,6 +80,7 @@ def statement(reading: Reading) -> str | None:
 
 
 def first_word(reading: Reading) -> str | None:
+    """ "Yes, because ..." at the very beginning."""
     return yes_no_in(reading, reading.text)
 
 
