@@ -1,4 +1,4 @@
-"""The value of an expression that stands where an answer is marked: LaTeX, or arithmetic that nobody carried out.
+"""The value of an expression that is given as the answer: LaTeX, or arithmetic without a result.
 
 math-verify parses it, with its LaTeX grammar only (its other one evaluates text as Python). It is loaded where an
 expression stands, takes milliseconds, and gets no text that could keep it busy: a short one, of numbers and a few
@@ -27,7 +27,7 @@ LONGEST = 100
 _DEEPEST = 6  # brackets in one another
 _LARGEST_POWER = 100  # all exponents multiplied
 _PI = Decimal("3.14159265358979323846264338328")
-_DIGITS = 15  # of a value that is no fraction
+_DIGITS = 15  # of a value that is not a fraction
 
 # What a plain number does not hold: a command that computes, a power, a product or a sum. A difference may be a range.
 _SIGN = re.compile(r"\\(?:[dtc]?frac|sqrt|cdot|times|div|pi)|\^|\d\s*[*×·÷+]\s*[\d(\\$]|\d\sx\s\d|\)\s*[*×·÷+/]")

@@ -1,6 +1,6 @@
 """A language model that says what an answer commits to, where the rules cannot or as a second opinion.
 
-It sees the question, the choices and the answer, never the gold answer. The answer is a stranger's text: it stands in a
+It sees the question, the choices and the answer, never the gold answer. The answer is untrusted text: it is put in a
 fence that it cannot close, without terminal codes, template tokens or verdicts of its own.
 """
 
@@ -42,7 +42,7 @@ _PROMPT = (files(__package__) / "judge_prompt.txt").read_text(encoding="utf-8")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """All that a judge is told of an item; there is no place here for the gold answer."""
+    """All that a judge sees of an item. There is deliberately no field for the gold answer."""
 
     kind: Kind
     question: str

@@ -29,7 +29,7 @@ TASKS_BY_NAME = {
     "arc": "arc_challenge",  # which rep/arc.py loads, whatever the table's ARC-E says
     "med": "medqa",
 }
-"""What stands after `raw_result_` and `baseline` -> benchmark, where the two differ."""
+"""Part of the file name after `raw_result_` and `baseline` -> benchmark, if the two differ."""
 
 
 def raw_files(folder: Path) -> list[Path]:
@@ -46,7 +46,7 @@ def task_of(file: Path) -> str:
 def full_choice(gold: Any, choices: Any) -> str | None:
     """The gold choice with its letter, as the original's notebook fills it in: `D. oil`.
 
-    A list's choices are lettered by their place; None where the gold answer is no letter of one. Of a text with a line
+    A list's choices are lettered by their place; None if the gold answer is not a letter of one. Of a text with a line
     a choice it is that line, "" where there is none.
     """
     if isinstance(choices, str):

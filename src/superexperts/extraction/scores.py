@@ -68,7 +68,7 @@ def _unparsed(answer: Answer) -> Extraction:
 
 
 def _right(answer: Answer, value: str) -> bool | None:
-    """None where there is no gold answer."""
+    """Whether a value equals the gold answer; None without one."""
     if answer.gold is None:
         return None
     if answer.kind == "number":
@@ -124,7 +124,7 @@ def extract_folder(folder: Path, judge: Judge | None = None, scope: str = "left"
 
     Answers without gold get no score, and a file for the benchmark's publisher instead. Scores come in the benchmarks'
     usual order. Nothing is done where both were read from these very answers.
-    `DataError` without answers, where a line is no answer, or where `evaluate` was interrupted.
+    `DataError` if there are no answers, a line is not an answer, or `evaluate` was interrupted.
     """
     started = time.monotonic()
     files = sorted((folder / "answers").glob("*.jsonl"), key=_order)
@@ -197,7 +197,7 @@ def submission(task: str, extractions: Sequence[Extraction]) -> str:
 
 
 def _details(answers: Sequence[Answer], extractions: Sequence[Extraction]) -> dict[str, dict[str, Any]]:
-    """What stands beside a benchmark's score: acc_norm where choices were compared, averages over subjects."""
+    """Further figures of a benchmark: acc_norm if choices were compared, and averages over subjects."""
     details = {}
     by_length = [normalized(answer) for answer in answers]
     if None not in by_length:
@@ -236,7 +236,7 @@ def _scores_json(scores: Sequence[Score]) -> dict[str, Any]:
 def _read_answers(file: Path) -> Iterator[Answer]:
     found, graded, seen = 0, set(), set()
     of: tuple[str, str] | None = None
-    # A byte that is no UTF-8 becomes a replacement character: it cannot turn one answer into another's error.
+    # A byte that is not UTF-8 becomes a replacement character, so that one bad answer does not stop the others.
     with file.open(encoding="utf-8", errors="replace") as stream:
         for number, line in enumerate(stream, start=1):
             try:
