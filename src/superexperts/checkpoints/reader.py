@@ -1,6 +1,6 @@
 """A safetensors checkpoint without a model: what its shards hold and where, one tensor or one expert's slice of it.
 
-A checkpoint may come from anywhere, so nothing in it is believed: names of shards stay in the folder, headers must
+A checkpoint may come from anywhere, so nothing in it is trusted: names of shards stay in the folder, headers must
 describe exactly the bytes that are there, and a pickle is never opened.
 Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the tensors without gaps).
 """
@@ -249,7 +249,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     try:
         index = _object((folder / INDEX).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise _refused(folder, INDEX, f"is no JSON object that can be read ({_short(error)})") from error
+        raise _refused(folder, INDEX, f"is not a readable JSON object ({_short(error)})") from error
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _refused(folder, INDEX, "has no weight_map")
@@ -262,7 +262,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file or len(file) > MAX_NAME:
             raise _refused(folder, INDEX, f"says that {key!r} is in {str(file)[:80]!r}, outside its folder")
         if not file.endswith(".safetensors"):
-            raise _refused(folder, INDEX, f"says that {key!r} is in {file[:80]!r}, which is no safetensors file")
+            raise _refused(folder, INDEX, f"says that {key!r} is in {file[:80]!r}, which is not a safetensors file")
         good.add(file)
     if (folder / SINGLE).is_file() and good != {SINGLE}:
         raise ModelError(

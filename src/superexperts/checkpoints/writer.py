@@ -59,7 +59,7 @@ class Patch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Zeros:
-    """As a patch: nothing but zeros."""
+    """A patch that writes zeros."""
 
     entry: Entry
 
@@ -78,7 +78,7 @@ class NewTensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
-    """Bytes of the base that the result does not have as they were."""
+    """A range of bytes of the base that the result changes or leaves out."""
 
     key: str
     file: str
@@ -278,7 +278,7 @@ def _can_link(folder: Path, files: Sequence[str], out: Path) -> bool:
     try:
         os.link(regular, probe)
     except OSError as error:
-        note(f"--out: no hard links from {folder} ({error.strerror}); unchanged shards are copied")
+        note(f"out: no hard links from {folder} ({error.strerror}); unchanged shards are copied")
         return False
     probe.unlink()
     return True
@@ -291,7 +291,7 @@ def check_room(base: Checkpoint, out: Path, weights: int) -> None:
     if wanted > free:
         raise OutputError(
             (
-                f"{wanted / 1000000000.0:.2f} GB are to be written, {free / 1000000000.0:.2f} GB are free; make "
+                f"{wanted / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; make "
                 "room or choose another disk"
             ),
             field="out",

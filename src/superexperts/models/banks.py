@@ -59,7 +59,7 @@ def find_banks(model: nn.Module) -> tuple[Bank, ...]:
             block = model.get_submodule(unwrapped(path).rpartition(".")[0])  # PEFT wraps what it adapts
             layer = layer_number(model, path)
             # granitemoeshared has its shared expert beside the block; gemma4's layer is the block itself, and holds
-            # much that is no expert.
+            # much besides experts.
             whole = decoder_layers(model, path)[layer]
             own = [] if block is whole else [*block.children()]
             beside = [child for name, child in whole.named_children() if name == "mlp" or name.startswith("shared")]

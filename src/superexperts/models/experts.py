@@ -1,6 +1,6 @@
 """One bank's own parameters and arithmetic: what differs between families in how their experts are laid out.
 
-Beside `moe.py`, which finds the banks and uses this, nothing else in the package knows it.
+`banks` finds the banks, and `hooks` runs them; both build on this module.
 
 Shape suffixes: T tokens, K experts per token, R = T x K rows sorted by expert, E experts in the bank, N tokens routed
 to one expert, D hidden size, F intermediate size of an expert, U width of its up projection (2F with a gate, F
@@ -89,7 +89,7 @@ class BankCall:
     """Routing weight; ones for a shared expert."""
     made: Callable[[Callable[[Piece], Any]], Iterator[Any]]
     """Goes through all rows in order, once: what a function makes of each piece, on the thread that has computed it.
-    What nobody asks for is computed all the same."""
+    Pieces that are not consumed are computed all the same."""
 
     @property
     def pieces(self) -> Iterator[Piece]:
@@ -242,7 +242,7 @@ def looped(
     rows = ROWS if x_TD.device.type == "cpu" and x_TD.dtype.itemsize == 2 else 1
 
     def compute(expert: int, end: int, token_N: Tensor, own: Mapping[str, Tensor]) -> Made:
-        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # each thread has modes of its own
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # these modes belong to a thread
             padded = F.pad(token_N, (0, -len(token_N) % rows))
             inner = expert_inner(bank, _linear(bank, up, expert, x_TD.index_select(0, padded), own[up]))
             output = _linear(bank, DOWN, expert, inner, own[DOWN])

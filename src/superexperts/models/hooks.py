@@ -135,7 +135,7 @@ def _tapped_forward(bank: nn.Module, control: Control, x_TD: Tensor, index_TK: T
 
 
 class _Routed:
-    """What a layer's routed experts do with a batch, while somebody goes through it."""
+    """What a layer's routed experts do with a batch, computed as its pieces are consumed."""
 
     def __init__(self, bank: nn.Module, control: Control, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
         self.bank, self.control, self.x_TD, self.index_TK = bank, control, x_TD, index_TK
@@ -208,7 +208,7 @@ def share() -> int:
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Within the block, torch computes in so many threads for the thread that it is called from."""
+    """Within the block, torch uses `count` threads for work of the calling thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

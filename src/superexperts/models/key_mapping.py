@@ -116,7 +116,7 @@ class KeyMapping:
             raise ModelError(f"the checkpoint has no {min(info.missing_keys)}; repair it", field="model")
 
     def whole(self, name: str) -> Entry | None:
-        """The one entry that is this parameter or buffer as it stands; None where it is made of others, or absent."""
+        """The one entry that holds this parameter or buffer unchanged; None if it is made of several, or absent."""
         sources = self.sources.get(name, [])
         if len(sources) != 1 or sources[0][0] is not None:
             return None
@@ -124,7 +124,7 @@ class KeyMapping:
         return entry if entry.shape == self._shapes[name] else None
 
     def expert_parts(self, bank: Bank, name: str) -> list[Parts] | None:
-        """Per expert of the bank the pieces of its own part of a parameter; None where the checkpoint keeps them in
+        """Per expert of the bank the pieces of its part of a parameter; None where the checkpoint keeps them in
         another order, which only transformers' conversion of the whole bank undoes."""
         whole = self.whole(f"{bank.path}.{name}")
         if whole is not None:

@@ -51,7 +51,7 @@ def pick_device(device: str) -> torch.device:
 def load_model(source: ModelSource, *, device: str = "auto", dtype: str = "auto", spread: bool = False) -> nn.Module:
     """The causal language model in evaluation mode on its device, or `spread` over all GPUs by Accelerate.
 
-    A checkpoint whose weights do not fill the model, or that holds keys without a home, is an error.
+    A checkpoint whose weights do not fill the model, or that holds keys which no parameter takes, is an error.
     """
     place = pick_device(device)
     dtype = "float32" if dtype == "auto" and place.type == "cpu" else dtype
@@ -87,7 +87,7 @@ def fits_in_memory(source: ModelSource, device: str, dtype: str) -> bool:
 def load_as_stored(
     source: ModelSource, dtype: str = "auto", device_map: str | dict[str, Any] | None = None, **more: Any
 ) -> nn.Module:
-    """The model on the CPU in the checkpoint's own dtypes unless told otherwise, checked as by `load_model`."""
+    """The model on the CPU in the checkpoint's own dtypes unless `dtype` says otherwise, checked as by `load_model`."""
     if not stderr.is_terminal:
         disable_progress_bar()  # in a log, a bar of 65 tensors is 65 lines
     try:
@@ -114,7 +114,7 @@ def load_as_stored(
 
 
 def empty_model(source: ModelSource, *, device: str = "auto", dtype: str = "auto") -> nn.Module:
-    """The model without weights, in the dtype to run in: the checkpoint's own unless told otherwise.
+    """The model without weights, in the dtype to run in: the checkpoint's own unless `dtype` names another.
 
     Parameters are on the meta device; buffers are real and on the device to run on.
     """
@@ -146,12 +146,12 @@ def empty_model(source: ModelSource, *, device: str = "auto", dtype: str = "auto
 
 
 def settings_of(source: ModelSource) -> Any:
-    """What config.json says; `ModelError` where that is nothing transformers can read."""
+    """What config.json says; `ModelError` if transformers cannot read it."""
     with _readable(source):
         settings = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
         layers = settings.get_text_config().to_dict().get("num_hidden_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:
-        raise ModelError(f"{source.name!r} is said to have {layers} layers; check its config.json", field=source.field)
+        raise ModelError(f"{source.name!r} claims {layers} layers; check its config.json", field=source.field)
     return settings
 
 
@@ -160,7 +160,7 @@ def _readable(source: ModelSource) -> Iterator[None]:
     """Turns whatever transformers says of a config.json, in which anything may stand, into one line."""
     try:
         yield
-    except Exception as error:  # a family's code divides by, indexes with and calls what it is told
+    except Exception as error:  # a family's code divides by, indexes with and calls the values in config.json
         raise ModelError(
             f"{source.name!r} cannot be built ({_first_line(error)}); check its config.json", field=source.field
         ) from error

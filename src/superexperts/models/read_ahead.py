@@ -1,4 +1,4 @@
-"""Experts read by threads before they are wanted, so that the disk works while the model computes."""
+"""Experts read by threads before they are needed, so that the disk works while the model computes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Matrices = Mapping[str, Tensor]
 class ReadAhead:
     """Reads experts in the order in which they will be used.
 
-    `take` gives memory for an expert, `fill` reads the expert into it on a thread of its own, `give` gets it back.
+    `take` gives memory for an expert, `fill` reads the expert into it on another thread, `give` takes the memory back.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class ReadAhead:
         self._used: collections.deque[Matrices] = collections.deque()
         """Handed out last; some thread may still compute with them."""
         self._kept: dict[Key, tuple[Matrices, Future[Matrices]]] = {}
-        """Handed out, and to be wanted again."""
+        """Handed out, and needed again."""
 
     def get(self, wanted: Sequence[Key], then: Sequence[Key] = (), *, again: bool = False) -> Iterator[Matrices]:
         """The wanted experts, as `bank.Weights` has it; `then` are read next, as long as there is room. Both are in the
         order in which they will be asked for. `again`: more of this layer will be asked for, so that nothing of it is
-        given away. When `get` is called again, nobody uses any longer what it gave before.
+        given away. When `get` is called again, the experts that it gave before are no longer in use.
         """
         while self._used:
             self._give(self._used.popleft())
@@ -68,7 +68,7 @@ class ReadAhead:
         self._read(todo)
 
     def start(self, likely: Sequence[Key]) -> None:
-        """Reads what is likely to be wanted next, as long as there is room."""
+        """Reads what is likely to be needed next, as long as there is room."""
         self._read(collections.deque(likely))
 
     def close(self) -> None:
@@ -76,11 +76,11 @@ class ReadAhead:
         self._readers.shutdown(cancel_futures=True)
 
     def _drop(self, wanted: Sequence[Key]) -> None:
-        """Gives back what nobody wants after all."""
+        """Gives back the memory of experts that are not needed after all."""
         unwanted = [held.pop(key) for held in (self._coming, self._kept) for key in held.keys() - set(wanted)]
         for _, read in unwanted:
             read.cancel()  # unless it has begun
-        wait([read for _, read in unwanted])  # nobody asks whether they went well
+        wait([read for _, read in unwanted])  # errors do not matter: the results are not used
         for memory, _ in unwanted:
             self._give(memory)
 

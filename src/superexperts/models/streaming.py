@@ -38,7 +38,7 @@ class StreamedModel:
     """A model on the meta device and the checkpoint that fills its layers, one after the other.
 
     `model`: the family's own causal language model, without weights but with its buffers. `device`: where layers
-    compute. `ModelError` for a checkpoint that is no full set of the model's weights.
+    compute. `ModelError` for a checkpoint without all of the model's weights.
     """
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -62,16 +62,16 @@ class StreamedModel:
         self._batches_left = 0
         """Batches that will still ask for experts of the layer in memory."""
         self._spare: dict[int, list[Tensor]] = collections.defaultdict(list)
-        """Bytes -> memory of that size that nobody uses."""
+        """Bytes -> unused memory of that size."""
         self._converting = threading.Lock()
-        """transformers' conversion is not made for two threads."""
+        """Transformers' conversion is not safe in two threads."""
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 
     @contextlib.contextmanager
     def running(self, layers: Sequence[int], *, batches: int = 1, all_wanted: bool = True) -> Iterator[Iterator[int]]:
         """Within the block, iterating gives each layer's number with its weights in memory, the next one's being read
         meanwhile; the experts' are to be had from `experts`, which each layer asks for once a batch. Those of the next
-        layer are read before anyone asks if `all_wanted`, as they are likely to be.
+        layer are read ahead if `all_wanted`, as they are likely to be.
         """
         alone = [layer for layer in layers if layer in self.banks and self.holds_alone(layer)]
         self._then = dict(itertools.pairwise(alone)) if all_wanted else {}
