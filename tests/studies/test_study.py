@@ -367,6 +367,6 @@ def test_status_of_a_finished_study(finished: Path, tmp_path: Path, capsys: Any)
 
 
 def test_ray_is_asked_for_by_its_own_word(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="STUDY"):
+    with pytest.raises(OptionError, match="study: .* is not a file"):
         study.run(StudyConfig(study=tmp_path / "none.yaml", ray=""))
     assert main(["study", "--ray", str(tmp_path / "none.yaml")]) == 2
