@@ -6,6 +6,7 @@ import difflib
 import errno
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,38 +23,60 @@ __all__ = ["COMMANDS", "main"]
 
 
 class Command(NamedTuple):
-    """Where a command lies. Its module is imported when it runs, so that --help does not wait for torch."""
+    """Where a command is. Its module is imported when it is called, so that --help does not wait for torch."""
 
     summary: str
     module: str
+    """In it: the settings class, `run`, `show`, and what `defaults` and `rewrite` name."""
     settings: str
+    work: str | None = None
+    """The module with the heavy imports of `run`, imported before it; None for commands that need none."""
+    defaults: str | None = None
+    """A function from the arguments to settings that take the place of the defaults, such as those of a recipe."""
+    rewrite: str | None = None
+    """A function that changes the arguments before they are parsed."""
 
 
 COMMANDS = {
     "profile": Command(
-        "what every expert writes, and which tokens it sees", "profiling.profile", "profiling.profile.ProfileConfig"
+        "measure what every expert writes", "profiling.profile", "ProfileConfig", work="profiling.streamed"
     ),
-    "select": Command("choose experts from a profile", "profiling.select", "profiling.select.SelectConfig"),
-    "prune": Command("a checkpoint without the chosen experts", "surgery.prune", "surgery.prune.PruneConfig"),
-    "restore": Command("undo what prune did", "surgery.restore", "surgery.restore.RestoreConfig"),
-    "compare": Command("what differs between two checkpoints", "surgery.compare", "surgery.compare.CompareConfig"),
-    "train": Command("LoRA on chosen experts, on attention, or both", "training.train", "training.train.TrainConfig"),
-    "export": Command("write an adapter for other programs", "adapters.export", "adapters.export.ExportConfig"),
-    "import": Command("read an adapter of another program", "adapters.import_", "adapters.import_.ImportConfig"),
+    "select": Command("choose experts from a profile", "profiling.select", "SelectConfig"),
+    "prune": Command("write a checkpoint without the chosen experts", "surgery.prune", "PruneConfig"),
+    "restore": Command("undo what prune did", "surgery.restore", "RestoreConfig"),
+    "compare": Command(
+        "show what differs between two checkpoints", "surgery.compare", "CompareConfig", work="models.parts"
+    ),
+    "train": Command(
+        "train LoRA on chosen experts, on attention, or on both",
+        "training.train",
+        "TrainConfig",
+        work="training.loop",
+        defaults="defaults",
+    ),
+    "export": Command("write an adapter for other programs", "adapters.export", "ExportConfig", work="adapters.merge"),
+    "import": Command("read an adapter of another program", "adapters.import_", "ImportConfig", work="adapters.fused"),
     "check-adapter": Command(
-        "does an adapter fit, and does it change anything",
+        "check that an adapter fits and has an effect",
         "evaluation.check_adapter",
-        "evaluation.check_adapter.CheckAdapterConfig",
+        "CheckAdapterConfig",
+        work="adapters.effect",
     ),
     "evaluate": Command(
-        "ask a model the questions of benchmarks", "evaluation.evaluate", "evaluation.evaluate.EvaluateConfig"
+        "ask a model the questions of benchmarks", "evaluation.evaluate", "EvaluateConfig", work="evaluation.ask"
     ),
-    "extract": Command("read what each answer commits to", "extraction.extract", "extraction.extract.ExtractConfig"),
-    "study": Command("everything, from the checkpoint to the report", "studies.study", "studies.study.StudyConfig"),
-    "status": Command("how far a study is", "studies.status", "studies.status.StatusConfig"),
-    "report": Command("write the report of a study again", "reports.report", "reports.report.ReportConfig"),
-    "push": Command("put an adapter or a study on the Hub", "hub.push", "hub.push.PushConfig"),
-    "pocket": Command("the embedded model as a checkpoint folder", "pocket", "pocket.PocketConfig"),
+    "extract": Command("read which answer each response commits to", "extraction.extract", "ExtractConfig"),
+    "study": Command(
+        "run everything, from the checkpoint to the report",
+        "studies.study",
+        "StudyConfig",
+        work="studies.workflow",
+        rewrite="rewrite_arguments",
+    ),
+    "status": Command("show how far a study is", "studies.status", "StatusConfig"),
+    "report": Command("write the report of a study again", "reports.report", "ReportConfig", work="reports.page"),
+    "push": Command("put an adapter or a study on the Hub", "hub.push", "PushConfig"),
+    "pocket": Command("write the built-in model as a checkpoint folder", "pocket", "PocketConfig"),
 }
 
 
@@ -72,14 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with no_interrupt_lost():
             command = _command(name)
             with importing_once() if own_process else nullcontext():
-                kind = _attribute(command.settings)
-                spell = speller(kind)
-                settings = _settings(name, kind, words[1:])
                 module = _imported(command.module)
-            return _run(name, module, settings)
+                spell = speller(getattr(module, command.settings))
+                settings = _settings(name, command, module, words[1:])
+                if command.work is not None:
+                    _imported(command.work)
+            return _run(module, settings)
     except SuperExpertsError as error:
         print(f"superexperts: {error.line(spell)}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -108,30 +135,23 @@ def _command(name: str) -> Command:
     return COMMANDS[name]
 
 
-def _settings(name: str, kind: type, words: Sequence[str]) -> Any:
-    # Two hooks for what tyro cannot say: `defaults(words)` gives the values of options that are not given, and
-    # `rewrite_arguments(words)` changes the words themselves.
-    module = sys.modules[kind.__module__]
-    default = getattr(module, "defaults", lambda _: None)(words)
-    words = getattr(module, "rewrite_arguments", list)(words)
-    return read_arguments(kind, f"superexperts {name}", words, default)
+def _settings(name: str, command: Command, module: Any, words: Sequence[str]) -> Any:
+    default = getattr(module, command.defaults)(words) if command.defaults else None
+    if command.rewrite:
+        words = getattr(module, command.rewrite)(words)
+    return read_arguments(getattr(module, command.settings), f"superexperts {name}", words, default)
 
 
-def _run(name: str, module: Any, settings: Any) -> int:
+def _run(module: Any, settings: Any) -> int:
     result = module.run(settings)
     if not is_main_process:
         return 0
-    if "json" in vars(settings) and settings.json:
+    if settings.json:
         print(json.dumps(result, ensure_ascii=False))
     else:
         module.show(result)
-    return int(result.get("exit_code", 0)) if name == "compare" else 0
+    return int(result.get("exit_code", 0))
 
 
 def _imported(name: str) -> Any:
     return importlib.import_module(f"superexperts.{name}")
-
-
-def _attribute(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(_imported(module), name)

@@ -14,11 +14,15 @@ from superexperts.evaluation.evaluate import EvaluateConfig
 from tests.benchmarks import example_benchmark
 from tests.benchmarks.example_benchmark import SUMS
 
+GUIDE = Path(__file__).parents[2] / "docs" / "contributing.md"
+
 
 def test_a_new_benchmark_is_one_short_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(Path(example_benchmark.__file__).read_text().splitlines()) <= 40
+    code = Path(example_benchmark.__file__).read_text()
+    assert len(code.splitlines()) <= 40
+    assert f"```python\n{code}```" in GUIDE.read_text(encoding="utf-8")
     monkeypatch.setitem(BENCHMARKS, SUMS.name, SUMS)
     rows = [
         {"question": "Which is 2 + 2?", "choices": ["3", "4"], "answer": 1},
