@@ -297,7 +297,7 @@ def _long_name(folder: Path) -> None:
     ("change", "message"),
     [
         (_both, "reads the first alone"),
-        (_named_elsewhere, "names a file of its own"),
+        (_named_elsewhere, "names another file"),
         (_long_name, "outside its folder"),
     ],
 )

@@ -279,7 +279,7 @@ def _check_settings(folder: Path) -> None:
     except (OSError, ValueError, RecursionError):
         return  # whoever needs it says what is wrong with it
     if isinstance(settings, dict) and settings.get("transformers_weights") is not None:
-        raise _refused(folder, "config.json", "names a file of its own for the weights, which is not read here")
+        raise _refused(folder, "config.json", "names another file for the weights, which is not read here")
 
 
 def _check_index(folder: Path, weight_map: Mapping[str, str], entries: Mapping[str, Entry]) -> None:

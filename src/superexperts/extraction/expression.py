@@ -155,7 +155,7 @@ def _evaluated(node: Any) -> Fraction | Decimal:
         return functools.reduce(operator.add if node.is_Add else operator.mul, values)
     if str(node) == "pi":
         return _PI
-    raise TypeError(f"{node} is no arithmetic")
+    raise TypeError(f"{node} is not arithmetic")
 
 
 def _decimal(value: Fraction | Decimal) -> Decimal:

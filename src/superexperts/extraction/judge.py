@@ -1,7 +1,7 @@
 """A language model that says what an answer commits to, where the rules cannot or as a second opinion.
 
 It sees the question, the choices and the answer, never the gold answer. The answer is untrusted text: it is put in a
-fence that it cannot close, without terminal codes, template tokens or verdicts of its own.
+fence that it cannot close, without terminal codes, template tokens or verdicts.
 """
 
 from __future__ import annotations

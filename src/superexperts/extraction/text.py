@@ -31,7 +31,7 @@ _BLANKS = re.compile(r"\s\s{19,}")  # that it begins with a set of characters ma
 _SIX_BLANKS = re.compile(r"\s\s{5}")
 LONGEST = 200_000  # characters; a reasoning model's 32,768 tokens are about 130,000
 
-# Of chat models; DeepSeek writes the bars and the blanks of its own in other characters.
+# Of chat models; DeepSeek writes its bars and blanks in other characters.
 _ANY_TEMPLATE = re.compile(
     r"[<\[](?:(?<=<)(?:[|｜][\w\s▁]{1,30}[|｜]>|/?s>|(?:start|end)_of_turn>)|(?<=\[)/?INST\])", re.IGNORECASE
 )

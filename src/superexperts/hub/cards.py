@@ -30,7 +30,7 @@ def adapter_card(bundle: Bundle, adapter: str, facts: Mapping[str, Any]) -> str:
         card = ModelCard(bundle.text(path))
     except (ValueError, yaml.YAMLError) as error:
         raise DataError(
-            f"the YAML of {path} cannot be read ({type(error).__name__}); mend it", field="folder"
+            f"the YAML of {path} cannot be read ({type(error).__name__}); fix it", field="folder"
         ) from error
     for name, value in facts.items():
         if value is not None:
@@ -85,7 +85,7 @@ def _is_manifest(path: str) -> bool:
 def _table(bundle: Bundle) -> list[str]:
     if bundle.results is None:
         return []
-    table = markdown_table(bundle.results).rstrip("\n")  # which refuses what is no results.json
+    table = markdown_table(bundle.results).rstrip("\n")  # which refuses anything but a results.json
     name, model = (_text(bundle.results.get(field)) for field in ("name", "model"))
     caption = f"Study {name} on {model}: accuracy in %; a star marks a difference from the base model (5%, Holm)."
     return ["", "## Results", "", table, "", caption]

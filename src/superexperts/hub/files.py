@@ -25,7 +25,7 @@ FINISHED = ("results.json", "result.csv", "report.html")
 """Of a study: without one of them it is not finished."""
 OPTIONAL = ("report.md", "study.yaml")
 PATH = re.compile(r"(?<![\w./:-])/(?:[^/\s'\"<>|,;:()\[\]{}]+/)+[^/\s'\"<>|,;:()\[\]{}]+")
-"""An absolute path of at least two names within a text; one with spaces is found where it is a value of its own."""
+"""An absolute path of at least two names within a text; one with spaces is found only where it is a whole value."""
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 """A token of the Hub."""
 

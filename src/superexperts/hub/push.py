@@ -222,12 +222,12 @@ def show(result: dict[str, Any]) -> None:
     if result["dry_run"]:
         for file in result["files"]:
             line(f"{file['bytes']:>13,}  {file['path']}")
-    told = f"{len(result['files'])} files, {result['bytes']:,} bytes"
+    size = f"{len(result['files'])} files, {result['bytes']:,} bytes"
     if result["dry_run"]:
-        line(f"{told} for the {result['repo_type']} repository {result['repo']}; nothing was sent (--dry-run)")
+        line(f"{size} for the {result['repo_type']} repository {result['repo']}; nothing was sent (--dry-run)")
         return
     if result["others"]:
         others = ", ".join(map(ascii, result["others"]))
         line(f"not touched, since this folder has no files of these names: {others}")
-    line(f"{told} in {result['url']}" if result["changed"] else f"{result['url']} has all {told} already")
+    line(f"{size} in {result['url']}" if result["changed"] else f"{result['url']} has all {size} already")
     line(f"commit {result['commit']}")
