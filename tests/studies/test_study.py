@@ -356,7 +356,7 @@ def test_status_of_a_finished_study(finished: Path, tmp_path: Path, capsys: Any)
     assert main(["status", str(finished)]) == 0
     said = capsys.readouterr().out
     total = len(cells(parse((finished / "study.yaml").read_text(encoding="utf-8"))))
-    assert f"{total} of {total} cells are done; no study is at work" in said
+    assert f"{total} of {total} cells are done; no study is running" in said
     found = status(StatusConfig(folder=finished))
     assert {row["answers"] for row in found["cells"] if row["cell"].startswith("evaluate")} == {24}
     results = json.loads((finished / "results.json").read_text())
