@@ -213,9 +213,6 @@ def recipe_settings(file: Path) -> dict[str, Any]:
     return read_recipe(file, kinds)
 
 
-# ---- the command --------------------------------------------------------------------------------------------------
-
-
 def run(config: TrainConfig) -> dict[str, Any]:
     """Trains as `train` does. `OptionError` for projections without experts, which are an error here only: a study may
     give them to all its trainings."""
