@@ -29,7 +29,7 @@ check: setup
 test: check
 	$(BIN)/pytest --numprocesses 2
 
-# vLLM has pins of its own, so it gets a venv of its own; its image and sound packages are built for GPUs.
+# vLLM has pins of its own, so it gets its own venv; its image and sound packages are built for GPUs.
 test-vllm: setup $(VENV)-vllm/.installed
 	SUPEREXPERTS_VLLM=$(VENV)-vllm/bin/python $(BIN)/pytest tests/adapters/test_vllm.py
 

@@ -182,5 +182,5 @@ def test_all_processes_journals_count(tmp_path: Path) -> None:
 
 
 def test_a_sample_of_all_is_refused() -> None:
-    with pytest.raises(OptionError, match="shuffle: True does nothing when all items are asked; give limit"):
+    with pytest.raises(OptionError, match="shuffle: does nothing when all items are asked; give limit"):
         EvaluateConfig(shuffle=True)

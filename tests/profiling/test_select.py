@@ -270,7 +270,10 @@ FOR_SUPER: dict[str, Any] = {"criterion": "reference", "percentile": 90.0, "rati
         ({"ratio": math.inf}, "ratio: inf is not positive and finite"),
         ({"ratio": math.nan}, "ratio: nan is not positive and finite"),
         *(
-            ({"rule": rule, name: value} | needed, f"{name}: {value!r} does nothing for rule {rule}, only for ")
+            (
+                {"rule": rule, name: value} | needed,
+                f"{name}: {'' if value is True else f'{value!r} '}does nothing for rule {rule}, only for ",
+            )
             for rule, needed, useless in (
                 ("super", {}, {"count": 2, "share": 0.5, "lowest": True, "like": "L1E0", "anywhere": True, "seed": 1}),
                 *(
@@ -287,10 +290,10 @@ FOR_SUPER: dict[str, Any] = {"criterion": "reference", "percentile": 90.0, "rati
             {"rule": "reap", "count": 2, "like": "L1E0"},
             "like: 'L1E0' excludes count; give only one of",
         ),
-        ({"rule": "random", "count": 2, "anywhere": True}, "anywhere: True is the default without like; leave it out"),
+        ({"rule": "random", "count": 2, "anywhere": True}, "anywhere: is the default without like; leave it out"),
         (
             {"rule": "random", "share": 0.5, "like": "L1E0", "anywhere": True},
-            "anywhere: True does nothing with share",
+            "anywhere: does nothing with share",
         ),
     ],
 )

@@ -96,7 +96,7 @@ name: y
         ),
         (
             "{name: x, data_dir: pocket, profile: {sinks: true, stream: true}}",
-            "sinks: True needs the model in memory",
+            "sinks: needs the model in memory",
         ),
         ("{name: x, data_dir: pocket, extraction: {judge_scope: all}}", "judge_scope: 'all' needs a judge"),
         (

@@ -33,7 +33,8 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 def require(condition: bool, field: str, value: object, *what_to_do: str) -> None:
     """Raises `OptionError` for `field` unless the condition holds; the message is the value and `what_to_do`."""
     if not condition:
-        raise OptionError(f"{value!r} ", *what_to_do, field=field)
+        shown = "" if value is True else f"{value!r} "  # a switch has no value that a user has typed
+        raise OptionError(shown, *what_to_do, field=field)
 
 
 def typed(value: Any, hint: Any) -> Any:

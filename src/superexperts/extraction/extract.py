@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.box import SIMPLE
@@ -16,9 +16,16 @@ from superexperts.core.console import stdout
 from superexperts.core.errors import Field, OptionError
 from superexperts.core.runs import read_json
 from superexperts.core.settings import ServerConfig, Switch, require, require_url
+from superexperts.engines import ENGINES
 from superexperts.extraction.audit import audit_file
 from superexperts.extraction.judge import Judge, open_judge
 from superexperts.extraction.scores import extract_folder
+
+if TYPE_CHECKING:
+    JudgeEngine = str
+else:
+    # A server is named by its URL instead.
+    JudgeEngine = Literal[tuple(name for name, engine in ENGINES.items() if not engine.server)]
 
 __all__ = ["DEFAULT_JUDGE", "ExtractConfig", "judge_of", "run", "show"]
 
@@ -47,7 +54,7 @@ class ExtractConfig(ServerConfig):
     Default: left."""
     judge_base_url: str | None = None
     """judge: URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: a model in this process."""
-    judge_engine: Literal["hf", "vllm", "sglang"] = "hf"
+    judge_engine: JudgeEngine = "hf"
     """judge in this process: what runs it, as for evaluate."""
     batch_size: int = 8
     """judge in this process: answers per batch."""

@@ -225,7 +225,7 @@ def open_judge(
     """
     # torch and the harness take seconds to import, and extraction by rules needs neither.
     from superexperts.checkpoints.source import resolve
-    from superexperts.engines import Opening, open_engine, require_engine
+    from superexperts.engines import ENGINES, Opening, open_engine, require_engine
     from superexperts.engines.harness import TransformersModel
     from superexperts.engines.server import api, chat_url
     from superexperts.models.loading import load_model, load_tokenizer
@@ -240,7 +240,7 @@ def open_judge(
 
     def load() -> Any:
         try:
-            if engine != "hf":
+            if not ENGINES[engine].in_process:
                 opening = Opening(
                     model=model,
                     folder=source.folder,

@@ -166,7 +166,7 @@ def _with_open_settings(config: ProfileConfig, source: ModelSource) -> ProfileCo
     from superexperts.models.loading import dtype_to_run, fits_in_memory, settings_of
 
     if config.quick and is_distributed():
-        raise OptionError("True runs in one process only; start it without accelerate launch", field="quick")
+        raise OptionError("runs in one process only; start it without accelerate launch", field="quick")
     if not (config.stream or config.quick):
         # transformers builds a quantized checkpoint with other experts modules than those that can be measured.
         quantized = float8.is_quantized(settings_of(source))
@@ -175,7 +175,7 @@ def _with_open_settings(config: ProfileConfig, source: ModelSource) -> ProfileCo
         ):
             why = "is quantized" if quantized else "does not fit in memory"
             if config.sinks:
-                raise OptionError(f"True needs the model in memory, and it {why}; leave it out", field="sinks")
+                raise OptionError(f"needs the model in memory, and it {why}; leave it out", field="sinks")
             config = dataclasses.replace(config, stream=True)
             note(f"profile: the model {why}, so it is streamed one layer at a time (stream)")
     if config.dtype == "auto":

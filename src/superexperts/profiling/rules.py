@@ -293,6 +293,6 @@ RULES: dict[str, Rule] = {
         exactly_one=True,
     ),
     "random": Rule(help="a seeded draw, as a control", choose=_at_random, needs=_SIZES),
-    "layers": Rule(help="all routed experts of the layers of --like", choose=_all_of_the_layers, needs=("like",)),
+    "layers": Rule(help="all routed experts of the layers of another set", choose=_all_of_the_layers, needs=("like",)),
 }
 """Name on the command line and in study files -> rule, in the order of the help."""
