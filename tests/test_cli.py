@@ -168,6 +168,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["profile", "--data-dir", "nowhere", "--corpus", "c4"], "--data-dir: 'nowhere' is not a folder"),
         (["bogus"], "there is no command 'bogus'; see superexperts --help"),
         (["select"], "PROFILE"),
+        (["pocket", "--output", "x"], "there is no option --output; did you mean --out?"),
+        (
+            ["train", "--lr", "1", "--data", "x", "--attention"],
+            "there is no option --lr; see superexperts train --help",
+        ),
+        (["extract", "x", "--judge-scope", "some"], "--judge-scope: 'some' is unknown; choose from all, left"),
         (["select", "nowhere"], "PROFILE: cannot read nowhere"),
         (["select", "nowhere", "--rule", "random"], "--rule: random needs --count, --share or --like"),
         (["prune", "--experts", "L1E999"], "--experts: L1E999 is not in the model (layer 1 has experts 0.."),

@@ -55,12 +55,15 @@ def _refusal(event: refusals.ParseErrorEvent, kind: type, prog: str, arguments: 
     see = f"see {prog} --help"
     if isinstance(event, refusals.UnrecognizedArgs):
         return OptionError(_unknown(event.tokens, kind) + see)
+    if isinstance(event, refusals.MissingArgs) and event.unrecognized_tokens:
+        return OptionError(_unknown([str(token) for token in event.unrecognized_tokens], kind) + see)
     if isinstance(event, refusals.MissingArgs):
         names = ", ".join(speller(kind)(missing.arg.field.intern_name) for missing in event.missing_arguments)
         return OptionError(f"{names} is missing; {see}")
     if isinstance(event, refusals.InvalidChoice):
         field = event.argument.field.intern_name
-        return OptionError(f"{event.value!r} is unknown; choose from {', '.join(event.choices)}", field=field)
+        choices = ", ".join(choice for choice in event.choices if choice != "None")  # None is to leave the option out
+        return OptionError(f"{event.value!r} is unknown; choose from {choices}", field=field)
     if isinstance(event, refusals.BadValue):
         return OptionError(f"needs a value; {see}", field=event.argument.field.intern_name)
     if isinstance(event, refusals.InstantiationFailure) and event.argument is not None:
@@ -77,7 +80,8 @@ def _refusal(event: refusals.ParseErrorEvent, kind: type, prog: str, arguments: 
 
 def _unknown(tokens: Sequence[str], kind: type) -> str:
     spell = speller(kind)
-    known = [spell(name) for name in get_type_hints(kind)]
+    # `--r` is close to any short word, and seldom what was meant.
+    known = [name for name in map(spell, get_type_hints(kind)) if len(name) > len("--r")]
     options = [token for token in tokens if token.startswith("-")]
     if not options:
         return f"{tokens[0]!r} is one argument too many; "
