@@ -173,7 +173,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ["train", "--lr", "1", "--data", "x", "--attention"],
             "there is no option --lr; see superexperts train --help",
         ),
-        (["extract", "x", "--judge-scope", "some"], "--judge-scope: 'some' is unknown; choose from all, left"),
+        (["extract", "x", "--judge-scope", "some"], "--judge-scope: 'some' is unknown; choose from left, all"),
         (["select", "nowhere"], "PROFILE: cannot read nowhere"),
         (["select", "nowhere", "--rule", "random"], "--rule: random needs --count, --share or --like"),
         (["prune", "--experts", "L1E999"], "--experts: L1E999 is not in the model (layer 1 has experts 0.."),
@@ -354,3 +354,17 @@ def test_the_original_command_line(here: Path, shared_data: Path, monkeypatch: p
     subprocess.run(command, check=True, capture_output=True)
     assert json.loads((here / "out" / "profile.json").read_text())["corpora"].keys() == {"wikitext2"}
     assert len(json.loads((here / "out" / "experts.json").read_text())["experts"]) == 2
+
+
+@pytest.mark.parametrize("words", [["--help"], ["profile", "--help"], ["select", "p", "--json"]])
+def test_a_reader_that_stops_early_is_no_traceback(words: list[str], tmp_path: Path) -> None:
+    """As `superexperts profile --help | head -1`: the other end of the pipe is closed before anything is printed."""
+    code = "import sys; from superexperts import cli; from superexperts.profiling import select\n"
+    code += "select.run = lambda _: {'out': 'x'}\nsys.stdin.readline(); sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *words]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        _, said = process.communicate(b"\n", timeout=60)
+    assert (process.returncode, said) == (1, b"")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -88,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = words[0] if words else "--help"
     if name in ("-h", "--help"):
-        _help()
+        with _printing():
+            _help()
         return 0
     spell: Callable[[str], str] = str
     try:
@@ -104,9 +106,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SuperExpertsError as error:
         print(f"superexperts: {error.line(spell)}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -139,18 +138,34 @@ def _settings(name: str, command: Command, module: Any, words: Sequence[str]) ->
     default = getattr(module, command.defaults)(words) if command.defaults else None
     if command.rewrite:
         words = getattr(module, command.rewrite)(words)
-    return read_arguments(getattr(module, command.settings), f"superexperts {name}", words, default)
+    with _printing():  # --help
+        return read_arguments(getattr(module, command.settings), f"superexperts {name}", words, default)
 
 
 def _run(module: Any, settings: Any) -> int:
     result = module.run(settings)
     if not is_main_process:
         return 0
-    if settings.json:
-        print(json.dumps(result, ensure_ascii=False))
-    else:
-        module.show(result)
+    with _printing():
+        if settings.json:
+            print(json.dumps(result, ensure_ascii=False))
+        else:
+            module.show(result)
     return int(result.get("exit_code", 0))
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    """Ends the process quietly if whatever reads standard output, such as `head`, stops before the end of the block.
+
+    Only for printing: any other broken pipe, such as that of a worker, is an error.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at exit
+        raise SystemExit(1) from None
 
 
 def _imported(name: str) -> Any:

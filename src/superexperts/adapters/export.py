@@ -12,9 +12,9 @@ from tyro.conf import Positional
 
 from superexperts.adapters.formats import FORMATS, writable
 from superexperts.checkpoints.source import ModelSource, adapter_folder, resolve
-from superexperts.core.config import identity
 from superexperts.core.console import note, stdout
 from superexperts.core.errors import OptionError, OutputError
+from superexperts.core.identity import identity
 from superexperts.core.runs import completed, fingerprint, new_folder, read_json, write_manifest
 from superexperts.core.settings import Switch
 

@@ -13,9 +13,9 @@ from tyro.conf import Positional
 
 from superexperts.adapters.formats import FORMATS, readable
 from superexperts.checkpoints.source import adapter_folder, resolve
-from superexperts.core.config import identity
 from superexperts.core.console import note, stdout
 from superexperts.core.errors import DataError, OptionError
+from superexperts.core.identity import identity
 from superexperts.core.runs import completed, fingerprint, new_folder, read_json, write_manifest, write_text
 from superexperts.core.settings import Switch
 

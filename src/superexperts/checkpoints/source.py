@@ -36,10 +36,9 @@ class ModelSource:
     """The setting that named the model, for errors."""
 
     @functools.cached_property
-    def config(self) -> dict[str, Any]:
-        """What config.json holds."""
-        config: dict[str, Any] = read_json(self.folder / "config.json", self.field)
-        return config
+    def config(self) -> Any:
+        """The value in config.json, a dict unless the file is broken; read once."""
+        return read_json(self.folder / "config.json", self.field)
 
     @functools.cached_property
     def fingerprint(self) -> str:

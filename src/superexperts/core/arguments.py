@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from types import NoneType
-from typing import TypeVar, get_args, get_type_hints
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro import _errors as refusals  # the only way to learn what was wrong without parsing the box that tyro prints
@@ -62,8 +62,11 @@ def _refusal(event: refusals.ParseErrorEvent, kind: type, prog: str, arguments: 
         return OptionError(f"{names} is missing; {see}")
     if isinstance(event, refusals.InvalidChoice):
         field = event.argument.field.intern_name
-        choices = ", ".join(choice for choice in event.choices if choice != "None")  # None is to leave the option out
-        return OptionError(f"{event.value!r} is unknown; choose from {choices}", field=field)
+        # As declared: tyro gives the choices of an option that may be left out in any order, and None among them.
+        kind_of_field = event.argument.field.type
+        literals = [hint for hint in (kind_of_field, *get_args(kind_of_field)) if get_origin(hint) is Literal]
+        choices = [str(choice) for literal in literals for choice in get_args(literal)] or event.choices
+        return OptionError(f"{event.value!r} is unknown; choose from {', '.join(choices)}", field=field)
     if isinstance(event, refusals.BadValue):
         return OptionError(f"needs a value; {see}", field=event.argument.field.intern_name)
     if isinstance(event, refusals.InstantiationFailure) and event.argument is not None:

@@ -17,9 +17,9 @@ import tyro
 
 from superexperts.benchmarks import BENCHMARKS, default_benchmarks
 from superexperts.checkpoints.source import ModelSource, adapter_folder, resolve
-from superexperts.core.config import identity
 from superexperts.core.console import is_main_process, is_shown, note, stdout
 from superexperts.core.errors import Field, OptionError
+from superexperts.core.identity import identity
 from superexperts.core.runs import completed, fingerprint, read_json, versions, write_manifest
 from superexperts.core.settings import (
     SeededConfig,

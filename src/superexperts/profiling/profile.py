@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from superexperts.checkpoints.source import ModelSource, resolve
-from superexperts.core.config import identity
 from superexperts.core.console import is_main_process, note, stdout
 from superexperts.core.errors import Field, OptionError
+from superexperts.core.identity import identity
 from superexperts.core.runs import completed, input_key, prepare_folder, read_json, write_json, write_manifest
 from superexperts.core.settings import ModelConfig, Switch, require, require_device, require_sequences
 from superexperts.core.types import CorpusProfile, Profile, key_name

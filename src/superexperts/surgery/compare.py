@@ -22,7 +22,7 @@ from superexperts.checkpoints.reader import Checkpoint
 from superexperts.checkpoints.source import CONFIG_FILE, ModelSource, adapter_folder, resolve
 from superexperts.core.console import note, progress, stdout
 from superexperts.core.errors import ExpertsError, Field, ModelError
-from superexperts.core.runs import fingerprint, new_folder, read_json, write_json, write_manifest
+from superexperts.core.runs import fingerprint, new_folder, write_json, write_manifest
 from superexperts.core.settings import Switch, require
 from superexperts.core.types import ExpertKey, ExpertSet, key_name, key_order
 from superexperts.surgery.differences import Difference, Status, Sums, compare_units, count, tensor_sums, total
@@ -102,7 +102,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
             with Checkpoint(other.folder) as b:
                 other_parts = None if parts is None else _parts_of(other, b, needed=expected is not None)
                 differences = _between(a, b, parts, other_parts)
-    settings = [] if other is None else _config_differences(one.folder, other.folder)
+    settings = [] if other is None else _config_differences(one, other)
     result = {
         "a": config.a,
         "b": config.b,
@@ -207,16 +207,15 @@ def _summary(differences: Sequence[Difference]) -> dict[str, Any]:
     }
 
 
-def _config_differences(a: Path, b: Path) -> list[str]:
+def _config_differences(a: ModelSource, b: ModelSource) -> list[str]:
     """The fields of config.json that differ."""
     one, other = _settings(a), _settings(b)
     names = (one.keys() | other.keys()) - {*ADDED_LATER}
     return sorted(name for name in names if one.get(name) != other.get(name))
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    settings: Any = read_json(folder / "config.json", "model")
-    fields: dict[str, Any] = settings if isinstance(settings, dict) else {}
+def _settings(source: ModelSource) -> dict[str, Any]:
+    fields: dict[str, Any] = source.config if isinstance(source.config, dict) else {}
     return {RENAMED.get(name) or name: value for name, value in fields.items()}
 
 

@@ -18,9 +18,9 @@ from superexperts.checkpoints.provenance import Record, base_files, name_of
 from superexperts.checkpoints.reader import Checkpoint, Entry
 from superexperts.checkpoints.source import ModelSource, resolve
 from superexperts.checkpoints.writer import Change, Patch, Zeros, carry_along, patch_shards, rewrite_shards
-from superexperts.core.config import identity
 from superexperts.core.console import note, stdout
 from superexperts.core.errors import Field, ModelError, OutputError
+from superexperts.core.identity import identity
 from superexperts.core.runs import completed, new_folder, write_manifest, write_text
 from superexperts.core.settings import CheckpointConfig, Switch, require, require_sequences
 from superexperts.core.types import ExpertKey, chosen_experts, key_name

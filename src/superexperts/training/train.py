@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import tyro
 
-from superexperts.core.config import identity
 from superexperts.core.console import is_main_process, note, stdout
 from superexperts.core.errors import DataError, Field, OptionError
+from superexperts.core.identity import identity
 from superexperts.core.runs import completed, fingerprint, input_key, new_folder, read_json, write_manifest
 from superexperts.core.settings import SeededConfig, Switch, require, require_device, require_seed
 from superexperts.core.types import ExpertKey, ExpertSet, chosen_experts, key_name
