@@ -79,7 +79,8 @@ def superexperts(*arguments: str) -> list[str]:
 
 def write_adapter(folder: Path, base: Path, experts: tuple[tuple[int, int], ...]) -> None:
     """LoRA of rank 16 on the experts."""
-    model = load_structure(resolve(str(base)))
+    source = resolve(str(base))
+    model = load_structure(source)
     generator = torch.Generator().manual_seed(0)
     factors = {}
     for layer, expert in experts:
@@ -91,7 +92,7 @@ def write_adapter(folder: Path, base: Path, experts: tuple[tuple[int, int], ...]
                 scaling=2.0,
             )
     folder.mkdir(exist_ok=True)
-    files.write_adapter(folder, *own_layout(model, factors), base=str(base), revision=None)
+    files.write_adapter(folder, *own_layout(model, factors), source)
 
 
 def shell(command: str) -> None:

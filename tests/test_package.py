@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 from superexperts.engines import ENGINES
@@ -25,6 +26,19 @@ def test_settings_stay_above_the_rooms_that_work_without_commands() -> None:
         for file in (SOURCES / room).rglob("*.py")
         for line in file.read_text(encoding="utf-8").splitlines()
         if line.startswith("from superexperts") and line.endswith("Config")
+    ]
+    assert not found
+
+
+def test_only_models_knows_how_a_family_lays_out_its_experts() -> None:
+    """What transformers writes on a bank of experts is read in models/; other rooms ask the functions there."""
+    marks = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+    found = [
+        f"{file}:{node.lineno}"
+        for file in SOURCES.rglob("*.py")
+        if file.relative_to(SOURCES).parts[0] != "models"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in marks
     ]
     assert not found
 

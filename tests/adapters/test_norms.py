@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from superexperts.adapters import export, norms
 from superexperts.adapters.export import ExportConfig
 from superexperts.adapters.factors import Factor
 from superexperts.adapters.norms import adapter_changes, change_norm
 from superexperts.checkpoints.reader import Checkpoint
+from superexperts.checkpoints.source import resolve
 from superexperts.core.errors import ModelError
 from superexperts.core.types import ExpertSet
 from superexperts.surgery import compare
@@ -37,7 +37,7 @@ def test_norm_of_a_change_is_that_of_the_product() -> None:
 def test_changes_are_those_of_the_merged_checkpoint(family: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)
     adapter = save_adapter(train_like(stock(base), family), base, tmp_path / "adapter")
-    found = adapter_changes(str(base), None, {"one": adapter})["one"]
+    found = adapter_changes(resolve(str(base)), {"one": adapter})["one"]
     export.run(ExportConfig(adapter=adapter, format="merged", out=tmp_path / "merged"))
     compared = compare.run(CompareConfig(a=str(base), b=str(tmp_path / "merged")))
     rows = {ExpertSet.parse(row["expert"]).experts[0]: row["relative_norm"] for row in compared["experts"]}
@@ -55,19 +55,21 @@ def test_changes_are_those_of_the_merged_checkpoint(family: str, tmp_path: Path)
     assert found.others
 
 
-def test_a_base_is_read_once_and_never_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_base(tmp_path / "base", "deepseek_v2")
     adapter = save_adapter(train_like(stock(base), "deepseek_v2"), base, tmp_path / "adapter")
     read: list[str] = []
     monkeypatch.setattr(norms.Checkpoint, "read", lambda self, entry: read.append(entry.key) or torch.ones(entry.shape))
-    both = adapter_changes(str(base), None, {"one": adapter, "two": adapter})
+    both = adapter_changes(resolve(str(base)), {"one": adapter, "two": adapter})
     assert both["one"] == both["two"]
     assert len(read) == len(set(read)) > 0
 
-    def asked(name: str, **options: object) -> str:
-        assert options["local_files_only"] is True
-        raise LocalEntryNotFoundError(name)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
-    with pytest.raises(ModelError, match="'nobody/nothing'"):
-        adapter_changes("nobody/nothing", None, {"one": adapter})
+def test_a_quantized_base_is_an_error_about_the_setting_that_named_it(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "deepseek_v2")
+    settings = json.loads((base / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (base / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="quantized") as caught:
+        adapter_changes(resolve(str(base), field="base"), {})
+    assert caught.value.field == "base"

@@ -250,8 +250,9 @@ def test_a_missing_shared_expert_is_named() -> None:
 
 def test_a_dense_model_is_refused_by_name() -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    with pytest.raises(ModelError, match="llama has no routed experts"):
-        find_banks(LlamaForCausalLM(config))
+    with pytest.raises(ModelError, match="llama has no routed experts") as caught:
+        find_banks(LlamaForCausalLM(config), "base")
+    assert caught.value.field == "base"
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])

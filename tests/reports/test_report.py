@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -11,12 +12,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from bs4 import BeautifulSoup
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from superexperts.adapters.norms import Changes
-from superexperts.core.errors import DataError, ModelError, OutputError
+from superexperts.core.errors import DataError, OutputError
 from superexperts.core.runs import write_json
 from superexperts.core.types import Answer, Extraction
 from superexperts.reports import pictures
@@ -313,7 +316,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if run.kind == "lora"
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "adapter_changes", lambda model, revision, adapters: found)
+        patch.setattr(pictures, "adapter_changes", lambda source, adapters: found)
         write_report(made)
     return made
 
@@ -386,18 +389,21 @@ def test_how_to_do_it_again(soup: BeautifulSoup, seeds: Path) -> None:
     assert f"superexperts train pocket {wanted}" in text
 
 
-def test_without_the_base_model_no_weights_are_invented(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refuse(*_: object) -> None:
-        raise ModelError("MODEL: 'org/model' is not here")
+def test_a_base_model_that_is_not_here_is_not_fetched_for_its_weights(
+    seeds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(name: str, **options: object) -> str:
+        assert options["local_files_only"] is True
+        raise LocalEntryNotFoundError(name)
 
-    results = Results.load(seeds)
+    results = dataclasses.replace(Results.load(seeds), model="org/model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "adapter_changes", refuse)
+        patch.setattr(huggingface_hub, "snapshot_download", fetch)
         picture = pictures._weights(seeds, results, profile())
     assert picture is not None
     assert "The base model's weights are not on this machine" in picture.caption
     assert "LoRA" not in picture.alt
-    assert "report: no weight changes (MODEL: 'org/model' is not here)" in capsys.readouterr().err
+    assert "report: no weight changes (model: 'org/model' is neither a folder nor" in capsys.readouterr().err
 
 
 # ---- in a browser ----

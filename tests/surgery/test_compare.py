@@ -24,10 +24,11 @@ from superexperts.cli import main
 from superexperts.core.errors import DataError, ExpertsError, ModelError
 from superexperts.models.banks import find_banks
 from superexperts.models.parts import Unit
-from superexperts.surgery import compare, prune
+from superexperts.surgery import compare, prune, restore
 from superexperts.surgery.compare import CompareConfig
 from superexperts.surgery.differences import BLOCK, compare_unit, same_bytes, tensor_sums
 from superexperts.surgery.prune import PruneConfig
+from superexperts.surgery.restore import RestoreConfig
 from tests.adapters.test_export import save_adapter, save_base, stock, train_like
 from tests.support.families import FAMILIES, MORE_FAMILIES
 from tests.surgery.test_surgery import contents, save, tensors
@@ -202,15 +203,31 @@ def test_a_second_name_of_a_file_is_not_read(tmp_path: Path, monkeypatch: pytest
     save("qwen3_moe", tmp_path / "base")
     prune.run(PruneConfig(model=str(tmp_path / "base"), experts="L1E1", out=tmp_path / "out"))
     read: set[str] = set()
-    fill = compare.compare_units.__globals__["_fill"]
+    stock = Checkpoint.read_bytes
 
-    def watched(descriptor: int, target: memoryview, entry: Entry, start: int) -> None:
+    def watched(checkpoint: Checkpoint, entry: Entry, target: memoryview, start: int = 0) -> None:
         read.add(entry.file)
-        fill(descriptor, target, entry, start)
+        stock(checkpoint, entry, target, start)
 
-    monkeypatch.setattr("superexperts.surgery.differences._fill", watched)
+    monkeypatch.setattr(Checkpoint, "read_bytes", watched)
     assert found(tmp_path / "base", tmp_path / "out")["parts"]["changed"] == 1
     assert len(read) == 1
+
+
+def test_a_broken_checkpoint_is_an_error_about_the_setting_that_named_it(tmp_path: Path) -> None:
+    save("qwen3_moe", tmp_path / "base")
+    prune.run(PruneConfig(model=str(tmp_path / "base"), experts="L1E1", out=tmp_path / "out"))
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        shard.unlink()  # it may be a second name of the base's
+        shard.write_bytes(b"{}")
+    for command, field in (
+        (lambda: found(tmp_path / "base", tmp_path / "out"), "b"),
+        (lambda: found(tmp_path / "out", tmp_path / "base"), "a"),
+        (lambda: restore.run(RestoreConfig(folder=tmp_path / "out", out=tmp_path / "restored")), "folder"),
+    ):
+        with pytest.raises(ModelError, match="is cut off, or not a safetensors file") as caught:
+            command()
+        assert caught.value.field == field
 
 
 # ---- an adapter as B ----

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from superexperts.adapters import lora
 from superexperts.adapters.files import PREFIX, check_fits, check_keys, read_adapter, write_adapter
 from superexperts.adapters.layer import RENAMED_BY_PEFT, ExpertLoraConfig, ExpertsLora, is_projection, linears
+from superexperts.checkpoints.source import ModelSource
 from superexperts.core.errors import DataError, Field, ModelError
 from superexperts.core.runs import write_text
 from superexperts.models.banks import find_banks, unwrapped
@@ -262,18 +263,17 @@ def write_export(
     factors: Factors,
     config: LoraConfig,
     tensors: Mapping[str, Tensor],
+    source: ModelSource,
     *,
-    base: str,
-    revision: str | None,
     loader: str,
 ) -> dict[str, Any]:
     """Writes an adapter's two files and a card that names the program that loads them; returns what was written."""
-    write_adapter(out, config, tensors, base=base, revision=revision)
+    write_adapter(out, config, tensors, source)
     experts = expert_names(model, factors)
     write_text(
         out / "README.md",
         "---\nlibrary_name: peft\ntags:\n- lora\n---\n\n"
-        f"# LoRA on {', '.join(experts) or 'linear maps'} of {base}\n\n"
+        f"# LoRA on {', '.join(experts) or 'linear maps'} of {source.name}\n\n"
         f"In the layout that {loader} loads; every other expert of the layers named is filled with zeros.\n",
     )
     return {"experts": experts, "keys": len(tensors), "r": config.r}

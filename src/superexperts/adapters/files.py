@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from superexperts.adapters.layer import ExpertLoraConfig, linears
-from superexperts.checkpoints.source import CONFIG_FILE
+from superexperts.checkpoints.source import CONFIG_FILE, ModelSource
 from superexperts.core import errors
 from superexperts.core.errors import DataError, ModelError
 from superexperts.core.runs import read_json
@@ -202,11 +202,9 @@ def _check_patterns(model: nn.Module, config: ExpertLoraConfig, folder: Path, fi
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(
-    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], *, base: str, revision: str | None
-) -> None:
-    """Writes the two files; `base` is the base model as the user names it."""
-    config.base_model_name_or_path, config.revision = base, revision
+def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], source: ModelSource) -> None:
+    """Writes the two files, which name the base model as the user named it."""
+    config.base_model_name_or_path, config.revision = source.name, source.revision
     config.save_pretrained(str(folder))
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -35,7 +35,16 @@ from superexperts.adapters.layer import RENAMED_BY_PEFT, linears
 from superexperts.checkpoints.source import ModelSource
 from superexperts.core.errors import DataError, OptionError
 from superexperts.models.banks import Bank, find_banks
-from superexperts.models.experts import DOWN, GATE, UP, join_gate_up, split_gate_up
+from superexperts.models.experts import (
+    DOWN,
+    GATE,
+    UP,
+    in_out_features,
+    inputs_first,
+    join_gate_up,
+    split_up,
+    up_projections,
+)
 from superexperts.models.experts import up_name as bank_up_name
 from superexperts.models.loading import load_structure
 
@@ -53,7 +62,7 @@ def write(adapter: Path, source: ModelSource, out: Path, *, copy: bool = False) 
     # The keys and shapes must be those that PEFT itself creates on a model without weights.
     expected = injected_keys(load_structure(source), config)
     check_keys(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, out, "out")
-    return write_export(out, model, factors, config, tensors, base=source.name, revision=source.revision, loader="PEFT")
+    return write_export(out, model, factors, config, tensors, source, loader="PEFT")
 
 
 def _layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -116,7 +125,7 @@ def _joined_up(bank: nn.Module, expert: int, own: Mapping[tuple[int | None, str]
     """One factor for the fused gate and up projection: both A stacked, and each B in the rows of its half."""
     gate, up = own.get((expert, GATE)), own.get((expert, UP))
     some = gate or up
-    if some is None or not cast(Any, bank).has_gate:
+    if some is None or GATE not in up_projections(bank):
         return some
     outputs = some.b_OR.shape[0]
     nothing = Factor(a_RI=some.a_RI[:0], b_OR=some.b_OR.new_zeros(outputs, 0), scaling=some.scaling)
@@ -178,8 +187,8 @@ class Fused:
         left = dict(tensors)
         for key, bank, name in targeted(model, config.target_parameters or ()):
             a, b = take_pair(left, key)
-            count, (inputs, outputs) = bank.num_experts, _shape(bank, name)
-            swapped = self.swapped and not cast(Any, bank.module).is_transposed
+            count, (inputs, outputs) = bank.num_experts, in_out_features(bank.module, name)
+            swapped = self.swapped and not inputs_first(bank.module)
             expected = (outputs, inputs) if swapped else (inputs, outputs)
             if a.shape[0] % count or (a.shape[1], b.shape[0]) != expected or a.shape[0] != b.shape[1]:
                 raise DataError(
@@ -196,10 +205,7 @@ class Fused:
                 a_ERI, b_EOR = b_EOR.transpose(1, 2), a_ERI.transpose(1, 2)
             scaling = peft_scaling(config, f"{bank.path}.{name}", rank)
             for expert in range(count):
-                parts = {name: b_EOR[expert]}
-                if name != DOWN and cast(Any, bank.module).has_gate:
-                    parts[GATE], parts[UP] = split_gate_up(bank.module, b_EOR[expert])
-                    del parts[name]
+                parts = {DOWN: b_EOR[expert]} if name == DOWN else split_up(bank.module, b_EOR[expert])
                 for projection, b_OR in parts.items():
                     place = Place(path=bank.path, expert=expert, projection=projection)
                     factors[place] = Factor(a_RI=a_ERI[expert], b_OR=b_OR, scaling=scaling)
@@ -232,24 +238,17 @@ def targeted(model: nn.Module, target_parameters: Iterable[str]) -> Iterator[tup
             yield f"{PREFIX}{bank.path}{'.base_layer' * depth}", bank, name
 
 
-def _shape(bank: Bank, name: str) -> tuple[int, int]:
-    """(inputs, outputs) of a bank's parameter."""
-    parameter = getattr(bank.module, name)
-    first, second = parameter.shape[1:]
-    return (first, second) if cast(Any, bank.module).is_transposed else (second, first)
-
-
 def _is_swapped(
-    fused: list[tuple[str, Any, str]], tensors: Mapping[str, Tensor], fields: Mapping[str, Any]
+    fused: list[tuple[str, Bank, str]], tensors: Mapping[str, Tensor], fields: Mapping[str, Any]
 ) -> tuple[bool, str]:
     """Whether A holds the outputs, as PEFT 0.18 wrote it, and what shows it."""
     square = True
     for key, bank, name in fused:
-        inputs, outputs = _shape(bank, name)
+        inputs, outputs = in_out_features(bank.module, name)
         a = tensors.get(f"{key}.lora_A.weight")
         if a is None:
             raise DataError(f"{key}.lora_A.weight is missing; save the adapter again", field="adapter")
-        if bank.module.is_transposed:
+        if inputs_first(bank.module):
             return False, "parameters kept as [experts, in, out] are the same in both versions"
         if inputs != outputs:
             square = False
@@ -266,7 +265,7 @@ def _is_swapped(
     return old, f"projections are square, and PEFT {version} wrote it"
 
 
-def _is_blockwise(fused: list[tuple[str, Any, str]], tensors: Mapping[str, Tensor]) -> bool | None:
+def _is_blockwise(fused: list[tuple[str, Bank, str]], tensors: Mapping[str, Tensor]) -> bool | None:
     """Whether the columns of zeros in B, of untrained experts, are expert by expert; None if they fit both orders."""
     for key, bank, _ in fused:
         b = tensors.get(f"{key}.lora_B.weight")

@@ -85,7 +85,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
             raise DataError(f"{folder} holds only zeros and changes nothing; train it first", field="adapter")
         own_config, own_tensors = own_layout(model, factors)
         adapter = temporary / "adapter"
-        write_adapter(adapter, own_config, own_tensors, base=source.name, revision=source.revision)
+        write_adapter(adapter, own_config, own_tensors, source)
         experts = expert_names(model, factors)
         write_text(adapter / "README.md", _card(experts, source.name, layout))
         result = {"layout": layout, "why": why, "experts": experts, "keys": len(own_tensors), "r": own_config.r}

@@ -35,6 +35,7 @@ from superexperts.models.experts import (
     expert_up,
     is_bank,
     join_gate_up,
+    up_projections,
 )
 from superexperts.models.experts import projections as bank_projections
 from superexperts.models.hooks import mask_and_add
@@ -258,7 +259,7 @@ class ExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT has no ty
             up_NF, gate_NF = (self._change(name, f"{expert}_{part}", x_ND) for part in (UP, GATE))
             if gate_NF is None and up_NF is None:
                 continue
-            if cast(Any, bank).has_gate:
+            if GATE in up_projections(bank):
                 # Gate and up have the same shape, and one of them may have no adapter.
                 some_NF = cast(Tensor, up_NF if gate_NF is None else gate_NF)
                 halves = (torch.zeros_like(some_NF) if half is None else half for half in (gate_NF, up_NF))

@@ -36,7 +36,7 @@ def write(adapter: Path, source: ModelSource, out: Path, *, copy: bool = False) 
     Only shards that hold a changed tensor are written. The model is loaded only if its checkpoint keeps what changes in
     an order that cannot be edited, or if the adapter is more than A and B.
     """
-    with Checkpoint(source.folder) as base:
+    with Checkpoint(source.folder, source.field) as base:
         model = load_structure(source)
         # Errors in the adapter are found here, before a model is loaded for it.
         config, _ = read_adapter(adapter, "adapter")
@@ -60,7 +60,7 @@ def write(adapter: Path, source: ModelSource, out: Path, *, copy: bool = False) 
             files=base_files(base, source.folder),
             changes=tuple(changes),
         ).write(out)
-    with Checkpoint(out) as written:
+    with Checkpoint(out, "out") as written:
         return {"keys": len(written), "changed": len({change.key for change in changes})}
 
 

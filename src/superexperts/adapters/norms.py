@@ -17,7 +17,7 @@ import torch
 
 from superexperts.adapters.factors import Factor, read_factors
 from superexperts.checkpoints.reader import Checkpoint, Entry
-from superexperts.checkpoints.source import resolve
+from superexperts.checkpoints.source import ModelSource
 from superexperts.core.errors import ModelError
 from superexperts.core.types import ExpertKey, key_order
 from superexperts.models.experts import DOWN, up_name
@@ -44,18 +44,19 @@ def change_norm(factor: Factor) -> float:
     return abs(factor.scaling) * math.sqrt(max(squared, 0.0))
 
 
-def adapter_changes(model: str, revision: str | None, adapters: Mapping[str, Path]) -> dict[str, Changes]:
-    """The changes that each adapter folder makes to a base model on this machine, by the adapter's name.
+def adapter_changes(source: ModelSource, adapters: Mapping[str, Path]) -> dict[str, Changes]:
+    """The changes that each adapter folder makes to a base model, by the adapter's name.
 
-    `ModelError` if the model is not on this machine, is quantized, or keeps its experts in another order than the model
-    class; `DataError` for an adapter that is more than A and B.
+    `ModelError` if the model is quantized, or keeps its experts in another order than the model class; `DataError` for
+    an adapter that is more than A and B.
     """
-    source = resolve(model, revision, fetch=False)
-    with Checkpoint(source.folder) as checkpoint:
+    with Checkpoint(source.folder, source.field) as checkpoint:
         structure = load_structure(source)
         model_parts = ModelParts(structure, checkpoint)
         if model_parts.key_mapping.quantized:
-            raise ModelError(f"{model!r} is quantized, so its weights have no norm to compare with", field="model")
+            raise ModelError(
+                f"{source.name!r} is quantized, so its weights have no norm to compare with", field=source.field
+            )
         norms = _Norms(checkpoint)
         with warnings.catch_warnings():  # PEFT warns because the adapter names its base model, not the folder of it
             warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
@@ -96,7 +97,8 @@ def _changes(model_parts: ModelParts, adapter: Path, norms: _Norms) -> Changes:
                     parts = model_parts.parts.get(f"{bank.path}.{name}")
                     if parts is None:
                         raise ModelError(
-                            f"its checkpoint keeps the experts of {bank.path} in another order", field="model"
+                            f"its checkpoint keeps the experts of {bank.path} in another order",
+                            field=model_parts.checkpoint.field,
                         )
                     bases[key] += norms(parts[place.expert])
             moved[key] += squared

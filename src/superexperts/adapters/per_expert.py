@@ -35,7 +35,7 @@ from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import note
 from superexperts.core.errors import Field, ModelError, OptionError
 from superexperts.models.banks import find_banks
-from superexperts.models.experts import DOWN, GATE, UP, projections
+from superexperts.models.experts import DOWN, GATE, UP, projections, up_projections
 from superexperts.models.experts import up_name as bank_up_name
 from superexperts.models.loading import load_structure
 
@@ -51,19 +51,17 @@ def write(adapter: Path, source: ModelSource, out: Path, *, copy: bool = False) 
     factors = read_factors(model, adapter, "adapter")
     config, tensors = _layout(model, factors)
     # Engines skip keys that fit nothing without a message, so each key must be a weight of the checkpoint.
-    with Checkpoint(source.folder) as checkpoint:
+    with Checkpoint(source.folder, source.field) as checkpoint:
         stored = set(checkpoint)
     modules = [key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors]
     unknown = next((module for module in modules if f"{module}.weight" not in stored), None)
     if unknown is not None:
-        raise ModelError(f"{source.name} holds no weight {unknown}; give the adapter's own model", field="model")
+        raise ModelError(f"{source.name} holds no weight {unknown}; give the adapter's own model", field=source.field)
     if config.r > ENGINE_RANKS[-1]:
         raise OptionError(f"'vllm' has ranks up to {ENGINE_RANKS[-1]}, not {config.r}; use merged", field="format")
     if any(".kv_b_proj." in key for key in tensors):
         note("export: vLLM drops LoRA on kv_b_proj unless it runs with VLLM_MLA_DISABLE=1")
-    result = write_export(
-        out, model, factors, config, tensors, base=source.name, revision=source.revision, loader="vLLM"
-    )
+    result = write_export(out, model, factors, config, tensors, source, loader="vLLM")
     return result | {"max_lora_rank": next(rank for rank in ENGINE_RANKS if rank >= config.r)}
 
 
@@ -153,8 +151,8 @@ def _checkpoint_names(model: nn.Module, places: Iterable[Place]) -> dict[Place, 
             )
             for projection in (GATE, UP, DOWN)
         }
-        ups = (GATE, UP) if cast(Any, bank.module).has_gate else (UP,)
-        state[f"{path}.{bank_up_name(bank.module)}"] = torch.stack([numbers[up] for up in ups], dim=1)[:, :, None]
+        ups = [numbers[projection] for projection in up_projections(bank.module)]
+        state[f"{path}.{bank_up_name(bank.module)}"] = torch.stack(ups, dim=1)[:, :, None]
         state[f"{path}.{DOWN}"] = numbers[DOWN][:, None, None]
     for place in order:
         if place.expert is None:

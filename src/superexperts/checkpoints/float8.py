@@ -28,27 +28,25 @@ SCALES = "_scale_inv"
 
 def is_quantized(settings: Any) -> bool:
     """Whether a model's config says that its checkpoint is quantized."""
-    return getattr(settings, "quantization_config", None) is not None
+    return vars(settings).get("quantization_config") is not None  # transformers sets it where config.json has it
 
 
-def opened(folder: Path, settings: Any) -> Checkpoint:
-    """The checkpoint of a model whose config is `settings`, in float8 blocks or not quantized.
+def opened(folder: Path, settings: Any, field: str = "model") -> Checkpoint:
+    """The checkpoint of a model with the config `settings`, in float8 blocks or not quantized.
 
-    `ModelError` for any other quantization.
+    `ModelError` about `field`, the setting that named the folder, for any other quantization.
     """
     if not is_quantized(settings):
-        return Checkpoint(folder)
+        return Checkpoint(folder, field)
     said: Mapping[str, Any] = settings.quantization_config
     block = said.get("weight_block_size")
     if said.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2 or min(block) < 1:
         raise ModelError(
-            (
-                f"{str(folder)!r} is quantized in a way that is not read here ({said.get('quant_method')}, "
-                f"blocks {block}); use its bfloat16 checkpoint"
-            ),
-            field="model",
+            f"{str(folder)!r} is quantized in a way that is not read here ({said.get('quant_method')}, "
+            f"blocks {block}); use its bfloat16 checkpoint",
+            field=field,
         )
-    return Float8Checkpoint(folder, (block[0], block[1]))
+    return Float8Checkpoint(folder, (block[0], block[1]), field)
 
 
 class Float8Checkpoint(Checkpoint):
@@ -57,8 +55,8 @@ class Float8Checkpoint(Checkpoint):
     An entry's `offset` and `nbytes` are those in the shard. `ModelError` for a matrix without fitting scales.
     """
 
-    def __init__(self, folder: Path, block: tuple[int, int]) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, block: tuple[int, int], field: str = "model") -> None:
+        super().__init__(folder, field)
         self._block = block
         self._quantized: dict[str, tuple[Entry, Entry]] = {}
         """key -> the matrix and its scales as they are stored"""
@@ -80,7 +78,7 @@ class Float8Checkpoint(Checkpoint):
             has = "no scales" if scales is None else f"scales of {list(scales.shape)}, not {list(grid)}"
             raise ModelError(
                 f"{str(self.folder)!r} has {has} for the float8 {entry.key!r} {list(entry.shape)}; fetch it again",
-                field="model",
+                field=self.field,
             )
         return scales
 

@@ -1,8 +1,9 @@
 """A safetensors checkpoint without a model: what its shards hold and where, one tensor or one expert's slice of it.
 
 A checkpoint may come from anywhere, so nothing in it is trusted: names of shards stay in the folder, headers must
-describe exactly the bytes that are there, and a pickle is never opened.
-Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the tensors without gaps).
+describe exactly the bytes that are there, and a pickle is never opened. safetensors itself checks headers; it gives no
+offsets, which follow from the order, shapes and dtypes of the tensors, because the format allows no gaps.
+Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the tensors).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from safetensors import SafetensorError, safe_open
+
 from superexperts.checkpoints.shard_file import BLOCK, ShardFile
 from superexperts.core.errors import ModelError
 
@@ -32,9 +35,6 @@ INDEX = "model.safetensors.index.json"
 
 SPARE = 2 * BLOCK
 """Bytes that memory to read in place has more than what is read."""
-
-MAX_HEADER = 100_000_000
-"""Bytes of a header that the format allows."""
 
 MAX_NAME = 250
 """Characters of a shard's name: file systems take 255 bytes."""
@@ -102,12 +102,13 @@ class Checkpoint(Mapping[str, Entry]):
     """The tensors of a checkpoint folder by key, in the order of the shards; a context that closes its files.
 
     One `model.safetensors`, or the shards that `model.safetensors.index.json` names. `ModelError` in one line for
-    whatever is wrong with the files. Reading may be done by several threads.
+    whatever is wrong with the files, about `field`: the setting that named the folder. Reading may be done by several
+    threads.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        weight_map = _weight_map(folder)
+    def __init__(self, folder: Path, field: str = "model") -> None:
+        self.folder, self.field = folder, field
+        weight_map = self._weight_map()
         self.files = (SINGLE,) if weight_map is None else tuple(sorted(set(weight_map.values())))
         self.metadata: dict[str, dict[str, str]] = {}
         """Per shard what its header says beside the tensors."""
@@ -118,14 +119,12 @@ class Checkpoint(Mapping[str, Entry]):
         """Of tensors, so far."""
         try:
             for file in self.files:
-                self._open[file] = _opened(folder, file)
-                entries, self.metadata[file] = _header(self._open[file].descriptor, folder, file)
-                for entry in entries:
+                for entry in self._opened(file):
                     if entry.key in self._entries:
-                        raise _refused(folder, file, f"holds {entry.key!r}, as does {self._entries[entry.key].file}")
+                        raise self._refused(file, f"holds {entry.key!r}, as does {self._entries[entry.key].file}")
                     self._entries[entry.key] = entry
             if weight_map is not None:
-                _check_index(folder, weight_map, self._entries)
+                self._check_index(weight_map)
         except BaseException:
             self.close()
             raise
@@ -187,7 +186,7 @@ class Checkpoint(Mapping[str, Entry]):
         assert (target.shape, target.dtype) == (entry.shape, entry.dtype)
         assert target.is_contiguous()
         if entry.nbytes:
-            self._read(entry, as_bytes(target), 0)
+            self.read_bytes(entry, as_bytes(target))
 
     def read_in_place(self, entries: Sequence[Entry], memory: Tensor) -> Tensor | None:
         """Reads entries that follow each other in a shard without a copy on the way; -> their bytes within `memory`,
@@ -207,10 +206,11 @@ class Checkpoint(Mapping[str, Entry]):
         memory = memoryview(bytearray(min(PIECE, entry.nbytes)))
         for start in range(0, entry.nbytes, PIECE):
             piece = memory[: entry.nbytes - start]
-            self._read(entry, piece, start)
+            self.read_bytes(entry, piece, start)
             yield piece
 
-    def _read(self, entry: Entry, target: memoryview, start: int) -> None:
+    def read_bytes(self, entry: Entry, target: memoryview, start: int = 0) -> None:
+        """Fills memory with the entry's bytes from number `start` on."""
         shard = self._open[entry.file]
         self._count(entry, lambda: shard.read_into(target, entry.offset + start), len(target))
 
@@ -219,11 +219,100 @@ class Checkpoint(Mapping[str, Entry]):
         try:
             found = read()
         except OSError as error:
-            raise _refused(self.folder, entry.file, f"cannot be read at {entry.key!r} ({_short(error)})") from error
+            raise self._refused(entry.file, f"cannot be read at {entry.key!r} ({_short(error)})") from error
         if found < wanted:
-            raise _refused(self.folder, entry.file, f"ends inside {entry.key!r}")
+            raise self._refused(entry.file, f"ends inside {entry.key!r}")
         with self._lock:
             self.bytes_read += found
+
+    # ---- what the files must be ----
+
+    def _refused(self, file: str, why: str) -> ModelError:
+        return ModelError(f"{str(self.folder / file)!r} {why}; fetch the checkpoint again", field=self.field)
+
+    def _opened(self, file: str) -> list[Entry]:
+        """Opens a shard; returns what it holds, in the order of the bytes. Every byte belongs to one tensor, which
+        safetensors checks."""
+        if not (self.folder / file).is_file():  # a pipe would be waited for
+            raise self._refused(file, "cannot be read (no such file)")
+        try:
+            self._open[file] = ShardFile(self.folder / file)
+            with safe_open(str(self.folder / file), framework="np") as shard:
+                self.metadata[file] = shard.metadata() or {}
+                tensors = [(key, shard.get_slice(key)) for key in shard.offset_keys()]
+                found = [(key, tensor.get_dtype(), tuple(tensor.get_shape())) for key, tensor in tensors]
+        except OSError as error:
+            raise self._refused(file, f"cannot be read ({_short(error)})") from error
+        except SafetensorError as error:
+            raise self._refused(file, f"is cut off, or not a safetensors file ({_short(error)})") from error
+        entries = []
+        offset = len(self.header(file))
+        for key, kind, shape in found:
+            if kind not in KINDS:
+                raise self._refused(file, f"holds {key[:200]!r} in {kind!r}, which is not read here")
+            if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+                # With a dimension of 0 the bytes are none, yet no tensor has such a shape.
+                raise self._refused(file, f"has a header that is wrong at {key[:200]!r}")
+            nbytes = math.prod(shape) * KINDS[kind][1]
+            entries.append(Entry(key=key, file=file, kind=kind, shape=shape, offset=offset, nbytes=nbytes))
+            offset += nbytes
+        # safetensors gives empty tensors at one place in any order.
+        return sorted(entries, key=lambda entry: (entry.offset, entry.nbytes, entry.key))
+
+    def _weight_map(self) -> dict[str, str] | None:
+        """The index: key -> shard; None for a checkpoint of one file."""
+        self._check_settings()
+        if not (self.folder / INDEX).is_file():
+            if (self.folder / SINGLE).is_file():
+                return None
+            raise ModelError(
+                f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX} (pickles are not read); convert it first",
+                field=self.field,
+            )
+        try:
+            index = json.loads((self.folder / INDEX).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._refused(INDEX, f"is not a readable JSON object ({_short(error)})") from error
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise self._refused(INDEX, "has no weight_map")
+        names: set[str] = set()
+        for key, file in weight_map.items():
+            if not isinstance(file, str) or file not in names:
+                self._check_name(key, file)
+                names.add(file)
+        if (self.folder / SINGLE).is_file() and names != {SINGLE}:
+            raise ModelError(
+                f"{str(self.folder)!r} has {SINGLE} and {INDEX}; transformers reads the first alone, so move one away",
+                field=self.field,
+            )
+        return weight_map
+
+    def _check_name(self, key: str, file: Any) -> None:
+        """A name, not a path: an index must not lead out of its folder. What a name leads to may be a link, as it is in
+        the Hub's cache."""
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file or len(file) > MAX_NAME:
+            raise self._refused(INDEX, f"says that {key!r} is in {str(file)[:80]!r}, outside its folder")
+        if not file.endswith(".safetensors"):
+            raise self._refused(INDEX, f"says that {key!r} is in {file[:80]!r}, which is not a safetensors file")
+
+    def _check_settings(self) -> None:
+        """Transformers reads the weights from another file where config.json names one."""
+        try:
+            settings = json.loads((self.folder / "config.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return  # whoever needs it says what is wrong with it
+        if isinstance(settings, dict) and settings.get("transformers_weights") is not None:
+            raise self._refused("config.json", "names another file for the weights, which is not read here")
+
+    def _check_index(self, weight_map: Mapping[str, str]) -> None:
+        """The index and the shards must say the same."""
+        for key, file in weight_map.items():
+            if key not in self._entries or self._entries[key].file != file:
+                raise self._refused(INDEX, f"says that {key!r} is in {file!r}, where it is not")
+        for key, entry in self._entries.items():
+            if key not in weight_map:
+                raise self._refused(entry.file, f"holds {key!r}, which the index does not name")
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -233,136 +322,5 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(cast(Any, tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
 
-def _refused(folder: Path, file: str, why: str) -> ModelError:
-    return ModelError(f"{str(folder / file)!r} {why}; fetch the checkpoint again", field="model")
-
-
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """The index: key -> shard; None for a checkpoint of one file."""
-    _check_settings(folder)
-    if not (folder / INDEX).is_file():
-        if (folder / SINGLE).is_file():
-            return None
-        raise ModelError(
-            f"{str(folder)!r} has neither {SINGLE} nor {INDEX} (pickles are not read); convert it first", field="model"
-        )
-    try:
-        index = _object((folder / INDEX).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _refused(folder, INDEX, f"is not a readable JSON object ({_short(error)})") from error
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise _refused(folder, INDEX, "has no weight_map")
-    good: set[str] = set()
-    for key, file in weight_map.items():
-        if isinstance(file, str) and file in good:
-            continue
-        # A name, not a path: an index must not lead out of its folder. What a name leads to may be a link, as it is in
-        # the Hub's cache.
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file or len(file) > MAX_NAME:
-            raise _refused(folder, INDEX, f"says that {key!r} is in {str(file)[:80]!r}, outside its folder")
-        if not file.endswith(".safetensors"):
-            raise _refused(folder, INDEX, f"says that {key!r} is in {file[:80]!r}, which is not a safetensors file")
-        good.add(file)
-    if (folder / SINGLE).is_file() and good != {SINGLE}:
-        raise ModelError(
-            f"{str(folder)!r} has {SINGLE} and {INDEX}; transformers reads the first alone, so move one away",
-            field="model",
-        )
-    return weight_map
-
-
-def _check_settings(folder: Path) -> None:
-    """Transformers reads the weights from another file where config.json names one."""
-    try:
-        settings = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return  # whoever needs it says what is wrong with it
-    if isinstance(settings, dict) and settings.get("transformers_weights") is not None:
-        raise _refused(folder, "config.json", "names another file for the weights, which is not read here")
-
-
-def _check_index(folder: Path, weight_map: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
-    """The index and the shards must say the same."""
-    for key, file in weight_map.items():
-        if key not in entries or entries[key].file != file:
-            raise _refused(folder, INDEX, f"says that {key!r} is in {file!r}, where it is not")
-    for key, entry in entries.items():
-        if key not in weight_map:
-            raise _refused(folder, entry.file, f"holds {key!r}, which the index does not name")
-
-
-def _opened(folder: Path, file: str) -> ShardFile:
-    if not (folder / file).is_file():  # a pipe would be waited for
-        raise _refused(folder, file, "cannot be read (no such file)")
-    try:
-        return ShardFile(folder / file)
-    except OSError as error:
-        raise _refused(folder, file, f"cannot be read ({_short(error)})") from error
-
-
-def _header(descriptor: int, folder: Path, file: str) -> tuple[list[Entry], dict[str, str]]:
-    """What a shard holds, in the order of the bytes, and its metadata; every byte belongs to one tensor."""
-    size = os.fstat(descriptor).st_size
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-    if size < 8 or length > min(MAX_HEADER, size - 8):
-        raise _refused(folder, file, f"has {size} bytes and no header of safetensors")
-    start = 8 + length
-    try:
-        header = _object(os.pread(descriptor, length, 8))
-    except (ValueError, RecursionError) as error:
-        raise _refused(folder, file, f"has a header that cannot be read ({_short(error)})") from error
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _refused(folder, file, "has a header that is wrong at '__metadata__'")
-    entries = [_entry(key, said, start, folder, file) for key, said in header.items()]
-    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
-    end = start
-    for entry in entries:
-        if entry.offset != end:
-            raise _refused(folder, file, f"has a header whose tensors overlap or leave gaps at {entry.key!r}")
-        end += entry.nbytes
-    if end != size:
-        what = "is cut off" if end > size else "holds more bytes than its header says"
-        raise _refused(folder, file, f"{what} ({size} bytes, not {end})")
-    return entries, metadata
-
-
-def _entry(key: str, said: Any, start: int, folder: Path, file: str) -> Entry:
-    wrong = _refused(folder, file, f"has a header that is wrong at {key[:200]!r}")
-    if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
-        raise wrong
-    shape, offsets = said["shape"], said["data_offsets"]
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise wrong
-    if not isinstance(said["dtype"], str) or said["dtype"] not in KINDS:
-        raise _refused(folder, file, f"holds {key[:200]!r} in {str(said['dtype'])[:40]!r}, which is not read here")
-    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
-        raise wrong  # with a dimension of 0 the bytes are none, yet no tensor has such a shape
-    nbytes = math.prod(shape) * KINDS[said["dtype"]][1]
-    if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
-        raise wrong
-    kind = str(said["dtype"])
-    return Entry(key=key, file=file, kind=kind, shape=tuple(shape), offset=start + offsets[0], nbytes=nbytes)
-
-
-def _object(text: bytes) -> dict[str, Any]:
-    """A JSON object without a name given twice; `ValueError` otherwise."""
-
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = dict(found)
-        if len(names) < len(found):
-            raise ValueError("a name is given twice")
-        return names
-
-    parsed = json.loads(text.decode(), object_pairs_hook=pairs)
-    if not isinstance(parsed, dict):
-        raise ValueError("not an object")
-    if b"\\ud" in text.lower():  # half a character, perhaps, which no other reader takes
-        json.dumps(parsed, ensure_ascii=False).encode()
-    return parsed
-
-
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120]
+    return " ".join(str(error).split()).removeprefix("Error while deserializing header: ")[:120]

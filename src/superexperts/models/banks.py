@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from superexperts.core.errors import ExpertsError, ModelError
 from superexperts.core.types import ExpertKey, key_name, key_order
 from superexperts.models.decoder import decoder_layers, layer_number
-from superexperts.models.experts import down_weight, is_bank, shared_down
+from superexperts.models.experts import down_bias, down_weight, is_bank, shared_down
 
 __all__ = ["Bank", "check_experts", "expert_keys", "find_banks", "unwrapped", "zero_experts"]
 
@@ -47,17 +46,17 @@ class Bank:
         return tuple(routed)
 
 
-def find_banks(model: nn.Module) -> tuple[Bank, ...]:
+def find_banks(model: nn.Module, field: str = "model") -> tuple[Bank, ...]:
     """Every routed expert bank of a transformers 5 model, in the order of the layers.
 
     A bank is a module that `use_experts_implementation` has built, whatever its class or name; its layer is its index
-    in the decoder's list of layers. `ModelError` if there is none.
+    in the decoder's list of layers. `ModelError` about `field`, the setting that named the model, if there is none.
     """
     banks = []
     for path, module in model.named_modules():
         if is_bank(module):
             block = model.get_submodule(unwrapped(path).rpartition(".")[0])  # PEFT wraps what it adapts
-            layer = layer_number(model, path)
+            layer = layer_number(model, path, field)
             # granitemoeshared has its shared expert beside the block; gemma4's layer is the block itself, and holds
             # much besides experts.
             whole = decoder_layers(model, path)[layer]
@@ -67,7 +66,7 @@ def find_banks(model: nn.Module) -> tuple[Bank, ...]:
     if not banks:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ModelError(
-            f"{family} has no routed experts that transformers 5 can swap; use an MoE checkpoint", field="model"
+            f"{family} has no routed experts that transformers 5 can swap; use an MoE checkpoint", field=field
         )
     return tuple(sorted(banks, key=lambda bank: bank.layer))
 
@@ -112,8 +111,8 @@ def zero_experts(model: nn.Module, experts: Collection[ExpertKey]) -> None:
                     assert bank.shared_down is not None
                     tensors: list[Tensor | None] = [bank.shared_down.weight, bank.shared_down.bias]
                 else:
-                    bias = cast(Any, bank.module).down_proj_bias[expert] if cast(Any, bank.module).has_bias else None
-                    tensors = [down_weight(bank.module)[expert], bias]
+                    bias_ED = down_bias(bank.module)
+                    tensors = [down_weight(bank.module)[expert], None if bias_ED is None else bias_ED[expert]]
                 for tensor in tensors:
                     if tensor is not None:
                         tensor.zero_()

@@ -25,14 +25,14 @@ def text_config(model: nn.Module) -> Any:
     return cast(Any, model).config.get_text_config()
 
 
-def layer_number(model: nn.Module, path: str) -> int:
-    """Index of the bank's decoder layer."""
-    return _decoder_place(model, path)[1]
+def layer_number(model: nn.Module, path: str, field: str = "model") -> int:
+    """Index of the bank's decoder layer; `ModelError` about `field` if the bank is in none."""
+    return _decoder_place(model, path, field)[1]
 
 
-def decoder_layers(model: nn.Module, path: str) -> nn.ModuleList:
-    """The decoder's list of layers; `path` names any module inside one."""
-    return _decoder_place(model, path)[0]
+def decoder_layers(model: nn.Module, path: str, field: str = "model") -> nn.ModuleList:
+    """The decoder's list of layers; `path` names any module inside one. `ModelError` about `field` if it does not."""
+    return _decoder_place(model, path, field)[0]
 
 
 def in_layer(path: str, layer: int) -> re.Pattern[str]:
@@ -41,7 +41,7 @@ def in_layer(path: str, layer: int) -> re.Pattern[str]:
     return re.compile(rf"{re.escape(path.split(f'.{layer}.')[0])}\.(\d+)\.")
 
 
-def _decoder_place(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
+def _decoder_place(model: nn.Module, path: str, field: str) -> tuple[nn.ModuleList, int]:
     """The innermost list of modules on the way to the bank that is as long as the decoder, and the index in it."""
     depth, parts = num_layers(model), path.split(".")
     for end in range(len(parts) - 1, 0, -1):
@@ -49,7 +49,7 @@ def _decoder_place(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
             container = model.get_submodule(".".join(parts[:end]))
             if isinstance(container, nn.ModuleList) and len(container) == depth:
                 return container, int(parts[end])
-    raise ModelError(f"the experts at {path!r} are in no decoder layer; this family is not supported", field="model")
+    raise ModelError(f"the experts at {path!r} are in no decoder layer; this family is not supported", field=field)
 
 
 @contextlib.contextmanager

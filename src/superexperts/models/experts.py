@@ -33,22 +33,26 @@ __all__ = [
     "ExpertCall",
     "Piece",
     "Weights",
+    "down_bias",
     "down_weight",
     "expert_down",
     "expert_inner",
     "expert_norm",
     "expert_up",
     "grouped",
+    "in_out_features",
+    "inputs_first",
     "is_bank",
     "join_gate_up",
     "looped",
     "projections",
     "ready",
     "shared_down",
-    "split_gate_up",
     "split_projections",
+    "split_up",
     "stock_forward",
     "up_name",
+    "up_projections",
 ]
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
@@ -150,14 +154,30 @@ def is_bank(module: nn.Module) -> bool:
 
 
 def down_weight(bank: nn.Module) -> Tensor:
-    """down_proj [E, D, F], or [E, F, D] where the bank is transposed."""
+    """down_proj [E, D, F], or [E, F, D] if `inputs_first`."""
     return cast(Tensor, bank.down_proj)
+
+
+def down_bias(bank: nn.Module) -> Tensor | None:
+    """Bias of down_proj [E, D]; None in families without one."""
+    return cast(Tensor, bank.down_proj_bias) if cast(Any, bank).has_bias else None
+
+
+def inputs_first(bank: nn.Module) -> bool:
+    """Whether the bank's parameters are [E, I, O] instead of [E, O, I]."""
+    return bool(cast(Any, bank).is_transposed)
+
+
+def in_out_features(bank: nn.Module, name: str) -> tuple[int, int]:
+    """(inputs, outputs) of the linear maps in one of the bank's parameters."""
+    first, second = cast(Tensor, getattr(bank, name)).shape[1:]
+    return (first, second) if inputs_first(bank) else (second, first)
 
 
 def shared_down(siblings: Iterable[nn.Module], bank: nn.Module) -> nn.Linear | None:
     """down_proj of a shared expert: of the bank's siblings, the last linear map onto the hidden size of one that is
     an MLP (it also has a linear map from the hidden size to that map's input)."""
-    hidden = down_weight(bank).shape[1] if not cast(Any, bank).is_transposed else down_weight(bank).shape[2]
+    hidden = in_out_features(bank, DOWN)[1]
     for sibling in siblings:
         if any(module is bank for module in sibling.modules()):  # the bank, or PEFT's wrapper around it
             continue
@@ -168,9 +188,14 @@ def shared_down(siblings: Iterable[nn.Module], bank: nn.Module) -> nn.Linear | N
     return None
 
 
+def up_projections(bank: nn.Module) -> tuple[str, ...]:
+    """The projections before the activation: gate_proj and up_proj, or up_proj alone in families without a gate."""
+    return (GATE, UP) if cast(Any, bank).has_gate else (UP,)
+
+
 def up_name(bank: nn.Module) -> str:
     """Name of the parameter that holds the up projection, fused with the gate where there is one."""
-    return "gate_up_proj" if cast(Any, bank).has_gate else "up_proj"
+    return "gate_up_proj" if GATE in up_projections(bank) else UP
 
 
 def expert_up(bank: nn.Module, expert: int, x_ND: Tensor) -> Tensor:
@@ -181,7 +206,7 @@ def expert_up(bank: nn.Module, expert: int, x_ND: Tensor) -> Tensor:
 def expert_inner(bank: nn.Module, up_NU: Tensor) -> Tensor:
     """Activation, and gate where there is one: [N, U] -> [N, F]."""
     module = cast(Any, bank)
-    return cast(Tensor, module._apply_gate(up_NU) if module.has_gate else module.act_fn(up_NU))
+    return cast(Tensor, module._apply_gate(up_NU) if GATE in up_projections(bank) else module.act_fn(up_NU))
 
 
 def expert_down(bank: nn.Module, expert: int, inner_NF: Tensor) -> Tensor:
@@ -197,7 +222,7 @@ def expert_norm(bank: nn.Module, output_ND: Tensor) -> Tensor:
 
 def _linear(bank: nn.Module, name: str, expert: int, x: Tensor, weight: Tensor | None = None) -> Tensor:
     weight = getattr(bank, name)[expert] if weight is None else weight
-    y = F.linear(x, weight.T if cast(Any, bank).is_transposed else weight)
+    y = F.linear(x, weight.T if inputs_first(bank) else weight)
     # The bias is added to the rounded product, as the families' own loops do: fused, bfloat16 differs in the last bit.
     return y + getattr(bank, f"{name}_bias")[expert] if cast(Any, bank).has_bias else y
 
@@ -207,13 +232,13 @@ def grouped(
 ) -> Iterator[Made]:
     """Every expert on its own tokens, all rows as one piece, in two grouped matrix products, as the stock `grouped_mm`
     does it; rows are sorted by expert. Yields what `finish` makes of a piece and its rows."""
-    module = cast(Any, bank)
+    has_bias = cast(Any, bank).has_bias
     ends_E = torch.bincount(expert_R, minlength=down_weight(bank).shape[0]).cumsum(0).to(torch.int32)
 
     def linear(name: str, x: Tensor) -> Tensor:
-        bias = getattr(bank, f"{name}_bias")[expert_R] if module.has_bias else None
+        bias = getattr(bank, f"{name}_bias")[expert_R] if has_bias else None
         weight = getattr(bank, name)
-        return cast(Tensor, _grouped_linear(x, weight, ends_E, bias=bias, is_transposed=module.is_transposed))
+        return cast(Tensor, _grouped_linear(x, weight, ends_E, bias=bias, is_transposed=inputs_first(bank)))
 
     inner_RF = expert_inner(bank, linear(up_name(bank), x_TD[token_R]))
     piece = Piece(inner_NF=inner_RF, output_ND=linear(DOWN, inner_RF), is_one_expert=False)
@@ -270,14 +295,8 @@ def projections(bank: nn.Module, expert: int) -> dict[str, Tensor]:
 
 def split_projections(bank: nn.Module, name: str, own: Tensor) -> dict[str, Tensor]:
     """As `projections`, of one expert's own part of the parameter `name`, wherever that is."""
-    module = cast(Any, bank)
-    weight_OI = own.T if module.is_transposed else own
-    if name == DOWN:
-        return {DOWN: weight_OI}
-    if not module.has_gate:
-        return {UP: weight_OI}
-    gate_FD, up_FD = split_gate_up(bank, weight_OI)
-    return {GATE: gate_FD, UP: up_FD}
+    weight_OI = own.T if inputs_first(bank) else own
+    return {DOWN: weight_OI} if name == DOWN else split_up(bank, weight_OI)
 
 
 def join_gate_up(bank: nn.Module, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
@@ -287,12 +306,12 @@ def join_gate_up(bank: nn.Module, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     return torch.stack([gate_NF, up_NF], dim=-1).flatten(-2)
 
 
-def split_gate_up(bank: nn.Module, up_UN: Tensor) -> tuple[Tensor, Tensor]:
-    """The gate's and the up projection's rows [F, N] of a fused [2F, N], as views."""
-    if cast(Any, bank).is_concatenated:
-        gate_FN, up_FN = up_UN.chunk(2)
-        return gate_FN, up_FN
-    return up_UN[0::2], up_UN[1::2]
+def split_up(bank: nn.Module, up_UN: Tensor) -> dict[str, Tensor]:
+    """The rows [F, N] of each of `up_projections`, as views."""
+    if GATE not in up_projections(bank):
+        return {UP: up_UN}
+    gate_FN, up_FN = up_UN.chunk(2) if cast(Any, bank).is_concatenated else (up_UN[0::2], up_UN[1::2])
+    return {GATE: gate_FN, UP: up_FN}
 
 
 def stock_forward(bank: nn.Module, stock: str, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:

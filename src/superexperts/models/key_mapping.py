@@ -6,7 +6,7 @@ No weight is read, and the model may be on the meta device.
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from superexperts.checkpoints.float8 import is_quantized
-from superexperts.checkpoints.reader import Entry
+from superexperts.checkpoints.reader import Checkpoint, Entry
 from superexperts.core.errors import ModelError
 from superexperts.models.banks import Bank
 
@@ -45,7 +45,7 @@ class KeyMapping:
     some of their keys are the scales of others.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Mapping[str, Entry]) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         self.quantized = is_quantized(cast(Any, model).config)
         self.checkpoint = checkpoint
         self.conversions = get_model_conversion_mapping(cast(Any, model))
@@ -82,7 +82,8 @@ class KeyMapping:
         if info.unexpected_keys and not self.quantized:
             some = ", ".join(map(ascii, sorted(info.unexpected_keys)[:3]))
             raise ModelError(
-                f"the checkpoint has {len(info.unexpected_keys)} unexpected keys ({some}); repair it", field="model"
+                f"the checkpoint has {len(info.unexpected_keys)} unexpected keys ({some}); repair it",
+                field=self.checkpoint.field,
             )
         return tuple(sorted(unplaced))
 
@@ -106,14 +107,12 @@ class KeyMapping:
         cast(Any, model)._adjust_missing_and_unexpected_keys(info)
         if info.missing_keys and self.quantized:
             raise ModelError(
-                (
-                    f"is quantized in a layout that cannot be edited (it has no {min(info.missing_keys)}); use its "
-                    "bfloat16 form"
-                ),
-                field="model",
+                f"is quantized in a layout that cannot be edited (it has no {min(info.missing_keys)}); use its "
+                "bfloat16 form",
+                field=self.checkpoint.field,
             )
         if info.missing_keys:
-            raise ModelError(f"the checkpoint has no {min(info.missing_keys)}; repair it", field="model")
+            raise ModelError(f"the checkpoint has no {min(info.missing_keys)}; repair it", field=self.checkpoint.field)
 
     def whole(self, name: str) -> Entry | None:
         """The one entry that holds this parameter or buffer unchanged; None if it is made of several, or absent."""

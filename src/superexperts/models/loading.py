@@ -68,7 +68,7 @@ def dtype_to_run(source: ModelSource, device: str, dtype: str, *, streamed: bool
         return "float32"
     stored = settings_of(source).get_text_config().dtype
     if stored is None:
-        with Checkpoint(source.folder) as checkpoint:
+        with Checkpoint(source.folder, source.field) as checkpoint:
             stored = next(entry.dtype for entry in checkpoint.values() if entry.dtype.is_floating_point)
     return str(stored).removeprefix("torch.")
 
@@ -77,7 +77,7 @@ def fits_in_memory(source: ModelSource, device: str, dtype: str) -> bool:
     """Whether the model's weights, in the dtype to run in, fit into what is free on the device for each of this
     machine's processes, a tenth of it left for the rest."""
     place, target = pick_device(device), getattr(torch, dtype_to_run(source, device, dtype, streamed=False))
-    with Checkpoint(source.folder) as checkpoint:
+    with Checkpoint(source.folder, source.field) as checkpoint:
         size = sum(entry.nbytes / entry.dtype.itemsize * target.itemsize for entry in checkpoint.values())
     if place.type == "cuda":
         return bool(size < 0.9 * torch.cuda.mem_get_info(place)[0])

@@ -36,7 +36,7 @@ class ModelParts:
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         self.model, self.checkpoint = model, checkpoint
-        self.banks = find_banks(model)
+        self.banks = find_banks(model, checkpoint.field)
         self.key_mapping = KeyMapping(model, checkpoint)
         self.names = {key: name for name, sources in self.key_mapping.sources.items() for _, key in sources}
         """Key -> name in the model."""

@@ -43,7 +43,7 @@ class StreamedModel:
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
         self.model, self.checkpoint, self.device = model, checkpoint, device
-        self.banks = {bank.layer: bank for bank in find_banks(model)}
+        self.banks = {bank.layer: bank for bank in find_banks(model, checkpoint.field)}
         first = next(iter(self.banks.values()))
         self._layers = decoder_layers(model, first.path)
         self._decoder = next(name for name, module in model.named_modules() if module is self._layers)
@@ -137,7 +137,7 @@ class StreamedModel:
     def _check_full(self, names: Iterable[str]) -> None:
         for name in names:
             if self.model.get_parameter(name).device.type == "meta":
-                raise ModelError(f"the checkpoint has no {name}; repair it", field="model")
+                raise ModelError(f"the checkpoint has no {name}; repair it", field=self.checkpoint.field)
 
     def _unload(self, layer: int) -> None:
         prefix = f"{self._decoder}.{layer}."
@@ -160,7 +160,8 @@ class StreamedModel:
         if info.mismatched_keys or info.conversion_errors:
             wrong = next(iter(info.mismatched_keys or info.conversion_errors))
             raise ModelError(
-                f"{(wrong[0] if isinstance(wrong, tuple) else wrong)} does not fit; repair it", field="model"
+                f"{(wrong[0] if isinstance(wrong, tuple) else wrong)} does not fit; repair it",
+                field=self.checkpoint.field,
             )
 
     def _memory(self, key: tuple[int, int]) -> dict[str, Tensor]:

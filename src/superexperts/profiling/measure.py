@@ -96,7 +96,7 @@ def opened(
             ),
         )
         return
-    with float8.opened(source.folder, settings_of(source)) as checkpoint:
+    with float8.opened(source.folder, settings_of(source), source.field) as checkpoint:
         empty = empty_model(source, device=device, dtype=dtype)
         streamed = StreamedModel(empty, checkpoint, pick_device(device))
 

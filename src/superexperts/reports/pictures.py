@@ -18,6 +18,7 @@ from typing import Any
 
 from superexperts.adapters.norms import Changes, adapter_changes
 from superexperts.benchmarks import title_of
+from superexperts.checkpoints.source import resolve
 from superexperts.core.console import note
 from superexperts.core.errors import DataError, ExpertsError, ModelError
 from superexperts.core.runs import read_json
@@ -244,7 +245,7 @@ def _weights(folder: Path, results: Results, profile: Profile) -> Picture | None
     missing = ""
     if adapters:
         try:
-            found = adapter_changes(results.model, results.revision, adapters)
+            found = adapter_changes(resolve(results.model, results.revision, fetch=False), adapters)
         except (ModelError, DataError) as error:
             note(f"report: no weight changes ({error})")
             missing = " The base model's weights are not on this machine, so LoRA's changes are not shown."

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from superexperts.benchmarks import BENCHMARKS
 from superexperts.benchmarks.loading import load_benchmarks
-from superexperts.checkpoints.source import resolve
+from superexperts.checkpoints.source import ModelSource, resolve
 from superexperts.core.errors import DataError, ModelError, OptionError, UserError
 from superexperts.core.types import ExpertSet
 from superexperts.data.corpora import documents, local_data, named_corpus
@@ -103,7 +103,7 @@ def given_experts(plan: Plan) -> dict[str, ExpertSet]:
 
 
 def settings_of_plan(plan: Plan) -> Any:
-    """The configuration of the study's model; of a Hub model only config.json is fetched."""
+    """The configuration of the study's model. Of a Hub model only config.json is fetched: there is no folder yet."""
     return _settings(plan.model, plan.revision, "model")
 
 
@@ -169,20 +169,19 @@ def _corpus(plan: Plan, name: str, column: str, field: str, quick: bool) -> None
         return
     try:
         texts = documents(name, column, data_dir)
-        folder = None if quick or name == "pocket" else _folder_here(plan)
-        if folder is not None:
-            tokenizer = load_tokenizer(resolve(str(folder)))
-            pack(texts, tokenizer, corpus=name, tokens=plan.tokens, seq_len=plan.seq_len)
+        source = None if quick or name == "pocket" else _source_here(plan)
+        if source is not None:
+            pack(texts, load_tokenizer(source), corpus=name, tokens=plan.tokens, seq_len=plan.seq_len)
         elif next(texts, None) is None:
             raise DataError(f"{name} is empty, it has no text; give another")
     except DataError as error:
         raise error.about(field) from error
 
 
-def _folder_here(plan: Plan) -> Path | None:
-    """The folder of the study's model; None if it is not on this machine."""
+def _source_here(plan: Plan) -> ModelSource | None:
+    """The study's model; None if it is not on this machine."""
     try:
-        return resolve(plan.model, plan.revision, fetch=False).folder
+        return resolve(plan.model, plan.revision, fetch=False)
     except ModelError:
         return None
 

@@ -88,7 +88,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
     code = config.trust_remote_code
     one = resolve(config.a, config.revision, trust_remote_code=code, field="a")
     other = None if is_adapter else resolve(config.b, config.revision_b, trust_remote_code=code, field="b")
-    with Checkpoint(one.folder) as a:
+    with Checkpoint(one.folder, one.field) as a:
         parts = _parts_of(one, a, needed=is_adapter or expected is not None)
         if parts is not None and expected is not None:
             from superexperts.models.banks import check_experts
@@ -99,7 +99,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
             assert parts is not None
             differences = _with_adapter(parts, adapter)
         else:
-            with Checkpoint(other.folder) as b:
+            with Checkpoint(other.folder, other.field) as b:
                 other_parts = None if parts is None else _parts_of(other, b, needed=expected is not None)
                 differences = _between(a, b, parts, other_parts)
     settings = [] if other is None else _config_differences(one, other)

@@ -8,14 +8,12 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
-import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
 from superexperts.checkpoints.reader import KINDS, Checkpoint, Entry
-from superexperts.core.errors import ModelError
 from superexperts.core.types import ExpertKey
 
 if TYPE_CHECKING:  # torch takes 2 s to import, and checkpoints that are equal do not need it
@@ -167,11 +165,10 @@ def same_bytes(a: Checkpoint, b: Checkpoint, ones: Sequence[Entry], others: Sequ
     for one, other in _spans(ones, others, whole=True):
         if one.offset == other.offset and a.inode(one.file) == b.inode(other.file):
             continue
-        left, right = a.descriptor(one.file), b.descriptor(other.file)
         for start in range(0, one.nbytes, BLOCK):
             length = min(BLOCK, one.nbytes - start)
-            _fill(left, _buffers.views[0][:length], one, start)
-            _fill(right, _buffers.views[1][:length], other, start)
+            a.read_bytes(one, _buffers.views[0][:length], start)
+            b.read_bytes(other, _buffers.views[1][:length], start)
             if _memcmp(*_buffers.addresses, length):
                 return False
     return True
@@ -180,15 +177,6 @@ def same_bytes(a: Checkpoint, b: Checkpoint, ones: Sequence[Entry], others: Sequ
 def part(entry: Entry, offset: int, nbytes: int) -> Entry:
     """A range of the bytes of an entry, as an entry of dtype uint8."""
     return dataclasses.replace(entry, kind="U8", shape=(nbytes,), offset=offset, nbytes=nbytes)
-
-
-def _fill(descriptor: int, target: memoryview, entry: Entry, start: int) -> None:
-    offset = entry.offset + start
-    while target:
-        done = os.preadv(descriptor, [target], offset)
-        if not done:
-            raise ModelError(f"{entry.file!r} ends inside {entry.key!r}; fetch the checkpoint again", field="model")
-        target, offset = target[done:], offset + done
 
 
 def _spans(ones: Sequence[Entry], others: Sequence[Entry], *, whole: bool = False) -> Iterator[tuple[Entry, Entry]]:

@@ -4,7 +4,6 @@ loading it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 from torch import nn
 
@@ -13,7 +12,7 @@ from superexperts.core.errors import Field, ModelError
 from superexperts.core.types import ExpertKey, key_name
 from superexperts.models.banks import check_experts, find_banks
 from superexperts.models.decoder import text_config
-from superexperts.models.experts import DOWN
+from superexperts.models.experts import DOWN, down_bias
 from superexperts.models.key_mapping import BLOCKS, KeyMapping
 from superexperts.surgery.locate_by_shape import DownProjection
 
@@ -29,14 +28,14 @@ def locate(
     quantized weights cannot hold. `ModelError` if the checkpoint is incomplete, or quantized in a layout that cannot be
     edited; `ExpertsError` for an expert that the model does not have.
     """
-    check_experts(find_banks(structure), experts)
+    check_experts(find_banks(structure, base.field), experts)
     key_mapping = KeyMapping(structure, base)
     key_mapping.check_complete(structure)
     if key_mapping.quantized and values_matter:
         raise ModelError("'mean' needs weights that are not quantized; use ", Field("mode"), " zero", field="mode")
     found = down_projections(structure, key_mapping, experts)
     if found is None and key_mapping.quantized:
-        raise ModelError("is quantized in a layout that cannot be edited; use a bfloat16 checkpoint", field="model")
+        raise ModelError("is quantized in a layout that cannot be edited; use a bfloat16 checkpoint", field=base.field)
     return found
 
 
@@ -55,7 +54,7 @@ def down_projections(
             path, has_bias = paths[bank.shared_down], bank.shared_down.bias is not None
             weight, bias = key_mapping.whole(f"{path}.weight"), key_mapping.whole(f"{path}.bias") if has_bias else None
         else:
-            has_bias = cast(Any, bank.module).has_bias
+            has_bias = down_bias(bank.module) is not None
             weights = key_mapping.expert_parts(bank, DOWN) or key_mapping.expert_parts(bank, f"{DOWN}{BLOCKS}")
             biases = key_mapping.expert_parts(bank, f"{DOWN}_bias") if has_bias else None
             (weight,) = (None,) if weights is None else weights[expert]
@@ -73,7 +72,7 @@ def check_biases(structure: nn.Module, experts: Sequence[ExpertKey]) -> None:
     for layer, expert in experts:
         bank = banks[layer]
         shared = bank.shared_down is not None and bank.shared_down.bias is not None
-        if not (shared if expert == "shared" else cast(Any, bank.module).has_bias):
+        if not (shared if expert == "shared" else down_bias(bank.module) is not None):
             family = text_config(structure).model_type
             raise ModelError(
                 f"'mean' needs a bias of down_proj to hold the mean, which {family} does not have for "

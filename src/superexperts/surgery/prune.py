@@ -103,7 +103,7 @@ def run(config: PruneConfig) -> dict[str, Any]:
     if completed(config.out, "prune", inputs):
         note(f"prune: {config.out} is up to date, nothing to do")
         return result
-    with Checkpoint(source.folder) as base, new_folder(config.out, "prune", synced=False) as temporary:
+    with Checkpoint(source.folder, source.field) as base, new_folder(config.out, "prune", synced=False) as temporary:
         if config.mode == "remove":
             changes = _removed(config, source, base, chosen.experts, temporary)
         else:

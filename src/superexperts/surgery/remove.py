@@ -50,7 +50,7 @@ def plan_removal(source: ModelSource, base: Checkpoint, experts: Collection[Expe
     of the family."""
     settings = settings_of(source)
     model = structure_of(settings, source)
-    banks = find_banks(model)
+    banks = find_banks(model, source.field)
     check_experts(banks, experts)
     count = _each_loses(banks, experts)
     field, fewer = _shrunk(settings, source, banks, count)
@@ -72,7 +72,7 @@ def plan_removal(source: ModelSource, base: Checkpoint, experts: Collection[Expe
                 f"the number of experts changes {name}, which is in no MoE layer; use ",
                 Field("mode"),
                 " zero",
-                field="model",
+                field=source.field,
             )
         gone = [cast(int, expert) for layer, expert in experts if layer == bank.layer]
         kept = [expert for expert in range(bank.num_experts) if expert not in gone]
@@ -120,7 +120,10 @@ def _shrunk(settings: Any, source: ModelSource, banks: Sequence[Bank], count: in
     sizes = {bank.num_experts for bank in banks}
     if len(sizes) > 1:
         raise ModelError(
-            f"its MoE layers have {sorted(sizes)} experts, not one number; use ", Field("mode"), " zero", field="model"
+            f"its MoE layers have {sorted(sizes)} experts, not one number; use ",
+            Field("mode"),
+            " zero",
+            field=source.field,
         )
     (size,) = sizes
     if count >= size:
@@ -144,7 +147,7 @@ def _shrunk(settings: Any, source: ModelSource, banks: Sequence[Bank], count: in
         f"no one number of its configuration is that of the experts, {size}, in every layer; use ",
         Field("mode"),
         " zero",
-        field="model",
+        field=source.field,
     )
 
 
@@ -212,7 +215,7 @@ def _check_ignored(model: nn.Module, banks: Sequence[Bank], key_mapping: KeyMapp
             f"holds layers that the model does not run ({more!a}); the new number of experts would not fit them; use ",
             Field("mode"),
             " zero",
-            field="model",
+            field=key_mapping.checkpoint.field,
         )
 
 
@@ -247,7 +250,7 @@ def _shrink(
             f"the checkpoint keeps {name} in an order that cannot be edited; use ",
             Field("mode"),
             " zero",
-            field="model",
+            field=base.field,
         )
     for column in columns:
         # The remaining experts are renumbered from 0: they take the keys of the first ones, whatever these are called.

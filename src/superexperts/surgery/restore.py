@@ -80,7 +80,7 @@ def run(config: RestoreConfig) -> dict[str, Any]:
     if completed(config.out, "restore", inputs):
         note(f"restore: {config.out} is up to date, nothing to do")
         return result
-    with Checkpoint(base.folder) as original, Checkpoint(config.folder) as edited:
+    with Checkpoint(base.folder, "base") as original, Checkpoint(config.folder, "folder") as edited:
         _check_base(record, original, edited, base)
         with new_folder(config.out, "restore", synced=False) as temporary:
             patch_shards(original, [], temporary, copy=config.copy or base.name == "pocket")

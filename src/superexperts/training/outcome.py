@@ -12,6 +12,7 @@ from torch import Tensor
 
 from superexperts.adapters.effect import Effect, adapter_effect
 from superexperts.adapters.files import check_keys, read_adapter
+from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import note
 from superexperts.core.errors import EffectError, ExpertsError, Field
 from superexperts.core.runs import write_json, write_text
@@ -74,15 +75,13 @@ def measure_effect(adapted: PeftModel, examples: Sequence[Example], data: Path, 
     return effect
 
 
-def save_adapter(
-    adapted: PeftModel, tensors: Mapping[str, Tensor], folder: Path, *, model: str, revision: str | None
-) -> None:
+def save_adapter(adapted: PeftModel, tensors: Mapping[str, Tensor], folder: Path, source: ModelSource) -> None:
     """Writes PEFT's two files and reads them back: `DataError` unless the file holds `tensors`, key for key.
 
-    `model` is the base model as the user names it. PEFT would write a path of this machine instead.
+    They name the base model as the user named it. PEFT would write a path of this machine instead.
     """
     config = adapted.peft_config["default"]
-    config.base_model_name_or_path, config.revision = model, revision
+    config.base_model_name_or_path, config.revision = source.name, source.revision
     # Without `save_embedding_layers=False` PEFT asks the Hub whether the embeddings were resized.
     adapted.save_pretrained(str(folder), state_dict=dict(tensors), save_embedding_layers=False)
     _, saved = read_adapter(folder, "out")

@@ -316,9 +316,7 @@ def train(
             }
             tensors = {name: tensor.to(dtype) for name, tensor in whole_tensors(adapted).items()}
             if temporary is not None:
-                outcome.save_adapter(
-                    adapted, tensors, temporary / "adapter", model=config.model, revision=config.revision
-                )
+                outcome.save_adapter(adapted, tensors, temporary / "adapter", source)
         if temporary is not None:
             digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()}
             experts = None if names is None else ",".join(names)
