@@ -27,7 +27,19 @@ NOUNS: list[Any] = [
         seed=0,
     ),
     Extraction(id="1", extracted=None, how="unparsed", correct=False),
-    Score(task="mmlu", variant="base", items=4, correct=2, unparsed=1, accuracy=0.5, low=0.15, high=0.85),
+    Score(
+        task="mmlu",
+        variant="base",
+        items=4,
+        correct=2,
+        unparsed=1,
+        accuracy=0.5,
+        low=0.15,
+        high=0.85,
+        cut=1,
+        empty=1,
+        refused=1,
+    ),
 ]
 
 
@@ -36,7 +48,7 @@ def test_json_round_trip(noun: Any) -> None:
     value = json.loads(json.dumps(noun.to_json()))
     assert type(noun).from_json(value) == noun
     assert type(noun).from_json({**value, "added_later": 1}) == noun
-    value.popitem()
+    del value[next(iter(value))]
     with pytest.raises((DataError, ExpertsError)):
         type(noun).from_json(value)
 
@@ -124,6 +136,35 @@ WRITTEN_BY_0_1_0: dict[type[Any], str] = {
 def test_a_file_of_the_version_before_is_read_and_written_the_same(kind: Any) -> None:
     text = json.dumps(json.loads(WRITTEN_BY_0_1_0[kind]))
     assert json.dumps(kind.from_json(json.loads(text)).to_json()) == text
+
+
+def answer(response: str, **more: Any) -> Answer:
+    given: dict[str, Any] = {"prompt": "p", "gold": "A", "choices": (("A", "tin"),), "kind": "choice", "task": "mmlu"}
+    return Answer(id="1", response=response, variant="base", seed=0, **(given | more))
+
+
+@pytest.mark.parametrize(
+    ("given", "parts", "ended"),
+    [
+        (answer("A"), ("", "A", True), None),
+        (answer("<think>Tin?</think>A"), ("Tin?", "A", True), None),  # written before thoughts were split
+        (answer("<think>Tin?"), ("Tin?", "", False), "cut"),
+        (answer("Tin?", prompt="Which?\n<think>\n"), ("Tin?", "", False), "cut"),
+        (answer("A", thoughts="Tin?", text="A", finish_reason="stop"), ("Tin?", "A", True), None),
+        (answer("A, as", finish_reason="length"), ("", "A, as", True), "cut"),
+        (answer("", thoughts="Tin?", text="", finish_reason="length"), ("Tin?", "", False), "cut"),
+        (answer("", thoughts="It is tin.", text="", finish_reason="stop"), ("It is tin.", "", True), None),
+        (answer("<think>Tin", thoughts="Tin", text="", finish_reason="stop"), ("Tin", "", False), "cut"),
+        (answer(" \n"), ("", " \n", True), "empty"),
+        (answer("", finish_reason="content_filter"), ("", "", True), "refused"),
+    ],
+)
+def test_the_parts_of_a_response_and_how_it_ended(
+    given: Answer, parts: tuple[str, str, bool], ended: str | None
+) -> None:
+    assert given.parts == parts
+    assert given.ended(given.parts) == ended
+    assert Answer.from_json(json.loads(json.dumps(given.to_json()))) == given
 
 
 def test_newer_fields_that_are_missing_take_their_defaults() -> None:

@@ -23,7 +23,7 @@ STAGE_VERSIONS = {
     "export": 1,
     "import": 1,
     "evaluate": 1,
-    "extract": 1,
+    "extract": 2,
     "study": 1,
     "report": 1,
 }

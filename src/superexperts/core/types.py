@@ -16,6 +16,7 @@ from typing import Any, Literal
 from superexperts.core.console import is_shown, note
 from superexperts.core.errors import DataError, ExpertsError
 from superexperts.core.runs import read_json
+from superexperts.core.thoughts import Parts, leaves_open, split_thoughts
 from superexperts.core.validation import check_schema, validated
 
 __all__ = [
@@ -239,6 +240,11 @@ def chosen_experts(text: str, model: str, field: str = "experts") -> ExpertSet:
     return chosen
 
 
+Ended = Literal["cut", "empty", "refused"]
+"""How a response ended if not by itself: at the limit of tokens or within thoughts; without a word; by a server that
+refused the prompt or filtered the response."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
     """A line of `answers/<task>.jsonl`: the unchanged response of a model to an item."""
@@ -261,6 +267,13 @@ class Answer:
     loglikelihoods: tuple[tuple[str, float, int], ...] | None = None
     """For each choice (label, log-probability of its tokens after the prompt in nats, number of its characters); None
     if the response was generated. `response` is the label of the most probable choice, the first one of equals."""
+    thoughts: str | None = None
+    """What a reasoning model thought before it answered: split off the response, or a server's field for it."""
+    text: str | None = None
+    """The response without its thoughts; None if nothing was split off, so that the whole response is the text."""
+    finish_reason: str | None = None
+    """Why the response ended, as servers say it: "stop", "length" (the limit of tokens), "content_filter", "refusal",
+    "error" (the server refused this prompt); None if it is not known."""
 
     def __post_init__(self) -> None:
         for name in (self.task, self.variant):
@@ -272,6 +285,24 @@ class Answer:
         """The question without the examples before it and the words around it."""
         own = self.prompt.rpartition("\n\nQuestion: ")[2] if self.num_fewshot else self.prompt
         return own.removeprefix("Question: ").removesuffix("\nAnswer:")
+
+    @property
+    def parts(self) -> Parts:
+        """The response's thoughts and text. They are split here if `evaluate` did not, as its earlier versions."""
+        if self.text is None:
+            return split_thoughts(self.response, opened=leaves_open(self.prompt))
+        if self.text.strip() or not self.thoughts:
+            return Parts(self.thoughts or "", self.text, True)
+        finished = self.finish_reason != "length" and split_thoughts(self.response).finished
+        return Parts(self.thoughts, "", finished)
+
+    def ended(self, parts: Parts) -> Ended | None:
+        """How the response, with these parts, ended if not by itself."""
+        if self.finish_reason in _REFUSED:
+            return "refused"
+        if self.finish_reason == "length" or not parts.finished:
+            return "cut"
+        return None if parts.text.strip() or parts.thoughts.strip() else "empty"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value, without optional fields at their default."""
@@ -287,7 +318,9 @@ class Answer:
         return validated(cls, value, "answers", "evaluate again")
 
 
-_OPTIONAL = ("subject", "num_fewshot", "loglikelihoods")
+_REFUSED = frozenset(("content_filter", "refusal", "error"))
+"""Reasons of a server for which there is no response to judge the model by."""
+_OPTIONAL = ("subject", "num_fewshot", "loglikelihoods", "thoughts", "text", "finish_reason")
 """Fields of an answer that only some protocols and benchmarks have."""
 
 
@@ -301,10 +334,15 @@ class Extraction:
     """"rule:NAME", "judge" or "unparsed"."""
     correct: bool | None
     """Unparsed is never correct; None if there is no gold answer."""
+    ended: Ended | None = None
+    """How the response ended if not by itself. A cut response may have said its answer before."""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value."""
-        return dict(vars(self))  # much faster than dataclasses.asdict, and there are many
+        """A JSON value, without `ended` where the response ended by itself."""
+        value = dict(vars(self))  # much faster than dataclasses.asdict, and there are many
+        if self.ended is None:
+            del value["ended"]
+        return value
 
     @classmethod
     def from_json(cls, value: Any) -> Extraction:
@@ -327,10 +365,17 @@ class Score:
     low: float
     high: float
     """95% Wilson score interval of the accuracy."""
+    cut: int = 0
+    """Responses that were cut at the limit of tokens or within thoughts, parsed or not."""
+    empty: int = 0
+    """Responses without a word; they are unparsed too."""
+    refused: int = 0
+    """Prompts that a server refused, and responses that it filtered."""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value."""
-        return dataclasses.asdict(self)
+        """A JSON value, without the counts of how responses ended that are 0."""
+        value = dataclasses.asdict(self)
+        return {name: found for name, found in value.items() if found or name not in ("cut", "empty", "refused")}
 
     @classmethod
     def from_json(cls, value: Any) -> Score:

@@ -2,7 +2,7 @@
 
 from superexperts.extraction.expression import exact_value, expression_value
 from superexperts.extraction.numbers import find_numbers, number_value
-from superexperts.extraction.rules import RULES, Rule, read
+from superexperts.extraction.rules import RULES, Rule, read, read_parts, said
 from superexperts.extraction.text import normalise, plain
 
 __all__ = [
@@ -15,4 +15,6 @@ __all__ = [
     "number_value",
     "plain",
     "read",
+    "read_parts",
+    "said",
 ]

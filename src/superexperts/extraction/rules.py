@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
+from superexperts.core.thoughts import Parts, split_thoughts
 from superexperts.extraction import choice, number, yesno
 from superexperts.extraction.cued import lowered
 from superexperts.extraction.expression import expression_value
@@ -135,10 +136,21 @@ RULES: Final = (
 )
 """Tried from top to bottom; the first that applies decides."""
 
+_WORD: Final = re.compile(r"\w")
 _BY_KIND: Final = {
     kind: tuple((rule.name, rule.read) for rule in RULES if kind in rule.kinds)
     for kind in ("choice", "yesno", "number")
 }
+
+
+def said(parts: Parts) -> str:
+    """What is read of a response: what it says outside its thoughts.
+
+    Where it ended its thoughts and then said nothing, it is the thoughts: some templates leave the answer there.
+    """
+    if not parts.finished:
+        return ""
+    return parts.text if _WORD.search(parts.text) else parts.thoughts or parts.text
 
 
 def read(kind: Kind, response: str, question: str, choices: Choices) -> tuple[str | None, str]:
@@ -146,15 +158,26 @@ def read(kind: Kind, response: str, question: str, choices: Choices) -> tuple[st
 
     The value is None if that rule found that the response commits to nothing. (None, "") if no rule applied.
     """
-    text = plain(response)
+    return read_parts(kind, split_thoughts(response), question, choices)
+
+
+def read_parts(kind: Kind, parts: Parts, question: str, choices: Choices) -> tuple[str | None, str]:
+    """As `read`, for a response whose thoughts are split off."""
+    found = _read_text(kind, said(parts), question, choices)
+    if not found[1] and parts.thoughts and parts.finished and len(parts.text.split()) < FEW_WORDS:
+        return _read_text(kind, parts.thoughts, question, choices)
+    return found
+
+
+FEW_WORDS: Final = 3
+"""A text with fewer than these says nothing of its own: "Done.", "Final answer:"."""
+
+
+def _read_text(kind: Kind, said: str, question: str, choices: Choices) -> tuple[str | None, str]:
+    text = plain(said)
     lower = lowered(text)
     start, end = own_span(text, lower, question, choices)
-    text = text[start:end]
-    if "</think>" in text:  # the text after the reasoning is the answer, if a rule can read it
-        answer = _read(Reading(kind, text.partition("</think>")[2], question, choices))
-        if answer[1]:
-            return answer
-    reading = Reading(kind, text, question, choices)
+    reading = Reading(kind, text[start:end], question, choices)
     if lower is not None:
         vars(reading)["lower"] = lower[start:end]
     return _read(reading)

@@ -28,8 +28,8 @@ from superexperts.core.runs import (
     write_manifest,
     write_text,
 )
-from superexperts.core.types import Answer, Extraction, Score
-from superexperts.extraction import exact_value, number_value, read
+from superexperts.core.types import Answer, Ended, Extraction, Score
+from superexperts.extraction import exact_value, number_value, read_parts, said
 from superexperts.extraction.audit import JudgeReport, joined, judge_report
 from superexperts.extraction.judge import Case, Judge, Verdict
 from superexperts.extraction.original_files import raw_files, read_raw, task_of
@@ -52,10 +52,14 @@ def extract(answer: Answer) -> Extraction:
     if answer.loglikelihoods is not None:  # the response is a label: there is nothing to read
         label = answer.response
         return Extraction(id=answer.id, extracted=label, how="rule:loglikelihood", correct=_right(answer, label))
-    value, rule = read(answer.kind, answer.response, answer.question, answer.choices)
+    parts = answer.parts
+    ended = answer.ended(parts)
+    if ended == "refused":
+        return _unparsed(answer, ended)
+    value, rule = read_parts(answer.kind, parts, answer.question, answer.choices)
     if value is None:
-        return _unparsed(answer)
-    return Extraction(id=answer.id, extracted=value, how=f"rule:{rule}", correct=_right(answer, value))
+        return _unparsed(answer, ended)
+    return Extraction(id=answer.id, extracted=value, how=f"rule:{rule}", correct=_right(answer, value), ended=ended)
 
 
 def extract_all(answers: Sequence[Answer]) -> list[Extraction]:
@@ -63,8 +67,9 @@ def extract_all(answers: Sequence[Answer]) -> list[Extraction]:
     return parallel_map(extract, answers, worth=WORTH)
 
 
-def _unparsed(answer: Answer) -> Extraction:
-    return Extraction(id=answer.id, extracted=None, how="unparsed", correct=None if answer.gold is None else False)
+def _unparsed(answer: Answer, ended: Ended | None) -> Extraction:
+    correct = None if answer.gold is None else False
+    return Extraction(id=answer.id, extracted=None, how="unparsed", correct=correct, ended=ended)
 
 
 def _right(answer: Answer, value: str) -> bool | None:
@@ -97,10 +102,13 @@ def judged(answers: Sequence[Answer], judge: Judge, scope: str) -> tuple[list[Ex
     asked = [
         i
         for i, (answer, found) in enumerate(zip(answers, by_rules, strict=True))
-        if answer.loglikelihoods is None and (read_all or found.extracted is None)
+        if answer.loglikelihoods is None and found.ended != "refused" and (read_all or found.extracted is None)
     ]
     verdicts = dict(zip(asked, judge.read([_case(answers[i]) for i in asked]), strict=True))
-    found = [_judged(answer, verdicts[i]) if i in verdicts else by_rules[i] for i, answer in enumerate(answers)]
+    found = [
+        _judged(answer, verdicts[i], by_rules[i].ended) if i in verdicts else by_rules[i]
+        for i, answer in enumerate(answers)
+    ]
     pairs = [(answers[i].kind, by_rules[i].extracted, verdict.value) for i, verdict in verdicts.items()]
     return found, judge_report(list(verdicts.values()), pairs if read_all else None)
 
@@ -109,14 +117,18 @@ def _case(answer: Answer) -> Case:
     """What a judge may know of an answer."""
     listed = "".join(f"\n{label}. {text}" for label, text in answer.choices)
     return Case(
-        kind=answer.kind, question=answer.question.removesuffix(listed), choices=answer.choices, answer=answer.response
+        kind=answer.kind,
+        question=answer.question.removesuffix(listed),
+        choices=answer.choices,
+        answer=said(answer.parts),
     )
 
 
-def _judged(answer: Answer, verdict: Verdict) -> Extraction:
+def _judged(answer: Answer, verdict: Verdict, ended: Ended | None) -> Extraction:
     if verdict.value is None:
-        return _unparsed(answer)
-    return Extraction(id=answer.id, extracted=verdict.value, how="judge", correct=_right(answer, verdict.value))
+        return _unparsed(answer, ended)
+    correct = _right(answer, verdict.value)
+    return Extraction(id=answer.id, extracted=verdict.value, how="judge", correct=correct, ended=ended)
 
 
 def extract_folder(folder: Path, judge: Judge | None = None, scope: str = "left") -> list[Score]:

@@ -136,6 +136,9 @@ def score(task: str, variant: str, extractions: Sequence[Extraction]) -> Score:
         accuracy=correct / items,
         low=low,
         high=high,
+        cut=sum(row.ended == "cut" for row in extractions),
+        empty=sum(row.ended == "empty" for row in extractions),
+        refused=sum(row.ended == "refused" for row in extractions),
     )
 
 
