@@ -190,11 +190,9 @@ def _bare(text: str) -> str:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    found = None
-    if "assistant" in text and "final" in text:
-        for found in pattern.finditer(text):
-            pass
-    return found
+    if "assistant" not in text or "final" not in text:
+        return None
+    return next(iter([*pattern.finditer(text)][-1:]), None)
 
 
 def _joined(parts: Sequence[str]) -> str:
