@@ -101,7 +101,7 @@ def test_rows_of_all_experts_at_once_give_the_same_statistics(
         assert (row.channel, row.position, row.input_channel, row.input_position) == (
             other.channel, other.position, other.input_channel, other.input_position,
         )  # fmt: skip
-        for field in ("output_max", "input_max", "first_token_output_max", "gate_sum", "reap"):
+        for field in ("output_max", "input_max", "first_token_output_max", "reference_output_max", "gate_sum", "reap"):
             assert getattr(row, field) == pytest.approx(getattr(other, field), rel=1e-5)
 
 
@@ -119,12 +119,12 @@ def test_a_row_of_equal_and_of_strange_values(dtype: torch.dtype) -> None:
     assert (expert_P, peak_P, place_P, channel_P) == ([4, 6, 7], [3.0, 7.0, 3.0], [11, 12, 14], [1, 0, 1])
 
 
-def inputs_of(model: Any, bank: Bank) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_of(model: Any, bank: Bank, ids_BL: Tensor = IDS_BL) -> tuple[Tensor, Tensor, Tensor]:
     seen: list[Any] = []
     handle = bank.module.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((*args, *kwargs.values())), with_kwargs=True
     )
-    model(IDS_BL)
+    model(ids_BL)
     handle.remove()
     x_TD, index_TK, weight_TK = seen[0]
     return x_TD, index_TK, weight_TK

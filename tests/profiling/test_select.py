@@ -147,20 +147,22 @@ def test_command_names_what_is_wrong(tmp_path: Path) -> None:
     assert not (tmp_path / "x.json").exists()
 
 
-def firsts(peaks: dict[ExpertKey, float]) -> list[ExpertStats]:
-    """Experts whose peak over the first tokens is given, and over all tokens is 1e9."""
+def seen_by_the_hook(peaks: dict[ExpertKey, float]) -> list[ExpertStats]:
+    """Experts with these peaks in the rows that the reference code reads, and 1e9 elsewhere."""
     return [
-        ExpertStats(layer=layer, expert=expert, tokens=1, output_max=1e9, first_token_output_max=peak)
+        ExpertStats(
+            layer=layer, expert=expert, tokens=1, output_max=1e9, first_token_output_max=1e9, reference_output_max=peak
+        )
         for (layer, expert), peak in peaks.items()
     ]
 
 
 def test_the_reference_codes_criterion_to_the_letter() -> None:
-    """First token only, and `max // 10`: 9.95 is over 99 // 10 = 9, and not over 99 / 10."""
+    """One row of each sequence, and `max // 10`: 9.95 is over 99 // 10 = 9, and not over 99 / 10."""
     peaks = flat(range(1, 4), 300) | {(1, 0): 99.0, (2, 0): 9.85, (3, 1): 98.0}
-    found = super_experts(firsts(peaks), 4, statistic="first", floor=True)
+    found = super_experts(seen_by_the_hook(peaks), 4, statistic="reference", floor=True)
     assert [row.key for row in found] == [(1, 0), (2, 0)]  # layer 3 is past depth
-    assert [row.key for row in super_experts(firsts(peaks), 4, statistic="first")] == [(1, 0)]
+    assert [row.key for row in super_experts(seen_by_the_hook(peaks), 4, statistic="reference")] == [(1, 0)]
 
 
 ROWS = [  # layer, expert, tokens, gate_sum, reap: a golden table of two layers
@@ -329,12 +331,23 @@ def test_a_profile_without_corpora_is_named(tmp_path: Path, corpora: Any) -> Non
 def test_the_command_by_the_reference_codes_criterion(tmp_path: Path) -> None:
     """9.85 is over 99 // 10 and not over 99 / 10; peaks over all tokens (1e9) are not looked at."""
     peaks = flat(range(1, 4), 300) | {(1, 0): 99.0, (2, 0): 9.85, (3, 1): 98.0}
-    section = CorpusProfile(tokens=9, experts=tuple(firsts(peaks)))
+    section = CorpusProfile(tokens=9, experts=tuple(seen_by_the_hook(peaks)))
     write_json(tmp_path / "profile.json", Profile(model="m", num_layers=4, corpora={"c": section}).to_json())
     run(SelectConfig(profile=tmp_path, criterion="reference", out=tmp_path / "e.json"))
     chosen = ExpertSet.parse(str(tmp_path / "e.json"))
     assert (chosen.experts, chosen.scores) == (((1, 0), (2, 0)), (99.0, 9.85))
-    assert (chosen.rule["criterion"], chosen.rule["statistic"]) == ("reference", "first")
+    assert (chosen.rule["criterion"], chosen.rule["statistic"]) == ("reference", "reference")
+
+
+def test_a_profile_without_the_reference_codes_peaks_is_made_again(tmp_path: Path) -> None:
+    section = CorpusProfile(tokens=9, experts=tuple(seen_by_the_hook(flat(range(1, 4), 300))))
+    value: Any = Profile(model="m", num_layers=4, corpora={"c": section}).to_json()
+    for row in value["corpora"]["c"]["experts"]:
+        del row["reference_output_max"]  # as in files of superexperts 0.1.0
+    write_json(tmp_path / "profile.json", value)
+    with pytest.raises(DataError, match="^profile: it does not have the reference profiler's peaks; profile again$"):
+        run(SelectConfig(profile=tmp_path, criterion="reference", out=tmp_path / "e.json"))
+    assert not (tmp_path / "e.json").exists()
 
 
 def test_more_than_there_are_is_an_error() -> None:

@@ -76,8 +76,9 @@ def assert_same(found: CorpusProfile, wanted: CorpusProfile, tolerance: float) -
     for row, expected in zip(found.experts, wanted.experts, strict=True):
         assert row.key == expected.key
         assert row.tokens == expected.tokens
-        for field in ("output_max", "input_max", "first_token_output_max", "gate_sum", "reap"):
-            assert getattr(row, field) == pytest.approx(getattr(expected, field), rel=tolerance), (row.key, field)
+        for field in ("output_max", "input_max", "first_token_output_max", "reference_output_max", "gate_sum", "reap"):
+            wanted_value = getattr(expected, field) or 0.0  # None for an expert without tokens
+            assert (getattr(row, field) or 0.0) == pytest.approx(wanted_value, rel=tolerance), (row.key, field)
 
 
 @pytest.mark.parametrize("family", FAMILIES | MORE_FAMILIES)

@@ -15,7 +15,7 @@ __all__ = ["STAGE_VERSIONS", "stage_version"]
 STAGE_VERSIONS = {
     "pocket": 1,
     "pocket-data": 1,
-    "profile": 1,
+    "profile": 2,
     "prune": 1,
     "restore": 1,
     "compare": 1,

@@ -31,7 +31,7 @@ __all__ = [
     "chosen_experts",
 ]
 
-Statistic = Literal["all", "first"]
+Statistic = Literal["all", "first", "reference"]
 ExpertId = int | Literal["shared"]
 ExpertKey = tuple[int, ExpertId]
 """(layer, expert): the 0-based number of the decoder layer, dense layers counted, and the expert's index in its bank,
@@ -71,7 +71,11 @@ class ExpertStats:
     """Vocabulary id of the peak's token."""
     first_token_output_max: float = 0.0
     """The same, but only over the first token of each sequence that was routed to the expert, and over all tokens for
-    a shared expert. The reference profiler of the paper records this, because its hook reads `output[0]`."""
+    a shared expert."""
+    reference_output_max: float | None = None
+    """The same, but only over the row of each sequence that the paper's reference profiler reads (`output[0]` in its
+    hook; see `profiling.reference`), and over all tokens for a shared expert. None without tokens, and in profiles of
+    superexperts 0.1.0."""
     input_max: float = 0.0
     """Largest |input of down_proj|; channel, position and token of that peak follow."""
     input_channel: int | None = None
@@ -119,7 +123,8 @@ class Profile:
     depth: float = 1.0
     """Share of the layers that were run: those with a number below round(depth x num_layers)."""
     statistic: Statistic = "all"
-    """Which peaks the criterion uses: `output_max` ("all") or `first_token_output_max` ("first")."""
+    """Which peaks the criterion uses: `output_max` ("all"), `first_token_output_max` ("first") or
+    `reference_output_max` ("reference")."""
     corpora: Mapping[str, CorpusProfile]
 
     @property
@@ -128,8 +133,13 @@ class Profile:
         return min(CRITERION_DEPTH, self.depth)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value with the schema's name."""
-        return {"schema": PROFILE_SCHEMA, **dataclasses.asdict(self)}
+        """A JSON value with the schema's name. A profile of superexperts 0.1.0 stays as it was, for its hash."""
+        value = {"schema": PROFILE_SCHEMA, **dataclasses.asdict(self)}
+        for corpus in value["corpora"].values():
+            for row in corpus["experts"]:
+                if row["reference_output_max"] is None:
+                    del row["reference_output_max"]
+        return value
 
     @classmethod
     def from_json(cls, value: Any) -> Profile:

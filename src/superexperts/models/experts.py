@@ -89,6 +89,8 @@ class BankCall:
     token_R: Tensor
     """Row of each token in the flattened batch (batch index x sequence length + position), int64; ascending within an
     expert."""
+    rank_R: Tensor
+    """Place of the expert in the list that the router gave the token, from 0, int64; zeros for a shared expert."""
     weight_R: Tensor
     """Routing weight; ones for a shared expert."""
     made: Callable[[Callable[[Piece], Any]], Iterator[Any]]

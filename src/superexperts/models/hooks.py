@@ -157,6 +157,7 @@ class _Routed:
             experts=tuple(range(down_weight(self.bank).shape[0])),
             expert_R=self.expert_R[self.heard_R],
             token_R=self.token_R[self.heard_R],
+            rank_R=(self.slot_R % self.index_TK.shape[1])[self.heard_R],
             weight_R=self.weight_R[self.heard_R].detach(),
             made=self.go_through,
         )
@@ -323,6 +324,7 @@ def _shared_tap(tap: Tap, layer: int) -> Callable[[nn.Module, Any, Tensor], None
                 experts=("shared",),
                 expert_R=torch.zeros_like(token_T),
                 token_R=token_T,
+                rank_R=torch.zeros_like(token_T),
                 weight_R=torch.ones_like(token_T, dtype=output.dtype),
                 made=ready(piece),
             )

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from superexperts.core.distributed import gathered, is_distributed
 from superexperts.core.errors import Field, ModelError
-from superexperts.core.types import ExpertId, ExpertKey, ExpertStats, key_name, key_order
+from superexperts.core.types import ExpertId, ExpertStats, key_name, key_order
+from superexperts.models.banks import Bank, expert_keys
+from superexperts.models.decoder import text_config
 from superexperts.models.experts import BankCall, Piece
+from superexperts.profiling.reference import is_gathered_by_rank, reference_rows
 from superexperts.profiling.rules import layer_shares
 
 __all__ = ["Accumulator", "merged"]
@@ -98,13 +101,13 @@ class _Rows:
 class _Bank:
     """The statistics of the experts of one bank."""
 
-    def __init__(self, experts: tuple[ExpertId, ...], device: torch.device) -> None:
-        self.experts = experts
+    def __init__(self, experts: tuple[ExpertId, ...], device: torch.device, *, by_rank: bool) -> None:
+        self.experts, self._by_rank = experts, by_rank
         self.sums_4E: dict[int, Tensor] = {}
         """For each batch, by the place of its first token: number of tokens, gate sum, sum of weighted norms, number of
         rows that are not finite; float64. They are added up in the order of the corpus, so that the sum does not depend
         on which process ran which batch."""
-        self.first_E = torch.zeros(len(experts), device=device)
+        self.first_E, self.reference_E = (torch.zeros(len(experts), device=device) for _ in range(2))
         self.input, self.output = _Peaks(len(experts), device), _Peaks(len(experts), device)
 
     def update(self, call: BankCall, real_T: Tensor | None, start: int, length: int) -> None:
@@ -122,8 +125,8 @@ class _Bank:
             norms.append(norm_N[own_N])
         if not norms:
             return
-        columns = (call.expert_R, call.token_R, call.weight_R)
-        expert_R, token_R, weight_R = (column if real_R is None else column[real_R] for column in columns)
+        columns = (call.expert_R, call.token_R, call.rank_R, call.weight_R)
+        expert_R, token_R, rank_R, weight_R = (column if real_R is None else column[real_R] for column in columns)
         peak_R = output.peaks()
         counts_E = torch.bincount(expert_R, minlength=len(self.experts))
         weighted_R = weight_R.double() * torch.cat(norms)
@@ -131,18 +134,20 @@ class _Bank:
         self.sums_4E[start] = torch.stack([_sums(term_R, counts_E) for term_R in terms_4R])
         self.input.update(*inner.highest(start + token_R))
         self.output.update(*output.highest(start + token_R))
-        # The hook of the reference code sees the first token of a sequence that reaches a routed expert, but all tokens
-        # of a shared expert.
+        # A routed expert is given one sequence after another, of which the reference code sees one row each; of a shared
+        # expert it sees all rows.
         first_R = torch.ones_like(expert_R, dtype=torch.bool)
         if self.experts != ("shared",):
             sequence_R = expert_R * (int(token_R.max()) // length + 1) + token_R // length
             first_R[1:] = sequence_R[1:] != sequence_R[:-1]
+        seen_R = reference_rows(first_R, rank_R, token_R) if self._by_rank else first_R
         self.first_E = self.first_E.scatter_reduce(0, expert_R[first_R], peak_R[first_R], "amax")
+        self.reference_E = self.reference_E.scatter_reduce(0, expert_R[seen_R], peak_R[seen_R], "amax")
 
     def cpu(self) -> _Bank:
         moved = copy.copy(self)
         moved.sums_4E = {start: sums_4E.cpu() for start, sums_4E in self.sums_4E.items()}
-        moved.first_E = self.first_E.cpu()
+        moved.first_E, moved.reference_E = self.first_E.cpu(), self.reference_E.cpu()
         moved.input, moved.output = self.input.cpu(), self.output.cpu()
         return moved
 
@@ -150,18 +155,20 @@ class _Bank:
         """Takes the statistics of other batches."""
         self.sums_4E |= other.sums_4E
         self.first_E = torch.maximum(self.first_E, other.first_E)
+        self.reference_E = torch.maximum(self.reference_E, other.reference_E)
         self.input.merge(other.input)
         self.output.merge(other.output)
 
     def rows(self, layer: int, ids_T: Tensor, length: int) -> list[ExpertStats]:
         """The statistics of each expert; `ids_T` are the token ids of the corpus, in sequences of `length`."""
         found = []
-        peaks = zip(self.output.listed(), self.input.listed(), self.first_E.tolist(), strict=True)
+        rows_seen = self.first_E.tolist(), self.reference_E.tolist()
+        peaks = zip(self.output.listed(), self.input.listed(), *rows_seen, strict=True)
         sums_4E = torch.zeros(4, len(self.experts), dtype=torch.float64)
         for start in sorted(self.sums_4E):
             sums_4E += self.sums_4E[start].cpu()
         sums = zip(*sums_4E.tolist(), strict=True)
-        for expert, (tokens, gate, weighted, wrong), (output, inner, first) in zip(
+        for expert, (tokens, gate, weighted, wrong), (output, inner, first, reference) in zip(
             self.experts, sums, peaks, strict=True
         ):
             if wrong:
@@ -179,6 +186,7 @@ class _Bank:
                     gate_sum=gate,
                     reap=weighted / tokens,
                     first_token_output_max=first,
+                    reference_output_max=reference,
                     output_max=output[0],
                     position=output[1] % length,
                     token_id=int(ids_T[output[1]]),
@@ -197,11 +205,13 @@ class Accumulator:
     change the result.
 
     Call `start_batch` before each forward pass. Peaks are exact, norms are computed in float32 and sums in float64.
-    `ids_BL` are the token ids [B, L] of the whole corpus, in the order of the batches; all sequences have one length.
+    `banks` are the model's banks to be profiled, `ids_BL` the token ids [B, L] of the whole corpus, in the order of the
+    batches; all sequences have one length.
     """
 
-    def __init__(self, keys: Collection[ExpertKey], ids_BL: Tensor) -> None:
-        self._keys = sorted(keys, key=key_order)
+    def __init__(self, model: nn.Module, banks: Sequence[Bank], ids_BL: Tensor) -> None:
+        self._keys = sorted(expert_keys(banks), key=key_order)
+        self._by_rank = is_gathered_by_rank(text_config(model).model_type)
         self._ids_BL = ids_BL
         self._banks: dict[tuple[int, ExpertId], _Bank] = {}
         self._start = 0
@@ -215,7 +225,7 @@ class Accumulator:
     def __call__(self, call: BankCall) -> None:
         where = call.layer, call.experts[0]
         if where not in self._banks:
-            self._banks[where] = _Bank(call.experts, call.expert_R.device)
+            self._banks[where] = _Bank(call.experts, call.expert_R.device, by_rank=self._by_rank)
         real_T = None if self._real_T is None else self._real_T.to(call.expert_R.device)
         self._banks[where].update(call, real_T, self._start, self._ids_BL.shape[1])
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from superexperts.core.errors import OptionError
+from superexperts.core.errors import DataError, OptionError
 from superexperts.core.types import CorpusProfile, ExpertKey, ExpertStats, Profile, Statistic, key_order
 
 __all__ = [
+    "PEAK_FIELDS",
     "Threshold",
     "considered",
     "found_on",
@@ -20,6 +21,14 @@ __all__ = [
     "super_experts_of",
     "threshold",
 ]
+
+
+PEAK_FIELDS: Mapping[Statistic, str] = {
+    "all": "output_max",
+    "first": "first_token_output_max",
+    "reference": "reference_output_max",
+}
+"""The field of `ExpertStats` that holds the peaks of a statistic."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +52,10 @@ def layers_below(depth: float, num_layers: int) -> int:
 
 
 def peak(row: ExpertStats, statistic: Statistic) -> float:
-    """The peak that the criterion compares: over all tokens, or over the first token of each sequence."""
-    return row.output_max if statistic == "all" else row.first_token_output_max
+    """The peak that the criterion compares, 0 for an expert without tokens; `DataError` if the profile lacks it."""
+    if statistic == "reference" and row.tokens and row.reference_output_max is None:
+        raise DataError("it does not have the reference profiler's peaks; profile again", field="profile")
+    return getattr(row, PEAK_FIELDS[statistic]) or 0.0
 
 
 def considered(stats: Sequence[ExpertStats], num_layers: int, depth: float) -> list[ExpertStats]:
@@ -77,7 +88,7 @@ def super_experts(
 ) -> tuple[ExpertStats, ...]:
     """The experts whose peak is over both bounds of `threshold`, the largest peak first.
 
-    The defaults are the paper's criterion; `statistic="first"` with `floor` follows its reference code exactly.
+    The defaults are the paper's criterion; `statistic="reference"` with `floor` follows its reference code exactly.
     `OptionError` if no layer with experts is below `depth`.
     """
     rows = considered(stats, num_layers, depth)

@@ -18,7 +18,6 @@ from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import note, progress
 from superexperts.core.distributed import my_share
 from superexperts.core.types import CorpusProfile, Statistic
-from superexperts.models.banks import expert_keys
 from superexperts.models.cpu_attention import padded_values
 from superexperts.models.decoder import stopped_after
 from superexperts.models.hooks import tapped
@@ -51,7 +50,7 @@ def profile_corpus(
     mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
     device = next(model.parameters()).device
     banks = banks_below(model, depth)
-    accumulator = Accumulator(expert_keys(banks), ids_BL)
+    accumulator = Accumulator(model, banks, ids_BL)
     starts = my_share(range(0, len(ids_BL), batch_size))
     with (
         tapped(model, accumulator),

@@ -24,8 +24,8 @@ from superexperts.core.errors import Field, OptionError
 from superexperts.core.identity import identity
 from superexperts.core.runs import completed, input_key, prepare_folder, read_json, write_json, write_manifest
 from superexperts.core.settings import ModelConfig, Switch, require, require_device, require_sequences
-from superexperts.core.types import CorpusProfile, Profile, key_name
-from superexperts.profiling.criterion import layers_below, peak, super_experts_of
+from superexperts.core.types import CorpusProfile, Profile, Statistic, key_name
+from superexperts.profiling.criterion import PEAK_FIELDS, layers_below, peak, super_experts_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,8 +79,9 @@ class ProfileConfig(ModelConfig):
     """`auto` spreads a model that is not streamed over several GPUs."""
     depth: float = 0.75
     """Share of the layers that are run and that the criterion considers; 1.0 for all."""
-    statistic: Literal["all", "first"] = "all"
-    """Peaks of the criterion: over all tokens, or over the first one of each sequence that an expert sees."""
+    statistic: Statistic = "all"
+    """Peaks of the criterion: over all tokens, over the first one of each sequence that an expert sees, or over the one
+    that the paper's reference profiler reads."""
     sinks: Switch = False
     """Also measure the attention on the first token, with all experts and with the super experts silent."""
     data_dir: Path | None = None
@@ -324,7 +325,6 @@ def _summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedToken
 
 def show(result: dict[str, Any]) -> None:
     """Prints, for each corpus, a table of the largest peaks, then the sinks and the agreement of the corpora."""
-    peak = "output_max" if result["statistic"] == "all" else "first_token_output_max"
     for name, corpus in result["corpora"].items():
         found = {tuple(key) for key in corpus["super"]}
         found_text = f"{len(found)} super expert{'s' * (len(found) != 1)}"
@@ -342,7 +342,7 @@ def show(result: dict[str, Any]) -> None:
             key = (row["layer"], row["expert"])
             table.add_row(
                 key_name(key),
-                f"{row[peak]:.4g}",
+                f"{row[PEAK_FIELDS[result['statistic']]] or 0:.4g}",
                 str(row["channel"]),
                 str(row["position"]),
                 Text(ascii(row["token"])),

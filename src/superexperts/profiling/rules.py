@@ -167,7 +167,7 @@ def _by_criterion(
             f"{depth} is over the profile's {profile.depth}; profile again with ", Field("depth"), field="depth"
         )
     reference = criterion == "reference"
-    statistic: Statistic = "first" if reference else profile.statistic
+    statistic: Statistic = "reference" if reference else profile.statistic
     found = [
         super_experts(
             profile.corpora[name].experts,

@@ -47,7 +47,7 @@ class SelectConfig:
     rule: Annotated[RuleName, tyro.conf.arg(help=_RULE_HELP)] = "super"
     criterion: Annotated[
         Literal["paper", "reference"],
-        _of_rules("criterion", "`reference` follows the paper's code exactly (first token of each sequence, //)."),
+        _of_rules("criterion", "`reference` follows the paper's code exactly (one row of each sequence, //)."),
     ] = "paper"
     corpus: str | None = None
     """Corpus of the profile; default: all of them (`super` takes the experts that it finds on every one, scores are

@@ -21,7 +21,7 @@ from superexperts.core.console import note, progress
 from superexperts.core.distributed import my_share
 from superexperts.core.errors import OptionError, OutputError
 from superexperts.core.types import CRITERION_DEPTH, CorpusProfile, ExpertKey, Statistic
-from superexperts.models.banks import Bank, expert_keys, find_banks
+from superexperts.models.banks import Bank, find_banks
 from superexperts.models.cpu_attention import padded_values
 from superexperts.models.decoder import layer_by_layer, num_layers
 from superexperts.models.experts import BankCall, Piece, ready
@@ -66,7 +66,7 @@ def profile_streamed(
     banks = banks_below(streamed.model, depth)
     layers = range(banks[-1].layer + 1)
     batches = my_share(range(0, len(ids_SL), batch_size))
-    accumulator = Accumulator(expert_keys(banks), ids_SL)
+    accumulator = Accumulator(streamed.model, banks, ids_SL)
     hidden: dict[int, Tensor] = {}
     with (
         padded_values(),
@@ -119,11 +119,11 @@ def quick_look(
     follow. At the end of the corpus the result is marked as not stable.
     """
     banks = banks_below(streamed.model, depth)
-    total = Accumulator(expert_keys(banks), ids_SL)
+    total = Accumulator(streamed.model, banks, ids_SL)
     sets: list[frozenset[ExpertKey]] = []
     while len(sets) < len(ids_SL):
         first, count = len(sets), FIRST_ROUNDS if not sets else 2 * len(sets)
-        rounds = [Accumulator(expert_keys(banks), ids_SL) for _ in range(min(count, len(ids_SL) - first))]
+        rounds = [Accumulator(streamed.model, banks, ids_SL) for _ in range(min(count, len(ids_SL) - first))]
         _one_pass(streamed, banks, ids_SL[first : first + len(rounds)], rounds, first, description)
         for accumulator in rounds:
             total.merge(accumulator)
@@ -168,6 +168,7 @@ def _one_pass(
                     call,
                     expert_R=call.expert_R[own_R],
                     token_R=call.token_R[own_R] - number * length,
+                    rank_R=call.rank_R[own_R],
                     weight_R=call.weight_R[own_R],
                     made=ready(own),
                 )
