@@ -134,8 +134,7 @@ class _Bank:
         self.sums_4E[start] = torch.stack([_sums(term_R, counts_E) for term_R in terms_4R])
         self.input.update(*inner.highest(start + token_R))
         self.output.update(*output.highest(start + token_R))
-        # A routed expert is given one sequence after another, of which the reference code sees one row each; of a shared
-        # expert it sees all rows.
+        # Of each sequence the reference code sees one row of a routed expert, and all rows of a shared one.
         first_R = torch.ones_like(expert_R, dtype=torch.bool)
         if self.experts != ("shared",):
             sequence_R = expert_R * (int(token_R.max()) // length + 1) + token_R // length
