@@ -6,13 +6,15 @@ Shape suffixes: B prompts in a batch, L tokens of the longest one.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
@@ -21,13 +23,14 @@ from transformers import PreTrainedTokenizerBase
 from superexperts.benchmarks.quiet import quiet
 from superexperts.core.console import note, stderr
 from superexperts.core.errors import Field, ModelError, OptionError
-from superexperts.engines.journal import Keeper
+from superexperts.engines.journal import Given, Keeper
+from superexperts.engines.replies import Generated, Reply, Request, instances, make_reply, stopped_in_thoughts
 
 __all__ = ["HarnessModel", "TransformersModel", "instances", "quiet"]
 
 
 class HarnessModel:
-    """Stands in front of a model class of the harness, and adds a journal of the answers and one progress bar."""
+    """Stands in front of a model class of the harness, and adds replies, a journal of them and one progress bar."""
 
     truncated = 0
     """Number of prompts that lost their beginning, because they are longer than the model's context."""
@@ -60,15 +63,38 @@ class HarnessModel:
         self._advance(len(kept))
         return kept
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The harness's method, but batch by batch, so that each batch can be kept."""
+    def generate_until(self, requests: Sequence[Request]) -> list[str]:
+        """What the model says to each request, without its thoughts; the journal keeps the same."""
+        self._journal = None if self._journal is None else _SaidOnly(self._journal)
+        return [reply.said for reply in self.replies(requests)]
 
-        def ask(batch: list[list[Any]]) -> list[Any]:
-            return list(
-                cast(Any, super(HarnessModel, self)).generate_until([one for [one] in batch], disable_tqdm=True)
-            )
+    def replies(self, requests: Sequence[Request]) -> list[Reply]:
+        """The reply to each request. All have the same limit of tokens and the same stop texts."""
+        given = self._batch_by_batch([[request] for request in requests], self._reply_to)
+        return [Reply.from_given(value) for value in given]
 
-        return self._batch_by_batch([[request] for request in requests], ask)
+    def _reply_to(self, batch: list[list[Request]]) -> list[Given]:
+        requests = [request for [request] in batch]
+        found = [make_reply(generated, request) for generated, request in zip(self._generate(requests), requests, strict=True)]
+        # A stop text may have cut thoughts. Asked again without it, the model thinks to the end.
+        cut = [i for i, request in enumerate(requests) if stopped_in_thoughts(request, found[i])]
+        again = [dataclasses.replace(requests[i], sends_stop=False) for i in cut]
+        for i, generated in zip(cut, self._generate(again) if again else (), strict=True):
+            found[i] = make_reply(generated, requests[i])
+        return [reply.to_given() for reply in found]
+
+    def _generate(self, requests: Sequence[Request]) -> list[Generated]:
+        """Greedy answers to one batch."""
+        raise NotImplementedError
+
+    def encode(self, text: str, room: int) -> list[int]:
+        """The ids of a prompt. One that is longer than `room` loses its beginning, but keeps its BOS."""
+        model = cast(Any, self)
+        ids: list[int] = model.tok_encode(text)
+        bos = model.tokenizer.bos_token_id
+        if len(ids) <= room:
+            return ids
+        return [bos, *ids[len(ids) - room + 1 :]] if ids[0] == bos else ids[len(ids) - room :]
 
     def choice_loglikelihoods(self, items: Sequence[list[Any]]) -> list[list[float]]:
         """The log-probability (nats) of each choice of each item; an item is the harness's requests for its choices.
@@ -101,12 +127,12 @@ class HarnessModel:
     def _order(self, items: Sequence[list[Any]]) -> list[int]:
         """Indices of the items, longest first; adds those that are too long to `truncated`."""
         model = cast(Any, self)
-        asked = [max((one.args for one in item), key=_characters) for item in items]
+        asked = [max((_arguments(one) for one in item), key=_characters) for item in items]
         scored = [isinstance(more, str) for _, more in asked]
         texts = [text + more if score else text for (text, more), score in zip(asked, scored, strict=True)]
         longest = [len(ids) for ids in model.tokenizer(texts).input_ids]
         for (_, more), score, length in zip(asked, scored, longest, strict=True):
-            room = self.scored_room if score else -more["max_gen_toks"]
+            room = self.scored_room if score else -more
             self.truncated += length > model.max_length + room
         return sorted(range(len(items)), key=lambda i: (-longest[i], i))
 
@@ -128,6 +154,28 @@ class HarnessModel:
                 f"{max_new_tokens} leaves no room for a prompt in the model's context of {context} tokens; give less",
                 field="max_new_tokens",
             )
+
+
+def _arguments(request: Any) -> tuple[str, Any]:
+    """(prompt, the choice to score or the new tokens)"""
+    if not isinstance(request, Request):
+        return cast(tuple[str, Any], request.args)
+    assert isinstance(request.prompt, str), "messages are for servers"
+    return request.prompt, request.max_new_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _SaidOnly:
+    """Keeps what a model says without its thoughts."""
+
+    keeper: Keeper
+
+    @property
+    def answers(self) -> Mapping[int, Given]:
+        return self.keeper.answers
+
+    def add(self, answers: Mapping[int, Given], *, sync: bool = True) -> None:
+        self.keeper.add({number: Reply.from_given(given).said for number, given in answers.items()}, sync=sync)
 
 
 def _characters(arguments: tuple[str, Any]) -> int:
@@ -153,6 +201,41 @@ class TransformersModel(HarnessModel, HFLM):  # type: ignore[misc]  # the harnes
             )
         self.check_room(max_new_tokens)
 
+    def _generate(self, requests: Sequence[Request]) -> list[Generated]:
+        """As the harness's `generate_until`, which does not say why an answer ends and drops the marks of thoughts."""
+        new, stop = requests[0].max_new_tokens, list(requests[0].stop if requests[0].sends_stop else ())
+        prompts = [str(request.prompt) for request in requests]
+        lengths = [len(ids) for ids in self.tokenizer(prompts).input_ids]
+        order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], prompts[i]))
+        ids_BL, mask_BL = self.tok_batch_encode([prompts[i] for i in order], left_truncate_len=self.max_length - new)
+        ids_BL, mask_BL = ids_BL.to(self.device), mask_BL.to(self.device)
+        start = ids_BL.shape[1]
+        ends_text = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        said_BN = self._model_generate(
+            ids_BL, start + new, [*stop, ends_text], attention_mask=mask_BL, do_sample=False
+        )[:, start:]
+        found = dict(zip(order, map(self._read, said_BN.tolist(), itertools.repeat(new)), strict=True))
+        return [found[i] for i in range(len(requests))]
+
+    def _read(self, ids: list[int], new: int) -> Generated:
+        """The text of new ids up to the end of the turn, with the marks of thoughts and without other special tokens."""
+        end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
+        text = self.tok_decode([token for token in ids[:end] if token not in self._unsaid], skip_special_tokens=False)
+        return Generated(text, "length" if end == len(ids) == new else "stop")
+
+    @functools.cached_property
+    def _ends(self) -> frozenset[int]:
+        """The ids that end a response."""
+        known = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        listed = known if isinstance(known, list) else [known]
+        return frozenset(token for token in [*listed, self.eot_token_id] if token is not None)
+
+    @functools.cached_property
+    def _unsaid(self) -> frozenset[int]:
+        """The special tokens that are not part of a response: all but the marks of thoughts."""
+        tokens = dict(zip(self.tokenizer.all_special_ids, self.tokenizer.all_special_tokens, strict=True))
+        return frozenset(number for number, token in tokens.items() if not is_mark(token))
+
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **more: Any) -> Tensor:
         with torch.inference_mode():
             return cast(Tensor, super()._model_generate(context, max_length, stop, **more))
@@ -174,11 +257,3 @@ class TransformersModel(HarnessModel, HFLM):  # type: ignore[misc]  # the harnes
         keep_B = cut_B & (first_B == (-1 if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id))
         ids_BL[keep_B, 0] = first_B[keep_B]
         return ids_BL, mask_BL
-
-
-def instances(prompts: Sequence[Any], max_new_tokens: int) -> list[Instance]:
-    """The harness's requests for greedy replies that end where the model ends them."""
-    settings = {"until": [], "do_sample": False, "max_gen_toks": max_new_tokens}
-    return [
-        Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(settings)), idx=0) for prompt in prompts
-    ]

@@ -20,8 +20,9 @@ from superexperts.core.errors import OutputError
 
 __all__ = ["Given", "Journal", "Keeper", "numbered", "open_journals", "remove_journals"]
 
-Given = str | list[float]
-"""A model's answer to an item: its response, or the log-probability of each choice."""
+Given = str | list[float] | dict[str, str]
+"""A model's answer to an item: its response, the log-probability of each choice, or the fields of a reply that are
+known beside the response."""
 
 
 class Keeper(Protocol):
