@@ -85,6 +85,7 @@ def test_answers_of_the_version_before_are_kept_until_the_stage_version_is_raise
     tmp_path: Path, data: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Manifests of superexperts 0.1.0 have no version, and keys that depended on all source files."""
+    monkeypatch.setitem(STAGE_VERSIONS, "evaluate", 1)
     evaluate.run(_config(tmp_path, data, limit=2))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     del manifest["version"]

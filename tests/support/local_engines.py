@@ -54,13 +54,15 @@ class Engine:
             logits: torch.Tensor = self.model(input_ids=torch.tensor([ids])).logits[0]
         return logits.float().log_softmax(-1)
 
-    def text(self, ids: list[int], tokens: int, stop: Sequence[str]) -> str:
+    def text(self, ids: list[int], tokens: int, stop: Sequence[str]) -> tuple[str, str]:
+        """(text, why it ends)"""
         assert len(ids) + tokens <= CONTEXT, "no room for an answer"
         ASKED.append(ids)
         with torch.inference_mode():
             whole = self.model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)
         said: str = self.tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=False)
-        return min((said.split(end)[0] for end in stop), key=len, default=said)
+        cut = min((said.split(end)[0] for end in stop), key=len, default=said)
+        return cut, "length" if cut == said and len(whole[0]) == len(ids) + tokens else "stop"
 
 
 @functools.cache
@@ -79,8 +81,8 @@ def vllm_modules() -> dict[str, dict[str, Any]]:
         def one(self, ids: list[int], how: SamplingParams) -> Any:
             assert how.temperature == 0
             if how.prompt_logprobs is None:
-                text = self.text(ids, how.max_tokens, how.stop)
-                return types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text)])
+                text, why = self.text(ids, how.max_tokens, how.stop)
+                return types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text, finish_reason=why)])
             found = self.logprobs(ids)
             logprobs = [None, *({token: float(found[i, token])} for i, token in enumerate(ids[1:]))]
             return types.SimpleNamespace(prompt_logprobs=logprobs)
@@ -119,7 +121,8 @@ def sglang_modules() -> dict[str, dict[str, Any]]:
             assert how["temperature"] == 0
             more = {"temperature", "max_new_tokens", "stop", "skip_special_tokens", "spaces_between_special_tokens"}
             assert set(how) == more
-            return {"text": self.text(ids, how["max_new_tokens"], how["stop"])}
+            text, why = self.text(ids, how["max_new_tokens"], how["stop"])
+            return {"text": text, "meta_info": {"finish_reason": {"type": why}}}
 
         def scored(self, ids: list[int], start: int) -> Any:
             assert start == 0

@@ -55,8 +55,8 @@ def transformers_server(log: Path) -> Iterator[str]:
                 process.wait(30)
 
 
-Reply = tuple[int, Any]
-"""Status, and a body: bytes as they are, anything else as JSON."""
+Reply = tuple[int, Any] | tuple[int, Any, dict[str, str]]
+"""Status, a body (bytes as they are, anything else as JSON), and further headers."""
 
 
 @dataclasses.dataclass
@@ -69,9 +69,10 @@ class Scripted:
     most_at_once: int = 0
 
 
-def said(text: str) -> Reply:
-    """A chat completion."""
-    return 200, {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
+def said(text: Any, finish: str | None = "stop", **fields: Any) -> Reply:
+    """A chat completion; `fields` stand beside the content."""
+    message = {"role": "assistant", "content": text, **fields}
+    return 200, {"choices": [{"index": 0, "finish_reason": finish, "message": message}]}
 
 
 @contextlib.contextmanager
@@ -86,7 +87,7 @@ def scripted_server(reply: Callable[[str, dict[str, Any]], Reply]) -> Iterator[S
                 server.bodies.append(body)
                 now += 1
                 server.most_at_once = max(server.most_at_once, now)
-            status, value = reply(self.path, body)
+            status, value, *more = reply(self.path, body)
             data = value if isinstance(value, bytes) else json.dumps(value).encode()
             with lock:
                 now -= 1
@@ -94,6 +95,8 @@ def scripted_server(reply: Callable[[str, dict[str, Any]], Reply]) -> Iterator[S
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
+                for name, text in (more[0] if more else {}).items():
+                    self.send_header(name, text)
                 self.end_headers()
                 self.wfile.write(data)
 

@@ -8,7 +8,7 @@ harness draws for it when it asks the whole benchmark.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +137,25 @@ class _Drawn(ContextSampler):  # type: ignore[misc]  # the harness is untyped
         return list(self.df)
 
 
-def with_examples(task: Any, positions: Sequence[int], shots: int) -> list[tuple[Any, str]]:
+def with_examples(
+    task: Any,
+    positions: Sequence[int],
+    shots: int,
+    template: Callable[..., str] | None = None,
+    system_prompt: str | None = None,
+) -> list[tuple[Any, str]]:
     """(row, context) of some rows of a task, with the examples that a run over all its rows would show them.
 
-    `positions` are the numbers of the rows, ascending.
+    `positions` are the numbers of the rows, ascending. With a `template`, which makes text of messages, examples and
+    question are the turns of a chat.
     """
     rows = task.eval_docs
+    how: dict[str, Any] = {}
+    if template is not None:
+        how = {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": template}
+        how["system_instruction"] = system_prompt
     if shots == 0:
-        return [(rows[i], _context(task, rows[i], 0)) for i in positions]
+        return [(rows[i], _context(task, rows[i], 0, how)) for i in positions]
     sampler = task.sampler.set_rnd(FEWSHOT_SEED)
     chosen, found = set(positions), []
     try:
@@ -154,12 +165,12 @@ def with_examples(task: Any, positions: Sequence[int], shots: int) -> list[tuple
             drawn = sampler.sample(shots, eval_doc=row if _excluded(task) else None)
             if i in chosen:
                 task.sampler = _Drawn(drawn)
-                found.append((row, _context(task, row, shots)))
+                found.append((row, _context(task, row, shots, how)))
     finally:
         task.sampler = sampler
     return found
 
 
-def _context(task: Any, row: Any, shots: int) -> str:
-    context: str = task.fewshot_context(doc=row, num_fewshot=shots, gen_prefix=task.doc_to_prefix(row))
+def _context(task: Any, row: Any, shots: int, how: Mapping[str, Any]) -> str:
+    context: str = task.fewshot_context(doc=row, num_fewshot=shots, gen_prefix=task.doc_to_prefix(row), **how)
     return context

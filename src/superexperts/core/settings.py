@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -11,9 +12,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import tyro
 from tyro.conf import Positional
 
-from superexperts.core.errors import OptionError
+from superexperts.core.errors import Field, OptionError
 
 __all__ = [
+    "ChatConfig",
     "CheckpointConfig",
     "ModelConfig",
     "SeededConfig",
@@ -23,6 +25,7 @@ __all__ = [
     "require_device",
     "require_sequences",
     "require_url",
+    "thinking_of",
     "typed",
 ]
 
@@ -87,6 +90,8 @@ def require_url(field: str, url: str) -> None:
     good = url.startswith(("http://", "https://"))
     require(good, field, url, "is not a URL; give one like http://localhost:8000/v1")
     # The URL is written to manifests and messages.
+    secret = re.search(r"[?&][\w-]*(?:key|token|secret|sig|password)=", url, re.IGNORECASE)
+    require(secret is None, field, url.partition("?")[0], "holds a key; give that as OPENAI_API_KEY instead")
     require("@" not in url, field, url.rpartition("@")[2], "holds a password; give that as OPENAI_API_KEY instead")
 
 
@@ -136,3 +141,39 @@ class ServerConfig:
         finite = 0 < self.timeout < math.inf
         require(finite, "timeout", self.timeout, "is not positive and finite; give some seconds")
         require(self.retries >= 0, "retries", self.retries, "is negative; give 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """How a question is put to a chat or reasoning model; for commands that ask questions."""
+
+    chat_template: Literal["auto", "on", "off"] = "auto"
+    """Whether each question is the user's message in the model's chat template; `auto`: where the tokenizer has one."""
+    system_prompt: str | None = None
+    """chat: text of the system's message; default: none."""
+    thinking: str | None = None
+    """chat: `on`, `off`, or a number of tokens after which thoughts are ended; default: as the template has it."""
+    reasoning_effort: str | None = None
+    """chat: a word that the template knows, such as low; default: as the template has it."""
+    prefill: str = ""
+    """Beginning of every answer, which the model goes on from."""
+
+    def __post_init__(self) -> None:
+        thinking_of(self.thinking)
+        if self.chat_template == "off":
+            for name in ("system_prompt", "thinking", "reasoning_effort"):
+                value = getattr(self, name)
+                require(value is None, name, value, "needs a chat, but ", Field("chat_template"), " is off")
+
+
+def thinking_of(text: str | None) -> bool | int | None:
+    """`on` -> True, `off` -> False, `2048` or `budget 2048` -> 2048; `OptionError` for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(?:(on|true)|(off|false)|(?:budget[\s:=]*)?(\d{1,7}))\s*", text, re.IGNORECASE)
+    require(found is not None, "thinking", text, "is neither on, off nor a number of tokens; give one of the three")
+    assert found is not None
+    if found[3]:
+        require(int(found[3]) > 0, "thinking", text, "is no budget; give off to answer without thoughts")
+        return int(found[3])
+    return bool(found[1])

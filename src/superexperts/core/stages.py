@@ -22,7 +22,7 @@ STAGE_VERSIONS = {
     "train": 1,
     "export": 1,
     "import": 1,
-    "evaluate": 1,
+    "evaluate": 2,
     "extract": 2,
     "study": 1,
     "report": 1,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["MARKS", "Parts", "before_stop", "leaves_open", "split_thoughts"]
+__all__ = ["MARKS", "Parts", "before_stop", "end_for", "is_mark", "leaves_open", "split_thoughts"]
 
 # Words that models and their templates write between brackets around thoughts. Those of the first group are mixed by
 # models that were taught one and prompted with another: `<think> ... </thinking>`.
@@ -54,11 +54,18 @@ _FIRST_LETTERS = frozenset("h#")
 _CHANNEL = re.compile(
     r"(?:<\|start\|>\w{0,20}\s?)?<\|channel\|>\s?(\w{1,20})[^<\n]{0,80}(?:<\|constrain\|>\w{0,20})?(?:<\|message\|>)?"
 )
+_CHANNEL_TOKENS = frozenset(("<|channel|>", "<|message|>", "<|constrain|>", "<|channel>", "<|start|>", "<|end|>"))
 _MESSAGE_END = re.compile(r"<\|(?:end|return|call|start)\|>")
 # The same where special tokens were left out: "analysisWe pick iron.assistantfinalC".
 _BARE_FINAL = re.compile(r"(?<=\S)\s?assistant\s?final(?![a-z])")
 _BARE_ANALYSIS = re.compile(r"\s*(?:assistant)?analysis(?=[A-Z\d\"'“(*])")
 _BARE_ONLY_FINAL = re.compile(r"\s*(?:assistant)?final(?=[A-Z\d*\\$])")
+
+_ENDS = (
+    *(("begin", "end"), ("START", "END"), ("start", "end"), ("<|channel>", "<channel|>"), ("unused94", "unused95")),
+    *(("prefix", "suffix"), ("<|think|>", "<|content|>"), ("<|im_start|>think", "<|im_start|>answer")),
+)
+"""What differs between a mark that opens thoughts and the one that ends them, where that is not a slash."""
 
 _ANSWER_LINE = re.compile(
     r"\n\s{0,8}<answer>(?:(?!<answer>).){1,2000}</answer>\s*(?:<[|｜][\w▁]{1,30}[|｜]>\s*)?\Z", re.I | re.S
@@ -199,6 +206,11 @@ def _joined(parts: Sequence[str]) -> str:
     return "\n\n".join(part.strip() for part in parts if part.strip())
 
 
+def is_mark(token: str) -> bool:
+    """Whether a special token marks thoughts or channels, so that a response cannot be split without it."""
+    return token in _CHANNEL_TOKENS or _pattern(())[0].fullmatch(token) is not None
+
+
 def leaves_open(prompt: str, own: Sequence[tuple[str, str]] = ()) -> bool:
     """Whether a prompt ends inside thoughts, as where the template ends with `<think>`."""
     end = prompt[-200:].rstrip()
@@ -209,6 +221,21 @@ def leaves_open(prompt: str, own: Sequence[tuple[str, str]] = ()) -> bool:
         return channel[-1][1].lower() != "final"
     marks = list(_pattern(tuple(own))[0].finditer(end))
     return bool(marks) and (marks[-1].lastgroup or "")[0] == "o" and not end[marks[-1].end() :].strip()
+
+
+def end_for(text: str) -> str | None:
+    """What ends the thoughts that a text leaves open: the mark that fits its last opening one; None without any."""
+    channels = list(_CHANNEL.finditer(text))
+    if channels:
+        return "<|end|><|start|>assistant<|channel|>final<|message|>"
+    marks = [mark[0] for mark in _pattern(())[0].finditer(text) if (mark.lastgroup or "")[0] == "o"]
+    if not marks:
+        return None
+    bare = re.sub(r"(?<=\w)\s[^>]*", "", marks[-1])  # attributes
+    for opening, end in _ENDS:
+        if opening in bare:
+            return bare.replace(opening, end)
+    return f"{bare[0]}/{bare[1:]}"
 
 
 def before_stop(text: str, stops: Sequence[str], *, opened: bool = False, own: Sequence[tuple[str, str]] = ()) -> str:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import aiohttp
@@ -39,7 +39,7 @@ _SEQUELS = {"temperature": ", so the answers may be sampled", "seed": ""}
 _UNREADABLE = (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError)
 
 
-class _Failed(Exception):
+class _RequestError(Exception):
     """A request that failed for good; `parts` is the message, after the server's name."""
 
     def __init__(self, *parts: str, ends: bool = False) -> None:
@@ -76,15 +76,15 @@ class Client:
         self._in_a_row = 0
         try:
             asyncio.run(self._ask(bodies, keep))
-        except _Failed as failed:
+        except _RequestError as failed:
             raise OptionError(f"{self.url!r} ", *failed.parts, field=self.field) from failed.__cause__
 
     async def _ask(self, bodies: Mapping[int, dict[str, Any]], keep: Callable[[int, Generated], None]) -> None:
         waiting = iter(bodies.items())
         refused: dict[int, Problem] = {}
-        failures: list[_Failed] = []
+        failures: list[_RequestError] = []
 
-        def give_up(failed: _Failed) -> bool:
+        def give_up(failed: _RequestError) -> bool:
             """Whether a failure of one prompt ends the run: nothing was answered yet, or many failed in a row."""
             self._in_a_row += 1
             nothing = not self._answered and self._in_a_row >= min(IN_A_ROW, len(bodies))
@@ -94,9 +94,9 @@ class Client:
             for number, body in waiting:
                 try:
                     answer = await self._answer(session, body)
-                except _Failed as failed:
-                    failures.append(failed)
-                    if give_up(failed) or not self._answered:
+                except _RequestError as error:
+                    failures.append(error)
+                    if give_up(error) or not self._answered:
                         raise
                     continue
                 if isinstance(answer, Generated):
@@ -128,7 +128,9 @@ class Client:
             keep(number, Generated("", "content_filter" if problem.kind == "filtered" else "error"))
         if failures:
             parts = failures[0].parts
-            raise _Failed(f"fails on {len(failures)} of {len(bodies)} prompts, and ", *parts) from failures[0].__cause__
+            raise _RequestError(f"fails on {len(failures)} of {len(bodies)} prompts, and ", *parts) from failures[
+                0
+            ].__cause__
 
     async def _answer(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Generated | Problem:
         """The reply to one request, or the problem for which the server refuses this prompt."""
@@ -136,7 +138,7 @@ class Client:
         while True:
             await self._wait_for_rate()
             sent = self._without(body)
-            failed: _Failed
+            failed: _RequestError
             try:
                 async with session.post(self.url, json=sent) as response:
                     data = await response.read()
@@ -185,7 +187,7 @@ class Client:
     def _learn(self, problem: Problem, sent: Mapping[str, Any]) -> bool:
         """Whether the server refuses a parameter that it is not sent from now on."""
         name = refused_parameter(problem, sent)
-        if name not in REPLACED:
+        if name is None or name not in REPLACED:
             return False
         if name not in self.left_out:
             instead = self.left_out[name] = REPLACED[name]
@@ -203,7 +205,7 @@ class Client:
             wait = min(2.0**self._pauses, LONGEST_WAIT)
         if now + wait > self._last_answer + PATIENCE:
             seconds = f"asks to wait {wait:.0f} s more" if problem.retry_after else f"for over {PATIENCE:.0f} s"
-            raise _Failed(
+            raise _RequestError(
                 f"limits the rate of requests, {seconds}: {problem}; lower ",
                 *(Field("concurrency"), " or run again later, the answers so far are kept"),
                 ends=True,
@@ -217,23 +219,23 @@ class Client:
         while (left := self._not_before - time.monotonic()) > 0:
             await asyncio.sleep(left)
 
-    def _fault(self, problem: Problem) -> _Failed:
+    def _fault(self, problem: Problem) -> _RequestError:
         if problem.kind == "fatal":
-            return _Failed(
+            return _RequestError(
                 f"answers {problem}; check the URL, the server's name for ",
                 *(Field("model"), ", and OPENAI_API_KEY; the answers so far are kept"),
                 ends=True,
             )
-        return _Failed(f"answers {problem}; see its log, the answers so far are kept")
+        return _RequestError(f"answers {problem}; see its log, the answers so far are kept")
 
 
-def _because(error: BaseException, *parts: str) -> _Failed:
-    failed = _Failed(*parts)
+def _because(error: BaseException, *parts: str) -> _RequestError:
+    failed = _RequestError(*parts)
     failed.__cause__ = error
     return failed
 
 
-def _refusal(problem: Problem) -> _Failed:
+def _refusal(problem: Problem) -> _RequestError:
     hint = "lower " if problem.too_long else "check the server's name for "
     field = Field("max_new_tokens" if problem.too_long else "model")
-    return _Failed(f"answers {problem} to every prompt; ", hint, field, ", or see its log")
+    return _RequestError(f"answers {problem} to every prompt; ", hint, field, ", or see its log")

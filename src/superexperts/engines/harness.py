@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from superexperts.benchmarks.quiet import quiet
 from superexperts.core.console import note, stderr
 from superexperts.core.errors import Field, ModelError, OptionError
+from superexperts.core.thoughts import end_for, is_mark
 from superexperts.engines.journal import Given, Keeper
 from superexperts.engines.replies import Generated, Reply, Request, instances, make_reply, stopped_in_thoughts
 
@@ -34,6 +35,9 @@ class HarnessModel:
 
     truncated = 0
     """Number of prompts that lost their beginning, because they are longer than the model's context."""
+    add_bos_token: bool | None = None
+    """The harness's setting: whether a BOS is put in front of a prompt; None as the tokenizer does. A chat template
+    writes all special tokens itself."""
     scored_room = 0
     """Tokens that a prompt and its choice may have beyond the model's context, when the choice is scored."""
     _bar: tuple[Progress, TaskID] | None = None
@@ -75,13 +79,34 @@ class HarnessModel:
 
     def _reply_to(self, batch: list[list[Request]]) -> list[Given]:
         requests = [request for [request] in batch]
-        found = [make_reply(generated, request) for generated, request in zip(self._generate(requests), requests, strict=True)]
+        found = [
+            make_reply(generated, request)
+            for generated, request in zip(self._generate(requests), requests, strict=True)
+        ]
         # A stop text may have cut thoughts. Asked again without it, the model thinks to the end.
         cut = [i for i, request in enumerate(requests) if stopped_in_thoughts(request, found[i])]
         again = [dataclasses.replace(requests[i], sends_stop=False) for i in cut]
         for i, generated in zip(cut, self._generate(again) if again else (), strict=True):
             found[i] = make_reply(generated, requests[i])
         return [reply.to_given() for reply in found]
+
+    def _within_budget(self, requests: Sequence[Request]) -> list[Generated]:
+        """Greedy answers whose thoughts are ended for the model once they have used up their budget."""
+        budget = requests[0].thinking_budget
+        assert budget is not None, "there is no budget"
+        said = self._generate([dataclasses.replace(request, max_new_tokens=budget) for request in requests])
+        left = [i for i, generated in enumerate(said) if generated.finish_reason == "length"]
+        more = []
+        for i in left:
+            request, text = requests[i], said[i].text
+            if not make_reply(said[i], request).said.strip():
+                end = end_for(f"{request.prompt}{text}")
+                text = f"{text.rstrip()}\n{end}\n\n" if end else text
+                said[i] = said[i]._replace(text=text)
+            more.append(dataclasses.replace(request, prompt=f"{request.prompt}{text}"))
+        for i, generated in zip(left, self._generate(more) if more else (), strict=True):
+            said[i] = generated._replace(text=said[i].text + generated.text)
+        return said
 
     def _generate(self, requests: Sequence[Request]) -> list[Generated]:
         """Greedy answers to one batch."""
@@ -161,7 +186,7 @@ def _arguments(request: Any) -> tuple[str, Any]:
     if not isinstance(request, Request):
         return cast(tuple[str, Any], request.args)
     assert isinstance(request.prompt, str), "messages are for servers"
-    return request.prompt, request.max_new_tokens
+    return request.prompt, request.max_new_tokens + (request.thinking_budget or 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +243,7 @@ class TransformersModel(HarnessModel, HFLM):  # type: ignore[misc]  # the harnes
         return [found[i] for i in range(len(requests))]
 
     def _read(self, ids: list[int], new: int) -> Generated:
-        """The text of new ids up to the end of the turn, with the marks of thoughts and without other special tokens."""
+        """The text of new ids up to the end of the turn, with marks of thoughts but no other special tokens."""
         end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
         text = self.tok_decode([token for token in ids[:end] if token not in self._unsaid], skip_special_tokens=False)
         return Generated(text, "length" if end == len(ids) == new else "stop")

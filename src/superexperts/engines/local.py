@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
-from superexperts.data.packing import bos_prefix
 from superexperts.engines import Opening
 from superexperts.engines.harness import HarnessModel
+from superexperts.engines.replies import Generated, Request
 
 __all__ = ["LocalModel", "shared_arguments"]
 
@@ -16,12 +17,24 @@ class LocalModel(HarnessModel):
 
     scored_room = -1  # both generate one token more, which is thrown away
 
-    def _model_generate(self, requests: list[list[int]], **more: Any) -> Any:
-        """Answers to token ids. The harness has cut the beginning of those that are too long, and BOS with it."""
+    def _generate(self, requests: Sequence[Request]) -> list[Generated]:
+        """Not by the harness's `generate_until`, which does not say why an answer ends."""
         model = cast(Any, self)
-        bos = bos_prefix(model.tokenizer)
-        kept = [ids if ids[:1] == bos else [*bos, *ids[1:]] for ids in requests] if bos else requests
-        return cast(Any, super())._model_generate(requests=kept, **more)
+        new = requests[0].max_new_tokens
+        prompts = [self.encode(str(request.prompt), model.max_length - new) for request in requests]
+        ends_text = model.tokenizer.decode(model.eot_token_id)
+        sampling = [self._sampling(new, [*(one.stop if one.sends_stop else ()), ends_text]) for one in requests]
+        found = model._model_generate(requests=prompts, generate=True, sampling_params=sampling)
+        read = [self._read(output) for output in found]
+        return [one._replace(text=one.text.split(ends_text)[0]) if ends_text else one for one in read]
+
+    def _sampling(self, new: int, stop: list[str]) -> Any:
+        """The engine's settings for a greedy answer of at most `new` tokens, special tokens included."""
+        raise NotImplementedError
+
+    def _read(self, output: Any) -> Generated:
+        """The text in the engine's output, and why it ends."""
+        raise NotImplementedError
 
 
 def shared_arguments(opening: Opening) -> dict[str, Any]:

@@ -25,7 +25,9 @@ _BLOCKED = re.compile(
 )
 _NO_CREDIT = re.compile(r"insufficient[_ ](?:quota|balance|credit|fund)|billing|not enough credit", re.IGNORECASE)
 _RATE = re.compile(r"rate[_ -]?limit|too[_ ]many[_ ]requests|throttl|tokens per min|requests per min", re.IGNORECASE)
-_BUSY = re.compile(r"overload|unavailable|server[_ ]error|internal error|time[_ -]?out|try again|capacity", re.IGNORECASE)
+_BUSY = re.compile(
+    r"overload|unavailable|server[_ ]error|internal error|time[_ -]?out|try again|capacity", re.IGNORECASE
+)
 _TOO_LONG = re.compile(
     r"context[_ ](?:length|window|size)|maximum (?:context|model|sequence)|(?:too|exceed\w*)[^.]{0,20} (?:long|input)"
     r"|prompt is too|string_above_max|reduce the length|too many (?:input )?tokens",

@@ -38,6 +38,10 @@ class Request:
     """Whether the engine may look at `stop` itself. It then knows nothing of thoughts."""
     opened: bool = False
     """Whether the prompt ends inside thoughts, because the chat template opens them."""
+    prefill: str = ""
+    """Beginning of the answer, with which the prompt ends."""
+    thinking_budget: int | None = None
+    """Tokens after which thoughts are ended for the model; `max_new_tokens` then come after them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,16 +82,16 @@ class Generated(NamedTuple):
 
 def make_reply(generated: Generated, request: Request) -> Reply:
     """Splits off thoughts, then cuts what is said at the first stop text."""
+    text = generated.text if generated.text.startswith(request.prefill) else request.prefill + generated.text
     # Thoughts in a field of their own have ended, so the text does not go on with them.
     opened = request.opened and not generated.thoughts
-    response = before_stop(generated.text, request.stop, opened=opened)
+    response = before_stop(text, request.stop, opened=opened)
+    finish_reason = generated.finish_reason if response == text else "stop"
     parts = split_thoughts(response, opened=opened)
     thoughts = "\n\n".join(part for part in (generated.thoughts, parts.thoughts) if part)
     if not thoughts and parts.text == response:
-        return Reply(response=response, finish_reason=generated.finish_reason)
-    return Reply(
-        response=response, thoughts=thoughts or None, text=parts.text, finish_reason=generated.finish_reason
-    )
+        return Reply(response=response, finish_reason=finish_reason)
+    return Reply(response=response, thoughts=thoughts or None, text=parts.text, finish_reason=finish_reason)
 
 
 def stopped_in_thoughts(request: Request, reply: Reply) -> bool:
@@ -115,7 +119,7 @@ def read_choice(value: Any) -> Generated:
     parts of a list, or in the text itself. Where a model refused, its words of refusal are the response.
     """
     choice = value["choices"][0]
-    message = choice["message"] if "message" in choice else choice
+    message = choice.get("message", choice)
     # Some servers send the same thoughts under two names.
     thoughts = next(filter(None, (_words(message.get(name)) for name in _THOUGHT_FIELDS)), "")
     refusal = message.get("refusal")

@@ -7,6 +7,7 @@ from typing import Any
 from superexperts.engines import Opening
 from superexperts.engines.harness import quiet
 from superexperts.engines.local import LocalModel, shared_arguments
+from superexperts.engines.replies import Generated
 
 __all__ = ["open_engine"]
 
@@ -18,7 +19,14 @@ def open_engine(opening: Opening) -> Any:
         from lm_eval.models.sglang_causallms import SGLangLM
 
         class SglangModel(LocalModel, SGLangLM):  # type: ignore[misc]  # the harness is untyped
-            pass
+            def _sampling(self, new: int, stop: list[str]) -> Any:
+                shown: dict[str, Any] = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
+                return {"max_new_tokens": new, "temperature": 0.0, "stop": stop, **shown}
+
+            def _read(self, output: Any) -> Generated:
+                reason = (output.get("meta_info") or {}).get("finish_reason")
+                kind = reason.get("type") if isinstance(reason, dict) else reason
+                return Generated(output.get("text", ""), kind)
 
         # Its default is no BOS at all.
         model = SglangModel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from superexperts.core.errors import OutputError
 from superexperts.core.runs import MANIFEST, fingerprint, input_key, made_from, prepare_folder, read_json, write_text
 from superexperts.core.types import Answer
 from superexperts.engines.journal import Given, Journal, open_journals
+from superexperts.engines.replies import Reply
 
 __all__ = ["answers_key", "finished_answers", "open_folder", "require_own_answers", "write_answers"]
 
@@ -76,12 +78,16 @@ def finished_answers(folder: Path, keys: Mapping[str, str]) -> dict[str, dict[st
         if asked.get(name) != key or not file.is_file() or fingerprint(file) != outputs.get(f"answers/{name}.jsonl"):
             continue
         answers = [Answer.from_json(json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        found[name] = {answer.id: _given(answer) for answer in answers}
+        # A prompt that a server refused is asked again.
+        found[name] = {answer.id: _given(answer) for answer in answers if answer.finish_reason != "error"}
     return found
 
 
 def _given(answer: Answer) -> Given:
-    return answer.response if answer.loglikelihoods is None else [nats for _, nats, _ in answer.loglikelihoods]
+    if answer.loglikelihoods is not None:
+        return [nats for _, nats, _ in answer.loglikelihoods]
+    fields = dataclasses.fields(Reply)
+    return Reply(**{field.name: getattr(answer, field.name) for field in fields}).to_given()
 
 
 def write_answers(file: Path, answers: Sequence[Answer]) -> None:

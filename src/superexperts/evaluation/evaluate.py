@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from superexperts.benchmarks import BENCHMARKS, default_benchmarks
-from superexperts.checkpoints.source import ModelSource, adapter_folder, resolve
+from superexperts.checkpoints.source import ModelSource, resolve
 from superexperts.core.console import is_main_process, is_shown, note, stdout
 from superexperts.core.errors import Field, OptionError
 from superexperts.core.identity import identity
 from superexperts.core.runs import completed, fingerprint, read_json, versions, write_manifest
 from superexperts.core.settings import (
+    ChatConfig,
     SeededConfig,
     ServerConfig,
     Switch,
@@ -30,14 +31,16 @@ from superexperts.core.settings import (
     require_seed,
     require_sequences,
     require_url,
+    thinking_of,
 )
 from superexperts.core.types import chosen_experts
 from superexperts.engines import ENGINES, Opening, in_process_engines, open_engine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
 
-    from superexperts.benchmarks.loading import LoadedBenchmark
+    from superexperts.evaluation.prompts import Prompts
 
     EngineName = str
 else:
@@ -45,8 +48,8 @@ else:
 
 __all__ = ["EvaluateConfig", "run", "show"]
 
-PROBES, PROBE_TOKENS = 16, 256
-"""Number of prompts on which the effect of an adapter is measured first, and the last tokens taken of each."""
+PROBES = 16
+"""Number of prompts on which the effect of an adapter is measured first."""
 
 _ENGINE_HELP = "What runs the model: " + ", ".join(f"`{name}` {one.help}" for name, one in ENGINES.items()) + "."
 _TASKS_HELP = "Benchmarks, separated by commas; also available: " + (
@@ -64,7 +67,7 @@ def _shots_help() -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ServerConfig, SeededConfig):
+class EvaluateConfig(ChatConfig, ServerConfig, SeededConfig):
     """Ask a model, or a model with an adapter, the questions of benchmarks, and keep its answers unchanged.
 
     Example: superexperts evaluate pocket --data-dir pocket --tasks gsm8k,boolq --limit 50 --out runs/base
@@ -74,8 +77,8 @@ class EvaluateConfig(ServerConfig, SeededConfig):
 
     engine: Annotated[EngineName, tyro.conf.arg(help=_ENGINE_HELP)] = "hf"
     base_url: str | None = None
-    """api: URL of the server, such as http://localhost:8000/v1. If it ends in /chat/completions, prompts are sent as
-    chat messages."""
+    """api: URL of the server, such as http://localhost:8000/v1. If it ends in /chat/completions, or with
+    --chat-template on, prompts are sent as chat messages."""
     adapter: Path | None = None
     """Adapter folder that `train` wrote."""
     silence: str | None = None
@@ -96,7 +99,7 @@ class EvaluateConfig(ServerConfig, SeededConfig):
     batch_size: int = 64
     """Prompts per generation batch."""
     max_new_tokens: int = 512
-    """Longest answer in tokens."""
+    """Longest answer in tokens, its thoughts included unless they have a budget."""
     perplexity: str | None = None
     """Also measure the perplexity on this corpus (names as for profile)."""
     column: str | None = None
@@ -116,7 +119,8 @@ class EvaluateConfig(ServerConfig, SeededConfig):
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ServerConfig.__post_init__(self)
+        ChatConfig.__post_init__(self)
         require_seed(self.seed)
         require(is_shown(self.variant), "variant", self.variant, "has characters that no terminal shows; rename it")
         require(self.limit is None or self.limit > 0, "limit", self.limit, "is not positive; give at least 1")
@@ -209,9 +213,13 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     from superexperts.data.packing import digest_ids
     from superexperts.engines.journal import remove_journals
     from superexperts.evaluation.answers_folder import answers_key, open_folder, require_own_answers, write_answers
-    from superexperts.evaluation.ask import ask_one, chosen_items
+    from superexperts.evaluation.ask import ask_one, chosen_items, first_prompts, whole_prompt
+    from superexperts.evaluation.opening import adapter_to_ask, prepared
+    from superexperts.evaluation.outcomes import how_they_ended, sentence
     from superexperts.evaluation.perplexity import measured_perplexity, write_perplexity
+    from superexperts.evaluation.prompts import chat_parameters
     from superexperts.models.hooks import silenced
+    from superexperts.models.loading import load_tokenizer
 
     started = time.monotonic()
     out = config.out
@@ -226,11 +234,14 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     source = None  # a server only has a name for its model
     if not ENGINES[config.engine].server:
         source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
-    sequences_BL = _sequences(config, source)
+    tokenizer = None if source is None else load_tokenizer(source)
+    prompts = _prompts(config, tokenizer)
+    sequences_BL = _sequences(config, tokenizer)
+    adapter = adapter_to_ask(config.adapter, prompts) if config.adapter else None
     inputs = identity(
         config,
-        model=_model_identity(config, source),
-        adapter=fingerprint(_adapter(config.adapter)) if config.adapter else None,
+        model={"server": _url(config), "name": config.model} if source is None else source.fingerprint,
+        adapter=fingerprint(adapter) if adapter else None,
         silence=silent,
         data={name: benchmark.sha for name, benchmark in benchmarks.items()},
         perplexity=None if sequences_BL is None else digest_ids(sequences_BL),
@@ -238,15 +249,19 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     )
     if from_main_process(completed(out, "evaluate", inputs)):
         note(f"evaluate: {out} is up to date, nothing to do")
-        return _summary(config, read_json(out / "manifest.json", "manifest")["truncated"]) if is_main_process else {}
+        return _summary(config, read_json(out / "manifest.json", "manifest")) if is_main_process else {}
     if is_main_process:
         require_own_answers(out)
     model, effect = None, None
     if ENGINES[config.engine].in_process and source is not None:
-        model, effect = _prepared(config, source, load(source), benchmarks, silent)
-    answering = _answering(config, source, model)
+        each = max(1, PROBES // len(benchmarks))
+        texts = [text for benchmark in benchmarks.values() for text in first_prompts(benchmark, prompts, each)]
+        model, effect = prepared(load(source), tokenizer, adapter, silent, texts)
+    answering = _answering(config, source, model, tokenizer)
+    if source is None:
+        answering.extra = chat_parameters(prompts.style)
     journals = open_folder(out, {name: answers_key(inputs, name) for name in benchmarks})
-    outputs = []
+    outputs, ended = [], {}
     with silenced(model, silent) if model is not None and silent else contextlib.nullcontext():
         for name, benchmark in benchmarks.items():
             shuffled_by = f"{config.seed}:{name}" if config.shuffle else None
@@ -258,10 +273,14 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
                 variant=config.variant,
                 seed=config.seed,
                 max_new_tokens=config.max_new_tokens,
+                prompts=prompts,
                 journal=journals[name],
             )
             outputs.append(f"answers/{name}.jsonl")
             write_answers(out / outputs[-1], answers)
+            ended[name] = how_they_ended(answers)
+            if said := sentence(ended[name], len(answers)):
+                note(f"evaluate: {name}: {said}")
         if sequences_BL is not None:
             assert model is not None
             measured = measured_perplexity(model, sequences_BL, description=f"{config.variant}: perplexity")
@@ -273,86 +292,58 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     if truncated:
         note(f"evaluate: {truncated} prompts are too long for the model and lost their beginning")
     seconds = time.monotonic() - started
-    write_manifest(out, "evaluate", inputs, outputs, seconds, truncated=truncated, effect=effect)
+    asked = {name: whole_prompt(name, benchmark, prompts) for name, benchmark in benchmarks.items()}
+    told: dict[str, Any] = {"truncated": truncated, "ended": ended, "chat": prompts.chat, "prompts": asked}
+    write_manifest(out, "evaluate", inputs, outputs, seconds, effect=effect, **told)
     remove_journals(out / "answers")
-    return _summary(config, truncated)
+    return _summary(config, told)
 
 
-def _adapter(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise OptionError(
-            f"{str(folder)!r} is not a folder; give the adapter folder that `train` wrote", field="adapter"
-        )
-    return adapter_folder(folder)
-
-
-def _sequences(config: EvaluateConfig, source: ModelSource | None) -> Tensor | None:
+def _sequences(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor | None:
     """Token ids [B, L] of the corpus for the perplexity; None if it is not measured."""
     from superexperts.data.packing import corpus_sequences, reference_windows
-    from superexperts.models.loading import load_tokenizer
 
-    if config.perplexity is None or source is None:
+    if config.perplexity is None or tokenizer is None:
         return None
-    where: Any = (config.perplexity, config.data_dir, load_tokenizer(source))
+    where: Any = (config.perplexity, config.data_dir, tokenizer)
     if config.reference_windows:
         return reference_windows(*where, seq_len=config.seq_len, column=config.column)
     return corpus_sequences(*where, tokens=config.tokens, seq_len=config.seq_len, column=config.column)
 
 
-def _model_identity(config: EvaluateConfig, source: ModelSource | None) -> str | dict[str, str]:
-    """The digest of the checkpoint; of a server only its address and its name for the model are known."""
-    from superexperts.engines.server import request_url
+def _url(config: EvaluateConfig) -> str:
+    """Where a server is asked."""
+    from superexperts.engines.server import chat_url, request_url
 
-    if source is not None:
-        return source.fingerprint
     assert config.base_url is not None
-    return {"server": request_url(config.base_url), "name": config.model}
+    return (chat_url if config.chat_template == "on" else request_url)(config.base_url)
 
 
-def _prepared(
+def _prompts(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
+    from superexperts.data.chat import ChatStyle
+    from superexperts.evaluation.prompts import how_to_ask
+
+    style = ChatStyle(
+        system_prompt=config.system_prompt,
+        thinking=thinking_of(config.thinking),
+        reasoning_effort=config.reasoning_effort,
+        prefill=config.prefill,
+    )
+    url = _url(config) if tokenizer is None else None
+    return how_to_ask(config.chat_template, style, tokenizer=tokenizer, url=url)
+
+
+def _answering(
     config: EvaluateConfig,
-    source: ModelSource,
-    model: nn.Module,
-    benchmarks: Mapping[str, LoadedBenchmark],
-    silent: Any,
-) -> tuple[nn.Module, dict[str, Any] | None]:
-    """(the model with its adapter, the adapter's effect); raises if the adapter changes no logit."""
-    from superexperts.adapters.effect import require_effect
-    from superexperts.adapters.lora import load_adapter
-    from superexperts.models.banks import check_experts, find_banks
-
-    if silent:
-        check_experts(find_banks(model), silent, "silence")
-    if not config.adapter:
-        return model, None
-    adapted = load_adapter(model, _adapter(config.adapter))
-    effect = require_effect(adapted, _probe(source, benchmarks), _adapter(config.adapter), "adapter")
-    return adapted, dataclasses.asdict(effect)
-
-
-def _probe(source: ModelSource, benchmarks: Mapping[str, LoadedBenchmark]) -> list[Tensor]:
-    """Token ids [L] of the first prompts of every benchmark, on which an adapter must have an effect."""
-    import torch
-
-    from superexperts.benchmarks.base import prompt
-    from superexperts.models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(source)
-    texts = [
-        prompt(item)
-        for benchmark in benchmarks.values()
-        for item in benchmark.items[: max(1, PROBES // len(benchmarks))]
-    ]
-    return [torch.tensor(tokenizer(text, verbose=False).input_ids[-PROBE_TOKENS:]) for text in texts]
-
-
-def _answering(config: EvaluateConfig, source: ModelSource | None, model: nn.Module | None) -> Any:
+    source: ModelSource | None,
+    model: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Any:
     """The `HarnessModel` that answers the prompts; `model` is the model in this process, if it runs here."""
     from superexperts.engines.harness import TransformersModel
-    from superexperts.models.loading import load_tokenizer
 
-    if model is not None and source is not None:
-        return TransformersModel(model, load_tokenizer(source), config.batch_size, config.max_new_tokens)
+    if model is not None and tokenizer is not None:
+        return TransformersModel(model, tokenizer, config.batch_size, config.max_new_tokens)
     opening = Opening(
         model=config.model,
         folder=None if source is None else source.folder,
@@ -361,7 +352,7 @@ def _answering(config: EvaluateConfig, source: ModelSource | None, model: nn.Mod
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
-        base_url=config.base_url,
+        base_url=None if source is not None else _url(config),
         concurrency=config.concurrency,
         timeout=config.timeout,
         retries=config.retries,
@@ -369,8 +360,9 @@ def _answering(config: EvaluateConfig, source: ModelSource | None, model: nn.Mod
     return open_engine(config.engine, opening)
 
 
-def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:
-    """The number of answers to each benchmark, the perplexity if it was measured, and the number of cut prompts."""
+def _summary(config: EvaluateConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of answers to each benchmark and how they ended, the perplexity if it was measured, and the number of
+    cut prompts."""
     counts = {}
     for name in config.task_names:
         with (config.out / "answers" / f"{name}.jsonl").open(encoding="utf-8") as stream:
@@ -382,7 +374,8 @@ def _summary(config: EvaluateConfig, truncated: int) -> dict[str, Any]:
         "tasks": counts,
         "perplexity": found["perplexity"] if found else None,
         "perplexity_interval": found["interval"] if found else None,
-        "truncated": truncated,
+        "truncated": manifest["truncated"],
+        "ended": manifest.get("ended", {}),
     }
 
 

@@ -1,0 +1,49 @@
+"""A model made ready to be asked: with its adapter, which must fit the prompts and change something."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from superexperts.adapters.effect import require_effect
+from superexperts.adapters.lora import load_adapter
+from superexperts.checkpoints.source import adapter_folder
+from superexperts.core.errors import OptionError
+from superexperts.data.chat import read_prompt_record, require_same_prompt
+from superexperts.evaluation.prompts import Prompts
+from superexperts.models.banks import check_experts, find_banks
+
+__all__ = ["adapter_to_ask", "prepared"]
+
+PROBE_TOKENS = 256
+"""Tokens taken from the end of each prompt on which the effect of an adapter is measured."""
+
+
+def adapter_to_ask(folder: Path, prompts: Prompts) -> Path:
+    """The adapter's folder; `OptionError` if there is none, or if it was trained on another kind of prompt."""
+    if not folder.is_dir():
+        raise OptionError(
+            f"{str(folder)!r} is not a folder; give the adapter folder that `train` wrote", field="adapter"
+        )
+    found = adapter_folder(folder)
+    require_same_prompt(read_prompt_record(found), prompts.record, folder)
+    return found
+
+
+def prepared(
+    model: nn.Module, tokenizer: Any, adapter: Path | None, silent: Any, texts: Sequence[str]
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """(the model with its adapter, the adapter's effect on texts); raises if the adapter changes no logit, or if an
+    expert in `silent` does not exist."""
+    if silent:
+        check_experts(find_banks(model), silent, "silence")
+    if adapter is None:
+        return model, None
+    adapted = load_adapter(model, adapter, "adapter")
+    probe = [torch.tensor(tokenizer(text, verbose=False).input_ids[-PROBE_TOKENS:]) for text in texts]
+    return adapted, dataclasses.asdict(require_effect(adapted, probe, adapter, "adapter"))
