@@ -105,9 +105,7 @@ def test_a_server_that_breaks_off_is_asked_only_for_the_rest(tmp_path: Path, dat
 
     with scripted_server(breaks) as server:
         settings = served_config(tmp_path, data, server.base_url, concurrency=1, tasks="gsm8k,boolq")
-        with pytest.raises(
-            OptionError, match=r"fails on 5 of 6 prompts, and answers 503 \(' \[31mgo away'\)|go away"
-        ) as caught:
+        with pytest.raises(OptionError, match=r"answers 503 \('.*go away'\); .*; 5 of 6 prompts failed") as caught:
             evaluate.run(settings)
         assert "\x1b" not in str(caught.value)
         assert (tmp_path / "answers" / ".boolq.partial").read_text().count("answers") == 1

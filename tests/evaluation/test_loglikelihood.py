@@ -11,6 +11,7 @@ import datasets
 import lm_eval
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import nn
@@ -22,7 +23,7 @@ from superexperts.benchmarks.fewshot import with_examples
 from superexperts.benchmarks.loading import load_benchmarks
 from superexperts.core.errors import DataError, ModelError, OptionError
 from superexperts.core.types import Answer
-from superexperts.engines.harness import TransformersModel, instances
+from superexperts.engines.harness import TransformersModel
 from superexperts.evaluation import evaluate
 from superexperts.evaluation.ask import ask
 from superexperts.evaluation.evaluate import EvaluateConfig
@@ -295,7 +296,7 @@ def test_what_is_too_long_loses_its_beginning_but_not_its_bos(
     asker = TransformersModel(model, tokenizer, 2, 8)
     monkeypatch.setattr(TransformersModel, "max_length", 20)
     context = "one two three four five six seven eight nine ten" * 3
-    item = [type(instances(["x"], 1)[0])("loglikelihood", {}, (context, f" {word}"), i) for i, word in enumerate("AB")]
+    item = [Instance("loglikelihood", {}, (context, f" {word}"), i) for i, word in enumerate("AB")]
     short = [type(item[0])("loglikelihood", {}, ("one", " A"), 0)]
     [[first, second], _] = asker.choice_loglikelihoods([item, short])
     assert asker.truncated == 1

@@ -127,10 +127,8 @@ class Client:
             self.refused[number] = str(problem)
             keep(number, Generated("", "content_filter" if problem.kind == "filtered" else "error"))
         if failures:
-            parts = failures[0].parts
-            raise _RequestError(f"fails on {len(failures)} of {len(bodies)} prompts, and ", *parts) from failures[
-                0
-            ].__cause__
+            count = f"; {len(failures)} of {len(bodies)} prompts failed"
+            raise _RequestError(*failures[0].parts, count) from failures[0].__cause__
 
     async def _answer(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Generated | Problem:
         """The reply to one request, or the problem for which the server refuses this prompt."""

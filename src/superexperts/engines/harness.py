@@ -237,7 +237,7 @@ class TransformersModel(HarnessModel, HFLM):  # type: ignore[misc]  # the harnes
         start = ids_BL.shape[1]
         ends_text = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         said_BN = self._model_generate(
-            ids_BL, start + new, [*stop, ends_text], attention_mask=mask_BL, do_sample=False
+            context=ids_BL, max_length=start + new, stop=[*stop, ends_text], attention_mask=mask_BL, do_sample=False
         )[:, start:]
         found = dict(zip(order, map(self._read, said_BN.tolist(), itertools.repeat(new)), strict=True))
         return [found[i] for i in range(len(requests))]
