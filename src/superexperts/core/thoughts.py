@@ -68,9 +68,13 @@ _ENDS = (
 """What differs between a mark that opens thoughts and the one that ends them, where that is not a slash."""
 
 _ANSWER_LINE = re.compile(
-    r"\n\s{0,8}<answer>(?:(?!<answer>).){1,2000}</answer>\s*(?:<[|｜][\w▁]{1,30}[|｜]>\s*)?\Z", re.I | re.S
+    r"\n\s{0,8}<answer>(?:(?!<answer>).){1,2000}</answer>\s*(?:<[|｜][\w▁]{1,30}[|｜]>\s*)?\Z"
+    r"|\n[\s*]{0,8}(?:(?:therefore|thus|so|hence),?\s)?(?:the\s)?(?:final\s)?answer\b[^\n\w]{0,8}(?:is\b)?[^\n\w]{0,8}"
+    r"\\boxed\{[^\n]{1,200}\Z",
+    re.I | re.S,
 )
-"""What ends thoughts without their mark: the whole answer on lines of its own, and nothing behind it."""
+"""What ends thoughts without their mark, with nothing behind it: the whole answer in a tag on lines of its own, or the
+last line "Therefore, the answer is \\boxed{34", which scripts that limit the length of thoughts put there."""
 _LAST_LETTERS = frozenset(">]▷tTkK")  # of what opens thoughts
 _WORD = re.compile(r"\w")
 

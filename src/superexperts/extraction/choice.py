@@ -15,7 +15,6 @@ from superexperts.extraction.statements import (
     NOT_IN,
     REFUSAL,
     Reading,
-    cut_off,
     first_part,
     is_said_again,
     lead_end,
@@ -159,7 +158,7 @@ _IS_THE_ANSWER = Cued(
     r"(?:\s(?:correct|possible|likely|answer|choice|option|statement|one|response|đúng|chính\ xác|nhất))?",
     words=("is", "are", "was", "would be", "seems", "là"),
 )
-_NAMED_OPTION = r"(?:\b(?i:option|choice|answer|statement|đáp án|phương án|câu)\s|^|[(\[])[*(\[\"]{0,2}"
+_NAMED_OPTION = r"(?:\b(?i:option|choice|answer|statement|đáp án|phương án|câu)\s|^|[(\[](?=\**\w[\])*]))[*(\[\"]{0,2}"
 _HEAD = re.compile(r"[,;:]\s(?:so|therefore|thus|hence|then|nên|but)\b|[;:]")
 _UNSURE = Gated(
     re.compile(r"\b(?:not|if|whether|nếu|không)\b|n't\b"),
@@ -186,7 +185,7 @@ def is_the_answer(reading: Reading) -> str | None:
     if reading.lower is not None and not _IS_THE_ANSWER.matches_lower(reading.lower[-CONCLUSION:]):
         return None  # a search of the whole text first: sentence by sentence takes longer
     values = []
-    for sentence in reading.conclusion:
+    for sentence in reading.conclusion[:-1] if reading.cut else reading.conclusion:
         found = next(iter(_IS_THE_ANSWER.matches(sentence)), None)
         if found is None:
             continue
@@ -233,6 +232,18 @@ _A_FOR_ANSWER = re.compile(r"A\s?[:：]\s?[*(\[]{0,3}(?=[A-H](?:[.)\]*]|\s*$))")
 """ "A: B"."""
 
 
+_FIRST_OF_PARTS = re.compile(r"\(?(?:[aAiI]|1)\)\s")
+_SECOND_PART = re.compile(r"(?:\n|[.:;]\s)\s{0,8}\(?(?:[bB]|ii|II)\)\s")
+"""An answer in parts, "(a) ... (b) ...", for a question in parts."""
+
+
+def _is_part(reading: Reading, sentence: str) -> bool:
+    """Whether a sentence that begins with "(a)" is the first part of an answer in parts: it does not say option A."""
+    inside = sentence.lstrip("(")
+    option = dict(reading.options).get(inside[0].upper(), " ")
+    return inside[0] in "ai" and len(sentence) > 60 and not normalise(inside[2:]).startswith(option)
+
+
 def first_label(reading: Reading) -> str | None:
     """A label at the very beginning: "B", "[B] because ...", "D, garage.", or the only checked box: "[ ] A [x] B"."""
     checked = set(_CHECKED.findall(reading.text)) if reading.text[:1] == "[" or "\n[" in reading.text else ()
@@ -242,6 +253,8 @@ def first_label(reading: Reading) -> str | None:
     if not part or _lists_options(reading):
         return None
     lead = lead_end(part)
+    if _FIRST_OF_PARTS.match(part) and (_SECOND_PART.search(reading.text) or _is_part(reading, part)):
+        return None
     if REFUSAL.match(part, lead):
         return _refusing_option(reading, normalise(part[lead:])) or NONE
     if NOT.match(part, lead):
@@ -261,9 +274,10 @@ def first_option(reading: Reading) -> str | None:
     value = _option_in(reading, words)
     if not value or NOT_IN.search(part) or _SAID_WRONG.search(part):
         return None
-    if len(words) <= 2 * len(dict(reading.options)[value]) + 12:
+    only = len(reading.ending) == 1
+    if len(words) <= 2 * len(dict(reading.options)[value]) + 12 and not (only and reading.cut):
         return value
-    if not _restates(reading, part, value):
+    if not _restates(reading, part, value) or (only and reading.cut):
         return None
     others = [(_option_in(reading, normalise(sentence)), sentence) for sentence in reading.conclusion]
     rival = any(other not in (None, NONE, value) and _restates(reading, sentence, other) for other, sentence in others)
@@ -305,10 +319,10 @@ _BESIDE = re.compile(r"[,;]\s(?:with|while|whereas|unlike|al?though|though|còn|
 
 def conclusion(reading: Reading) -> str | None:
     """One of the last two sentences, if it names one option and does not deny it: "... is a rabbit reservoir (B)."."""
-    listed = _lists_options(reading)
+    listed, short = _lists_options(reading), len(reading.conclusion) < 3
     for place, sentence in enumerate(reversed(reading.conclusion[-2:])):
         if (listed and _LINE_LABEL.match(sentence)) or (
-            cut_off(reading) and (place == 0 or not (CUE.match(sentence) or is_said_again(reading, sentence)))
+            reading.cut and (place == 0 or not (CUE.match(sentence) or is_said_again(reading, sentence)))
         ):
             continue
         sentence = _SO.split(sentence)[-1]  # it can't be B or C, so it must be A
@@ -327,6 +341,8 @@ def conclusion(reading: Reading) -> str | None:
         if len(names) > 1:
             return None
         value = _option_in(reading, normalise(sentence))
+        if value and dict(reading.options)[value].strip().isdigit() and not (CUE.match(sentence) or short):
+            continue  # a number on the way to the answer
         if value == NONE and (beside := _BESIDE.search(sentence)):
             value = _option_in(reading, normalise(sentence[: beside.start()]))
         if value == NONE and (but := _BUT.search(sentence)) and not _ALSO.search(sentence, but.end()):
@@ -338,7 +354,7 @@ def conclusion(reading: Reading) -> str | None:
 
 def only_option(reading: Reading) -> str | None:
     """A short answer that contains the text of one option only: `print("desk drawer")`."""
-    if len(reading.text) > 400 or _lists_options(reading) or _SAID_WRONG.search(reading.text):
+    if len(reading.text) > 400 or reading.cut or _lists_options(reading) or _SAID_WRONG.search(reading.text):
         return None
     words = normalise(reading.text)
     value = _option_in(reading, words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from superexperts.extraction.endings import breaks_off_in, open_markup
 from superexperts.extraction.expression import expression_value
 from superexperts.extraction.numbers import find_numbers
 from superexperts.extraction.statements import (
@@ -13,7 +14,6 @@ from superexperts.extraction.statements import (
     NOT,
     REFUSAL,
     Reading,
-    cut_off,
     first_part,
     is_said_again,
     lead_end,
@@ -130,48 +130,35 @@ _LAST_WORDS = re.compile(r"(?:[%)]|\.0{1,3})?(?:/\w{1,12})?(?:\s[\w'’-]{1,20})
 _LEADS_ON = re.compile(
     rf"(?:\b(?:{_SMALL_WORDS}(?<!is)(?<!are)|times|first|add|subtract)\s|[-+*/×÷·(]\s?)$", re.IGNORECASE
 )
-_LAST_SMALL = re.compile(rf"\s{_SMALL_WORDS}$", re.IGNORECASE)
 _SUM = re.compile(r"\d[^=]{0,200}=\s?(?:\$?<<[^<>]{1,200}>>)?$")
 """Before the result of a calculation, also in the form of GSM8K: `48/2 = <<48/2=24>>`."""
 
 
-def _ends(reading: Reading, sentence: str) -> bool:
-    """Whether a last sentence without a full stop is complete: a conclusion or calculation ending with a number and a
-    few words, as "So she has 36 - 9 = 27 apples"."""
+def _is_result(reading: Reading, sentence: str) -> bool:
+    """Whether a last sentence without a stop is complete all the same: a conclusion, or a calculation on a line of its
+    own, that ends with a number and a few words, as "So she has 36 - 9 = 27 apples". A step of a list is neither."""
+    line = reading.text.rstrip().rpartition("\n")[2].lstrip()
     cue = _CONCLUDES.match(sentence)
-    if not cue and "=" not in sentence:
-        return False
-    numbers = list(find_numbers(sentence[-CONCLUSION:]))
-    if not numbers:
+    if (
+        _ITEM.match(line)
+        or open_markup(reading.text[-CONCLUSION:], line)
+        or not (cue or ("=" in sentence and line == sentence))
+    ):
         return False
     sentence = sentence[-CONCLUSION:]
+    numbers = list(find_numbers(sentence))
+    if not numbers:
+        return False
     before, after = sentence[: numbers[-1][0]], sentence[numbers[-1][1] :]
-    if _LAST_WORDS.fullmatch(after) is None or _LAST_SMALL.search(after) or _fragment(reading, after):
+    if _LAST_WORDS.fullmatch(after) is None or breaks_off_in(after, reading.question, reading.text):
         return False
     if cue:
         return before[cue.end() :].strip(" ,:") != "" and _LEADS_ON.search(before[-20:]) is None
     return _SUM.search(before) is not None
 
 
-def _broken(reading: Reading, sentence: str) -> bool:
-    """Whether a sentence breaks off within a word, or after a word such as "of" that cannot be the last."""
-    if not sentence[-1].isalpha() or " " not in sentence:
-        return False
-    return _LAST_SMALL.search(sentence) is not None or _fragment(reading, sentence)
-
-
-def _fragment(reading: Reading, after: str) -> bool:
-    """Whether the last word is only the beginning of a word in the question or the answer: "appl" of "apples"."""
-    word = after.rpartition(" ")[2].lower()
-    if not word.isalpha():
-        return False
-    question, text = reading.question[-CONCLUSION:], reading.text[-CONCLUSION:].rpartition(" ")[0]
-    raw = f"{question} {text} ".lower()
-    if f" {word} " in raw or word not in raw:  # most
-        return False
-    said = f" {normalise(question)}{normalise(text)}"
-    beginning = " " + word.replace("y", "i")
-    return beginning in said and f"{beginning} " not in said
+_ITEM = re.compile(r"^\W{0,8}\d{1,2}[.)]\s+(?=\D)")
+"""The number of a step or an item: "3. She has 34 apples"."""
 
 
 def _is_asked(reading: Reading, words: str) -> bool:
@@ -186,16 +173,13 @@ def conclusion(reading: Reading) -> str | None:
     found = reading.ending
     if not found:
         return None
-    unfinished = cut_off(reading) or _broken(reading, found[-1])
     for place, sentence in enumerate(reversed(found[-3:])):
         words = normalise(sentence)
         if sentence.endswith("?") or (len(words) > 12 and _is_asked(reading, words)):
             return None
-        if unfinished and not (
-            _CONCLUDES.match(sentence) or is_said_again(reading, sentence) if place else _ends(reading, sentence)
-        ):
+        if reading.cut and not (is_said_again(reading, sentence) if place else _is_result(reading, sentence)):
             continue
-        value = number_in(reading, sentence)
+        value = number_in(reading, _ITEM.sub("", sentence, count=1))
         if value is not None:
             return value
         if _NOT_RUN.match(sentence):

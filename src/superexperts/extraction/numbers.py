@@ -101,6 +101,8 @@ def find_numbers(text: str) -> Iterator[Quantity]:
             yield found.start(), found.end(), value
             continue
         if found["words"]:
+            if found["words"] in ("one", "One") and _THAT_ONE.search(text[max(0, found.start() - 12) : found.start()]):
+                continue
             value = str(_from_words(found["words"].lower()))
         elif found["top"]:
             value = f"{found['top']}/{found['bottom']}"
@@ -126,6 +128,10 @@ def find_numbers(text: str) -> Iterator[Quantity]:
         yield found.start(), found.end(), _canonical(value)
 
 
+_THAT_ONE = re.compile(
+    r"\b(?:the|this|that|next|last|first|each|every|which|any|no|other|another|correct|right)\s\Z", re.I
+)
+"""Before "one" that is not a number: "the next one"."""
 _UNMARKED = re.compile(r"[,{}\\! ]")
 
 

@@ -180,6 +180,8 @@ def _read_text(kind: Kind, said: str, question: str, choices: Choices) -> tuple[
     reading = Reading(kind, text[start:end], question, choices)
     if lower is not None:
         vars(reading)["lower"] = lower[start:end]
+    if text[end:].strip():  # it went on to another turn, so it had come to an end
+        vars(reading)["cut"] = False
     return _read(reading)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Final, Literal
 
 from superexperts.extraction.cued import Cued, Gated, lowered
+from superexperts.extraction.endings import breaks_off
 from superexperts.extraction.numbers import find_numbers
 from superexperts.extraction.text import first_sentence, last_sentences, normalise
 
@@ -25,7 +26,6 @@ __all__ = [
     "Choices",
     "Kind",
     "Reading",
-    "cut_off",
     "first_part",
     "is_said_again",
     "lead_end",
@@ -83,6 +83,11 @@ class Reading:
     def ending(self) -> list[str]:
         """At least the last three sentences of `conclusion`, or all if there are fewer."""
         return self.__dict__.get("conclusion") or last_sentences(self.text[-CONCLUSION:], 3)
+
+    @functools.cached_property
+    def cut(self) -> bool:
+        """Whether the answer breaks off before its conclusion."""
+        return breaks_off(self.text, self.question)
 
 
 @functools.lru_cache(maxsize=256)
@@ -243,12 +248,3 @@ def is_said_again(reading: Reading, sentence: str) -> bool:
     """Whether the answer breaks off while it repeats this sentence."""
     last = reading.ending[-1]
     return sentence.startswith(last) and 2 * len(last) > len(sentence)
-
-
-def cut_off(reading: Reading) -> bool:
-    """Whether the answer breaks off in a sentence other than its first, as at the limit of tokens."""
-    found = reading.ending
-    if len(found) < 2 or not (found[-1][-1].isalnum() or found[-1][-1] in ",-("):
-        return False
-    line = reading.text[-CONCLUSION:].rstrip().rpartition("\n")[2]
-    return len(found[-1]) > 40 or found[-1] != line.strip()
