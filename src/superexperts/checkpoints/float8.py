@@ -23,7 +23,7 @@ from superexperts.core.errors import ModelError
 __all__ = ["Float8Checkpoint", "is_quantized", "opened"]
 
 SCALES = "_scale_inv"
-"""What the name of a matrix' scales has behind the matrix' own."""
+"""Suffix of the key of a matrix's scales: key of the matrix + this."""
 
 
 def is_quantized(settings: Any) -> bool:
@@ -62,6 +62,7 @@ class Float8Checkpoint(Checkpoint):
         """key -> the matrix and its scales as they are stored"""
         try:
             for key, entry in list(self._entries.items()):
+                # A scale can itself be float8 (e8m0) in some releases; only the matrices are dequantized.
                 if entry.dtype == torch.float8_e4m3fn and not key.endswith(SCALES):
                     self._quantized[key] = entry, self._scales_of(entry)
         except BaseException:
@@ -102,8 +103,10 @@ class Float8Checkpoint(Checkpoint):
 
 def _product(weight_OI: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """Each block times its scale, in float32 [O, I]."""
+    # In float32, and rounded to bfloat16 once: float8 times float32 has more digits than bfloat16 holds.
     wide_OI = weight_OI.float()
     rows, columns = block
+    # Strip by strip and in place: a scale matrix of full size would double the memory of a large weight.
     for index, strip in enumerate(torch.split(wide_OI, rows)):
         strip *= scale[index].repeat_interleave(columns)[: strip.shape[1]]
     return wide_OI

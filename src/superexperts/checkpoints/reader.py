@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from superexperts.checkpoints.shard_file import BLOCK, ShardFile
 from superexperts.core.errors import ModelError
 
-if TYPE_CHECKING:  # torch takes 2 s to import, for which what only moves bytes does not wait
+if TYPE_CHECKING:  # importing torch takes 2 s, and code that only moves bytes does not need it
     import torch
     from torch import Tensor
 
@@ -34,7 +34,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 SPARE = 2 * BLOCK
-"""Bytes that memory to read in place has more than what is read."""
+"""Extra bytes that `read_in_place` needs in its memory, so that it can read whole blocks at both ends."""
 
 MAX_NAME = 250
 """Characters of a shard's name: file systems take 255 bytes."""
@@ -43,7 +43,7 @@ MAX_ELEMENTS = 2**48
 """Of one tensor: 500 TB in bfloat16."""
 
 PIECE = 2**20
-"""Bytes of a tensor that are read at a time where it is not to be in memory."""
+"""Bytes read at a time from a tensor that is never held in memory as a whole."""
 
 KINDS = {
     "F64": ("float64", 8),
@@ -63,7 +63,7 @@ KINDS = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
-"""Kinds of numbers by their name in a header -> torch's name for the dtype, and bytes of an element."""
+"""dtype name in a safetensors header -> (name in torch, bytes per element)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,12 +77,12 @@ class Entry:
     """Its dtype as the header names it, one of `KINDS`."""
     shape: tuple[int, ...]
     offset: int
-    """Its first byte in the shard."""
+    """Its first byte in the file, header included."""
     nbytes: int
 
     @property
     def dtype(self) -> torch.dtype:
-        """The kind, as torch's."""
+        """The kind as a torch dtype."""
         import torch  # here, as said above
 
         return cast("torch.dtype", getattr(torch, KINDS[self.kind][0]))
@@ -202,7 +202,7 @@ class Checkpoint(Mapping[str, Entry]):
         return memory[start : start + size]
 
     def pieces(self, entry: Entry) -> Iterator[memoryview]:
-        """An entry's bytes, which are never all in memory: piece by piece, each in the last one's place."""
+        """An entry's bytes, `PIECE` at a time. Each piece overwrites the one before, so copy what you keep."""
         memory = memoryview(bytearray(min(PIECE, entry.nbytes)))
         for start in range(0, entry.nbytes, PIECE):
             piece = memory[: entry.nbytes - start]
@@ -214,13 +214,13 @@ class Checkpoint(Mapping[str, Entry]):
         shard = self._open[entry.file]
         self._count(entry, lambda: shard.read_into(target, entry.offset + start), len(target))
 
-    def _count(self, entry: Entry, read: Callable[[], int], wanted: int) -> None:
-        """Reads, and says in one line what does not go well."""
+    def _count(self, entry: Entry, read: Callable[[], int], expected: int) -> None:
+        """Reads `expected` bytes and counts them; a failure becomes one line."""
         try:
             found = read()
         except OSError as error:
             raise self._refused(entry.file, f"cannot be read at {entry.key!r} ({_short(error)})") from error
-        if found < wanted:
+        if found < expected:
             raise self._refused(entry.file, f"ends inside {entry.key!r}")
         with self._lock:
             self.bytes_read += found
@@ -233,7 +233,7 @@ class Checkpoint(Mapping[str, Entry]):
     def _opened(self, file: str) -> list[Entry]:
         """Opens a shard; returns what it holds, in the order of the bytes. Every byte belongs to one tensor, which
         safetensors checks."""
-        if not (self.folder / file).is_file():  # a pipe would be waited for
+        if not (self.folder / file).is_file():  # opening a named pipe would block
             raise self._refused(file, "cannot be read (no such file)")
         try:
             self._open[file] = ShardFile(self.folder / file)
@@ -251,12 +251,12 @@ class Checkpoint(Mapping[str, Entry]):
             if kind not in KINDS:
                 raise self._refused(file, f"holds {key[:200]!r} in {kind!r}, which is not read here")
             if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
-                # With a dimension of 0 the bytes are none, yet no tensor has such a shape.
+                # A dimension of 0 makes the size 0 and hides the others, which torch would still multiply.
                 raise self._refused(file, f"has a header that is wrong at {key[:200]!r}")
             nbytes = math.prod(shape) * KINDS[kind][1]
             entries.append(Entry(key=key, file=file, kind=kind, shape=shape, offset=offset, nbytes=nbytes))
             offset += nbytes
-        # safetensors gives empty tensors at one place in any order.
+        # Empty tensors share an offset, and safetensors lists them in any order; the key makes the order fixed.
         return sorted(entries, key=lambda entry: (entry.offset, entry.nbytes, entry.key))
 
     def _weight_map(self) -> dict[str, str] | None:
@@ -289,8 +289,7 @@ class Checkpoint(Mapping[str, Entry]):
         return weight_map
 
     def _check_name(self, key: str, file: Any) -> None:
-        """A name, not a path: an index must not lead out of its folder. What a name leads to may be a link, as it is in
-        the Hub's cache."""
+        """An index must name files of its folder, not paths. The file itself may be a link, as in the Hub's cache."""
         if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file or len(file) > MAX_NAME:
             raise self._refused(INDEX, f"says that {key!r} is in {str(file)[:80]!r}, outside its folder")
         if not file.endswith(".safetensors"):

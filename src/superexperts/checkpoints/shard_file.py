@@ -17,7 +17,7 @@ __all__ = ["ShardFile"]
 BLOCK = 4096
 """Offsets, lengths and addresses of direct reads must be multiples of the disk's block; none has larger ones."""
 CHUNK = 2**22
-"""Bytes read at once; a buffer of this size is kept for each thread."""
+"""Bytes read at a time; each thread keeps one buffer of this size."""
 
 
 class _Buffer(threading.local):
@@ -65,8 +65,8 @@ class ShardFile:
         return done
 
     def read_in_place(self, memory: memoryview, offset: int, size: int) -> int:
-        """As `read_into`, but the bytes come to lie `offset % BLOCK` behind the beginning of `memory`, which is that of
-        a page and has two blocks to spare: a direct read needs no copy so."""
+        """As `read_into`, but the bytes start `offset % BLOCK` bytes into `memory`, so a direct read needs no copy.
+        `memory` must begin at a page and be two blocks larger than `size`."""
         skipped, done = offset % BLOCK, 0
         if self._direct is not None and self._is_on_disk(offset, size):
             while done < skipped + size:
@@ -75,23 +75,25 @@ class ShardFile:
                 except OSError:  # as above; the rest is read below
                     break
                 done += count
+                # A partial block means the end of the file; the next direct read would not be aligned.
                 if not count or count % BLOCK:
                     break
         done = min(max(done - skipped, 0), size)
         return done + self.read_into(memory[skipped + done : skipped + size], offset + done)
 
     def _is_on_disk(self, offset: int, size: int) -> bool:
-        """Whether a piece is worth a direct read: large, and not in the page cache, where that would not look."""
+        """Whether a direct read pays: the piece is large, and not in the page cache, which direct reads bypass."""
         if self._direct is None or size < CHUNK // 4:
             return False
         try:
+            # One byte in the middle stands for the piece. RWF_NOWAIT fails instead of reading from the disk.
             return not os.preadv(self.descriptor, [bytearray(1)], offset + size // 2, os.RWF_NOWAIT)
         except OSError:  # EAGAIN: it is not in the cache; or the file system cannot say
             return True
 
 
 def _read_blocks(descriptor: int, target: memoryview, offset: int) -> int:
-    """Reads up to a chunk of whole blocks by a direct read and copies what is wanted of it."""
+    """Reads up to a chunk of whole blocks by a direct read and copies the needed part."""
     import numpy as np  # here, so that shards that are only copied do not wait for it; it copies without Python's lock
 
     skipped = offset % BLOCK
@@ -103,5 +105,5 @@ def _read_blocks(descriptor: int, target: memoryview, offset: int) -> int:
 
 
 def _blocks(size: int) -> int:
-    """Bytes of the whole blocks that hold so many."""
+    """`size` rounded up to whole blocks."""
     return -(-size // BLOCK) * BLOCK

@@ -39,12 +39,12 @@ RECORD = "superexperts.json"
 WEIGHT_FILES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".pkl", ".npz", ".index.json",
 )  # fmt: skip
-"""Endings of files that hold weights, or say where they are: none of them goes along unseen."""
+"""Endings of files that hold weights or list them. They are not copied along: they would hold the old values."""
 
 FICLONE = 0x40049409
 """ioctl that shares a file's blocks until one of the two is written to (linux/fs.h)."""
 AT_ONCE = 2
-"""Shards that are written at the same time: one waits for the disk while another is copied."""
+"""Shards written at the same time: while one waits for the disk, another is copied."""
 BLOCK = 2**23
 
 
@@ -54,7 +54,7 @@ class Patch:
 
     entry: Entry
     data: Callable[[], Tensor]
-    """-> the new tensor, in the entry's shape and dtype; asked for when it is written."""
+    """Returns the new tensor, in the entry's shape and dtype; called only when the shard is written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,11 +66,11 @@ class Zeros:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NewTensor:
-    """A tensor of a shard that is written anew."""
+    """A tensor of a rewritten shard."""
 
     key: str
     kind: str
-    """As an entry's."""
+    """As `Entry.kind`."""
     shape: tuple[int, ...]
     pieces: tuple[Entry | Tensor, ...]
     """What it is made of, one after the other: entries of the base, or slices of them, and new tensors."""
@@ -132,6 +132,7 @@ def _waited(jobs: Sequence[Future[T]]) -> Iterator[T]:
 
 def _patch(base: Checkpoint, patch: Patch | Zeros, target: int) -> Change:
     entry = patch.entry
+    # The hash of the old bytes lets `restore` prove later that it was given the same base.
     before, after, position = digest_of(base, entry), hashlib.sha256(), entry.offset
     for data in _new_bytes(patch):
         after.update(data)
@@ -245,7 +246,7 @@ def carry_along(base: Path, out: Path, skip: Sequence[str] = ()) -> list[str]:
 
 
 def side_files(base: Path) -> list[Path]:
-    """The files of a checkpoint folder that hold no weights and are none of our own records."""
+    """The files of a checkpoint folder except weights and this package's own records."""
     found = [file for file in base.iterdir() if file.is_file()]
     templates = base / "additional_chat_templates"  # transformers' folder for more than one
     found += [file for file in templates.iterdir() if file.is_file()] if templates.is_dir() else []
@@ -258,8 +259,8 @@ def side_files(base: Path) -> list[Path]:
 
 
 def link(source: Path, target: Path, *, copy: bool) -> None:
-    """Gives a file a second name: a hard link, or a symbolic one where the source is one itself, as in the Hub's cache,
-    whose files are not to be held by others. With `copy` a copy."""
+    """Gives a file a second name. A hard link; for a symbolic link, as in the Hub's cache, another symbolic link, so
+    that cleaning the cache still frees the space. With `copy`, a copy."""
     if copy:
         with source.open("rb") as opened, _new_file(target) as written:
             _clone_file(opened.fileno(), written)
@@ -286,12 +287,12 @@ def _can_link(folder: Path, files: Sequence[str], out: Path) -> bool:
 
 def check_room(base: Checkpoint, out: Path, weights: int) -> None:
     """`OutputError` unless so many bytes of weights, and what goes along with them, have room where a folder is."""
-    wanted = weights + sum(file.stat().st_size for file in side_files(base.folder))
+    needed = weights + sum(file.stat().st_size for file in side_files(base.folder))
     free = shutil.disk_usage(out).free
-    if wanted > free:
+    if needed > free:
         raise OutputError(
             (
-                f"{wanted / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; make "
+                f"{needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; make "
                 "room or choose another disk"
             ),
             field="out",
@@ -311,7 +312,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[int]:
-    """A file that was not there before, so that nothing that other names lead to can be written to."""
+    """Creates a file and opens it. O_EXCL: writing to an existing hard link would change the base."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         yield descriptor
@@ -361,7 +362,7 @@ def _write(target: int, data: Any, position: int) -> int:
 
 
 def digest_of(checkpoint: Checkpoint, entry: Entry) -> str:
-    """SHA-256 of an entry's bytes, which are never all in memory."""
+    """SHA-256 of an entry's bytes, read a piece at a time."""
     sha = hashlib.sha256()
     for piece in checkpoint.pieces(entry):
         sha.update(piece)

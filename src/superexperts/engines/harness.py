@@ -39,7 +39,7 @@ class HarnessModel:
     """The harness's setting: whether a BOS is put in front of a prompt; None as the tokenizer does. A chat template
     writes all special tokens itself."""
     scored_room = 0
-    """Tokens that a prompt and its choice may have beyond the model's context, when the choice is scored."""
+    """How many tokens more than the model's context a prompt and its scored choice may have together."""
     _bar: tuple[Progress, TaskID] | None = None
     _journal: Keeper | None = None
 
@@ -159,6 +159,8 @@ class HarnessModel:
         for (_, more), score, length in zip(asked, scored, longest, strict=True):
             room = self.scored_room if score else -more
             self.truncated += length > model.max_length + room
+        # Longest first: memory runs out at once if it does, and each batch holds prompts of similar length, so little
+        # padding.
         return sorted(range(len(items)), key=lambda i: (-longest[i], i))
 
     def _loglikelihood_tokens(self, requests: list[Any], **more: Any) -> list[tuple[float, bool]]:
@@ -276,6 +278,7 @@ class TransformersModel(HarnessModel, HFLM):  # type: ignore[misc]  # the harnes
         ids_BL, mask_BL = super().tok_batch_encode(strings, padding_side, None, truncation)
         if left_truncate_len is None or ids_BL.shape[1] <= left_truncate_len:
             return ids_BL, mask_BL
+        # Left padding: the first real token is where the mask turns to 1, which argmax finds.
         cut_B = mask_BL.sum(1) > left_truncate_len
         first_B = ids_BL.gather(1, mask_BL.argmax(1, keepdim=True))[:, 0]
         ids_BL, mask_BL = ids_BL[:, -left_truncate_len:], mask_BL[:, -left_truncate_len:]

@@ -61,6 +61,8 @@ class Journal:
                 value = json.loads(line)
             except ValueError:
                 break
+            # Everything from the first damaged line on is dropped: lines are appended in order, so only the tail can
+            # be cut.
             if not line.endswith(b"\n") or (number == 0 and value != {"key": key}):
                 break
             if number:

@@ -18,7 +18,7 @@ from superexperts.engines.replies import Reply
 __all__ = ["answers_key", "finished_answers", "open_folder", "require_own_answers", "write_answers"]
 
 NOT_OF_AN_ANSWER = ("tasks", "limit", "shuffle", "perplexity", "column", "tokens", "seq_len", "reference_windows")
-"""Settings that decide what else is asked, and that cannot change the answer to one item."""
+"""Settings that decide which items are asked. They cannot change the answer to an item, so they are not in its key."""
 
 
 def require_own_answers(out: Path) -> None:
@@ -44,6 +44,7 @@ def open_folder(out: Path, keys: Mapping[str, str]) -> dict[str, Journal]:
         gone = sorted(file.stem for file in (out / "answers").glob("*.jsonl") if file.stem not in finished)
         if gone:
             note(f"evaluate: {', '.join(gone)}: an earlier run's answers are removed, because it asked other questions")
+        # The manifest goes first: without it, a run that is killed here cannot look finished.
         for old in [out / MANIFEST, out / "perplexity.json", *(out / "answers").glob("*.jsonl")]:
             old.unlink(missing_ok=True)  # never mix the answers of two runs
     return journals

@@ -78,6 +78,8 @@ def chosen_items(count: int, limit: int | None, shuffled_by: str | None = None) 
     """
     order = list(range(count))
     if shuffled_by is not None:
+        # A string seed gives the same order on every machine and Python; shuffling everything first makes samples
+        # nested.
         random.Random(shuffled_by).shuffle(order)
     return sorted(order[:limit])
 
@@ -111,6 +113,7 @@ def ask_one(
 
     Each process asks its share, and every process returns all answers.
     """
+    # Decoding is greedy; the seed matters only to the harness's choice of examples.
     set_seed(seed)
     with quiet():
         if prompts.chat:

@@ -201,6 +201,7 @@ def run(config: EvaluateConfig, load: Callable[..., nn.Module] | None = None) ->
 
         def borrow(source: ModelSource) -> nn.Module:
             model = (load or load_model)(source, device=config.device, dtype=config.dtype)
+            # `study` hands one model to many evaluations, so whatever this one attaches is taken off again.
             stack.enter_context(borrowed(model))
             return model
 
@@ -245,7 +246,7 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
         silence=silent,
         data={name: benchmark.sha for name, benchmark in benchmarks.items()},
         perplexity=None if sequences_BL is None else digest_ids(sequences_BL),
-        harness=versions()["lm_eval"],  # the few-shot prompts are in its files
+        harness=versions()["lm_eval"],  # its task files define the few-shot prompts
     )
     if from_main_process(completed(out, "evaluate", inputs)):
         note(f"evaluate: {out} is up to date, nothing to do")

@@ -68,12 +68,14 @@ def perplexity_of(losses_B: Tensor) -> Perplexity:
     mean = float(losses_B.mean())
     if math.isnan(mean):
         raise ModelError("a logit is not a number; try ", Field("dtype"), " float32", field="model")
+    # exp overflows float64 at about 709.
     if mean > 700:
         raise ModelError(
             f"its perplexity is exp({mean:.0f}), more than a number holds; check the checkpoint", field="model"
         )
     if len(losses_B) == 1:
         return Perplexity(value=math.exp(mean), interval=None)
+    # The interval is computed on the mean loss, where it is symmetric, and then exponentiated.
     half = float(stats.t.ppf(0.975, len(losses_B) - 1)) * float(losses_B.std()) / math.sqrt(len(losses_B))
     return Perplexity(value=math.exp(mean), interval=(math.exp(mean - half), math.exp(min(mean + half, 700))))
 

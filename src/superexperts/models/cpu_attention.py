@@ -16,11 +16,12 @@ __all__ = ["padded_values"]
 
 @contextlib.contextmanager
 def padded_values() -> Iterator[None]:
-    """Within the block "sdpa" pads narrow values with zeros to the width of the keys, and cuts the answer.
+    """Within the block, "sdpa" pads narrow values with zeros to the width of the keys, and trims its output.
 
-    Torch has a fused kernel for the CPU only where both have one width; else it writes out the matrix of all scores,
-    which takes three times as long (DeepSeek-V2's heads: keys of 192, values of 128).
+    Torch's fused CPU kernel needs keys and values of the same width. Otherwise torch computes the full score matrix,
+    which takes three times as long (measured on DeepSeek-V2: keys of width 192, values of 128).
     """
+    # An instance entry shadows transformers' global one, so deleting it restores the stock function.
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _padded
     try:
         yield
@@ -33,6 +34,7 @@ def _padded(
 ) -> tuple[Tensor, None]:
     width = value.shape[-1]
     if value.device.type == "cpu" and width < key.shape[-1]:
+        # Zero columns of the values only add zero columns to the output, so cutting them off again changes nothing.
         value = F.pad(value, (0, key.shape[-1] - width))
     answer, _ = sdpa_attention_forward(module, query, key, value, *arguments, **options)
     return answer[..., :width].contiguous(), None

@@ -1,4 +1,4 @@
-"""The decoder of a transformers model: its number of layers, the one that a module is in, a pass through the first."""
+"""The decoder of a transformers model: number of layers, the layer that holds a module, partial forward passes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,15 @@ def decoder_layers(model: nn.Module, path: str, field: str = "model") -> nn.Modu
 
 
 def in_layer(path: str, layer: int) -> re.Pattern[str]:
-    """Matches the beginning of a name inside any decoder layer, whose number is its group; `path` names a module inside
-    the one of number `layer`."""
+    """A pattern for the beginning of a name inside any decoder layer. Its group is the layer's number. `path` names a
+    module inside layer number `layer`."""
     return re.compile(rf"{re.escape(path.split(f'.{layer}.')[0])}\.(\d+)\.")
 
 
 def _decoder_place(model: nn.Module, path: str, field: str) -> tuple[nn.ModuleList, int]:
-    """The innermost list of modules on the way to the bank that is as long as the decoder, and the index in it."""
+    """The innermost list of modules on the way to the bank that is as long as the decoder, and the index in it.
+
+    The length check skips other numbered lists, such as a list of blocks inside each layer."""
     depth, parts = num_layers(model), path.split(".")
     for end in range(len(parts) - 1, 0, -1):
         if parts[end].isdigit():
@@ -54,7 +56,7 @@ def _decoder_place(model: nn.Module, path: str, field: str) -> tuple[nn.ModuleLi
 
 @contextlib.contextmanager
 def stopped_after(model: nn.Module, path: str, layer: int) -> Iterator[Callable[..., None]]:
-    """Yields a call of the decoder that ends after a decoder layer: those after it, and the head, cost nothing.
+    """Yields a function that runs the model up to and including a decoder layer; later layers and the head do not run.
 
     `path` names any module inside a decoder layer.
     """
@@ -76,11 +78,11 @@ def stopped_after(model: nn.Module, path: str, layer: int) -> Iterator[Callable[
 
 @contextlib.contextmanager
 def layer_by_layer(model: nn.Module, path: str) -> Iterator[Callable[..., Tensor]]:
-    """Yields `run(layer, hidden, **inputs)`: what one decoder layer makes of its hidden states, given those.
+    """Yields `run(layer, hidden, **inputs)`, which runs one decoder layer on the hidden states [B, L, D] given.
 
-    The family's own forward calls the layer, so that masks and positions are what it makes them; the layers before it
-    pass on what they get, those after it and the head are not reached. `hidden` is None for layer 0, which takes the
-    embeddings. `ModelError` where a family has more than hidden states to pass from layer to layer.
+    The family's own forward calls the layer, so masks and positions are the family's. The layers before it pass on
+    their input; later layers and the head do not run. `hidden` is None for layer 0, which takes the embeddings.
+    `ModelError` if the family passes more than hidden states from layer to layer.
     """
     layers = decoder_layers(model, path)
     stocks = [layer.forward for layer in layers]
@@ -98,10 +100,13 @@ def layer_by_layer(model: nn.Module, path: str) -> Iterator[Callable[..., Tensor
     def forward(number: int, *args: Any, **kwargs: Any) -> Any:
         nonlocal answer, passed, tuples
         hidden = args[0] if args else kwargs.pop("hidden_states")
+        # Identity, not equality: a family that adds something between layers hands on another tensor, and replaying
+        # its layers one by one would miss that addition.
         if hidden is not passed and number > 0:
             raise unsupported()
         if number < wanted:
             passed = hidden
+            # Some families return a tuple from each layer; the skipped ones must answer in the same form.
             return (hidden,) if tuples else hidden
         result = stocks[number](hidden if given is None else given, *args[1:], **kwargs)
         tuples = isinstance(result, tuple)

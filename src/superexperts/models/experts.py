@@ -58,26 +58,26 @@ __all__ = [
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 
 WORKERS = 2
-"""Experts of which a CPU computes as many at the same time, each with a share of its cores, while others are read: all
-cores on one would have to wait, after every operation, for the one that a reader was given for a while."""
+"""Experts that a CPU computes at the same time, each on its share of the cores, while other experts are read from disk.
+With all cores on one expert, every operation would wait for the core that is busy reading."""
 ROWS = 32
-"""A CPU multiplies multiples of so many rows in 16 bits: oneDNN makes code for each number of rows that it meets, which
-takes twice as long as an expert's product (docs/benchmarks.md)."""
+"""In 16 bits a CPU pads each expert's rows to a multiple of this. oneDNN compiles code for every number of rows that it
+has not seen before, which takes twice as long as the product itself (docs/benchmarks.md)."""
 IN_FLIGHT = 3 * WORKERS
-"""Experts of which some are computed while one is used."""
+"""Experts in progress at most: some are being computed while the caller uses the result of another."""
 
 Made = TypeVar("Made")
-"""What is made of a piece."""
+"""What the caller computes from a piece."""
 Weights = Callable[[Sequence[int]], Iterator[Mapping[str, Tensor]]]
-"""The experts that some token reached -> each one's own `up_name` and down_proj, as the bank's parameters would hold
-them; what it has yielded may be overwritten once `IN_FLIGHT` more have been asked for."""
+"""Indices of the experts that some token reached -> for each, its matrices by parameter name (`up_name`, down_proj), in
+the layout of the bank's parameters. The memory of a yielded expert is reused after `IN_FLIGHT` more."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BankCall:
     """What a layer's routed experts, or its shared one, do in one forward pass, a row for each token at each expert.
 
-    Who goes where is known before anything is computed; the rows themselves come a piece at a time, as they are made.
+    The routing is known before anything is computed. The rows themselves come piece by piece, as they are computed.
     The tensors are the model's own, detached; do not write to them.
     """
 
@@ -94,8 +94,8 @@ class BankCall:
     weight_R: Tensor
     """Routing weight; ones for a shared expert."""
     made: Callable[[Callable[[Piece], Any]], Iterator[Any]]
-    """Goes through all rows in order, once: what a function makes of each piece, on the thread that has computed it.
-    Pieces that are not consumed are computed all the same."""
+    """Applies a function to each piece, in order of the rows, on the thread that computed it, and yields the results.
+    It can be called once. Pieces that the caller does not consume are computed all the same."""
 
     @property
     def pieces(self) -> Iterator[Piece]:
@@ -134,7 +134,7 @@ class Piece:
 
 
 def ready(*pieces: Piece) -> Callable[[Callable[[Piece], Any]], Iterator[Any]]:
-    """`BankCall.made` of pieces that are there already."""
+    """`BankCall.made` for pieces that are already computed."""
     return lambda measure: map(measure, pieces)
 
 
@@ -271,6 +271,7 @@ def looped(
     def compute(expert: int, end: int, token_N: Tensor, own: Mapping[str, Tensor]) -> Made:
         with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # these modes belong to a thread
             padded = F.pad(token_N, (0, -len(token_N) % rows))
+            # Padding repeats row 0; the extra rows are computed and dropped.
             inner = expert_inner(bank, _linear(bank, up, expert, x_TD.index_select(0, padded), own[up]))
             output = _linear(bank, DOWN, expert, inner, own[DOWN])
             piece = Piece(inner_NF=inner[: len(token_N)], output_ND=output[: len(token_N)], is_one_expert=True)
@@ -297,6 +298,7 @@ def projections(bank: nn.Module, expert: int) -> dict[str, Tensor]:
 
 def split_projections(bank: nn.Module, name: str, own: Tensor) -> dict[str, Tensor]:
     """As `projections`, of one expert's own part of the parameter `name`, wherever that is."""
+    # gpt_oss keeps its matrices transposed; everything outside this module sees [O, I].
     weight_OI = own.T if inputs_first(bank) else own
     return {DOWN: weight_OI} if name == DOWN else split_up(bank, weight_OI)
 
@@ -312,11 +314,13 @@ def split_up(bank: nn.Module, up_UN: Tensor) -> dict[str, Tensor]:
     """The rows [F, N] of each of `up_projections`, as views."""
     if GATE not in up_projections(bank):
         return {UP: up_UN}
+    # Two conventions: gate rows first, then up rows; or alternating rows (gpt_oss).
     gate_FN, up_FN = up_UN.chunk(2) if cast(Any, bank).is_concatenated else (up_UN[0::2], up_UN[1::2])
     return {GATE: gate_FN, UP: up_FN}
 
 
 def stock_forward(bank: nn.Module, stock: str, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """The bank's forward by a stock implementation ("eager" is the family's own loop)."""
+    # The decorator replaces `forward` by the lookup that led here, so the family's own loop is reached underneath it.
     eager = type(bank).forward.__wrapped__  # type: ignore[attr-defined]  # functools.wraps of the decorator keeps it
     return cast(Tensor, ALL_EXPERTS_FUNCTIONS.get_interface(stock, eager)(bank, x_TD, index_TK, weight_TK))

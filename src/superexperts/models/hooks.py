@@ -54,16 +54,16 @@ __all__ = [
 IMPLEMENTATION = "superexperts"
 
 _Finished = tuple[Any, slice, Tensor, bool]
-"""What the tap measured of a piece, its rows, their weighted answers, and whether they are one expert's."""
+"""(what the tap measured on a piece, its rows, their weighted outputs, whether all rows are one expert's)."""
 
 Edit = Callable[[Tensor], Tensor]
-"""x_ND, what the router sends an expert -> y_ND, what the expert answers, before the routing weight."""
+"""Replacement of an expert: its input [N, D] -> its output [N, D], before the routing weight is applied."""
 
 
 Tap = Callable[[BankCall], None]
 
 Source = Callable[[int, Sequence[int]], Iterator[Mapping[str, Tensor]]]
-"""A layer, and experts of it -> their weights, as `models.experts.Weights` has them."""
+"""(layer, experts of it) -> their weights, as for `models.experts.Weights`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,7 @@ class Control:
     """Per expert: its replacement, None to silence it."""
 
 
+# Weak keys: a model that is dropped inside a block must not be kept alive by this table.
 CONTROLS: weakref.WeakKeyDictionary[nn.Module, Control] = weakref.WeakKeyDictionary()
 
 
@@ -104,6 +105,8 @@ def mask_and_add(
             continue
         token_N, slot_N = torch.where(index_TK == expert)
         if len(token_N):
+            # Same order as the stock forward: the expert's output, then the routing weight, then the sum over
+            # experts.
             added_ND = edit(x_TD[token_N]) * weight_TK[token_N, slot_N, None]
             y_TD = y_TD.index_add(0, token_N, added_ND.to(y_TD.dtype))
     return y_TD
@@ -129,6 +132,7 @@ def _tapped_forward(bank: nn.Module, control: Control, x_TD: Tensor, index_TK: T
     call = routed.call()
     with _threads(share()) if routed.workers else contextlib.nullcontext():
         control.tap(call)
+        # A tap may stop early or ignore the call; the layer's output still needs every row.
         for _ in routed.begun or call.pieces:  # what the tap left
             pass
     return routed.sum_TD.to(x_TD.dtype)
@@ -139,6 +143,7 @@ class _Routed:
 
     def __init__(self, bank: nn.Module, control: Control, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
         self.bank, self.control, self.x_TD, self.index_TK = bank, control, x_TD, index_TK
+        # A stable sort keeps tokens ascending within an expert, which `BankCall` promises.
         self.expert_R, self.slot_R = torch.sort(index_TK.flatten(), stable=True)
         self.token_R, self.weight_R = self.slot_R // index_TK.shape[1], weight_TK.flatten()[self.slot_R]
         silent = [expert for expert, edit in control.edits.items() if edit is None]
@@ -175,13 +180,15 @@ class _Routed:
             if is_one_expert:  # a token comes once in it: nothing depends on the order
                 self.sum_TD.index_add_(0, self.token_R[rows], wide_ND)
             else:
+                # Several experts answer the same token here. Summing by token in slot order, instead of scattering by
+                # expert, makes the rounding the same on every run.
                 row_S = torch.empty_like(self.slot_R)
                 row_S[self.slot_R] = torch.arange(len(row_S), device=row_S.device)
                 self.sum_TD = F.embedding_bag(row_S.view_as(self.index_TK), wide_ND, mode="sum")
 
     def _computed(self, finish: Callable[[Piece, slice], _Finished]) -> Iterator[_Finished]:
-        """On a CPU an expert at a time: its rows stay in the cache, and no memory is cleared for those of all. A GPU
-        would wait for the start of each small product."""
+        """On a CPU, one expert at a time: its rows stay in the cache, and no memory for all rows at once has to be
+        cleared. On a GPU, all experts in one grouped product, since launching many small ones would dominate."""
         source = self.control.source
         if source is None and not self.on_cpu:
             return grouped(self.bank, self.x_TD, self.expert_R, self.token_R, finish)
@@ -203,7 +210,7 @@ class _Routed:
 
 
 def share() -> int:
-    """Threads of one of the `WORKERS`."""
+    """Torch threads for each of the `WORKERS`."""
     return max(1, torch.get_num_threads() // WORKERS)
 
 
@@ -267,6 +274,7 @@ def _controlled(
         raise ModelError(
             f"layer {adapted[0]} carries an adapter on its experts; merge it into the model first", field="model"
         )
+    # Blocks nest: the inner one adds to the controls of the outer one, and restores them when it ends.
     before = {bank.module: CONTROLS.get(bank.module) for bank in banks}
     stock = cast(Any, banks[0].module).config._experts_implementation
     with contextlib.ExitStack() as hooks:

@@ -30,9 +30,9 @@ from superexperts.models.banks import Bank
 __all__ = ["BLOCKS", "SCALES", "KeyMapping", "Parts"]
 
 BLOCKS, SCALES = "_blocks", "_scales"
-"""MXFP4, in which gpt_oss is published, keeps a bank's parameter as two of these names: 4-bit numbers, two in a byte,
-and a power of two for each 32 of them. Both have the experts as their first dimension, and the number 0 is 0 under any
-scale (transformers, integrations/mxfp4.py)."""
+"""Endings of the two tensors that MXFP4 (the format of gpt_oss) stores for each parameter of a bank: 4-bit numbers, two
+to a byte, and a power of two for every 32 of them. The first dimension of both counts experts. Zero blocks decode to 0
+under any scale, so an expert can be zeroed without touching its scales (transformers, integrations/mxfp4.py)."""
 
 Parts = tuple[Entry, ...]
 """What an expert's matrix is made of in the checkpoint: one piece, or several below each other."""
@@ -66,6 +66,8 @@ class KeyMapping:
         packed: list[tuple[str, str]] = []
         for key in sorted(self.checkpoint, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            # A renaming for an older layout can hit a key that is already right; the key itself is then the
+            # parameter's name.
             if name not in state and key in state:
                 name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
             if name in state:

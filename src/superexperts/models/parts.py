@@ -113,6 +113,8 @@ def _units(a: ModelParts, b: ModelParts) -> Iterator[Unit]:
     ]:
         keys_a, keys_b = ([key for _, key in side.key_mapping.sources.get(name, [])] for side in (a, b))
         fused = any(name in side.parts and side.key_mapping.whole(name) is not None for side in (a, b))
+        # Experts are paired one by one where a side fuses them or the keys differ; equal keys are cheaper to pair as
+        # they are.
         alike = len(a.parts.get(name, ())) == len(b.parts.get(name, ())) > 0
         if alike and (fused or keys_a != keys_b):
             some = keys_a[0] if len(keys_a) == 1 else name

@@ -14,15 +14,16 @@ __all__ = ["AHEAD", "ReadAhead"]
 
 READERS = 2
 AHEAD = 2**29
-"""Bytes of experts in memory up to which others are read: the disk's half second, which an attention may take."""
+"""Reading ahead continues while less than this many bytes of experts are in memory: about what a disk delivers in the
+half second that an attention layer may take."""
 FEWEST = IN_FLIGHT + READERS
-"""Experts at least, beside those that are kept: as many as may be in use, and one for each reader. Eight are a layer of
-Mixtral's, whose experts are the largest."""
+"""Experts in memory at least, not counting those kept for later batches: all that may be in use, and one per reader.
+That is a whole layer of Mixtral, which has eight large experts."""
 
 Key = tuple[int, int]
 """Layer and expert."""
 Matrices = Mapping[str, Tensor]
-"""An expert's, or memory for them, by their names in the bank."""
+"""An expert's matrices, or memory for them, by the names of the bank's parameters."""
 
 
 class ReadAhead:
@@ -41,21 +42,22 @@ class ReadAhead:
         self._readers = ThreadPoolExecutor(max_workers=READERS)
         self._coming: dict[Key, tuple[Matrices, Future[Matrices]]] = {}
         self._used: collections.deque[Matrices] = collections.deque()
-        """Handed out last; some thread may still compute with them."""
+        """The experts handed out last; some thread may still be computing with them."""
         self._kept: dict[Key, tuple[Matrices, Future[Matrices]]] = {}
-        """Handed out, and needed again."""
+        """Experts that were handed out and that a later batch needs again."""
 
-    def get(self, wanted: Sequence[Key], then: Sequence[Key] = (), *, again: bool = False) -> Iterator[Matrices]:
-        """The wanted experts, as `bank.Weights` has it; `then` are read next, as long as there is room. Both are in the
-        order in which they will be asked for. `again`: more of this layer will be asked for, so that nothing of it is
-        given away. When `get` is called again, the experts that it gave before are no longer in use.
+    def get(self, needed: Sequence[Key], then: Sequence[Key] = (), *, again: bool = False) -> Iterator[Matrices]:
+        """Yields the needed experts in order, as `models.experts.Weights` asks; then reads `then` while there is room.
+
+        With `again`, a later call will need experts of this layer, so their memory is kept. A call ends the use
+        of everything that an earlier call yielded.
         """
         while self._used:
             self._give(self._used.popleft())
         if not again:
-            self._drop(wanted)
-        todo = collections.deque(key for key in (*wanted, *then) if key not in self._coming | self._kept)
-        for key in wanted:
+            self._drop(needed)
+        todo = collections.deque(key for key in (*needed, *then) if key not in self._coming | self._kept)
+        for key in needed:
             self._read(todo)
             memory, read = (self._kept if key in self._kept else self._coming).pop(key)
             if again:
@@ -75,17 +77,19 @@ class ReadAhead:
         """Ends the threads; what they have read is dropped."""
         self._readers.shutdown(cancel_futures=True)
 
-    def _drop(self, wanted: Sequence[Key]) -> None:
+    def _drop(self, needed: Sequence[Key]) -> None:
         """Gives back the memory of experts that are not needed after all."""
-        unwanted = [held.pop(key) for held in (self._coming, self._kept) for key in held.keys() - set(wanted)]
-        for _, read in unwanted:
+        unneeded = [held.pop(key) for held in (self._coming, self._kept) for key in held.keys() - set(needed)]
+        for _, read in unneeded:
             read.cancel()  # unless it has begun
-        wait([read for _, read in unwanted])  # errors do not matter: the results are not used
-        for memory, _ in unwanted:
+        wait([read for _, read in unneeded])  # errors do not matter: the results are not used
+        for memory, _ in unneeded:
             self._give(memory)
 
     def _read(self, todo: collections.deque[Key]) -> None:
         """Begins to read as many as there is room for."""
+        # Kept experts count for the bytes but not for the number: else a large layer could leave no room to read
+        # anything.
         moving = [*self._used, *(memory for memory, _ in self._coming.values())]
         count = len(moving)
         nbytes = sum(map(_nbytes, [*moving, *(memory for memory, _ in self._kept.values())]))

@@ -1,7 +1,7 @@
-"""A model whose weights stay in the checkpoint: a decoder layer is in memory while it computes, the others are not.
+"""A model that stays in its checkpoint: only the decoder layer that is computing is in memory.
 
 The model is built without weights; transformers' own conversion fills a layer's modules. Only the routed experts,
-nearly all of a layer's bytes, are read here, each straight to where it is used, so that one expert can be had alone.
+nearly all of a layer's bytes, are read here, each directly into place, so that one expert can be read alone.
 
 Shape suffixes: E experts of a bank, U and D: rows and columns of an expert's matrix.
 """
@@ -57,7 +57,7 @@ class StreamedModel:
         self._alone = {f"{self.banks[layer].path}.{name}" for layer, name in self._experts}
         """Names of the parameters that are read expert by expert."""
         self._then: dict[int, int] = {}
-        """Layer -> the one after it whose experts are read when all of its own are."""
+        """Layer -> the layer to read ahead next, once all experts of the first are read."""
         self._ahead: ReadAhead | None = None
         self._batches_left = 0
         """Batches that will still ask for experts of the layer in memory."""
@@ -69,9 +69,10 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def running(self, layers: Sequence[int], *, batches: int = 1, all_wanted: bool = True) -> Iterator[Iterator[int]]:
-        """Within the block, iterating gives each layer's number with its weights in memory, the next one's being read
-        meanwhile; the experts' are to be had from `experts`, which each layer asks for once a batch. Those of the next
-        layer are read ahead if `all_wanted`, as they are likely to be.
+        """Within the block, iterating gives the number of each layer while its weights are in memory.
+
+        The next layer is read meanwhile. Experts come from `experts`, which each layer asks once per batch. With
+        `all_wanted`, all experts of the next layer are read ahead, since most will be needed.
         """
         alone = [layer for layer in layers if layer in self.banks and self.holds_alone(layer)]
         self._then = dict(itertools.pairwise(alone)) if all_wanted else {}
@@ -102,7 +103,7 @@ class StreamedModel:
                 self._spare.clear()
 
     def experts(self, layer: int, experts: Sequence[int]) -> Iterator[Mapping[str, Tensor]]:
-        """The matrices of some experts, in their order, read ahead while the caller computes; a `moe.Source`."""
+        """The matrices of some experts, in their order, read ahead while the caller computes. A `hooks.Source`."""
         names = _matrices(self.banks[layer])
         if not self.holds_alone(layer):
             bank = cast(Any, self.banks[layer].module)
@@ -206,8 +207,8 @@ class StreamedModel:
         setattr(module, last, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     def _take(self, nbytes: int) -> Tensor:
-        """Bytes to read into, which begin with a page; what another expert has used, so that the kernel need not clear
-        new pages."""
+        """Memory of `nbytes` bytes that begins at a page. It reuses that of an earlier expert, because the kernel would
+        have to clear new pages first."""
         spare = self._spare[nbytes]
         if spare:
             return spare.pop()

@@ -40,6 +40,7 @@ THREADS = 2
 BLOCK = 2**20
 """Bytes of each side compared at a time: both blocks fit into the cache of a core."""
 
+# libc's memcmp releases Python's lock and needs no array library.
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memcmp.restype = ctypes.c_int
@@ -75,6 +76,7 @@ class Sums:
             "share_changed": self.changed / self.elements if self.elements else 0.0,
             "relative_norm": math.sqrt(self.dd / self.aa) if self.aa else None,
             "max_change": self.max_change,
+            # Rounding can push the cosine of equal tensors slightly past 1.
             "cosine": max(-1.0, min(1.0, self.ab / norms)) if norms else None,
             "not_finite": self.not_finite,
         }
@@ -139,6 +141,7 @@ def compare_unit(a: Checkpoint, b: Checkpoint, unit: Unit) -> Difference:
         return Difference(unit=unit, status="identical", sums=untouched, bytes=nbytes)
     sums = Sums()
     for one, other in _spans(unit.a, unit.b):
+        # In spans of at most BLOCK elements, so that two large tensors are never in memory at once.
         sums += tensor_sums(a.read(one), b.read(other))
     status: Status = "changed" if sums.changed or not _same_dtype(unit) else "identical"
     return Difference(unit=unit, status=status, sums=sums, bytes=nbytes)
@@ -204,10 +207,12 @@ def tensor_sums(a_N: Tensor, b_N: Tensor) -> Sums:
 
     a_N, b_N = a_N.reshape(-1), b_N.reshape(-1)
     if a_N.dtype == b_N.dtype:
+        # Bits, not values: 0 and -0, or two NaNs, count as a change, since the files differ.
         width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a_N.dtype.itemsize]
         differs_N = a_N.view(width) != b_N.view(width)
     else:
         differs_N = a_N.double() != b_N.double()
+    # float64: sums of squares over millions of bfloat16 values lose the small differences in float32.
     x_N, y_N = a_N.double(), b_N.double()
     finite_N = x_N.isfinite() & y_N.isfinite()
     not_finite = int((differs_N & ~finite_N).sum())

@@ -235,7 +235,7 @@ def _parted(shapes: Shapes, bank: str) -> tuple[Shapes, Shapes]:
 def _down_of(matrices: Shapes, settings: Mapping[str, Any]) -> str | None:
     """The one matrix [D, F] beside two [F, D].
 
-    With only one beside it, a transposed pair would have the same shapes, so the two could not be told apart."""
+    With only one beside it, a transposed pair would have the same shapes, so shapes could not distinguish the two."""
     hidden, widths = settings["hidden_size"], _numbers(settings, "intermediate")
     found = [name for name, shape in matrices.items() if shape[:1] == (hidden,)]
     if len(matrices) != 3 or len(found) != 1:

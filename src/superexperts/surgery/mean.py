@@ -38,10 +38,12 @@ def mean_outputs(
         for one in call.each():
             key = (one.layer, one.expert)
             if key in counts:
+                # float64: a super expert's outputs span from 1e3 to 1e-3, and thousands of them are added.
                 added_D = one.output_ND.double().sum(0).cpu()
                 sums[key] = sums[key] + added_D if key in sums else added_D
                 counts[key] += len(one.token_N)
 
+    # Later layers cannot change what these experts write, so they are never loaded.
     layers = range(max(layer for layer, _ in experts) + 1)
     any_bank = next(iter(streamed.banks.values()))
     batches = [batch_BL.to(streamed.device) for batch_BL in torch.split(ids_SL, batch_size)]

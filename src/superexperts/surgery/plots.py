@@ -61,6 +61,7 @@ def plot_changes(
             image = axes.imshow(
                 found_LC,
                 cmap=LinearSegmentedColormap.from_list("changes", theme.scale[2:]),
+                # A log scale from a number to itself has no width; matplotlib would fail on a single changed expert.
                 norm=LogNorm(low, high if high > low else low * 1.1),
                 extent=extent,
                 aspect="auto",

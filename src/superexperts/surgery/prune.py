@@ -162,6 +162,7 @@ def _patched(
             " zero",
             field="mode",
         )
+    # With down_proj at zero the expert's output is its bias alone, so the mean is written there.
     constants = {} if ids_SL is None else _means(config, source, base, ids_SL, found)
     patches: list[Patch | Zeros] = [Zeros(entry=down.weight) for down in found]
     for down in found:

@@ -83,6 +83,7 @@ def run(config: RestoreConfig) -> dict[str, Any]:
     with Checkpoint(base.folder, "base") as original, Checkpoint(config.folder, "folder") as edited:
         _check_base(record, original, edited, base)
         with new_folder(config.out, "restore", synced=False) as temporary:
+            # The built-in model belongs to the installed package: a link to it would break with the next upgrade.
             patch_shards(original, [], temporary, copy=config.copy or base.name == "pocket")
             carry_along(base.folder, temporary)
             if (base.folder / RECORD).is_file():  # the base was itself made by editing
@@ -136,6 +137,7 @@ def _kept(record: Record, original: Checkpoint, edited: Checkpoint) -> Iterator[
     for entry in original.values():
         position, end = entry.offset, entry.offset + entry.nbytes
         spans = sorted((change.offset, change.bytes) for change in record.changes if change.key == entry.key)
+        # The gaps between the changed ranges are what must be equal; the last span closes the final gap.
         for offset, nbytes in [*spans, (end, 0)]:
             if offset > position or edited.get(entry.key) != entry:
                 piece = part(entry, position, offset - position)
