@@ -69,7 +69,7 @@ def test_a_new_layout_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_every_entry_can_be_loaded() -> None:
     assert writable() == ("merged", "peft", "vllm")
-    assert readable() == ("peft-0.18", "peft-0.19", "per-expert", "unsloth", "unsloth-peft-0.18")
+    assert readable() == ("mlx-lm", "peft-0.18", "peft-0.19", "stacked", "per-expert", "unsloth", "unsloth-peft-0.18")
     for entry in FORMATS.values():
         assert entry.title
         assert entry.writer is None or callable(entry.write())

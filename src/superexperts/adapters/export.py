@@ -90,6 +90,11 @@ def _base_model(config: ExportConfig, fields: dict[str, Any]) -> ModelSource:
 def show(result: dict[str, Any]) -> None:
     """Prints what `run` returned."""
     stdout.print(f"{result['format']}: {result['keys']:,} tensors, {result['bytes']:,} bytes", soft_wrap=True)
+    if "logit_error" in result:
+        error, effect = result["logit_error"], result["logit_effect"]
+        stdout.print(f"logits are {error:.2g} from the adapter's, which moves them by {effect:.2g} (means)")
     if "max_lora_rank" in result:
         stdout.print(f"vLLM needs --enable-lora --max-lora-rank {result['max_lora_rank']}", soft_wrap=True)
+    if result.get("mixed_layouts"):
+        stdout.print("for this family it also needs --enable-mixed-moe-lora-format", soft_wrap=True)
     stdout.print(f"in {result['out']}", soft_wrap=True)

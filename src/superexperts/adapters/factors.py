@@ -16,14 +16,17 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from superexperts.adapters import lora
-from superexperts.adapters.files import PREFIX, check_fits, check_keys, read_adapter, write_adapter
+from superexperts.adapters.files import check_fits, check_keys, write_adapter
+from superexperts.adapters.fitting import Stored, beyond_factors, read_fitting, require_loadable
 from superexperts.adapters.layer import RENAMED_BY_PEFT, ExpertLoraConfig, ExpertsLora, is_projection, linears
+from superexperts.adapters.spelling import PREFIX
 from superexperts.checkpoints.source import ModelSource
-from superexperts.core.errors import DataError, Field, ModelError
+from superexperts.core.errors import DataError, ModelError
 from superexperts.core.runs import write_text
 from superexperts.models.banks import find_banks, unwrapped
 from superexperts.models.experts import DOWN, GATE, UP
@@ -35,6 +38,7 @@ __all__ = [
     "Place",
     "expert_names",
     "injected_keys",
+    "matrices",
     "own_layout",
     "peft_scaling",
     "plain_number",
@@ -97,34 +101,36 @@ def expert_names(model: nn.Module, factors: Factors) -> list[str]:
 # ---- our own layout -----------------------------------------------------------------------------------------------
 
 
-def read_factors(model: nn.Module, folder: Path, field: str) -> dict[Place, Factor]:
-    """The factors of an adapter that `train` wrote, or of a plain PEFT adapter on linear modules.
+def read_factors(model: nn.Module, folder: Path, field: str, stored: Stored | None = None) -> dict[Place, Factor]:
+    """The factors of an adapter that `train` wrote, or of a plain PEFT adapter on linear maps and routers.
 
-    `model` may be a structure without weights; it comes back as it was. `DataError` or `ModelError` about `field`
-    unless every key has a place in the model, every module its keys, and all shapes are right.
+    `model` may be a structure without weights; it comes back as it was. `stored` is as in `fitting.read_fitting`.
+    `DataError` or `ModelError` about `field` unless every key has a place in the model, every module its keys, and all
+    shapes are right.
     """
-    config, saved = read_adapter(folder, field)
-    if config.target_parameters:
-        raise DataError(f"{folder} is in PEFT's target_parameters layout; import it first", field=field)
-    if config.use_dora or config.lora_bias or config.bias != "none" or config.modules_to_save:
+    config, saved = read_fitting(model, folder, field, stored)
+    require_loadable(saved, folder, field)
+    check_fits(model, config, folder, field)
+    if beyond := beyond_factors(config, saved):
         raise DataError(
-            f"{folder} is more than A and B (DoRA, a bias, whole modules); use ",
-            Field("format"),
-            " merged",
+            f"{folder} holds {beyond}, which is more than A and B of linear maps; PEFT loads it as it is, and export "
+            "it as merged for anything else",
             field=field,
         )
-    check_fits(model, config, folder, field)
     try:
         with lora.quiet():
             get_peft_model(cast(Any, model), config)
-        found = {name: (place, scaling, shape) for name, place, scaling, shape in _own_names(model)}
-    except (ValueError, RuntimeError) as error:  # RuntimeError: a huge size in config.json
+        wide = next((m for m in model.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1), None)
+        found = {} if wide else {name: (place, scaling, shape) for name, place, scaling, shape in _own_names(model)}
+    except (ValueError, RuntimeError, TypeError) as error:  # RuntimeError: a huge size in config.json
         line = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{folder} does not fit this model ({line}); give the adapter's own model", field=field
         ) from error
     finally:
         lora.detach(model)
+    if wide is not None:
+        raise DataError(f"{folder} is in PEFT's target_parameters layout; import it first", field=field)
     check_keys(
         {name: shape for name, (_, _, shape) in found.items()},
         {name: tuple(tensor.shape) for name, tensor in saved.items()},
@@ -161,6 +167,8 @@ def own_layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str
     experts: dict[str, list[int]] = {}
     modules: list[str] = []
     hidden: list[str] = []
+    parameters: list[str] = []
+    routers = matrices(model).keys() - linears(model).keys()
     tensors: dict[str, Tensor] = {}
 
     def add(key_a: str, place: Place, weight_OI: Tensor) -> None:
@@ -177,7 +185,9 @@ def own_layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str
             projections.add(place.projection)
             continue
         owner = next((path for path in shared if place.path.startswith(f"{path}.")), None)
-        if owner is None and place.path.rpartition(".")[2] in RENAMED_BY_PEFT:
+        if place.path in routers:
+            parameters.append(f"{place.path}.weight")
+        elif owner is None and place.path.rpartition(".")[2] in RENAMED_BY_PEFT:
             hidden.append(place.path)
             modules.append(place.path.rpartition(".")[0])
         else:
@@ -203,6 +213,7 @@ def own_layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str
         r=rank,
         lora_alpha=plain_number(scaling * rank),
         target_modules=[*experts, *dict.fromkeys(modules)],
+        target_parameters=parameters or None,
         experts=experts,
         shared=sorted(shared & set(modules)),
         linears=hidden,
@@ -211,6 +222,16 @@ def own_layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str
         inference_mode=True,
     )
     return config, tensors
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear maps by path, and other modules with a matrix `weight`, such as routers, which are no `nn.Linear`."""
+    found = dict(linears(model))
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+            found.setdefault(path, module)
+    return found
 
 
 def plain_number(value: float) -> float:

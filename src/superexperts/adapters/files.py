@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -17,26 +19,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from superexperts.adapters.layer import ExpertLoraConfig, linears
+from superexperts.adapters.spelling import plain_keys
 from superexperts.checkpoints.source import CONFIG_FILE, ModelSource
 from superexperts.core import errors
+from superexperts.core.console import note
 from superexperts.core.errors import DataError, ModelError
-from superexperts.core.runs import read_json
+from superexperts.core.runs import read_json, write_text
 from superexperts.models.experts import down_weight, is_bank
 
 __all__ = [
-    "PREFIX",
+    "MLX",
     "WEIGHTS_FILE",
+    "adapter_config",
     "check_fits",
     "check_keys",
+    "order_config",
     "read_adapter",
     "read_fields",
     "read_tensors",
     "write_adapter",
 ]
 
-PREFIX = "base_model.model."
-"""In front of every key of a PEFT file."""
 WEIGHTS_FILE = "adapter_model.safetensors"
+MLX_WEIGHTS_FILE = "adapters.safetensors"
+MLX = "lora_parameters"
+"""The field of adapter_config.json that only mlx-lm writes."""
 SHOWN = 2
 """Keys that a message names, of those that are missing or have no place."""
 
@@ -79,11 +86,25 @@ class _Fields(BaseModel, strict=True):
 def read_adapter(folder: Path, field: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter's configuration and tensors; the configuration is an `ExpertLoraConfig` if it names experts.
 
-    `DataError` about `field` if they cannot be read.
+    Keys are spelled as PEFT saves them, whatever program wrote them. `DataError` about `field` if they cannot be read.
     """
     fields = read_fields(folder, field)
+    if MLX in fields:
+        raise DataError(f"{folder} is in the layout of mlx-lm; import it first", field=field)
+    return adapter_config(fields, folder, field), read_tensors(folder, field)
+
+
+def adapter_config(fields: Mapping[str, Any], folder: Path, field: str) -> LoraConfig:
+    """PEFT's configuration with the fields of adapter_config.json; `DataError` about `field` for a wrong value.
+
+    As in PEFT, fields that its version does not know are left out with a note.
+    """
+    kind = ExpertLoraConfig if "experts" in fields else LoraConfig
+    known = {entry.name for entry in dataclasses.fields(kind) if entry.init}
+    if unknown := sorted(fields.keys() - known - {"peft_version"}):
+        note(f"{field}: {CONFIG_FILE} has fields that this version of PEFT does not know: {', '.join(unknown)}")
     try:
-        config = ExpertLoraConfig(**fields) if "experts" in fields else LoraConfig(**fields)
+        config = kind(**{name: value for name, value in fields.items() if name in known})
     except (TypeError, ValueError) as error:
         raise DataError(f"{folder / CONFIG_FILE}: {one_line(error)}; repair it", field=field) from error
     try:
@@ -92,28 +113,50 @@ def read_adapter(folder: Path, field: str) -> tuple[LoraConfig, dict[str, Tensor
         name = str(error.errors()[0]["loc"][0])
         value = str(getattr(config, name))[:60]
         raise DataError(f"{folder / CONFIG_FILE}: {name!r} is {value}; repair it", field=field) from error
-    return config, read_tensors(folder, field)
+    return config
 
 
 def read_fields(folder: Path, field: str) -> dict[str, Any]:
-    """The content of adapter_config.json; `DataError` about `field` if it does not describe LoRA."""
+    """The content of adapter_config.json, PEFT's or mlx-lm's; `DataError` about `field` if it is not of LoRA."""
     if not (folder / CONFIG_FILE).is_file():
-        raise DataError(f"{folder} has no {CONFIG_FILE}; give the folder `adapter` that train wrote", field=field)
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
+        where = f"it is in {', '.join(inside)}: give one of them" if inside else "give the folder `adapter` of train"
+        raise DataError(f"{folder} has no {CONFIG_FILE}; {where}", field=field)
     fields = read_json(folder / CONFIG_FILE, field)
-    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
-        raise DataError(f"{folder / CONFIG_FILE} does not describe a LoRA adapter; give one that does", field=field)
+    if not isinstance(fields, dict) or (fields.get("peft_type") != "LORA" and MLX not in fields):
+        kind = fields.get("peft_type") or fields.get("fine_tune_type") if isinstance(fields, dict) else None
+        what = f" but {kind!r}" if kind else ""
+        raise DataError(
+            f"{folder / CONFIG_FILE} does not describe a LoRA adapter{what}; give one that does", field=field
+        )
     return fields
 
 
 def read_tensors(folder: Path, field: str) -> dict[str, Tensor]:
-    """The tensors of adapter_model.safetensors by key; `DataError` about `field` if one is not finite."""
-    try:
-        with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as weights:
-            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"{folder / WEIGHTS_FILE} cannot be read ({one_line(error)}); save the adapter again", field=field
-        ) from error
+    """The tensors of adapter_model.safetensors, or of its shards, by key; float8 ones in float32.
+
+    `DataError` about `field` if one is not finite, or a file cannot be read.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(folder, field):
+        try:
+            with safe_open(str(file), framework="pt") as weights:
+                tensors |= {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"{file} cannot be read ({one_line(error)}); save the adapter again", field=field
+            ) from error
+    if not tensors:
+        raise DataError(f"{folder} holds no tensor; save the adapter again", field=field)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            tensors[name] = tensor.float()  # torch computes nothing in float8
+        if not tensor.numel():
+            raise DataError(
+                f"{folder}: {name} has the shape {list(tensor.shape)}, as when a training over several GPUs saves "
+                "without gathering its parts; gather them and save the adapter again",
+                field=field,
+            )
     broken = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
     if broken is not None:
         raise DataError(
@@ -121,7 +164,27 @@ def read_tensors(folder: Path, field: str) -> dict[str, Tensor]:
             errors.Field("learning_rate"),
             field=field,
         )
-    return tensors
+    return plain_keys(tensors, str(folder), field)
+
+
+def _weight_files(folder: Path, field: str) -> list[Path]:
+    """adapter_model.safetensors, mlx-lm's adapters.safetensors, or all shards of one."""
+    for name in (WEIGHTS_FILE, MLX_WEIGHTS_FILE):
+        if (folder / name).is_file():
+            return [folder / name]
+    shards = sorted(folder.glob("adapter_model-*-of-*.safetensors"))
+    if shards:
+        count = int(shards[0].stem.rpartition("-")[2])
+        if len(shards) != count:
+            raise DataError(f"{folder} holds {len(shards)} of {count} shards; fetch the others", field=field)
+        return shards
+    if (folder / "adapter_model.bin").is_file():
+        raise DataError(
+            f"{folder} holds its weights as a pickle, adapter_model.bin, which can run code and is not read; save the "
+            "adapter as safetensors",
+            field=field,
+        )
+    raise DataError(f"{folder} has no {WEIGHTS_FILE}; save the adapter again", field=field)
 
 
 # ---- checking -----------------------------------------------------------------------------------------------------
@@ -206,8 +269,18 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor
     """Writes the two files, which name the base model as the user named it."""
     config.base_model_name_or_path, config.revision = source.name, source.revision
     config.save_pretrained(str(folder))
+    order_config(folder)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def order_config(folder: Path) -> None:
+    """Sorts what PEFT keeps as sets, so that the same adapter gives the same bytes of adapter_config.json."""
+    fields = json.loads((folder / CONFIG_FILE).read_text())
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(fields.get(name), list):
+            fields[name].sort()
+    write_text(folder / CONFIG_FILE, json.dumps(fields, indent=2, sort_keys=True))
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:

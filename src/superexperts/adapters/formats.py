@@ -43,6 +43,7 @@ class Format:
 
 
 FORMATS = {
+    "mlx-lm": Format(title="as mlx-lm writes it", reader="superexperts.adapters.mlx"),
     "merged": Format(title="a checkpoint with the adapter inside", writer="superexperts.adapters.merge", synced=False),
     "peft": Format(title="PEFT's fused layout, loaded by PEFT alone", writer="superexperts.adapters.fused"),
     "vllm": Format(
@@ -52,6 +53,7 @@ FORMATS = {
         title="PEFT's fused layout, as versions before 0.19 wrote it", reader="superexperts.adapters.fused:PEFT_018"
     ),
     "peft-0.19": Format(title="PEFT's fused layout", reader="superexperts.adapters.fused:PEFT_019"),
+    "stacked": Format(title="one 3-D A and B for the experts of a layer", reader="superexperts.adapters.stacked"),
     "per-expert": Format(title="one key for each expert", reader="superexperts.adapters.per_expert"),
     "unsloth": Format(title="PEFT's, with B expert by expert", reader="superexperts.adapters.fused:UNSLOTH"),
     "unsloth-peft-0.18": Format(

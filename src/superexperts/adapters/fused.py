@@ -23,6 +23,7 @@ from superexperts.adapters.factors import (
     Factors,
     Place,
     injected_keys,
+    matrices,
     peft_scaling,
     plain_number,
     read_factors,
@@ -30,8 +31,10 @@ from superexperts.adapters.factors import (
     take_pair,
     write_export,
 )
-from superexperts.adapters.files import PREFIX, check_keys
+from superexperts.adapters.files import check_keys
+from superexperts.adapters.fitting import stored_in
 from superexperts.adapters.layer import RENAMED_BY_PEFT, linears
+from superexperts.adapters.spelling import PREFIX
 from superexperts.checkpoints.source import ModelSource
 from superexperts.core.errors import DataError, OptionError
 from superexperts.models.banks import Bank, find_banks
@@ -57,7 +60,7 @@ __all__ = ["PEFT_018", "PEFT_019", "UNSLOTH", "UNSLOTH_PEFT_018", "Fused", "targ
 def write(adapter: Path, source: ModelSource, out: Path, *, copy: bool = False) -> dict[str, Any]:
     """Writes the adapter for plain PEFT; see `formats.Format`. The model's weights are not read."""
     model = load_structure(source)
-    factors = read_factors(model, adapter, "adapter")
+    factors = read_factors(model, adapter, "adapter", stored_in(model, source))
     config, tensors = _layout(model, factors)
     # The keys and shapes must be those that PEFT itself creates on a model without weights.
     expected = injected_keys(load_structure(source), config)
@@ -71,6 +74,7 @@ def _layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str, T
     All parameters get one rank and one alpha. PEFT accepts a rank for each parameter, but warns that it has ignored it,
     and engines do ignore it. Gate and up are one parameter, so its rank is twice that of each.
     """
+    plain = linears(model)
     modules: list[str] = []
     parameters: list[str] = []
     pieces: dict[str, tuple[int, dict[int, Factor]]] = {}
@@ -91,7 +95,7 @@ def _layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str, T
     for place, factor in factors.items():
         if place.expert is None:
             pieces[f"{PREFIX}{place.path}"] = 1, {0: factor}
-            if place.path.rpartition(".")[2] in RENAMED_BY_PEFT:
+            if place.path.rpartition(".")[2] in RENAMED_BY_PEFT or place.path not in plain:
                 parameters.append(f"{place.path}.weight")
             else:
                 modules.append(place.path)
@@ -209,7 +213,7 @@ class Fused:
                 for projection, b_OR in parts.items():
                     place = Place(path=bank.path, expert=expert, projection=projection)
                     factors[place] = Factor(a_RI=a_ERI[expert], b_OR=b_OR, scaling=scaling)
-        for path in linears(model):
+        for path in matrices(model):
             if f"{PREFIX}{path}.lora_A.weight" in left:
                 a_RI, b_OR = take_pair(left, f"{PREFIX}{path}")
                 whole = any(f".{path}.weight".endswith(f".{target}") for target in config.target_parameters or ())

@@ -59,8 +59,10 @@ def run(config: ImportConfig) -> dict[str, Any]:
     Returns `out`, the `layout` and `why` it is that one, the `experts`, the number of `keys`, and the rank `r`.
     """
     # Imported here, so that --help and a wrong option do not wait for torch.
+    from superexperts.adapters import mlx
     from superexperts.adapters.factors import expert_names, own_layout
-    from superexperts.adapters.files import read_adapter, read_fields, write_adapter
+    from superexperts.adapters.files import MLX, read_fields, read_tensors, write_adapter
+    from superexperts.adapters.fitting import beyond_factors, read_fitting, stored_in
     from superexperts.models.loading import load_structure
 
     started = time.monotonic()
@@ -74,8 +76,17 @@ def run(config: ImportConfig) -> dict[str, Any]:
     if "experts" in fields:
         raise DataError(f"{folder} is an adapter of superexperts already; use it as it is", field="adapter")
     with new_folder(config.out, "import") as temporary:
-        saved_config, tensors = read_adapter(folder, "adapter")
         model = load_structure(source)
+        if MLX in fields:
+            saved_config, tensors = mlx.config_of(fields, folder), read_tensors(folder, "adapter")
+        else:
+            saved_config, tensors = read_fitting(model, folder, "adapter", stored_in(model, source))
+        if beyond := beyond_factors(saved_config, tensors):
+            raise DataError(
+                f"{folder} holds {beyond}, which is more than A and B of linear maps; use it as it is, or export it as "
+                "merged",
+                field="adapter",
+            )
         layout, why = config.layout, "as given"
         if layout == "auto":
             layout, why = detect(model, saved_config, tensors, fields)

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from superexperts.adapters.files import check_fits, check_keys, one_line, read_adapter, same_values
+from superexperts.adapters.files import check_fits, check_keys, one_line, same_values
+from superexperts.adapters.fitting import read_fitting, require_loadable, start_without_record
 from superexperts.adapters.layer import RENAMED_BY_PEFT, ExpertLoraConfig, linears
 from superexperts.core.errors import DataError, Field, ModelError, OptionError
 from superexperts.core.types import ExpertKey, key_name, key_order
@@ -217,24 +218,27 @@ def load_adapter(model: nn.Module, folder: Path, field: str = "adapter", name: s
     (the adapter belongs to another model) about `field`. On a PeftModel the adapter is added under another `name`;
     `set_adapter` chooses which adapters are active.
     """
-    config, saved = read_adapter(folder, field)
-    if any(re.search(r"\.experts\.\d+\.", name) for name in saved):
-        raise DataError(f"{folder} has one key for each expert, as engines read it; import it first", field=field)
-    adapted: Any = model
     several = isinstance(model, PeftModel)
+    adapted: Any = model
+    base = adapted.get_base_model() if several else model
+    config, saved = read_fitting(base, folder, field)
+    require_loadable(saved, folder, field)
     if several and name in adapted.peft_config:
         raise OptionError(f"the model has an adapter {name!r} already; load {folder} under another name", field=field)
-    check_fits(adapted.get_base_model() if several else model, config, folder, field)
+    check_fits(base, config, folder, field)
+    if reason := start_without_record(config):
+        raise DataError(f"{folder}: {reason}", field=field)
+    config.inference_mode = True
     try:
         with quiet():
             if several:
                 adapted.add_adapter(name, config)
-                adapted.load_adapter(str(folder), name)
             else:
-                adapted = PeftModel.from_pretrained(adapted, str(folder), adapter_name=name, config=config)
+                adapted = get_peft_model(adapted, config, adapter_name=name)
+            set_peft_model_state_dict(adapted, saved, adapter_name=name)
         found = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
         check_keys(found, saved, folder, field, same=same_values)
-    except (RuntimeError, ValueError, DataError) as error:  # wrong sizes, no target module found, wrong keys
+    except (RuntimeError, ValueError, TypeError, KeyError, DataError) as error:  # wrong sizes, targets or keys
         if several:
             _remove(adapted, name)
         else:

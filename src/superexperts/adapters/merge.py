@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from superexperts.adapters.factors import Factor, read_factors
-from superexperts.adapters.files import check_fits, read_adapter
-from superexperts.adapters.lora import load_adapter
+from superexperts.adapters.files import check_fits
+from superexperts.adapters.fitting import read_fitting, stored_by, stored_in
+from superexperts.adapters.merge_loaded import merge_in_memory
+from superexperts.adapters.readback import compared_logits
 from superexperts.checkpoints.provenance import Record, base_files, name_of
 from superexperts.checkpoints.reader import Checkpoint, Entry
 from superexperts.checkpoints.source import ModelSource
@@ -25,7 +27,7 @@ from superexperts.core.errors import DataError, Field, ModelError
 from superexperts.models.banks import find_banks
 from superexperts.models.experts import DOWN, split_projections, up_name
 from superexperts.models.key_mapping import KeyMapping, Parts
-from superexperts.models.loading import load_as_stored, load_structure
+from superexperts.models.loading import load_structure
 
 __all__ = ["merged_patches", "write"]
 
@@ -39,18 +41,19 @@ def write(adapter: Path, source: ModelSource, out: Path, *, copy: bool = False) 
     with Checkpoint(source.folder, source.field) as base:
         model = load_structure(source)
         # Errors in the adapter are found here, before a model is loaded for it.
-        config, _ = read_adapter(adapter, "adapter")
+        config, _ = read_fitting(model, adapter, "adapter", stored_in(model, source))
         check_fits(model, config, adapter, "adapter")
         changes: Sequence[Change] = ()
+        skip: list[str] = []
         try:
             patches = merged_patches(model, KeyMapping(model, base), base, adapter, "adapter")
         except (DataError, ModelError) as error:
             note(f"export: not shard by shard, the model is loaded ({error})")
-            _merge_in_memory(adapter, source, out)
-            carry_along(source.folder, out, skip=sorted(file.name for file in out.iterdir()))
+            merge_in_memory(adapter, source, out)
+            skip = sorted(file.name for file in out.iterdir())
         else:
             changes = patch_shards(base, patches, out, copy=copy)
-            carry_along(source.folder, out)
+        carry_along(source.folder, out, skip=skip)
         Record(
             command="export",
             mode="merged",
@@ -60,22 +63,9 @@ def write(adapter: Path, source: ModelSource, out: Path, *, copy: bool = False) 
             files=base_files(base, source.folder),
             changes=tuple(changes),
         ).write(out)
+    measured = compared_logits(adapter, source, out)
     with Checkpoint(out, "out") as written:
-        return {"keys": len(written), "changed": len({change.key for change in changes})}
-
-
-def _merge_in_memory(adapter: Path, source: ModelSource, out: Path) -> None:
-    adapted = load_adapter(load_as_stored(source), adapter, "adapter")
-    # Not PEFT's safe merge: it rounds the change before adding it, and so rounds twice in bfloat16.
-    merged = cast(Any, adapted).merge_and_unload()
-    broken = [name for name, parameter in merged.named_parameters() if not bool(parameter.isfinite().all())]
-    if broken:
-        raise DataError(
-            f"{adapter} makes {broken[0]} not finite; train again with a lower ",
-            Field("learning_rate"),
-            field="adapter",
-        )
-    merged.save_pretrained(out)
+        return {"keys": len(written), "changed": len({change.key for change in changes}), **measured}
 
 
 def merged_patches(
@@ -89,13 +79,16 @@ def merged_patches(
     """
     key_mapping.check_complete(model)
     if key_mapping.quantized:
-        raise ModelError("the base is quantized, and nothing can be merged into it; use its bfloat16 form", field=field)
-    factors = read_factors(model, adapter, field)
+        raise ModelError("the base is quantized, and no weight of it can be changed in place", field=field)
+    factors = read_factors(model, adapter, field, stored_by(model, key_mapping))
+    tied = cast(Any, model).all_tied_weights_keys
     banks = {bank.path: bank for bank in find_banks(model)}
     patches: list[Patch] = []
     experts: dict[tuple[str, int, str], dict[str, Factor]] = {}
     for place, factor in factors.items():
         if place.expert is None:
+            if f"{place.path}.weight" in {*tied, *tied.values()}:
+                raise ModelError(f"{place.path}.weight is tied to another weight, which must not change", field=field)
             entry = key_mapping.whole(f"{place.path}.weight")
             if entry is None:
                 raise ModelError(f"the checkpoint does not hold {place.path}.weight as it is in the model", field=field)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from superexperts.adapters.factors import Factor, read_factors
+from superexperts.adapters.fitting import stored_by
 from superexperts.checkpoints.reader import Checkpoint, Entry
 from superexperts.checkpoints.source import ModelSource
 from superexperts.core.errors import ModelError
@@ -87,7 +88,8 @@ def _changes(model_parts: ModelParts, adapter: Path, norms: _Norms) -> Changes:
     bases: dict[ExpertKey, float] = collections.defaultdict(float)
     moved_by_layer: dict[int, float] = collections.defaultdict(float)
     bases_by_layer: dict[int, float] = collections.defaultdict(float)
-    for place, factor in read_factors(model_parts.model, adapter, "folder").items():
+    stored = stored_by(model_parts.model, model_parts.key_mapping)
+    for place, factor in read_factors(model_parts.model, adapter, "folder", stored).items():
         squared = change_norm(factor) ** 2
         if place.expert is not None:
             bank = banks[place.path]

@@ -20,6 +20,7 @@ from superexperts.adapters.factors import (
     Factor,
     Factors,
     Place,
+    matrices,
     peft_scaling,
     plain_number,
     read_factors,
@@ -27,9 +28,9 @@ from superexperts.adapters.factors import (
     take_pair,
     write_export,
 )
-from superexperts.adapters.files import PREFIX
+from superexperts.adapters.fitting import stored_in
 from superexperts.adapters.fused import targeted
-from superexperts.adapters.layer import linears
+from superexperts.adapters.spelling import PREFIX
 from superexperts.checkpoints.reader import Checkpoint
 from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import note
@@ -37,9 +38,10 @@ from superexperts.core.errors import Field, ModelError, OptionError
 from superexperts.models.banks import find_banks
 from superexperts.models.experts import DOWN, GATE, UP, projections, up_projections
 from superexperts.models.experts import up_name as bank_up_name
+from superexperts.models.key_mapping import KeyMapping
 from superexperts.models.loading import load_structure
 
-__all__ = ["read", "recognise", "write"]
+__all__ = ["checkpoint_names", "read", "recognise", "write"]
 
 ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for --max-lora-rank (vllm/config/lora.py)."""
@@ -48,28 +50,30 @@ ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def write(adapter: Path, source: ModelSource, out: Path, *, copy: bool = False) -> dict[str, Any]:
     """Writes the adapter for vLLM; see `formats.Format`. The model's weights are not read."""
     model = load_structure(source)
-    factors = read_factors(model, adapter, "adapter")
-    config, tensors = _layout(model, factors)
-    # Engines skip keys that fit nothing without a message, so each key must be a weight of the checkpoint.
+    factors = read_factors(model, adapter, "adapter", stored_in(model, source))
     with Checkpoint(source.folder, source.field) as checkpoint:
-        stored = set(checkpoint)
-    modules = [key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors]
-    unknown = next((module for module in modules if f"{module}.weight" not in stored), None)
-    if unknown is not None:
-        raise ModelError(f"{source.name} holds no weight {unknown}; give the adapter's own model", field=source.field)
+        config, tensors = _layout(model, factors, KeyMapping(model, checkpoint), source)
     if config.r > ENGINE_RANKS[-1]:
         raise OptionError(f"'vllm' has ranks up to {ENGINE_RANKS[-1]}, not {config.r}; use merged", field="format")
     if any(".kv_b_proj." in key for key in tensors):
         note("export: vLLM drops LoRA on kv_b_proj unless it runs with VLLM_MLA_DISABLE=1")
     result = write_export(out, model, factors, config, tensors, source, loader="vLLM")
+    # vLLM reads PEFT's layout for families with their experts in one tensor, unless it is asked for this one.
+    named = {place for place in factors if place.expert is not None} <= checkpoint_names(
+        model, factors, fused=False
+    ).keys()
+    result |= {} if named else {"mixed_layouts": True}
     return result | {"max_lora_rank": next(rank for rank in ENGINE_RANKS if rank >= config.r)}
 
 
-def _layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str, Tensor]]:
+def _layout(
+    model: nn.Module, factors: Factors, key_mapping: KeyMapping, source: ModelSource
+) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and tensors for engines: all experts and projections of a layer with a chosen expert, at one
     rank; those that are not adapted are zeros.
 
-    `OptionError` if the family's checkpoints have no name for a single expert.
+    `OptionError` if the family's checkpoints have no name for a single expert, `ModelError` for a weight that the
+    checkpoint does not hold: engines skip keys that fit nothing without a message.
     """
     touched = {place.path for place in factors if place.expert is not None}
     shape = {}
@@ -79,7 +83,7 @@ def _layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str, T
                 for projection, weight_OI in projections(bank.module, expert).items():
                     shape[Place(path=bank.path, expert=expert, projection=projection)] = tuple(weight_OI.shape)
     places = [*shape, *(place for place in factors if place.expert is None)]
-    names = _checkpoint_names(model, places)
+    names = _names_on_disk(checkpoint_names(model, places), key_mapping, source)
     nameless = next((place for place in places if place not in names), None)
     if nameless is not None:
         raise OptionError(
@@ -109,6 +113,23 @@ def _layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str, T
     return config, tensors
 
 
+def _names_on_disk(names: Mapping[Place, str], key_mapping: KeyMapping, source: ModelSource) -> dict[Place, str]:
+    """The names with what this checkpoint has before `layers.N`: it may hold the model inside a larger one."""
+    found = {}
+    sources = {name.rpartition(".")[0]: entries for name, entries in key_mapping.sources.items()}
+    for place, name in names.items():
+        entries = sources.get(place.path, [])
+        key = entries[0][1] if entries else ""
+        whole = len(entries) == 1  # of an expert: the checkpoint keeps all of them in one tensor
+        if place.expert is None and whole and key.endswith(".weight"):
+            found[place] = key.removesuffix(".weight")
+        else:
+            found[place] = key.partition("layers.")[0] + "layers." + name.partition("layers.")[2]
+        if not entries or not (whole or f"{found[place]}.weight" in key_mapping.checkpoint):
+            raise ModelError(f"{source.name} holds no weight {name}; repair the checkpoint", field=source.field)
+    return found
+
+
 def recognise(
     model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]
 ) -> str | None:
@@ -122,7 +143,7 @@ def read(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]) ->
     """The factors of a file that has keys for all experts or for some; see `formats.Format`."""
     factors: dict[Place, Factor] = {}
     left = dict(tensors)
-    for place, name in _checkpoint_names(model, _all_places(model)).items():
+    for place, name in checkpoint_names(model, _all_places(model)).items():
         if f"{PREFIX}{name}.lora_A.weight" in left:
             a_RI, b_OR = take_pair(left, f"{PREFIX}{name}")
             factors[place] = Factor(a_RI=a_RI, b_OR=b_OR, scaling=peft_scaling(config, name, len(a_RI)))
@@ -130,10 +151,11 @@ def read(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]) ->
     return factors
 
 
-def _checkpoint_names(model: nn.Module, places: Iterable[Place]) -> dict[Place, str]:
+def checkpoint_names(model: nn.Module, places: Iterable[Place], *, fused: bool = True) -> dict[Place, str]:
     """The names of linear maps in the family's checkpoints, without `.weight`.
 
-    Places that checkpoints keep in one tensor together with others are left out. transformers offers no function for
+    Experts that checkpoints keep in one tensor are named as engines do, `experts.3.up_proj`, unless `fused` is False.
+    Other places that share a tensor are left out. transformers offers no function for
     this, so numbered tensors of one element are sent through the renaming by which it saves a model.
     """
     banks = {bank.path: bank for bank in find_banks(model)}
@@ -161,15 +183,18 @@ def _checkpoint_names(model: nn.Module, places: Iterable[Place]) -> dict[Place, 
     for key, tensor in revert_weight_conversion(cast(Any, model), state).items():
         if tensor.numel() == 1 and tensor.item() > 0 and key.endswith(".weight"):
             names[order[int(tensor.item()) - 1]] = key.removesuffix(".weight")
+        elif fused and tensor.numel() > 1 and key.rpartition(".")[2] in (DOWN, "gate_up_proj", UP):
+            for place in (order[int(number) - 1] for number in tensor.flatten().tolist() if number > 0):
+                names[place] = f"{key.rpartition('.')[0]}.{place.expert}.{place.projection}"
     return names
 
 
 def _all_places(model: nn.Module) -> list[Place]:
-    """Every projection of every routed expert, and every linear module."""
+    """Every projection of every routed expert, and every router and linear map."""
     places = [
         Place(path=bank.path, expert=expert, projection=projection)
         for bank in find_banks(model)
         for expert in range(bank.num_experts)
         for projection in projections(bank.module, expert)
     ]
-    return [*places, *(Place(path=path) for path in linears(model))]
+    return [*places, *(Place(path=path) for path in matrices(model))]

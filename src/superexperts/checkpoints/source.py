@@ -93,6 +93,9 @@ def _snapshot(name: str, revision: str | None, *, fetch: bool, field: str) -> Pa
 
 
 def adapter_folder(folder: Path) -> Path:
-    """The folder itself, or its `adapter/` where it is one that `train` wrote."""
-    inner = folder / "adapter"
-    return folder if (folder / CONFIG_FILE).is_file() or not inner.is_dir() else inner
+    """The folder itself; its `adapter/` where it is one that `train` wrote; or the only one below it that holds an
+    adapter, since PEFT saves an adapter of another name than `default` in a folder of that name."""
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    inside = sorted(file.parent for file in folder.glob(f"*/{CONFIG_FILE}"))
+    return inside[0] if len(inside) == 1 else folder / "adapter" if (folder / "adapter").is_dir() else folder

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from superexperts.adapters.effect import Effect, adapter_effect
-from superexperts.adapters.files import check_keys, read_adapter
+from superexperts.adapters.files import check_keys, order_config, read_adapter
 from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import note
 from superexperts.core.errors import EffectError, ExpertsError, Field
@@ -84,6 +84,7 @@ def save_adapter(adapted: PeftModel, tensors: Mapping[str, Tensor], folder: Path
     config.base_model_name_or_path, config.revision = source.name, source.revision
     # Without `save_embedding_layers=False` PEFT asks the Hub whether the embeddings were resized.
     adapted.save_pretrained(str(folder), state_dict=dict(tensors), save_embedding_layers=False)
+    order_config(folder)
     _, saved = read_adapter(folder, "out")
     trained = {name.replace(".default.", "."): value for name, value in tensors.items()}
     check_keys(trained, saved, folder, "out", same=torch.equal)
