@@ -89,7 +89,7 @@ def fit_prefix(
     theirs = {name.partition("layers.")[0] for name in bare if re.search(r"(^|\.)layers\.\d+\.", name)}
     if len(theirs) != 1 or own is None:
         return dict(tensors), dict(fields)
-    (other,) = theirs
+    other: str = theirs.pop()
     if other in (own, stored):
         return {PREFIX + name: tensor for name, tensor in bare.items()}, dict(fields)
     if not set(filter(None, other.split("."))) <= _AROUND:
@@ -101,9 +101,9 @@ def fit_prefix(
         if name.startswith(other):
             return prefix + name.removeprefix(other)
         for leaf in ("lm_head.", "embed_tokens."):  # beside the layers, or outside of the text model
-            path = next((path for path, _ in model.named_modules() if f".{path}.".endswith(f".{leaf}")), None)
-            if f".{leaf}" in f".{name}" and path is not None:
-                return path + "." + f".{name}".partition(f".{leaf}")[2]
+            paths = [path for path, _ in model.named_modules() if f".{path}.".endswith(f".{leaf}")]
+            if f".{leaf}" in f".{name}" and paths:
+                return f"{paths[0]}.{f'.{name}'.partition(f'.{leaf}')[2]}"
         return name
 
     found = {PREFIX + renamed(name): tensor for name, tensor in bare.items()}
