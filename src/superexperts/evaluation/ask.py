@@ -113,7 +113,7 @@ def ask_one(
 
     Each process asks its share, and every process returns all answers.
     """
-    # Decoding is greedy; the seed matters only to the harness's choice of examples.
+    # Decoding is greedy; the seed only fixes what a library may draw by chance.
     set_seed(seed)
     with quiet():
         if prompts.chat:

@@ -44,6 +44,7 @@ class _Peaks:
 
     def update(self, expert_P: Tensor, value_P: Tensor, place_P: Tensor, channel_P: Tensor) -> None:
         """Takes new peaks, at most one per expert, of tokens that come after all earlier ones."""
+        # Strictly larger: among equal values the first one stays, as in a pass over the corpus token by token.
         better_P = value_P > self.value_E[expert_P]
         expert_P = expert_P[better_P]
         self.value_E[expert_P] = value_P[better_P]
@@ -129,6 +130,7 @@ class _Bank:
         expert_R, token_R, rank_R, weight_R = (column if real_R is None else column[real_R] for column in columns)
         peak_R = output.peaks()
         counts_E = torch.bincount(expert_R, minlength=len(self.experts))
+        # REAP's saliency (arXiv 2510.13999): mean over an expert's tokens of routing weight times norm of its output.
         weighted_R = weight_R.double() * torch.cat(norms)
         terms_4R = (torch.ones_like(peak_R), weight_R, weighted_R, ~torch.isfinite(peak_R))
         self.sums_4E[start] = torch.stack([_sums(term_R, counts_E) for term_R in terms_4R])
@@ -136,6 +138,8 @@ class _Bank:
         self.output.update(*output.highest(start + token_R))
         # Of each sequence the reference code sees one row of a routed expert, and all rows of a shared one.
         first_R = torch.ones_like(expert_R, dtype=torch.bool)
+        # Rows are sorted by expert, then by token, so each (expert, sequence) is one run and its first row the first
+        # token.
         if self.experts != ("shared",):
             sequence_R = expert_R * (int(token_R.max()) // length + 1) + token_R // length
             first_R[1:] = sequence_R[1:] != sequence_R[:-1]
@@ -292,6 +296,7 @@ def _norms(values: Tensor) -> Tensor:
 def _highest_rows(expert_N: Tensor, peak_N: Tensor) -> tuple[Tensor, Tensor]:
     """The experts that have rows, and for each the row with the largest peak; of equal peaks the first."""
     expert_P, local_N = torch.unique_consecutive(expert_N, return_inverse=True)
+    # In two passes, largest value and then first row that has it: argmax per group does not exist on a GPU.
     best_P = peak_N.new_full(expert_P.shape, -1.0).scatter_reduce(0, local_N, peak_N, "amax")
     last = len(peak_N) - 1
     row_N = torch.where(peak_N == best_P[local_N], torch.arange(len(peak_N), device=peak_N.device), last)

@@ -95,6 +95,7 @@ def super_experts(
     if not rows:
         raise OptionError(f"{depth} leaves no MoE layer of {num_layers} layers; give a larger share", field="depth")
     bound = threshold([peak(row, statistic) for row in rows], percentile, ratio, floor=floor)
+    # Strictly over the bound, as in Eq. 8: a model whose peaks are all equal has no super expert.
     found = [row for row in rows if peak(row, statistic) > bound.value]
     return tuple(sorted(found, key=lambda row: (-peak(row, statistic), key_order(row.key))))
 

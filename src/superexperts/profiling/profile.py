@@ -214,6 +214,7 @@ def _measure(
         budget=int(config.activation_budget * 2**30),
         folder=config.out,
     ) as (model, profile_one):
+        # Past its trained context a model's activations are not those of normal use, so the peaks would mislead.
         context = getattr(text_config(model), "max_position_embeddings", None)  # a state-space model has no limit
         if context is not None and config.seq_len > context:
             raise OptionError(
@@ -232,6 +233,8 @@ def _measure(
             )
 
         files = {name: _section(config.out, inputs, name) for name in sequences}
+        # The main process looks for all: on a shared disk, one process could see a file that another does not see
+        # yet.
         finished: dict[str, CorpusProfile] = from_main_process(
             {name: Profile.load(file).corpora[name] for name, file in files.items() if file.is_file()}
         )

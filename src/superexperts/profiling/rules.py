@@ -90,6 +90,7 @@ def highest(
     taken: Counter[int] = Counter()
     chosen = []
     for key in order:
+        # At least one per layer: a small share would otherwise leave layers out.
         if taken[key[0]] < max(1, round(share * sizes[key[0]])):
             taken[key[0]] += 1
             chosen.append(key)
@@ -125,6 +126,8 @@ def random_experts(
     without `like`, `count` (default: as many as `like`) from every layer.
     """
     draw = random.Random(seed)
+    # Sorted, so that the draw depends on the seed alone and not on the order of the profile. Shared experts see every
+    # token, which makes them no control for routed ones.
     free = sorted((key for key in experts if key not in set(like) and key[1] != "shared"), key=key_order)
     if like and not anywhere:
         per_layer = Counter(layer for layer, _ in like)
@@ -218,6 +221,7 @@ def _by_share(
 ) -> ExpertSet:
     """The experts with the largest share of their layer, averaged over the corpora."""
     shares = [layer_shares(profile.corpora[name].experts, measure) for name in corpora]
+    # Shares, not counts, are averaged: a longer corpus must not weigh more.
     scores = {key: sum(of_corpus[key] for of_corpus in shares) / len(shares) for key in shares[0]}
     if like:
         chosen = highest_like(scores, like, lowest=lowest)

@@ -84,6 +84,7 @@ def attention_sinks(model: nn.Module, ids_BL: Tensor, *, description: str | None
         weights_BHQK = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         # An attention module returns its output and its weights; a decoder layer or a router returns something else.
         if isinstance(weights_BHQK, Tensor) and weights_BHQK.ndim == 4 and weights_BHQK.shape[-2] == ids_BL.shape[1]:
+            # Query 0 can attend only to itself, so its share is always 1 and is left out.
             share_H = weights_BHQK[:, :, 1:, 0].double().mean((0, 2)).cpu()
             sums[layer] = sums.get(layer, torch.zeros_like(share_H)) + share_H
 

@@ -32,6 +32,7 @@ def stability(profile: Profile) -> dict[str, Any]:
         both = sets[one] | sets[two]
         keys = list(peaks[one])
         values = [[peaks[name][key] for key in keys] for name in (one, two)]
+        # Ranks of equal values are undefined; scipy would return NaN with a warning.
         constant = any(len(set(column)) == 1 for column in values)
         pairs.append(
             {

@@ -113,15 +113,16 @@ def _variant(
     found: Mapping[str, Mapping[str, Mapping[str, bool]]],
     ids: Mapping[str, Sequence[str]],
 ) -> _Variant:
-    for run, (task, wanted) in itertools.product(runs, ids.items()):
-        odd = sorted(set(wanted) ^ found[run.name][task].keys())
+    for run, (task, expected) in itertools.product(runs, ids.items()):
+        # Paired tests need the same items on both sides: comparing the common ones only would bias the result.
+        odd = sorted(set(expected) ^ found[run.name][task].keys())
         if odd:
             raise DataError(
                 f"{task}: {len(odd)} items are in base or in {run.name} only, first {odd[0]!r}; evaluate both again"
             )
     correct = {
-        task: np.array([[found[run.name][task][item] for item in wanted] for run in runs], dtype=np.float64)
-        for task, wanted in ids.items()
+        task: np.array([[found[run.name][task][item] for item in expected] for run in runs], dtype=np.float64)
+        for task, expected in ids.items()
     }
     return _Variant(name=name, runs=runs, correct=correct)
 
@@ -148,6 +149,8 @@ def _row(out: Path, variant: _Variant, subjects: Mapping[str, Sequence[str | Non
         "target": variant.first.target,
         "random": variant.random,
         "runs": rows,
+        # Benchmarks count equally in the mean; the test over all items counts items equally. docs/statistics.md says
+        # why.
         "mean": sum(score["accuracy"] for score in scores) / len(scores),
         "perplexity": sum(perplexities) / len(perplexities) if perplexities else None,
         "scores": scores,
@@ -199,6 +202,7 @@ def _comparisons(variants: Sequence[_Variant], subjects: Mapping[str, Sequence[s
         "benchmark": [(other, base, task) for other in others for task in base.correct],
         "control": [(one, other, None) for one, other in _controls(others)],
     }
+    # The same subject name in two benchmarks is two clusters: their items are not related.
     grouped: dict[str | None, Clusters | None] = {task: clusters_of(found) for task, found in subjects.items()}
     grouped[None] = clusters_of(
         [None if name is None else f"{task} {name}" for task in subjects for name in subjects[task]]
@@ -232,6 +236,7 @@ def _controls(others: Sequence[_Variant]) -> list[tuple[_Variant, _Variant]]:
     for kind in ("prune", "lora"):
         own = [one for one in others if one.first.kind == kind]
         chosen = [one for one in own if not one.first.drawn and one.first.target not in WHOLE]
+        # Super experts first; the sort is stable, so without them the order of the study file decides.
         chosen.sort(key=lambda one: one.first.target != "super")
         for one in chosen:
             pairs += [(one, other) for other in own if other is not one and (one is chosen[0] or other.first.drawn)]

@@ -131,6 +131,7 @@ def write_csv(results: Mapping[str, Any], path: Path) -> None:
     """
     table = result_table(Results.from_json(results))
     buffer = io.StringIO()
+    # The csv module's default is \r\n, which would make the file differ from one written by hand.
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["Model Variant", *map(title_of, result_columns())])
     for row in table.rows:
@@ -144,6 +145,7 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     table = result_table(Results.from_json(results))
     header = ["variant", *(column.title for column in table.columns), "mean", "perplexity"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *map(_starred, table.rows)]
+    # 92 is the backslash, which an f-string expression of Python 3.11 cannot hold.
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 

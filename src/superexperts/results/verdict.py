@@ -81,6 +81,7 @@ class Verdict:
         elif self.inconclusive:
             runs = f"{max(self.row.runs)} runs against {min(self.row.runs)}"
             given = runs if self.too_few == "seeds" else f"{self.row.n:,} items"
+            # Shown as 100 points or more, no accuracy can differ by that much.
             whole = self.row.detectable >= 0.995
             found = "no difference would" if whole else f"only a difference over {self.detectable} points would"
             said = f"inconclusive: with {given}, {found} probably have been detected; use more {self.too_few}"
@@ -151,6 +152,7 @@ def _direct(found: Mapping[str, Verdict], direct: Sequence[Verdict]) -> list[str
             said.append(
                 f"{_subject(one.title)} is {_points(one.row.difference)} points {side} {_subject(one.reference)}"
             )
+        # "One differs from base, the other does not" invites a conclusion that this direct test does not support.
         elif not one.detected and own.effect != other.effect:
             names = f"{_subject(one.title)} and {_subject(one.reference)}"
             nothing = (

@@ -147,6 +147,7 @@ def _trainer_settings(adapted: PeftModel, settings: LoopSettings, work: Path, *,
         eval_steps=settings.eval_steps or None,
         save_strategy="steps" if settings.checkpoint_steps else "no",
         save_steps=settings.checkpoint_steps or 500,
+        # Two: the newest may be cut off by a kill while it is written.
         save_total_limit=2,
         logging_steps=1,
         report_to=[settings.report_to] if settings.report_to in ("trackio", "wandb") else [],
@@ -188,6 +189,7 @@ def _require_rows_apart(adapted: PeftModel, examples: Sequence[Example]) -> None
     behind = adapted(input_ids=ids_L[None], position_ids=positions_L[None], use_cache=False).logits[0, start:].float()
     alone = adapted(input_ids=ids_L[None, start:], use_cache=False).logits[0].float()
     adapted.train(training)
+    # The limits leave room for rounding: padding-free attention sums in another order.
     error = float((behind - alone).norm() / alone.norm())
     limit = 1e-3 if next(adapted.parameters()).dtype == torch.float32 else 0.1
     if not error <= limit:
@@ -241,6 +243,7 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
             self._tensors = whole_tensors(self._adapted)
         else:
             self._worse += 1
+        # |=: another callback may have asked to stop; this must not take it back.
         control.should_training_stop |= self.exhausted
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -251,6 +254,7 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
             return
         if self._tensors:
             save_file(dict(self._tensors), folder / "best.safetensors")
+        # All files are on disk before the mark that says so.
         for file in (path for path in folder.rglob("*") if path.is_file()):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())

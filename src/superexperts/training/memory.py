@@ -44,6 +44,7 @@ def load_to_train(
     """
     if not load_in_4bit and not offload:
         return load_model(source, device=device, dtype=dtype)
+    # The adapter is attached to an empty copy first: which layers it adapts decides how the real weights are loaded.
     structure = load_structure(source)
     attach(structure)
     paths = [path for path, module in structure.named_modules() if isinstance(module, LoraLayer)]
@@ -114,6 +115,7 @@ def _four_bits(model: nn.Module, skipped: list[str], device: torch.device) -> Bi
     note(f"train: {len(free)} linear maps are held in 4 bits; experts, adapted layers and the head stay as they are")
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        # NF4 with levels at normal quantiles is QLoRA's choice (arXiv 2305.14314).
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
         llm_int8_skip_modules=kept,

@@ -56,6 +56,7 @@ def round_adapter(adapted: PeftModel, dtype: str) -> torch.dtype:
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
+                # Rounded in place but kept in float32: the forward pass computes with exactly the saved values.
                 parameter.copy_(parameter.to(rounded))
     return rounded
 

@@ -87,6 +87,7 @@ def load_examples(
     if aside >= len(examples):
         what = f"{eval_share} of {len(examples)} rows"
         raise OptionError(f"{what} leaves none to train on; give less", field="eval_share")
+    # Its own generator: the global one must not be advanced, or the training would differ without rows set aside.
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     drawn = set(order[:aside])
     return (
@@ -234,6 +235,7 @@ def _plain_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, eos: int) -> tup
     """Prompt, response with EOS."""
     prompt_text, response_text = prompt(row.question), response(row.explain, row.answer)
     prompt_ids = _without_final(_ids(tokenizer, prompt_text), eos)
+    # Encoded together, so that the response starts with the token that the model would generate after the prompt.
     whole = _without_final(_ids(tokenizer, prompt_text + response_text), eos)
     if whole[: len(prompt_ids)] == prompt_ids:
         return prompt_ids, [*whole[len(prompt_ids) :], eos]

@@ -283,6 +283,7 @@ def train(
         )  # fmt: skip
         checkpoint = checkpoint_to_resume(work, input_key("train", inputs), resume=config.resume)
         with kept_when_killed(work), borrowed(model):
+            # Inside `borrowed`: whatever happens, the model is handed back without the adapter.
             adapted = _attach(model, chosen, config)
             # Trackers print to standard output, which is for results.
             with counting(adapted, training=True) as exposure, contextlib.redirect_stdout(sys.stderr):

@@ -77,6 +77,7 @@ def seed_variance(correct_RN: Floats) -> SeedVariance:
     """The seed variance of several runs [R, N], R at least 2: right (1) or wrong (0) answers to the same items."""
     runs, items = correct_RN.shape
     rest_RN = correct_RN - correct_RN.mean(0) - correct_RN.mean(1, keepdims=True) + correct_RN.mean()
+    # Interaction residual of a two-way table: (R - 1)(N - 1) degrees of freedom.
     rest = float((rest_RN**2).sum()) / ((runs - 1) * max(items - 1, 1))
     between = float(correct_RN.mean(1).var(ddof=1))
     return SeedVariance(between=between, df=runs - 1, rest=rest / items, weight=1 / runs)
@@ -102,6 +103,7 @@ def detectable(square: float, items: ItemVariance, seeds: Sequence[SeedVariance]
     over what another study would have estimated as the seed variances.
     """
     level = (1 - CONFIDENCE) / tests
+    # Midpoints of equal slices of probability: a deterministic average needs far fewer points than random draws.
     shares = (np.arange(DRAWS[len(seeds)]) + 0.5) / DRAWS[len(seeds)]
     factors = [chi.ppf(shares, part.df) ** 2 / part.df for part in seeds]
     seed_variance_of_mean = sum(part.weight * part.sd**2 for part in seeds)
@@ -159,6 +161,7 @@ def _variances(
     values_Q = items.variance * factor_Q
     for part, estimate in zip(seeds, between, strict=True):
         factor_Q, more_Q = _points(part.df, points)
+        # The difference of two mean squares can be negative; a variance cannot.
         added_Q = part.weight * np.maximum(estimate * factor_Q - part.rest, 0.0)
         values_Q = (values_Q[:, None] + added_Q).ravel()
         weights_Q = (weights_Q[:, None] * more_Q).ravel()
@@ -174,6 +177,7 @@ def _quantile(values_Q: Floats, weights_Q: Floats, level: float) -> float:
     """The distance with a tail probability of `level`."""
     scale = float(np.sqrt(np.dot(values_Q, weights_Q)))
     highest = 2 * scale
+    # Heavy tails (one degree of freedom) can put the quantile far beyond two standard deviations.
     while float(_tail(np.asarray(highest), values_Q, weights_Q)) > level:
         highest *= 2
     return float(

@@ -90,6 +90,7 @@ def bootstrap(values_N: Floats, clusters: Clusters | None) -> tuple[float, float
         batch=100,
         confidence_level=CONFIDENCE,
         method="percentile",
+        # A fixed seed: results.json must be the same when a study is concluded twice.
         rng=np.random.default_rng(0),
     ).confidence_interval
     return float(interval.low), float(interval.high)

@@ -42,6 +42,7 @@ def proportion(
     effective = float(number)
     if seeds and 0 < accuracy < 1:
         half = across_seeds.half_width(items, seeds)
+        # Inverts half = z * sqrt(p (1 - p) / n) for n. At 0 or 1 that is 0 / 0, so the number asked is kept.
         effective = min(effective, accuracy * (1 - accuracy) * (float(norm.ppf(0.975)) / half) ** 2)
     clustered = None
     if clusters is not None:
@@ -99,6 +100,7 @@ def compare_without_bootstrap(
         half = across_seeds.half_width(by_subject, seeds)
         clustered = max(-1.0, difference - half), min(1.0, difference + half)
         if clusters.many:
+            # The larger p-value: correlated items must not make a result look more certain than independent ones.
             p = max(p, across_seeds.p_value(difference, _at_least(by_subject, null_items), seeds))
 
     def smallest() -> float:
@@ -153,5 +155,6 @@ def _seed_variances(variant_RN: Floats, reference_RN: Floats, random: tuple[bool
     for place, other in ((0, 1), (1, 0)):
         part = found[other]
         if len((variant_RN, reference_RN)[place]) == 1 and random[place] and part is not None:
+            # A single run varies by the whole seed variance: 1 / 1, on top of the other side's 1 / runs.
             found[other] = dataclasses.replace(part, weight=part.weight + 1)
     return found

@@ -76,6 +76,7 @@ def mcnemar(base_correct: Sequence[bool], variant_correct: Sequence[bool]) -> Pa
         difference=(only_variant - only_base) / n,
         low=low,
         high=high,
+        # Items that both have right, or both wrong, say nothing about the difference.
         p=float(binomtest(only_variant, discordant).pvalue) if discordant else 1.0,
     )
 
@@ -94,6 +95,7 @@ def paired_interval(only_base: int, only_variant: int, n: int) -> tuple[float, f
         a = 2 * n
         b = -only_variant - only_base + (2 * n - only_variant + only_base) * difference
         c = -only_base * difference * (1 - difference)
+        # Rounding can make the discriminant slightly negative where it is 0.
         lost = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)  # P(only the base is right), given `difference`
         variance = n * (2 * lost + difference * (1 - difference))
         return float((only_variant - only_base - n * difference) ** 2 - z * z * variance)
@@ -114,6 +116,7 @@ def detectable(discordant: int, n: int, tests: int = 1, power: float = 0.8) -> f
     z_level, z_power = float(norm.isf((1 - CONFIDENCE) / 2 / tests)), float(norm.ppf(power))
 
     def excess(difference: float) -> float:
+        # A difference of d needs at least d * n differing items, so a smaller observed share is raised.
         share = max(discordant / n, difference)
         return difference * math.sqrt(n) - z_level * math.sqrt(share) - z_power * math.sqrt(share - difference**2)
 
