@@ -2,7 +2,7 @@
 
 import pytest
 
-from superexperts.core.thoughts import before_stop, leaves_open, split_thoughts
+from superexperts.core.thoughts import before_stop, end_for, is_mark, leaves_open, split_thoughts
 
 MARKS = [
     ("<think>", "</think>"),
@@ -110,3 +110,30 @@ def test_time_is_linear_in_the_text() -> None:
     ):
         parts = split_thoughts(part * 50_000)
         assert len(parts.thoughts) + len(parts.text) <= len(part) * 50_000 + 200_000
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("q <think>\nso", "</think>"),
+        ("<seed:think>so", "</seed:think>"),
+        ("[THINK]so", "[/THINK]"),
+        ("◁think▷so", "◁/think▷"),
+        ("<|begin_of_thought|>so", "<|end_of_thought|>"),
+        ("<|START_THINKING|>so", "<|END_THINKING|>"),
+        ("<|channel>thought\nso", "<channel|>"),
+        ("<|start|>assistant<|channel|>analysis<|message|>so", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+        ("no mark", None),
+    ],
+)
+def test_what_ends_thoughts(text: str, end: str | None) -> None:
+    found = end_for(text)
+    assert found == end
+    if end is not None:
+        assert split_thoughts(f"{text}{found}yes").text == "yes"
+
+
+def test_which_special_tokens_are_marks() -> None:
+    marks = ("<think>", "</think>", "<|channel|>", "<|message|>", "[THINK]", "<|END_THINKING|>", "<channel|>")
+    assert all(map(is_mark, marks))
+    assert not any(map(is_mark, ("<eos>", "<|im_end|>", "<|eot_id|>", "[INST]", "<s>")))

@@ -26,6 +26,7 @@ from superexperts.core.errors import DataError, ModelError, OptionError
 from superexperts.training import loop, outcome, resume, train
 from superexperts.training.rows import IGNORED, encode, read_rows
 from superexperts.training.train import TrainConfig, recipe_settings
+from tests.support.chats import PARTS
 from tests.support.families import tiny_model
 from tests.training.test_train import BOS, EOS, ROWS, byte_tokenizer, ids, quick_settings, row, save_checkpoint
 
@@ -279,6 +280,17 @@ def test_a_chat_template_gives_the_prompt_as_the_users_message() -> None:
     prompt = [BOS, *ids("<user>Question: 1?\nAnswer:"), EOS, *ids("<assistant>")]
     assert example.input_ids == [*prompt, *ids("x The answer is B."), EOS]
     assert example.labels == [IGNORED] * len(prompt) + [*ids("x The answer is B."), EOS]
+    tokenizer.chat_template = PARTS
+    (parts,) = encode(
+        [row(question="1?", explain="x", answer="B")], tokenizer, max_length=1000, file=Path("f"), chat=True,
+        system_prompt="s",
+    )  # fmt: skip
+    asked = ids("<system>s\n<user>Question: 1?\nAnswer:\n<assistant>")
+    assert parts.input_ids == [*asked, *ids("x The answer is B.\n"), EOS]
+    assert parts.labels[: len(asked)] == [IGNORED] * len(asked)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{% endfor %}"
+    with pytest.raises(ModelError, match="prompt: the chat template leaves out the text of the user's message"):
+        encode([row()], tokenizer, max_length=1000, file=Path("f"), chat=True)
     tokenizer.chat_template = "{{ messages | length }}" + CHAT
     with pytest.raises(ModelError, match="whole conversation begins with its prompt"):
         encode([row()], tokenizer, max_length=1000, file=Path("f"), chat=True)
@@ -381,7 +393,7 @@ def test_the_saved_recipe_trains_the_same_adapter_again(config: Any, tmp_path: P
         ("- r", "is not a mapping of settings"),
         ("rank: 16", "'rank' is not a setting of a recipe; did you mean 'ranks'?"),
         ("trust_remote_code: true", "'trust_remote_code' is not a setting of a recipe"),
-        ("prompt: neither", "prompt: 'neither' is unknown; choose from plain, chat"),
+        ("prompt: neither", "prompt: 'neither' is unknown; choose from auto, plain, chat"),
         ("r: many", "r: 'many' is not a whole number"),
         ("r: true", "r: True is not a whole number"),
         ("attention: 1", "attention: 1 is not true or false"),

@@ -19,7 +19,7 @@ STAGE_VERSIONS = {
     "prune": 1,
     "restore": 1,
     "compare": 1,
-    "train": 1,
+    "train": 2,
     "export": 2,
     "import": 2,
     "evaluate": 2,

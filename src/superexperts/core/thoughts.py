@@ -62,10 +62,11 @@ _BARE_ANALYSIS = re.compile(r"\s*(?:assistant)?analysis(?=[A-Z\d\"'“(*])")
 _BARE_ONLY_FINAL = re.compile(r"\s*(?:assistant)?final(?=[A-Z\d*\\$])")
 
 _ENDS = (
-    *(("begin", "end"), ("START", "END"), ("start", "end"), ("<|channel>", "<channel|>"), ("unused94", "unused95")),
+    *(("begin", "end"), ("START", "END"), ("start", "end"), ("<|channel>", "<channel|>"), ("unused94", "<unused95>")),
     *(("prefix", "suffix"), ("<|think|>", "<|content|>"), ("<|im_start|>think", "<|im_start|>answer")),
 )
-"""What differs between a mark that opens thoughts and the one that ends them, where that is not a slash."""
+"""What a mark that opens thoughts holds, and what stands in its place, or in place of all of it, in the one that ends
+them; for all others the difference is a slash."""
 
 _ANSWER_LINE = re.compile(
     r"\n\s{0,8}<answer>(?:(?!<answer>).){1,2000}</answer>\s*(?:<[|｜][\w▁]{1,30}[|｜]>\s*)?\Z"
@@ -238,7 +239,7 @@ def end_for(text: str) -> str | None:
     bare = re.sub(r"(?<=\w)\s[^>]*", "", marks[-1])  # attributes
     for opening, end in _ENDS:
         if opening in bare:
-            return bare.replace(opening, end)
+            return end if end[0] == "<" else bare.replace(opening, end)
     return f"{bare[0]}/{bare[1:]}"
 
 

@@ -79,10 +79,8 @@ class HarnessModel:
 
     def _reply_to(self, batch: list[list[Request]]) -> list[Given]:
         requests = [request for [request] in batch]
-        found = [
-            make_reply(generated, request)
-            for generated, request in zip(self._generate(requests), requests, strict=True)
-        ]
+        said = self._within_budget(requests) if requests[0].thinking_budget else self._generate(requests)
+        found = [make_reply(generated, request) for generated, request in zip(said, requests, strict=True)]
         # A stop text may have cut thoughts. Asked again without it, the model thinks to the end.
         cut = [i for i, request in enumerate(requests) if stopped_in_thoughts(request, found[i])]
         again = [dataclasses.replace(requests[i], sends_stop=False) for i in cut]

@@ -207,7 +207,7 @@ class Worker:
         if needs_checkpoints(plan):
             self.models.clear()
         lora, pruned = run.kind == "lora" and not built, run.kind == "prune" and not built
-        options: dict[str, Any] = {**plan.evaluation, "perplexity": plan.perplexity}
+        options: dict[str, Any] = {**plan.asking, "perplexity": plan.perplexity}
         takes = plan.perplexity is not None and takes_column(plan.perplexity)
         options["column"] = plan.perplexity_column if takes else None
         evaluate.run(

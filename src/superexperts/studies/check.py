@@ -59,6 +59,8 @@ def check(plan: Plan, text: str = "", name: str = "STUDY", *, device: str = "aut
 def _checks(plan: Plan, device: str, here: bool) -> Iterator[Check]:
     for option, file in row_files(plan):
         yield tuple(option.split(".")), partial(_rows, option, file)
+    if len(plan.prompts) > 1:
+        yield ("training", "prompt"), _one_prompt
     if plan.data_dir is not None and plan.data_dir != "pocket" and not Path(plan.data_dir).is_dir():
         yield ("data_dir",), partial(_folder, plan.data_dir)
     else:
@@ -127,6 +129,14 @@ def _rows(field: str, file: Path) -> None:
     if not file.is_file():
         raise DataError(f"{str(file)!r} is missing; check the path", field=field)
     read_rows(file, field)
+
+
+def _one_prompt() -> None:
+    raise OptionError(
+        "some trainings or the evaluation put questions in chat and others do not, so their answers cannot be "
+        "compared; give one of plain and chat",
+        field="training.prompt",
+    )
 
 
 def _folder(data_dir: str) -> None:

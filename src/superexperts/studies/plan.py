@@ -142,8 +142,34 @@ class Plan(_Fields):
         return next(variant for variant in self.variants if variant.name == name)
 
     def training_of(self, run: Run) -> dict[str, Any]:
-        """Options of `train` for a run: those of the study, overridden by those of its variant."""
-        return {**self.training, **self.variant(run.variant).training}
+        """Options of `train` for a run: those of the study, overridden by those of its variant.
+
+        Rows are put as the questions are asked, unless `training` says otherwise.
+        """
+        words = {"on": "chat", "off": "plain"}
+        as_asked = {
+            "prompt": words.get(self.evaluation.get("chat_template", "auto")),
+            "system_prompt": self.evaluation.get("system_prompt"),
+        }
+        known = {name: value for name, value in as_asked.items() if value is not None}
+        return {**known, **self.training, **self.variant(run.variant).training}
+
+    @property
+    def prompts(self) -> frozenset[str]:
+        """The kinds of prompt, plain and chat, that the file gives to trainings and to the evaluation."""
+        given = [self.training, *(variant.training for variant in self.variants if variant.kind == "lora")]
+        words = {"on": "chat", "off": "plain"}
+        found = {str(options.get("prompt")) for options in given} | {
+            str(words.get(str(self.evaluation.get("chat_template"))))
+        }
+        return frozenset(found & set(words.values()))
+
+    @property
+    def asking(self) -> dict[str, Any]:
+        """Options of `evaluate` for all runs: questions are asked as the trainings put them."""
+        if "chat_template" in self.evaluation or len(self.prompts) != 1:
+            return dict(self.evaluation)
+        return {**self.evaluation, "chat_template": "on" if "chat" in self.prompts else "off"}
 
     @property
     def perplexity(self) -> str | None:

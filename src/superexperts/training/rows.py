@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from superexperts.core.console import note
 from superexperts.core.errors import DataError, Field, ModelError, OptionError
 from superexperts.core.prompt import prompt_of
+from superexperts.data.chat import TRAINED, ChatStyle, chat_asked, conversation, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +68,7 @@ def load_examples(
     *,
     max_length: int,
     chat: bool = False,
+    system_prompt: str | None = None,
     truncate: bool = False,
     eval_data: Path | None = None,
     eval_share: float = 0,
@@ -75,7 +77,12 @@ def load_examples(
     """Rows to train on and rows set aside, in tokens: those of `eval_data`, or a share of `data` drawn by `seed`."""
     import torch  # here, because a study's check reads rows without it
 
-    rules: dict[str, Any] = {"max_length": max_length, "chat": chat, "truncate": truncate}
+    rules: dict[str, Any] = {
+        "max_length": max_length,
+        "chat": chat,
+        "system_prompt": system_prompt,
+        "truncate": truncate,
+    }
     examples = encode(read_rows(data), tokenizer, file=data, **rules)
     cut = sum(example.truncated for example in examples)
     if cut:
@@ -180,6 +187,7 @@ def encode(
     file: Path,
     field: str = "data",
     chat: bool = False,
+    system_prompt: str | None = None,
     truncate: bool = False,
 ) -> list[Example]:
     """Each row as prompt, response and one EOS, in tokens; with BOS in front if the tokenizer itself puts one there.
@@ -195,12 +203,14 @@ def encode(
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise ModelError("its tokenizer has no EOS token, so no response could end; set eos_token", field="model")
-    if chat and tokenizer.chat_template is None:
-        raise ModelError("'chat' needs a chat template, which the tokenizer does not have; give plain", field="prompt")
+    if chat:
+        chat_asked(tokenizer, "chat", TRAINED)
+    style = ChatStyle(system_prompt=system_prompt)
     examples = []
     long: list[tuple[Row, int]] = []
     for row in rows:
-        prompt_ids, response_ids = _chat_tokens(row, tokenizer, eos) if chat else _plain_tokens(row, tokenizer, eos)
+        tokens = _chat_tokens(row, tokenizer, eos, style) if chat else _plain_tokens(row, tokenizer, eos)
+        prompt_ids, response_ids = tokens
         input_ids = [*prompt_ids, *response_ids]
         if len(input_ids) > max_length:
             long.append((row, len(input_ids)))
@@ -242,14 +252,14 @@ def _plain_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, eos: int) -> tup
     return prompt_ids, [*_without_final(_ids(tokenizer, response_text, add_special_tokens=False), eos), eos]
 
 
-def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, eos: int) -> tuple[list[int], list[int]]:
-    """Tokens of the user's turn with the opening of the assistant's, and of the assistant's turn, which ends in EOS."""
-    turns = [
-        {"role": "user", "content": prompt(row.question)},
-        {"role": "assistant", "content": response(row.explain, row.answer).strip()},
-    ]
-    opened = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+def _chat_tokens(
+    row: Row, tokenizer: PreTrainedTokenizerBase, eos: int, style: ChatStyle
+) -> tuple[list[int], list[int]]:
+    """Tokens of what comes before the response with the opening of the assistant's turn, and of that turn up to EOS."""
+    asked = conversation(prompt(row.question), style)
+    reply = response(row.explain, row.answer).strip()
+    opened = render(tokenizer, asked, style, TRAINED)
+    whole = render(tokenizer, [*asked, {"role": "assistant", "content": reply}], style, TRAINED, opens_answer=False)
     if not whole.startswith(opened):
         raise ModelError(
             "'chat' needs a chat template in which the whole conversation begins with its prompt, which this one does "

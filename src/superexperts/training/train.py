@@ -23,7 +23,8 @@ from superexperts.core.errors import DataError, Field, OptionError
 from superexperts.core.identity import identity
 from superexperts.core.runs import completed, fingerprint, input_key, new_folder, read_json, write_manifest
 from superexperts.core.settings import SeededConfig, Switch, require, require_device, require_seed
-from superexperts.core.types import ExpertKey, ExpertSet, chosen_experts, key_name
+from superexperts.core.types import ExpertKey, chosen_experts, key_name
+from superexperts.training.by_expert import values_by_expert
 from superexperts.training.recipe import read_recipe
 
 if TYPE_CHECKING:
@@ -79,8 +80,11 @@ class TrainConfig(SeededConfig):
     """Dropout on the LoRA branch's input."""
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the saved adapter, which is trained in float32; `auto`: that of the model's weights in memory."""
-    prompt: Literal["plain", "chat"] = "plain"
-    """`plain`: Question: ... Answer: ..., as evaluate asks; `chat`: that as the user's message in the chat template."""
+    prompt: Literal["auto", "plain", "chat"] = "auto"
+    """`plain`: Question: ... Answer: ...; `chat`: that as the user's message in the chat template; `auto`: chat where
+    the tokenizer has a template. `evaluate` asks in the same way."""
+    system_prompt: str | None = None
+    """chat: text of the system's message; default: none."""
     learning_rate: float = 1e-4
     """Peak learning rate; the schedule is cosine."""
     warmup: float = 0.03
@@ -172,20 +176,6 @@ class TrainConfig(SeededConfig):
                 require(not getattr(self, name), name, getattr(self, name), *what_to_do)
 
 
-def values_by_expert(text: str, field: str) -> dict[ExpertKey, float]:
-    """`L2E54=32,L8shared=8` -> {(2, 54): 32, (8, "shared"): 8}; `OptionError` about `field` for other text."""
-    values: dict[ExpertKey, float] = {}
-    for part in filter(None, text.split(",")):
-        found = re.fullmatch(r"(L\d+(?:E\d+|shared))=(\d+(?:\.\d+)?)", part)
-        if found is None or not float(found[2]) or (field == "ranks" and "." in found[2]):
-            raise OptionError(f"{part!r} is not like L2E54=32; write EXPERT=NUMBER, separated by commas", field=field)
-        (expert,) = ExpertSet.parse(found[1]).experts
-        if expert in values:
-            raise OptionError(f"{found[1]} is named twice; give each expert one number", field=field)
-        values[expert] = float(found[2]) if "." in found[2] else int(found[2])
-    return values
-
-
 # ---- recipes ------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +230,7 @@ def train(
     from superexperts.adapters.exposure import counting
     from superexperts.adapters.lora import trainable_parameters
     from superexperts.checkpoints.source import resolve
+    from superexperts.data.chat import write_prompt_record
     from superexperts.models.loading import load_tokenizer
     from superexperts.training import outcome
     from superexperts.training.card import adapted_parts
@@ -262,11 +253,13 @@ def train(
     # Weights on disk lie in the temporary output folder: what a killed training leaves is cleared away with it.
     with _output_folder(config.out) as temporary, tempfile.TemporaryDirectory(prefix="weights-", dir=temporary) as disk:
         tokenizer = tokenizer or load_tokenizer(source)
+        chat, asked = _chat(config, tokenizer)
         examples, held_out = load_examples(
             config.data,
             tokenizer,
             max_length=config.max_length,
-            chat=config.prompt == "chat",
+            chat=chat,
+            system_prompt=config.system_prompt,
             truncate=config.truncate,
             eval_data=config.eval_data,
             eval_share=config.eval_share,
@@ -318,6 +311,7 @@ def train(
             tensors = {name: tensor.to(dtype) for name, tensor in whole_tensors(adapted).items()}
             if temporary is not None:
                 outcome.save_adapter(adapted, tensors, temporary / "adapter", source)
+                write_prompt_record(temporary / "adapter", asked)
         if temporary is not None:
             digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()}
             experts = None if names is None else ",".join(names)
@@ -381,6 +375,17 @@ def _attach(model: nn.Module, chosen: Sequence[ExpertKey] | None, config: TrainC
         ranks={expert: int(rank) for expert, rank in values_by_expert(config.ranks, "ranks").items()},
         alphas=values_by_expert(config.alphas, "alphas"),
     )
+
+
+def _chat(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, dict[str, Any]]:
+    """(whether rows are put as a chat, the record of that for the adapter's folder)"""
+    from superexperts.data.chat import TRAINED, ChatStyle, chat_asked, prompt_record
+
+    chat = chat_asked(tokenizer, config.prompt, TRAINED)
+    if config.system_prompt is not None and not chat:
+        raise OptionError("needs a chat; give ", Field("prompt"), " chat, or leave it out", field="system_prompt")
+    style = ChatStyle(system_prompt=config.system_prompt)
+    return chat, prompt_record(tokenizer, style, TRAINED, chat=chat)
 
 
 def _loop_settings(config: TrainConfig) -> LoopSettings:
