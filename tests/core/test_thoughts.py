@@ -115,7 +115,7 @@ def test_time_is_linear_in_the_text() -> None:
 @pytest.mark.parametrize(
     ("text", "end"),
     [
-        ("q <think>\nso", "</think>"),
+        ("<think>\nso", "</think>"),
         ("<seed:think>so", "</seed:think>"),
         ("[THINK]so", "[/THINK]"),
         ("◁think▷so", "◁/think▷"),

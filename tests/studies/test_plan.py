@@ -81,7 +81,10 @@ name: y
         ("{name: x, data_dir: pocket, tokens: 1.5}", "tokens: 1.5 is not a whole number"),
         ("{name: x, data_dir: pocket, tokens: 100, seq_len: 200}", "tokens: 100 is under one sequence of 200"),
         ("{name: x, data_dir: pocket, training: 3}", "training: 3 is not a mapping of options"),
-        ("{name: x, data_dir: pocket, training: {prompt: loud}}", "prompt: 'loud' is unknown; choose from plain, chat"),
+        (
+            "{name: x, data_dir: pocket, training: {prompt: loud}}",
+            "prompt: 'loud' is unknown; choose from auto, plain, chat",
+        ),
         ("{name: x, data_dir: pocket, variants: [prune-super]}", "the first variant is not base"),
         ("{name: x, data_dir: pocket, variants: [base, base]}", "'base' is given twice"),
         ("{name: x, data_dir: pocket, variants: [base, 5]}", "5 is neither a name nor"),

@@ -257,6 +257,7 @@ def test_what_training_writes_and_returns(config: Any, capsys: pytest.CaptureFix
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "prompt.json",
         "recipe.yaml",
     ]
     written = json.loads((out / "training.json").read_text())

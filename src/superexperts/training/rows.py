@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from superexperts.core.console import note
 from superexperts.core.errors import DataError, Field, ModelError, OptionError
 from superexperts.core.prompt import prompt_of
-from superexperts.data.chat import TRAINED, ChatStyle, chat_asked, conversation, render
+from superexperts.data.chat import TRAINED, ChatStyle, chat_asked, conversation, prompt_record, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Example", "Row", "encode", "load_examples", "prompt", "read_rows", "response"]
+__all__ = ["IGNORED", "Example", "Row", "encode", "load_examples", "prompt", "put_in_chat", "read_rows", "response"]
 
 FIELDS = ("question", "explain", "answer")
 IGNORED = -100
@@ -60,6 +60,16 @@ def prompt(question: str) -> str:
 def response(explain: str, answer: str) -> str:
     """The text that the model learns to write, without the EOS that ends it."""
     return f" {explain} The answer is {answer}."
+
+
+def put_in_chat(
+    tokenizer: PreTrainedTokenizerBase, setting: str, system_prompt: str | None
+) -> tuple[bool, dict[str, Any]]:
+    """(whether rows are put as a chat, the record of that for the adapter's folder); `setting` is auto, plain or chat."""
+    chat = chat_asked(tokenizer, setting, TRAINED)
+    if system_prompt is not None and not chat:
+        raise OptionError("needs a chat; give ", Field("prompt"), " chat, or leave it out", field="system_prompt")
+    return chat, prompt_record(tokenizer, ChatStyle(system_prompt=system_prompt), TRAINED, chat=chat)
 
 
 def load_examples(

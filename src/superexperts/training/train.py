@@ -237,7 +237,7 @@ def train(
     from superexperts.training.loop import train_loop, whole_tensors
     from superexperts.training.memory import load_to_train
     from superexperts.training.resume import checkpoint_to_resume, checkpoints_folder, kept_when_killed
-    from superexperts.training.rows import load_examples
+    from superexperts.training.rows import load_examples, put_in_chat
 
     started = time.monotonic()
     chosen = None if config.experts is None else chosen_experts(config.experts, config.model).experts
@@ -253,7 +253,7 @@ def train(
     # Weights on disk lie in the temporary output folder: what a killed training leaves is cleared away with it.
     with _output_folder(config.out) as temporary, tempfile.TemporaryDirectory(prefix="weights-", dir=temporary) as disk:
         tokenizer = tokenizer or load_tokenizer(source)
-        chat, asked = _chat(config, tokenizer)
+        chat, asked = put_in_chat(tokenizer, config.prompt, config.system_prompt)
         examples, held_out = load_examples(
             config.data,
             tokenizer,
@@ -375,17 +375,6 @@ def _attach(model: nn.Module, chosen: Sequence[ExpertKey] | None, config: TrainC
         ranks={expert: int(rank) for expert, rank in values_by_expert(config.ranks, "ranks").items()},
         alphas=values_by_expert(config.alphas, "alphas"),
     )
-
-
-def _chat(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, dict[str, Any]]:
-    """(whether rows are put as a chat, the record of that for the adapter's folder)"""
-    from superexperts.data.chat import TRAINED, ChatStyle, chat_asked, prompt_record
-
-    chat = chat_asked(tokenizer, config.prompt, TRAINED)
-    if config.system_prompt is not None and not chat:
-        raise OptionError("needs a chat; give ", Field("prompt"), " chat, or leave it out", field="system_prompt")
-    style = ChatStyle(system_prompt=config.system_prompt)
-    return chat, prompt_record(tokenizer, style, TRAINED, chat=chat)
 
 
 def _loop_settings(config: TrainConfig) -> LoopSettings:
