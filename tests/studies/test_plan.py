@@ -83,7 +83,7 @@ name: y
         ("{name: x, data_dir: pocket, training: 3}", "training: 3 is not a mapping of options"),
         (
             "{name: x, data_dir: pocket, training: {prompt: loud}}",
-            "prompt: 'loud' is unknown; choose from auto, plain, chat",
+            "prompt: 'loud' is unknown; choose from auto, plain",
         ),
         ("{name: x, data_dir: pocket, variants: [prune-super]}", "the first variant is not base"),
         ("{name: x, data_dir: pocket, variants: [base, base]}", "'base' is given twice"),

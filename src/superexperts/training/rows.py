@@ -65,7 +65,7 @@ def response(explain: str, answer: str) -> str:
 def put_in_chat(
     tokenizer: PreTrainedTokenizerBase, setting: str, system_prompt: str | None
 ) -> tuple[bool, dict[str, Any]]:
-    """(whether rows are put as a chat, the record of that for the adapter's folder); `setting` is auto, plain or chat."""
+    """(whether rows are put as a chat, the record of that for an adapter); `setting` is auto, plain or chat."""
     chat = chat_asked(tokenizer, setting, TRAINED)
     if system_prompt is not None and not chat:
         raise OptionError("needs a chat; give ", Field("prompt"), " chat, or leave it out", field="system_prompt")
