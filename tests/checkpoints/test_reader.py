@@ -60,13 +60,6 @@ def test_reads_what_safetensors_reads(tmp_path: Path, shards: int) -> None:
         assert checkpoint.bytes_read - before == TENSORS["b"][2].nbytes
 
 
-def test_empty_tensors_at_one_place_come_by_name(tmp_path: Path) -> None:
-    (tmp_path / SINGLE).write_bytes(raw({"b": f32(0, 0, 0), "a": f32(0, 0, 0, 2), "c": f32(0, 4, 1)}, bytes(4)))
-    with Checkpoint(tmp_path) as checkpoint:
-        assert list(checkpoint) == ["a", "b", "c"]
-        assert [checkpoint[key].shape for key in "abc"] == [(0, 2), (0,), (1,)]
-
-
 @pytest.mark.parametrize("more", [0, 1, 4])
 def test_neighbours_are_read_in_place(tmp_path: Path, more: int) -> None:
     """As one piece, wherever the header's length puts them; not where a number would begin between its bytes."""
@@ -118,31 +111,27 @@ def f32(begin: int, end: int, *shape: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        (b"", "cut off, or not a safetensors file .*header too small"),
-        (b"\x80\x02}q\x00.", "not a safetensors file"),  # a pickle under another name
-        ((2**63).to_bytes(8, "little") + b"{}", "header too large"),
-        (raw(b"{"), "invalid JSON"),
-        (raw(b"[" * 100_000), "invalid JSON"),
-        (raw(b"\xff\xfe{}"), "invalid UTF-8"),
-        (raw([1]), "invalid JSON"),
-        (raw(b'{"a": {"dtype": "F32", "dtype": "I32"}}'), "duplicate field"),
+        (b"", "no header"),
+        (b"\x80\x02}q\x00.", "no header"),  # a pickle under another name
+        ((2**63).to_bytes(8, "little") + b"{}", "no header"),
+        (raw(b"{"), "cannot be read"),
+        (raw(b"[" * 100_000), "cannot be read"),
+        (raw(b"\xff\xfe{}"), "cannot be read"),
+        (raw([1]), "cannot be read"),
+        (raw(b'{"a": {}, "a": {}}'), "given twice"),
         (raw({"a": f32(0, 8, 2)}, bytes(4)), "cut off"),
-        (raw({"a": f32(0, 8, 2)}, bytes(12)), "not fully covered"),
-        (raw({"a": f32(0, 8, 2), "b": f32(4, 12, 2)}, bytes(12)), "invalid offset for tensor `b`"),
-        (raw({"a": f32(0, 8, 2), "b": f32(12, 20, 2)}, bytes(20)), "invalid offset for tensor `b`"),
-        (raw({"a": f32(0, 8, 3)}, bytes(8)), "invalid shape, data type, or offset"),
-        (raw({"a": f32(8, 0, 2)}, bytes(8)), "invalid offset for tensor `a`"),
-        (raw({"a": f32(-8, 0, 2)}, bytes(8)), "expected usize"),
-        (raw({"a": f32(0, 8, -2)}, bytes(8)), "expected usize"),
-        (raw({"a": f32(0, 0, 0, 2**62)}), "wrong at 'a'"),
-        (raw({"a": f32(0, 0, 2**62, 2**62, 0)}), "overflow"),
-        (raw({"a": f32(0, 8, 2), "__metadata__": {"x": 3}}, bytes(8)), "expected a string"),
-        (raw({"a": f32(0, 8, 2) | {"shape": [True, 2]}}, bytes(8)), "expected usize"),
-        (raw({"a": f32(0, 8, 2) | {"data_offsets": [0]}}, bytes(8)), "expected a tuple of size 2"),
-        (raw({"a": f32(0, 8, 2) | {"dtype": "PICKLE"}}, bytes(8)), "unknown variant `PICKLE`"),
-        (raw({"a": f32(0, 4, 8) | {"dtype": "F4"}}, bytes(4)), "'F4', which is not read here"),
-        (raw({"a": f32(0, 8, 2) | {"dtype": []}}, bytes(8)), "invalid type"),
-        (raw({"a": 1}), "invalid type"),
+        (raw({"a": f32(0, 8, 2)}, bytes(12)), "more bytes"),
+        (raw({"a": f32(0, 8, 2), "b": f32(4, 12, 2)}, bytes(12)), "overlap"),
+        (raw({"a": f32(0, 8, 2), "b": f32(12, 20, 2)}, bytes(20)), "gaps"),
+        (raw({"a": f32(0, 8, 3)}, bytes(8)), "wrong at 'a'"),
+        (raw({"a": f32(8, 0, 2)}, bytes(8)), "wrong at 'a'"),
+        (raw({"a": f32(-8, 0, 2)}, bytes(8)), "wrong at 'a'"),
+        (raw({"a": f32(0, 8, -2)}, bytes(8)), "wrong at 'a'"),
+        (raw({"a": f32(0, 8, 2) | {"shape": [True, 2]}}, bytes(8)), "wrong at 'a'"),
+        (raw({"a": f32(0, 8, 2) | {"data_offsets": [0]}}, bytes(8)), "wrong at 'a'"),
+        (raw({"a": f32(0, 8, 2) | {"dtype": "PICKLE"}}, bytes(8)), "not read here"),
+        (raw({"a": f32(0, 8, 2) | {"dtype": []}}, bytes(8)), "not read here"),
+        (raw({"a": 1}), "wrong at 'a'"),
     ],
 )
 def test_a_shard_that_lies_is_refused_in_one_line(tmp_path: Path, file: bytes, said: str) -> None:
@@ -168,8 +157,7 @@ def test_a_shard_that_lies_is_refused_in_one_line(tmp_path: Path, file: bytes, s
         (lambda folder: write_index(folder, {"a": "x-2.safetensors"}), "where it is not"),
         (lambda folder: write_index(folder, {"c": "x-2.safetensors"}), "does not name"),
         (lambda folder: (folder / INDEX).write_text("{"), "cannot be read|not a readable JSON object"),
-        (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "x-1.safetensors", "a": "y"}}'), "not a saf"),
-        (lambda folder: (folder / INDEX).write_text("[1]"), "no weight_map"),
+        (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "x-1.safetensors", "a": "y"}}'), "twice"),
         (lambda folder: (folder / "x-2.safetensors").unlink(), "cannot be read"),
         (lambda folder: (folder / INDEX).unlink(), "neither"),
         (lambda folder: save_file({"a": torch.ones(1)}, folder / "x-2.safetensors"), "as does"),

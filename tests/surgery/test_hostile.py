@@ -156,18 +156,18 @@ def pickled(folder: Path) -> None:
         (lambda f: reindex(f, lambda m: m.update({next(iter(m)): "/etc/x.safetensors"})), "outside its folder"),
         (lambda f: reindex(f, lambda m: m.update({"more": next(iter(m.values()))})), "where it is not"),
         (lambda f: reindex(f, lambda m: m.pop("model.norm.weight")), "does not name"),
-        (twice, "not a safetensors file"),
+        (twice, "given twice"),
         (lambda f: a_shard(f).write_bytes(a_shard(f).read_bytes()[:-1]), "is cut off"),
-        (lambda f: a_shard(f).write_bytes(a_shard(f).read_bytes() + b"x"), "not a safetensors file"),
+        (lambda f: a_shard(f).write_bytes(a_shard(f).read_bytes() + b"x"), "more bytes"),
         (lambda f: a_shard(f).unlink(), "cannot be read"),
         (piped, "cannot be read"),
-        (lambda f: rewrite(f, lambda h: first(h).update(data_offsets=[0, 2**60])), "invalid"),
-        (lambda f: rewrite(f, lambda h: first(h).update(shape=[0, 2**62, 2**62], data_offsets=[0, 0])), "invalid"),
-        (lambda f: rewrite(f, lambda h: h.update(x={**first(h)})), "invalid offset"),
-        (lambda f: rewrite(f, lambda h: h.update(__metadata__=[1])), "invalid JSON"),
-        (lambda f: rewrite(f, lambda h: h.update(__metadata__={"a": {}})), "invalid JSON"),
-        (lambda f: a_shard(f).write_bytes(b"\x80\x04" + a_shard(f).read_bytes()), "invalid header length"),
-        (lambda f: rewrite(f, lambda h: h.update({"a\n\x1b[31m": {**first(h)}})), "invalid offset"),
+        (lambda f: rewrite(f, lambda h: first(h).update(data_offsets=[0, 2**60])), "wrong at"),
+        (lambda f: rewrite(f, lambda h: first(h).update(shape=[0, 2**62, 2**62], data_offsets=[0, 0])), "wrong at"),
+        (lambda f: rewrite(f, lambda h: h.update(x={**first(h)})), "overlap|as does|does not name"),
+        (lambda f: rewrite(f, lambda h: h.update(__metadata__=[1])), "wrong at '__metadata__'"),
+        (lambda f: rewrite(f, lambda h: h.update(__metadata__={"a": {}})), "wrong at '__metadata__'"),
+        (lambda f: a_shard(f).write_bytes(b"\x80\x04" + a_shard(f).read_bytes()), "no header|cannot be read"),
+        (lambda f: rewrite(f, lambda h: h.update({"a\n\x1b[31m": {**first(h)}})), "overlap|as does|does not name"),
         (pickled, "pickles are not read"),
     ],
 )  # fmt: skip
@@ -383,7 +383,7 @@ def test_half_a_character_in_a_header_is_refused(
     text = json.dumps(header).encode()
     shard.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
     for command in commands(bad):
-        assert "not a safetensors file" in refused(command, tmp_path, capsys)
+        assert "cannot be read" in refused(command, tmp_path, capsys)
 
 
 def test_large_files_beside_the_weights_count(

@@ -1,9 +1,9 @@
 """A safetensors checkpoint without a model: what its shards hold and where, one tensor or one expert's slice of it.
 
 A checkpoint may come from anywhere, so nothing in it is trusted: names of shards stay in the folder, headers must
-describe exactly the bytes that are there, and a pickle is never opened. safetensors itself checks headers; it gives no
-offsets, which follow from the order, shapes and dtypes of the tensors, because the format allows no gaps.
-Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the tensors).
+describe exactly the bytes that are there, and a pickle is never opened. Headers are checked
+here: safetensors' own check imports NumPy, which makes a small `prune` a third slower (docs/decisions/19).
+Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the tensors without gaps).
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from safetensors import SafetensorError, safe_open
-
 from superexperts.checkpoints.shard_file import BLOCK, ShardFile
 from superexperts.core.errors import ModelError
 
@@ -35,6 +33,9 @@ INDEX = "model.safetensors.index.json"
 
 SPARE = 2 * BLOCK
 """Extra bytes that `read_in_place` needs in its memory, so that it can read whole blocks at both ends."""
+
+MAX_HEADER = 100_000_000
+"""Bytes of a header that the format allows."""
 
 MAX_NAME = 250
 """Characters of a shard's name: file systems take 255 bytes."""
@@ -231,33 +232,52 @@ class Checkpoint(Mapping[str, Entry]):
         return ModelError(f"{str(self.folder / file)!r} {why}; fetch the checkpoint again", field=self.field)
 
     def _opened(self, file: str) -> list[Entry]:
-        """Opens a shard; returns what it holds, in the order of the bytes. Every byte belongs to one tensor, which
-        safetensors checks."""
+        """Opens a shard; returns what it holds, in the order of the bytes. Every byte belongs to one tensor."""
         if not (self.folder / file).is_file():  # opening a named pipe would block
             raise self._refused(file, "cannot be read (no such file)")
         try:
             self._open[file] = ShardFile(self.folder / file)
-            with safe_open(str(self.folder / file), framework="np") as shard:
-                self.metadata[file] = shard.metadata() or {}
-                tensors = [(key, shard.get_slice(key)) for key in shard.offset_keys()]
-                found = [(key, tensor.get_dtype(), tuple(tensor.get_shape())) for key, tensor in tensors]
         except OSError as error:
             raise self._refused(file, f"cannot be read ({_short(error)})") from error
-        except SafetensorError as error:
-            raise self._refused(file, f"is cut off, or not a safetensors file ({_short(error)})") from error
-        entries = []
-        offset = len(self.header(file))
-        for key, kind, shape in found:
-            if kind not in KINDS:
-                raise self._refused(file, f"holds {key[:200]!r} in {kind!r}, which is not read here")
-            if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
-                # A dimension of 0 makes the size 0 and hides the others, which torch would still multiply.
-                raise self._refused(file, f"has a header that is wrong at {key[:200]!r}")
-            nbytes = math.prod(shape) * KINDS[kind][1]
-            entries.append(Entry(key=key, file=file, kind=kind, shape=shape, offset=offset, nbytes=nbytes))
-            offset += nbytes
-        # Empty tensors share an offset, and safetensors lists them in any order; the key makes the order fixed.
-        return sorted(entries, key=lambda entry: (entry.offset, entry.nbytes, entry.key))
+        size, length = self.size(file), int.from_bytes(os.pread(self.descriptor(file), 8, 0), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise self._refused(file, f"has {size} bytes and no header of safetensors")
+        try:
+            header = _object(os.pread(self.descriptor(file), length, 8))
+        except (ValueError, RecursionError) as error:
+            raise self._refused(file, f"has a header that cannot be read ({_short(error)})") from error
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._refused(file, "has a header that is wrong at '__metadata__'")
+        self.metadata[file] = metadata
+        entries = [self._entry(key, said, 8 + length, file) for key, said in header.items()]
+        entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+        end = 8 + length
+        for entry in entries:
+            if entry.offset != end:
+                raise self._refused(file, f"has a header whose tensors overlap or leave gaps at {entry.key!r}")
+            end += entry.nbytes
+        if end != size:
+            what = "is cut off" if end > size else "holds more bytes than its header says"
+            raise self._refused(file, f"{what} ({size} bytes, not {end})")
+        return entries
+
+    def _entry(self, key: str, said: Any, start: int, file: str) -> Entry:
+        wrong = f"has a header that is wrong at {key[:200]!r}"
+        if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
+            raise self._refused(file, wrong)
+        shape, offsets, kind = said["shape"], said["data_offsets"], said["dtype"]
+        for numbers in (shape, offsets):
+            if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+                raise self._refused(file, wrong)
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise self._refused(file, f"holds {key[:200]!r} in {str(kind)[:40]!r}, which is not read here")
+        if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+            raise self._refused(file, wrong)  # with a dimension of 0 the bytes are none, yet no tensor has such a shape
+        nbytes = math.prod(shape) * KINDS[kind][1]
+        if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
+            raise self._refused(file, wrong)
+        return Entry(key=key, file=file, kind=kind, shape=tuple(shape), offset=start + offsets[0], nbytes=nbytes)
 
     def _weight_map(self) -> dict[str, str] | None:
         """The index: key -> shard; None for a checkpoint of one file."""
@@ -270,10 +290,10 @@ class Checkpoint(Mapping[str, Entry]):
                 field=self.field,
             )
         try:
-            index = json.loads((self.folder / INDEX).read_bytes())
+            index = _object((self.folder / INDEX).read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise self._refused(INDEX, f"is not a readable JSON object ({_short(error)})") from error
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise self._refused(INDEX, "has no weight_map")
         names: set[str] = set()
@@ -321,5 +341,22 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(cast(Any, tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
 
+def _object(text: bytes) -> dict[str, Any]:
+    """A JSON object without a name given twice; `ValueError` otherwise."""
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(found)
+        if len(names) < len(found):
+            raise ValueError("a name is given twice")
+        return names
+
+    parsed = json.loads(text.decode(), object_pairs_hook=pairs)
+    if not isinstance(parsed, dict):
+        raise ValueError("not an object")
+    if b"\\ud" in text.lower():  # half a character, perhaps, which no other reader takes
+        json.dumps(parsed, ensure_ascii=False).encode()
+    return parsed
+
+
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split()).removeprefix("Error while deserializing header: ")[:120]
+    return " ".join(str(error).split())[:120]
