@@ -88,7 +88,11 @@ def merged_patches(
     for place, factor in factors.items():
         if place.expert is None:
             if f"{place.path}.weight" in {*tied, *tied.values()}:
-                raise ModelError(f"{place.path}.weight is tied to another weight, which must not change", field=field)
+                raise ModelError(
+                    f"{place.path}.weight is tied to another weight, which must not change with it; a merged "
+                    "checkpoint has room for both: export it, and compare that",
+                    field=field,
+                )
             entry = key_mapping.whole(f"{place.path}.weight")
             if entry is None:
                 raise ModelError(f"the checkpoint does not hold {place.path}.weight as it is in the model", field=field)

@@ -7,7 +7,7 @@ Shape suffixes: R rank, I and O inputs and outputs of a linear map.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,7 +83,8 @@ def _layout(
                 for projection, weight_OI in projections(bank.module, expert).items():
                     shape[Place(path=bank.path, expert=expert, projection=projection)] = tuple(weight_OI.shape)
     places = [*shape, *(place for place in factors if place.expert is None)]
-    names = _names_on_disk(checkpoint_names(model, places), key_mapping, source)
+    tied = cast(Any, model).all_tied_weights_keys
+    names = _names_on_disk(checkpoint_names(model, places), key_mapping, source, tied)
     nameless = next((place for place in places if place not in names), None)
     if nameless is not None:
         raise OptionError(
@@ -113,7 +114,9 @@ def _layout(
     return config, tensors
 
 
-def _names_on_disk(names: Mapping[Place, str], key_mapping: KeyMapping, source: ModelSource) -> dict[Place, str]:
+def _names_on_disk(
+    names: Mapping[Place, str], key_mapping: KeyMapping, source: ModelSource, tied: Collection[str]
+) -> dict[Place, str]:
     """The names with what this checkpoint has before `layers.N`: it may hold the model inside a larger one."""
     found = {}
     sources = {name.rpartition(".")[0]: entries for name, entries in key_mapping.sources.items()}
@@ -125,6 +128,13 @@ def _names_on_disk(names: Mapping[Place, str], key_mapping: KeyMapping, source: 
             found[place] = key.removesuffix(".weight")
         else:
             found[place] = key.partition("layers.")[0] + "layers." + name.partition("layers.")[2]
+        if not entries and f"{place.path}.weight" in tied:
+            raise ModelError(
+                f"{place.path} is tied to another weight in {source.name}, and engines keep one of them; use ",
+                Field("format"),
+                " merged",
+                field="adapter",
+            )
         if not entries or not (whole or f"{found[place]}.weight" in key_mapping.checkpoint):
             raise ModelError(f"{source.name} holds no weight {name}; repair the checkpoint", field=source.field)
     return found

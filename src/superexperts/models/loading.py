@@ -18,6 +18,7 @@ from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import stderr
 from superexperts.core.distributed import device_of_process, processes_on_this_machine
 from superexperts.core.errors import Field, ModelError, OptionError
+from superexperts.models.vocabulary import fitted
 
 __all__ = [
     "dtype_to_run",
@@ -181,7 +182,10 @@ def structure_of(settings: Any, source: ModelSource | None = None) -> nn.Module:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, with a padding token (EOS where it has none)."""
+    """The checkpoint's tokenizer, with a padding token (EOS where it has none).
+
+    `ModelError` where it does not load, and when text gives a token that the model has no row for (`vocabulary`).
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -191,7 +195,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return cast(Any, tokenizer)
+    rows = settings_of(source).get_text_config().to_dict().get("vocab_size")
+    return fitted(cast(Any, tokenizer), source, rows if isinstance(rows, int) else None)
 
 
 def _first_line(error: BaseException) -> str:
