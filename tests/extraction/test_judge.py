@@ -20,7 +20,7 @@ from superexperts.core.prompt import prompt_of
 from superexperts.core.types import Answer
 from superexperts.engines import harness
 from superexperts.extraction import extract as module
-from superexperts.extraction import scores
+from superexperts.extraction import judge, scores
 from superexperts.extraction.audit import audit_file
 from superexperts.extraction.extract import ExtractConfig
 from superexperts.extraction.judge import (
@@ -192,6 +192,24 @@ def reader(_: str, body: dict[str, Any]) -> Reply:
 
 
 RESPONSES = ["B", "My option is B you see", "My option is none", "hm", "A"]
+
+
+def test_another_prompt_asks_again_and_the_first_one_keeps_older_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, RESPONSES)
+    with scripted_server(reader) as server:
+        config = ExtractConfig(folder=tmp_path, judge="j", judge_base_url=server.base_url, retries=0)
+        module.run(config)
+        recorded = json.loads((tmp_path / "extractions" / "manifest.json").read_text())["inputs"]["judge"]
+        assert recorded.keys() == {"model", "scope"}  # as manifests held it before they recorded the prompt
+        monkeypatch.setattr(judge, "_PROMPT", judge._PROMPT + "\nBe brief.")
+        module.run(config)
+        assert len(server.bodies) == 6
+        recorded = json.loads((tmp_path / "extractions" / "manifest.json").read_text())["inputs"]["judge"]
+        assert recorded["prompt"] != judge.FIRST_PROMPT
+        module.run(config)
+        assert len(server.bodies) == 6
 
 
 def test_what_the_rules_leave(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ STAGE_VERSIONS = {
     "study": 1,
     "report": 1,
 }
-"""Name of the stage in `manifest.json` -> its version. Version 1 includes the manifests without a version, which
-superexperts 0.1.0 wrote."""
+"""Name of the stage in `manifest.json` -> its version, in the order in which a study runs them. Version 1
+includes the manifests without a version, which superexperts 0.1.0 wrote."""
 
 
 def stage_version(stage: str) -> int:

@@ -24,7 +24,7 @@ from superexperts.extraction.statements import Choices, Kind
 if TYPE_CHECKING:  # torch takes 2 s to import, for which rules do not wait
     from superexperts.engines.journal import Given, Keeper
 
-__all__ = ["Case", "Judge", "Replies", "Verdict", "message", "open_judge", "verdict"]
+__all__ = ["Case", "Judge", "Replies", "Verdict", "message", "open_judge", "recorded_prompt", "verdict"]
 
 LONGEST_ANSWER = 8000
 LONGEST_QUESTION = 12000
@@ -38,6 +38,8 @@ _WANTED: Mapping[Kind, str] = {
     "number": "the final number that the answer commits to, in digits, without unit or comma",
 }
 _PROMPT = (files(__package__) / "judge_prompt.txt").read_text(encoding="utf-8")
+FIRST_PROMPT = "4e3ff6f67257579830745c18b111e8bcf55c493fca08d5cfed7b2da8c38edb03"
+"""Digest of the prompt that was in use before manifests recorded it: their results are still those of this prompt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,12 @@ class Verdict:
     value: str | None
     """A choice's label, "yes" / "no" or a number; None where the answer commits to nothing, or nothing was readable."""
     readable: bool
+
+
+def recorded_prompt() -> dict[str, str]:
+    """What a manifest records of the prompt, so that another one makes results anew."""
+    found = digest([_PROMPT, FENCE, dict(_WANTED)])
+    return {} if found == FIRST_PROMPT else {"prompt": found}
 
 
 def message(case: Case) -> str:

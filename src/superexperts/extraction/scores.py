@@ -31,7 +31,7 @@ from superexperts.core.runs import (
 from superexperts.core.types import Answer, Ended, Extraction, Score
 from superexperts.extraction import exact_value, number_value, read_parts, said
 from superexperts.extraction.audit import JudgeReport, joined, judge_report
-from superexperts.extraction.judge import Case, Judge, Verdict
+from superexperts.extraction.judge import Case, Judge, Verdict, recorded_prompt
 from superexperts.extraction.original_files import raw_files, read_raw, task_of
 from superexperts.extraction.subjects import by_subject
 from superexperts.results.statistics import single_run
@@ -151,7 +151,7 @@ def extract_folder(folder: Path, judge: Judge | None = None, scope: str = "left"
         raise DataError(f"{str(folder)!r} has no answers/*.jsonl; give a folder that `evaluate` wrote", field="folder")
     inputs = {
         "answers": {file.name: fingerprint(file) for file in files or raw},
-        "judge": None if judge is None else {"model": judge.identity, "scope": scope},
+        "judge": None if judge is None else {"model": judge.identity, "scope": scope, **recorded_prompt()},
     }
     if completed(folder / "extractions", "extract", inputs):
         note(f"extract: {folder} is up to date, nothing to do")

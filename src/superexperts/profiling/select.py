@@ -74,7 +74,8 @@ class SelectConfig:
         ),
     ] = None
     anywhere: Annotated[
-        Switch, _of_rules("anywhere", "draw from every MoE layer instead of only the layers of --like.")
+        Switch,
+        _of_rules("anywhere", "draw from every MoE layer instead of only the layers of the set to be like."),
     ] = False
     seed: Annotated[int, _of_rules("seed", "seed of the draw.")] = 0
     out: Path = Path("runs/experts.json")

@@ -14,6 +14,7 @@ import yaml
 
 from superexperts.benchmarks import title_of
 from superexperts.core.runs import read_json
+from superexperts.core.stages import STAGE_VERSIONS
 from superexperts.core.types import key_name
 from superexperts.results.results import Results
 
@@ -41,9 +42,8 @@ def read_manifests(folder: Path) -> Manifests:
     """The manifests of all stages in a study's folder, without that of the report's figures."""
     found = [(path.parent, read_json(path, "manifest")) for path in sorted(folder.rglob("manifest.json"))]
     found = [(where, manifest) for where, manifest in found if manifest.get("command") != "report"]
-    order = ["pocket-data", "profile", "prune", "train", "export", "evaluate", "extract", "study"]
-    rank = {name: number for number, name in enumerate(order)}  # for stages that finished in the same second
-    return sorted(found, key=lambda pair: (str(pair[1]["finished"]), rank.get(str(pair[1]["command"]), len(order))))
+    rank = {name: number for number, name in enumerate(STAGE_VERSIONS)}  # for stages that finished in the same second
+    return sorted(found, key=lambda pair: (str(pair[1]["finished"]), rank.get(str(pair[1]["command"]), len(rank))))
 
 
 def facts(results: Results, manifests: Manifests) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig
 
 from superexperts.adapters import lora
 from superexperts.adapters.layer import linears
+from superexperts.checkpoints.float8 import is_quantized
 from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import note
 from superexperts.core.distributed import is_distributed
@@ -94,7 +95,7 @@ def require_bitsandbytes() -> None:
 
 def _four_bits(model: nn.Module, skipped: list[str], device: torch.device) -> BitsAndBytesConfig:
     require_bitsandbytes()
-    if getattr(model.config, "quantization_config", None) is not None:
+    if is_quantized(model.config):
         raise OptionError("the model is quantized already; leave it out", field="load_in_4bit")
     head = next((name for name, module in model.named_modules() if module is _head(model)), "lm_head")
     kept = [re.escape(path) for path in (*skipped, head)]
