@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from superexperts.core.types import Answer
 from superexperts.reports.tables import verdict_rows
+from superexperts.results.edges import chance_of, edge_sentences, edges
 from superexperts.results.results import Results
 from superexperts.results.statistics.single_run import detectable, holm, mcnemar
 from superexperts.results.variants import title_of
-from superexperts.results.verdict import SINGLE_SEED, against_base, against_controls, format_p, headline
+from superexperts.results.verdict import SINGLE_SEED, against_base, against_controls, format_p, headline, verdict
 from tests.support.study_folder import CORRECT, TITLES, results_json
 
 
@@ -190,3 +194,71 @@ def test_what_a_control_was_not_given_alike_stands_beside_the_comparison() -> No
     runs["prune-random"]["experts"] = ["L1E0"]
     assert verdict_rows(Results.from_json(value), "control")[0]["test"].endswith(", 2 against 1 expert")
     assert "expert" not in verdict_rows(Results.from_json(value), "base")[0]["test"]
+
+
+def at(value: dict[str, Any], task: str, **changes: Any) -> dict[str, Any]:
+    """The results with other numbers of the base on a benchmark, and no difference anywhere."""
+    [score] = [score for score in value["variants"][0]["scores"] if score["task"] == task]
+    score |= {"chance": 0.25, **changes}
+    for row in value["comparisons"]:
+        row |= {"difference": 0.0, "p": 1.0, "adjusted": 1.0, "detectable": 0.09}
+    return value
+
+
+FLOOR: dict[str, Any] = {"accuracy": 0.0, "correct": 0, "low": 0.0, "high": 0.06}
+
+
+def test_a_base_at_the_floor_everywhere_concludes_nothing() -> None:
+    value = at(at(results_json(), "mmlu", **FLOOR, unparsed=29), "boolq", **FLOOR, unparsed=29)
+    results = Results.from_json(value)
+    assert all(one.inconclusive and "at the floor" in one.sentence for one in against_base(results))
+    said = headline(results)
+    assert "this study cannot tell what pruning super experts" in said[0].lower()
+    assert "because the base is at the floor everywhere" in said[0]
+    assert not any(
+        "no detectable difference" in sentence or "would probably have been" in sentence for sentence in said
+    )
+    assert any(
+        sentence.startswith("The base is at the floor on MMLU (0.0% right, guessing gives 25.0%") for sentence in said
+    )
+
+
+def test_one_benchmark_at_the_floor_leaves_the_others_standing() -> None:
+    results = Results.from_json(at(results_json(), "mmlu", **FLOOR))
+    said = headline(results)
+    assert "makes no detectable difference" in said[0] or "make no detectable difference" in said[0]
+    assert sum("at the floor on MMLU" in sentence for sentence in said) == 1
+    rows = {row.task: verdict(results, row) for row in results.family("benchmark") if row.variant == "prune-super"}
+    assert rows["mmlu"].blind
+    assert not rows["boolq"].blind
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"accuracy": 0.3, "low": 0.2, "high": 0.4}, "floor"),  # no better than guessing
+        ({"accuracy": 0.26, "low": 0.255, "high": 0.265}, "floor"),  # better by next to nothing
+        ({"accuracy": 0.5, "low": 0.4, "high": 0.6, "unparsed": 30}, "floor"),  # 30 of 30 answers were not read
+        ({"accuracy": 0.01, "low": 0.004, "high": 0.02, "chance": 0.0}, "floor"),
+        ({"accuracy": 0.12, "low": 0.1, "high": 0.14, "chance": 0.0}, None),
+        ({"accuracy": 0.5, "low": 0.4, "high": 0.6}, None),
+        ({"accuracy": 0.99, "low": 0.97, "high": 1.0}, "ceiling"),
+        ({"accuracy": 0.3, "low": 0.2, "high": 0.4, "chance": None}, None),  # results of an earlier version
+    ],
+)
+def test_where_the_base_is(changes: dict[str, Any], where: str | None) -> None:
+    results = Results.from_json(at(results_json(), "mmlu", **{"unparsed": 0, **changes}))
+    assert edges(results).get("mmlu") == where
+    assert len(edge_sentences(results)) == (where is not None)
+
+
+def test_chance() -> None:
+    def answer(kind: Any, gold: str | None, choices: int = 0) -> Answer:
+        labels = tuple((label, "x") for label in "ABCDE"[:choices])
+        more: dict[str, Any] = {"prompt": "", "response": "", "task": "t", "variant": "base", "seed": 0}
+        return Answer(id="i", gold=gold, choices=labels, kind=kind, **more)
+
+    assert chance_of([answer("choice", "A", 4), answer("choice", "B", 5)]) == pytest.approx((1 / 4 + 1 / 5) / 2)
+    assert chance_of([answer("yesno", gold) for gold in ("yes", "yes", "no")]) == pytest.approx(2 / 3)
+    assert chance_of([answer("number", "5")]) == 0
+    assert chance_of([answer("choice", None, 4)]) is None

@@ -24,7 +24,7 @@ STAGE_VERSIONS = {
     "import": 2,
     "evaluate": 2,
     "extract": 2,
-    "study": 1,
+    "study": 2,
     "report": 1,
 }
 """Name of the stage in `manifest.json` -> its version, in the order in which a study runs them. Version 1

@@ -17,6 +17,7 @@ from superexperts.core.errors import DataError
 from superexperts.core.jsonl import read_rows
 from superexperts.core.runs import read_json
 from superexperts.core.types import Answer, ExpertSet, Extraction, Score, key_name
+from superexperts.results.edges import chance_of
 from superexperts.results.results import RESULTS_SCHEMA
 from superexperts.results.statistics import single_run
 from superexperts.results.statistics.across_seeds import Floats
@@ -78,7 +79,9 @@ def conclude(
     ]
     if len({variant.name for variant in variants}) < len(variants):
         raise DataError("the runs of a variant are not listed one after another; list them so")
-    subjects = {task: _subjects(out, runs[0], task) for task in tasks}
+    asked = {task: _asked(out, runs[0], task) for task in tasks}
+    subjects = {task: [answer.subject for answer in answers] for task, answers in asked.items()}
+    chances = {task: chance_of(answers) for task, answers in asked.items()}
     return {
         "schema": RESULTS_SCHEMA,
         "name": name,
@@ -88,7 +91,7 @@ def conclude(
         "protocol": protocol,
         "corpora": list(corpora),
         "tasks": list(tasks),
-        "variants": [_row(out, variant, subjects) for variant in variants],
+        "variants": [_row(out, variant, subjects, chances) for variant in variants],
         "comparisons": _comparisons(variants, subjects),
     }
 
@@ -127,18 +130,23 @@ def _variant(
     return _Variant(name=name, runs=runs, correct=correct)
 
 
-def _subjects(out: Path, run: Run, task: str) -> list[str | None]:
-    """The subject of each item, in the order of the answers; None for an item without one."""
+def _asked(out: Path, run: Run, task: str) -> list[Answer]:
+    """The answers of a run to a benchmark; empty if there is no such file."""
     file = out / "variants" / run.name / "answers" / f"{task}.jsonl"
     if not file.is_file():
         return []
-    return [Answer.from_json(row).subject for _, row in read_rows(file, "answers")]
+    return [Answer.from_json(row) for _, row in read_rows(file, "answers")]
 
 
-def _row(out: Path, variant: _Variant, subjects: Mapping[str, Sequence[str | None]]) -> dict[str, Any]:
+def _row(
+    out: Path,
+    variant: _Variant,
+    subjects: Mapping[str, Sequence[str | None]],
+    chances: Mapping[str, float | None],
+) -> dict[str, Any]:
     rows = [_run_row(out, run, list(variant.correct)) for run in variant.runs]
     scores = [
-        _score_row(task, correct_RN, [row["scores"][place] for row in rows], clusters_of(subjects[task]))
+        _score_row(task, correct_RN, [row["scores"][place] for row in rows], clusters_of(subjects[task]), chances[task])
         for place, (task, correct_RN) in enumerate(variant.correct.items())
     ]
     perplexities = [row["perplexity"] for row in rows if row["perplexity"] is not None]
@@ -178,7 +186,11 @@ def _run_row(out: Path, run: Run, tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def _score_row(
-    task: str, correct_RN: Floats, scores: Sequence[Mapping[str, Any]], clusters: Clusters | None
+    task: str,
+    correct_RN: Floats,
+    scores: Sequence[Mapping[str, Any]],
+    clusters: Clusters | None,
+    chance: float | None,
 ) -> dict[str, Any]:
     accuracy, interval, clustered = proportion(correct_RN, clusters)
     return {
@@ -190,6 +202,7 @@ def _score_row(
         "accuracy": accuracy,
         "low": interval[0],
         "high": interval[1],
+        "chance": chance,
         "clustered": clustered,
     }
 

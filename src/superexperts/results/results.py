@@ -65,6 +65,8 @@ class VariantScore:
     low: float
     high: float
     """95% interval of the accuracy: Wilson's for one run, over items and seeds for several."""
+    chance: float | None = None
+    """Accuracy without looking at a question; None for results of earlier versions."""
     clustered: tuple[float, float] | None = None
     """95% interval with subjects as the sample; None if there are too few subjects."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from superexperts.results.edges import edge_sentences, edges
 from superexperts.results.results import Comparison, Results, signed_points
 
 __all__ = ["Verdict", "against_base", "against_controls", "format_p", "headline", "verdict"]
@@ -24,6 +25,8 @@ class Verdict:
     """Title of the variant it is compared with."""
     seeds: str
     """A caveat about the number of seeds; may be empty."""
+    blind: bool = False
+    """Whether the base is at the floor on all that is compared, so that a loss could not show."""
 
     @property
     def name(self) -> str:
@@ -47,8 +50,8 @@ class Verdict:
 
     @property
     def inconclusive(self) -> bool:
-        """Whether nothing was detected, and even a large difference would not have been."""
-        return not self.detected and self.row.detectable > INCONCLUSIVE
+        """Whether nothing was detected, and even a large difference would not have been, or could not show."""
+        return not self.detected and (self.blind or self.row.detectable > INCONCLUSIVE)
 
     @property
     def too_few(self) -> str:
@@ -78,6 +81,8 @@ class Verdict:
         if self.detected:
             side = "lower" if self.row.difference < 0 else "higher"
             said = f"{_points(self.row.difference)} points {side}, 95% interval {self.interval}"
+        elif self.blind:
+            said = "inconclusive: the base is at the floor, where a loss could not show"
         elif self.inconclusive:
             runs = f"{max(self.row.runs)} runs against {min(self.row.runs)}"
             given = runs if self.too_few == "seeds" else f"{self.row.n:,} items"
@@ -94,11 +99,13 @@ def verdict(results: Results, row: Comparison) -> Verdict:
     """A comparison of these results in words."""
     variant, reference = results.variant(row.variant), results.variant(row.reference)
     single = [one for one in (variant, reference) if one.random and len(one.runs) == 1]
+    floors = {task for task, at in edges(results).items() if at == "floor"}
     return Verdict(
         row=row,
         title=variant.title,
         reference=reference.title,
         seeds=SINGLE_SEED if single else "",
+        blind=set(results.tasks if row.task is None else [row.task]) <= floors,
     )
 
 
@@ -117,7 +124,8 @@ def against_controls(results: Results) -> list[Verdict]:
 
 
 def headline(results: Results) -> list[str]:
-    """Up to three sentences: on pruning, on LoRA, and on variants with a single seed."""
+    """Sentences on pruning, on LoRA, on benchmarks where the base is at the floor or at the ceiling, and on variants
+    with a single seed."""
     found = {one.name: one for one in against_base(results)}
     direct = against_controls(results)
     sentences = []
@@ -139,7 +147,8 @@ def headline(results: Results) -> list[str]:
     if single:
         were = "was" if len(single) == 1 else "were"
         sentences.append(f"{_listed(single)} {were} run with {SINGLE_SEED}")
-    return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
+    said = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
+    return said + (edge_sentences(results) if results.others else [])
 
 
 def _direct(found: Mapping[str, Verdict], direct: Sequence[Verdict]) -> list[str]:
@@ -167,8 +176,12 @@ def _direct(found: Mapping[str, Verdict], direct: Sequence[Verdict]) -> list[str
 def _inconclusive(verdicts: Sequence[Verdict]) -> list[str]:
     """A clause for the variants with an inconclusive test against base, for each thing that there are too few of."""
     said = []
+    if blind := [_subject(one.title) for one in verdicts if one.inconclusive and one.blind]:
+        does = "does" if len(blind) == 1 else "do"
+        said.append(f"this study cannot tell what {_listed(blind)} {does}, because the base is at the floor everywhere")
     for few in ("seeds", "items"):
-        titles = [_subject(one.title) for one in verdicts if one.inconclusive and one.too_few == few]
+        shown = [one for one in verdicts if one.inconclusive and not one.blind]
+        titles = [_subject(one.title) for one in shown if one.too_few == few]
         if titles:
             said.append(
                 f"this study has too few {few} to tell what {_listed(titles)} {'does' if len(titles) == 1 else 'do'}"
