@@ -26,6 +26,7 @@ from superexperts.core.errors import Field, ModelError, OptionError
 from superexperts.core.thoughts import end_for, is_mark
 from superexperts.engines.journal import Given, Keeper
 from superexperts.engines.replies import Generated, Reply, Request, instances, make_reply, stopped_in_thoughts
+from superexperts.models.finite import not_finite_error
 
 __all__ = ["HarnessModel", "TransformersModel", "instances", "quiet"]
 
@@ -128,11 +129,20 @@ class HarnessModel:
         def ask(batch: list[list[Any]]) -> list[Any]:
             found = iter(cast(Any, self).loglikelihood([one for item in batch for one in item], disable_tqdm=True))
             values = [[float(next(found)[0]) for _ in item] for item in batch]
-            if any(math.isnan(value) for item in values for value in item):
-                raise ModelError("a logit is not a number; try ", Field("dtype"), " float32", field="model")
+            for item, given in zip(batch, values, strict=True):
+                if not all(map(math.isfinite, given)):
+                    raise self._not_finite("".join(item[0].args))
             return values
 
         return self._batch_by_batch(items, ask)
+
+    def _not_finite(self, text: str) -> ModelError:
+        """The error for logits on a text that are not finite."""
+        return ModelError(
+            "its logits are not finite numbers; repair the checkpoint, or try ",
+            *(Field("dtype"), " float32"),
+            field="model",
+        )
 
     def _batch_by_batch(self, items: Sequence[list[Any]], ask: Callable[[list[list[Any]]], list[Any]]) -> list[Any]:
         answers = self._kept()
@@ -209,6 +219,22 @@ def _characters(arguments: tuple[str, Any]) -> int:
     return len(context) + (len(more) if isinstance(more, str) else 0)
 
 
+class _NotFiniteError(Exception):
+    """A model gives logits that are not finite after these ids [L]."""
+
+    def __init__(self, ids_L: Tensor) -> None:
+        super().__init__()
+        self.ids_L = ids_L
+
+
+def _require_finite(ids_BL: Tensor, logits_BV: Tensor) -> Tensor:
+    """Looks at the logits of each generated token: generation takes NaN for a number, and an answer of it is empty."""
+    finite_B = logits_BV.amax(-1).isfinite()  # also NaN if one is; -inf alone only masks a token
+    if not finite_B.all():
+        raise _NotFiniteError(ids_BL[int((~finite_B).nonzero()[0, 0])])
+    return logits_BV
+
+
 class TransformersModel(HarnessModel, HFLM):  # type: ignore[misc]  # the harness is untyped
     """A transformers model in this process. A prompt that is cut keeps its BOS."""
 
@@ -242,6 +268,9 @@ class TransformersModel(HarnessModel, HFLM):  # type: ignore[misc]  # the harnes
         found = dict(zip(order, map(self._read, said_BN.tolist(), itertools.repeat(new)), strict=True))
         return [found[i] for i in range(len(requests))]
 
+    def _not_finite(self, text: str) -> ModelError:
+        return not_finite_error(self.model, torch.tensor(self.tok_encode(text)))
+
     def _read(self, ids: list[int], new: int) -> Generated:
         """The text of new ids up to the end of the turn, with marks of thoughts but no other special tokens."""
         end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
@@ -262,8 +291,14 @@ class TransformersModel(HarnessModel, HFLM):  # type: ignore[misc]  # the harnes
         return frozenset(number for number, token in tokens.items() if not is_mark(token))
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **more: Any) -> Tensor:
-        with torch.inference_mode():
-            return cast(Tensor, super()._model_generate(context, max_length, stop, **more))
+        more["logits_processor"] = [_require_finite]
+        try:
+            with torch.inference_mode():
+                return cast(Tensor, super()._model_generate(context, max_length, stop, **more))
+        except _NotFiniteError as error:
+            # Without its padding, which may stand in front or behind.
+            ids_L = error.ids_L[error.ids_L != self.tokenizer.pad_token_id]
+            raise not_finite_error(self.model, ids_L) from error
 
     def tok_batch_encode(
         self,

@@ -20,6 +20,7 @@ from superexperts.core.console import is_main_process, stderr
 from superexperts.core.distributed import gathered, my_share
 from superexperts.core.errors import Field, ModelError
 from superexperts.core.runs import write_json
+from superexperts.models.finite import not_finite_error
 
 __all__ = ["Perplexity", "measured_perplexity", "perplexity", "perplexity_of", "sequence_losses", "write_perplexity"]
 
@@ -89,7 +90,10 @@ def measured_perplexity(model: nn.Module, sequences_BL: LongTensor | Tensor, *, 
         losses = dict(zip(mine, found.tolist(), strict=True))
     for part in gathered(losses):
         losses |= part
-    return perplexity_of(torch.tensor([losses[i] for i in range(len(sequences_BL))], dtype=torch.float64))
+    losses_B = torch.tensor([losses[i] for i in range(len(sequences_BL))], dtype=torch.float64)
+    if not losses_B.isfinite().all():
+        raise not_finite_error(model, torch.as_tensor(sequences_BL[int((~losses_B.isfinite()).nonzero()[0, 0])]))
+    return perplexity_of(losses_B)
 
 
 def perplexity(model: nn.Module, sequences_BL: LongTensor | Tensor, batch_size: int = 8) -> float:
