@@ -168,17 +168,18 @@ def _attach(model: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppresses five warnings of PEFT 0.21 and torch that do not apply here.
+    """Suppresses six warnings of PEFT 0.21 and torch that do not apply here.
 
     They are about: patterns for single experts, which our layer reads; missing keys, which `load_adapter` makes an
-    error; matrices of size 0, whose keys are then reported; a base model that has another name than its folder; and an
-    attribute of transformers that was renamed.
+    error; matrices of size 0, whose keys are then reported; a base model that has another name than its folder; tied
+    weights, which `export` unties; and an attribute of transformers that was renamed.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*_pattern keys did not match.*\.\d", category=RuntimeWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
 

@@ -15,13 +15,13 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import FineGrainedFP8Config, Mxfp4Config
 
-from superexperts.adapters.lora import load_adapter
+from superexperts.adapters.lora import load_adapter, quiet
 from superexperts.checkpoints.float8 import is_quantized
 from superexperts.checkpoints.source import ModelSource
 from superexperts.core.errors import DataError, Field, ModelError
 from superexperts.models.loading import load_as_stored, settings_of
 
-__all__ = ["merge_in_memory"]
+__all__ = ["load_unquantized", "merge_in_memory"]
 
 DEQUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 """Quantization -> the settings by which transformers loads it as ordinary numbers."""
@@ -32,11 +32,12 @@ def merge_in_memory(adapter: Path, source: ModelSource, out: Path) -> None:
 
     `DataError` for an adapter that cannot be merged, `ModelError` for a base whose quantization cannot be undone.
     """
-    adapted = load_adapter(_loaded(source), adapter, "adapter")
+    adapted = load_adapter(load_unquantized(source), adapter, "adapter")
     _require_biases(adapted, adapter)
     tied = _untie(adapted)
     # Not PEFT's safe merge: it rounds the change before adding it, and so rounds twice in bfloat16.
-    merged = cast(Any, adapted).merge_and_unload()
+    with quiet():
+        merged = cast(Any, adapted).merge_and_unload()
     broken = [name for name, parameter in merged.named_parameters() if not bool(parameter.isfinite().all())]
     if broken:
         raise DataError(
@@ -48,7 +49,11 @@ def merge_in_memory(adapter: Path, source: ModelSource, out: Path) -> None:
     merged.save_pretrained(out)
 
 
-def _loaded(source: ModelSource) -> nn.Module:
+def load_unquantized(source: ModelSource) -> nn.Module:
+    """The model on the CPU in the checkpoint's own dtype, or in bfloat16 where that is quantized.
+
+    `ModelError` for a quantization that cannot be undone.
+    """
     settings = settings_of(source)
     if not is_quantized(settings):
         return load_as_stored(source)
@@ -70,6 +75,7 @@ def _loaded(source: ModelSource) -> nn.Module:
         vars(config).pop("quantization_config", None)
     model.hf_quantizer = None
     model.is_quantized = False
+    model._weight_conversions = None  # how the quantized form was read, which saving would undo
     return cast(nn.Module, model)
 
 

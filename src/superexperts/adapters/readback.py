@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from superexperts.adapters.lora import load_adapter
+from superexperts.adapters.merge_loaded import load_unquantized
+from superexperts.checkpoints.float8 import is_quantized
 from superexperts.checkpoints.reader import Checkpoint
 from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import note
 from superexperts.core.errors import DataError
-from superexperts.models.loading import fits_in_memory, load_model
+from superexperts.models.loading import fits_in_memory, load_model, settings_of
 
 __all__ = ["compared_logits"]
 
@@ -40,13 +42,14 @@ def compared_logits(adapter: Path, source: ModelSource, out: Path) -> dict[str, 
     if not fits_in_memory(merged, "auto", "auto"):
         note("export: the logits were not compared, since the model does not fit in memory; check-adapter can do it")
         return {}
-    adapted = load_adapter(load_model(source), adapter, "adapter")
+    base = load_unquantized(source).float() if is_quantized(settings_of(source)) else load_model(source)
+    adapted = load_adapter(base, adapter, "adapter")
     vocabulary = cast(Any, adapted).get_input_embeddings().weight.shape[0]
     ids_BL = torch.randint(vocabulary, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
     with_BLV = _logits(adapted, ids_BL)
     with adapted.disable_adapter():
         without_BLV = _logits(adapted, ids_BL)
-    del adapted
+    del adapted, base
     gc.collect()
     found_BLV = _logits(load_model(merged), ids_BL)
     if found_BLV.shape != with_BLV.shape or not bool(found_BLV.isfinite().all()):
