@@ -56,6 +56,7 @@ ARC_CHALLENGE = Benchmark(
     title="ARC-C",
     read=read,
     size=1172,
+    original_name="arc",  # which rep/arc.py loads, whatever the table's ARC-E says
     hub=HubData(path="allenai/ai2_arc", config="ARC-Challenge", revision=_REVISION),
     file="arc_challenge_test",
     examples_file="arc_challenge_train",

@@ -106,6 +106,8 @@ class Benchmark:
     """Row and default id -> item. Raises `RowError` for a row that cannot be used."""
     size: int
     """Number of items in the published set, for estimates."""
+    original_name: str | None = None
+    """What the original project's raw files call it after `raw_result_` and `baseline_`, if not by its name."""
     hub: HubData | None = None
     """None for a benchmark that is not on the Hub."""
     split: str = "test"

@@ -50,6 +50,7 @@ MEDQA = Benchmark(
     title="MedicalQA",
     read=_read,
     size=1273,
+    original_name="med",
     hub=HubData(path="GBaker/MedQA-USMLE-4-options", revision="0fb93dd23a7339b6dcd27e241cb9b5eca62d4d18"),
     file="medqa_gbaker_test",
     other_file="medqa_lavita_test",

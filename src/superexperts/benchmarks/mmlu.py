@@ -70,6 +70,7 @@ MMLU = Benchmark(
     title="MMLU",
     read=_read,
     size=14042,
+    original_name="",  # raw_result_baseline.json is rep/mmlu.py's
     hub=HubData(path="cais/mmlu", config="all", revision="c30699e8356da336a370243923dbaf21066bb9fe"),
     examples_split="dev",
     file="mmlu_all_test",

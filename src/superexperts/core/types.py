@@ -73,9 +73,8 @@ class ExpertStats:
     """The same, but only over the first token of each sequence that was routed to the expert, and over all tokens for
     a shared expert."""
     reference_output_max: float | None = None
-    """The same, but only over the row of each sequence that the paper's reference profiler reads (`output[0]` in its
-    hook; see `profiling.reference`), and over all tokens for a shared expert. None without tokens, and in profiles of
-    superexperts 0.1.0."""
+    """The same, but only over the row of each sequence that the reference profiler reads (`profiling.reference`), and
+    over all tokens for a shared expert. None without tokens, and in profiles of superexperts 0.1.0."""
     input_max: float = 0.0
     """Largest |input of down_proj|; channel, position and token of that peak follow."""
     input_channel: int | None = None
@@ -123,8 +122,7 @@ class Profile:
     depth: float = 1.0
     """Share of the layers that were run: those with a number below round(depth x num_layers)."""
     statistic: Statistic = "all"
-    """Which peaks the criterion uses: `output_max` ("all"), `first_token_output_max` ("first") or
-    `reference_output_max` ("reference")."""
+    """Which peaks the criterion uses: `output_max`, `first_token_output_max` or `reference_output_max`."""
     corpora: Mapping[str, CorpusProfile]
 
     @property
@@ -135,10 +133,9 @@ class Profile:
     def to_json(self) -> dict[str, Any]:
         """A JSON value with the schema's name. A profile of superexperts 0.1.0 stays as it was, for its hash."""
         value = {"schema": PROFILE_SCHEMA, **dataclasses.asdict(self)}
-        for corpus in value["corpora"].values():
-            for row in corpus["experts"]:
-                if row["reference_output_max"] is None:
-                    del row["reference_output_max"]
+        for row in (row for corpus in value["corpora"].values() for row in corpus["experts"]):
+            if row["reference_output_max"] is None:
+                del row["reference_output_max"]
         return value
 
     @classmethod

@@ -16,6 +16,7 @@ import string
 from pathlib import Path
 from typing import Any
 
+from superexperts.benchmarks import BENCHMARKS
 from superexperts.core.errors import DataError
 from superexperts.core.prompt import prompt_of
 from superexperts.core.runs import read_json
@@ -23,13 +24,6 @@ from superexperts.core.types import Answer
 from superexperts.extraction import number_value
 
 __all__ = ["full_choice", "raw_files", "read_raw", "task_of"]
-
-TASKS_BY_NAME = {
-    "": "mmlu",  # raw_result_baseline.json is rep/mmlu.py's
-    "arc": "arc_challenge",  # which rep/arc.py loads, whatever the table's ARC-E says
-    "med": "medqa",
-}
-"""Part of the file name after `raw_result_` and `baseline` -> benchmark, if the two differ."""
 
 
 def raw_files(folder: Path) -> list[Path]:
@@ -40,7 +34,7 @@ def raw_files(folder: Path) -> list[Path]:
 def task_of(file: Path) -> str:
     """`raw_result_baseline_arc.json` -> `arc_challenge`."""
     name = re.sub(r"^raw_result_(?:baseline(?:_|$))?", "", file.stem)
-    return TASKS_BY_NAME.get(name, name)
+    return next((task for task, benchmark in BENCHMARKS.items() if benchmark.original_name == name), name)
 
 
 def full_choice(gold: Any, choices: Any) -> str | None:
