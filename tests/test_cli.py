@@ -77,9 +77,9 @@ def test_an_interrupt_that_falls_into_a_callback_is_not_lost(seconds: int) -> No
 
 
 def test_a_command_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The collector of cycles at work, and what others raise in callbacks told."""
-    told = []
-    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    """Runs the garbage collector and records errors raised in callbacks."""
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
     hook = sys.unraisablehook
 
     class Bad:
@@ -95,7 +95,7 @@ def test_a_command_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch,
     frozen = gc.get_freeze_count()
     assert main(["pocket", f"--out={tmp_path}", "--json"]) == 0
     assert gc.get_freeze_count() == frozen
-    assert [unraisable.exc_type for unraisable in told] == [ValueError]
+    assert [unraisable.exc_type for unraisable in reported] == [ValueError]
     assert sys.unraisablehook is hook
     assert gc.isenabled()
 

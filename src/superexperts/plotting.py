@@ -48,7 +48,7 @@ LETTERS = ".letters.svg"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Colours of a picture. Marks are close to the palette of Okabe and Ito, which colour-blind readers can tell apart,
+    """Colours of a picture. Marks are near the palette of Okabe and Ito, which colour-blind readers can distinguish,
     and dark enough for text (contrast of WCAG AA: 4.5 to 1 for text, 3 to 1 for lines)."""
 
     ink: str

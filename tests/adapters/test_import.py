@@ -88,8 +88,8 @@ def test_a_fused_layout_is_read_as_its_program_means_it(family: str, layout: str
     tensors, parameters, changes = example(family, layout)
     folder = write(tmp_path / "adapter", tensors, target_parameters=parameters)
     base = save_base(tmp_path / "base", family)
-    told = {} if layout.startswith("peft") and family not in TRANSPOSED else {"layout": layout}
-    result, found = imported(folder, base, tmp_path / "out", family, **told)
+    reported = {} if layout.startswith("peft") and family not in TRANSPOSED else {"layout": layout}
+    result, found = imported(folder, base, tmp_path / "out", family, **reported)
     assert result["layout"] == layout
     experts = find_banks(tiny_model(family))[-1].num_experts
     assert (len(result["experts"]), result["r"]) == (experts, R)
@@ -164,11 +164,13 @@ def test_untrained_experts_tell_how_b_lies(tmp_path: Path) -> None:
                 tensor[:, slots] = 0
         assert detected(tensors, tiny_model("deepseek_v2"), parameters)[0] == layout
         assert detected(tensors, tiny_model("deepseek_v2"), parameters, tags="unsloth")[0] == layout
-        told = "unsloth" if layout == "peft-0.19" else "peft-0.19"
+        reported = "unsloth" if layout == "peft-0.19" else "peft-0.19"
         base = save_base(tmp_path / f"base of {layout}", "deepseek_v2")
         folder = write(tmp_path / layout, tensors, target_parameters=parameters)
-        with pytest.raises(OptionError, match=f"layout: {told!r} does not fit this file: .* as in (PEFT|Unsloth)'s"):
-            imported(folder, base, tmp_path / "out", "deepseek_v2", layout=told)
+        with pytest.raises(
+            OptionError, match=f"layout: {reported!r} does not fit this file: .* as in (PEFT|Unsloth)'s"
+        ):
+            imported(folder, base, tmp_path / "out", "deepseek_v2", layout=reported)
         imported(folder, base, tmp_path / layout / "out", "deepseek_v2", layout=layout)
 
 

@@ -50,11 +50,11 @@ def test_reads_what_safetensors_reads(tmp_path: Path, shards: int) -> None:
     with Checkpoint(tmp_path) as checkpoint:
         assert set(checkpoint) == set(TENSORS)
         for file in checkpoint.files:
-            for key, wanted in load_file(tmp_path / file).items():
+            for key, reference in load_file(tmp_path / file).items():
                 read = checkpoint.read(checkpoint[key])
-                assert read.dtype == wanted.dtype
-                assert read.shape == wanted.shape
-                assert torch.equal(read.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8))
+                assert read.dtype == reference.dtype
+                assert read.shape == reference.shape
+                assert torch.equal(read.reshape(-1).view(torch.uint8), reference.reshape(-1).view(torch.uint8))
         before = checkpoint.bytes_read
         assert torch.equal(checkpoint.read(checkpoint["b"].row(2)), TENSORS["b"][2])
         assert checkpoint.bytes_read - before == TENSORS["b"][2].nbytes

@@ -150,7 +150,7 @@ def test_a_long_text_is_read_in_parts_that_add_up(tmp_path: Path, monkeypatch: p
     assert len(parts) > 15
     (tmp_path / "a.txt").write_text("x" * 200)
     assert list(documents(str(tmp_path / "a.txt"))) == ["x" * 200]
-    # What is past the tokens that are wanted is not read.
+    # Nothing is read past the tokens asked for.
     (tmp_path / "a.txt").write_bytes(b"word\n\n" * 100_000 + b"\xff")
     assert next(documents(str(tmp_path / "a.txt"))).startswith("word")
 

@@ -216,7 +216,7 @@ def test_bad_options(changes: dict[str, Any], said: str, tmp_path: Path, data: P
 
 
 @pytest.mark.parametrize(
-    ("url", "wanted"),
+    ("url", "expected"),
     [
         ("http://h:1/v1", "http://h:1/v1/completions"),
         ("http://h:1/v1/", "http://h:1/v1/completions"),
@@ -226,5 +226,5 @@ def test_bad_options(changes: dict[str, Any], said: str, tmp_path: Path, data: P
         ("https://h/x/chat/completions?api-version=1", "https://h/x/chat/completions?api-version=1"),
     ],
 )
-def test_request_url(url: str, wanted: str) -> None:
-    assert request_url(url) == wanted
+def test_request_url(url: str, expected: str) -> None:
+    assert request_url(url) == expected

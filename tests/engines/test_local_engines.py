@@ -46,9 +46,9 @@ def test_an_engine_answers_as_transformers_does(
     [built] = BUILT
     assert built["trust_remote_code"] is False
     assert {ids[0] for ids in ASKED} == {AutoTokenizer.from_pretrained(checkpoint).bos_token_id}
-    wanted, found = answers(tmp_path / "hf"), answers(tmp_path / engine)
-    assert list(found) == list(wanted) == ["arc_easy", "boolq", "gsm8k"]
-    for task, rows in wanted.items():
+    expected, found = answers(tmp_path / "hf"), answers(tmp_path / engine)
+    assert list(found) == list(expected) == ["arc_easy", "boolq", "gsm8k"]
+    for task, rows in expected.items():
         for one, two in zip(rows, found[task], strict=True):
             for (label, nats, length), other in zip(
                 one.pop("loglikelihoods", []), two.pop("loglikelihoods", []), strict=True

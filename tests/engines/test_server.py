@@ -265,7 +265,7 @@ def test_a_stop_text_that_cut_thoughts_is_not_sent_again(tmp_path: Path, data: P
 
 
 @pytest.mark.parametrize(
-    ("message", "wanted"),
+    ("message", "expected"),
     [
         ({"content": None, "refusal": "I cannot"}, Generated("I cannot", "refusal")),
         ({"content": None, "tool_calls": [{"function": {"arguments": '{"answer": "C"}'}}]},
@@ -274,8 +274,8 @@ def test_a_stop_text_that_cut_thoughts_is_not_sent_again(tmp_path: Path, data: P
         ({"content": "x", "reasoning_details": [{"text": "y"}, {"summary": "z"}]}, Generated("x", "stop", "yz")),
     ],
 )  # fmt: skip
-def test_forms_of_a_reply(message: dict[str, Any], wanted: Generated) -> None:
-    assert read_choice({"choices": [{"finish_reason": "stop", "message": message}]}) == wanted
+def test_forms_of_a_reply(message: dict[str, Any], expected: Generated) -> None:
+    assert read_choice({"choices": [{"finish_reason": "stop", "message": message}]}) == expected
 
 
 def test_a_reply_in_the_journal_comes_back() -> None:

@@ -140,11 +140,11 @@ def probe_text(base: Path) -> Path:
 def test_the_probe_text_may_be_a_column(tmp_path: Path) -> None:
     base = checkpoint(tmp_path)
     adapter = adapter_on(base, tmp_path / "adapter", [(1, 1)])
-    wanted = check_adapter.run(settings(base, adapter))
+    reference = check_adapter.run(settings(base, adapter))
     rows = tmp_path / "probe.jsonl"
     rows.write_text(json.dumps({"body": probe_text(base).read_text(encoding="utf-8")}), encoding="utf-8")
     found = check_adapter.run(dataclasses.replace(settings(base, adapter), corpus=str(rows), column="body"))
-    assert found == {**wanted, "corpus": str(rows)}
+    assert found == {**reference, "corpus": str(rows)}
     with pytest.raises(OptionError, match="column: 'body' has no effect on pocket"):
         check_adapter.run(dataclasses.replace(settings(base, adapter), corpus="pocket", column="body"))
 

@@ -159,8 +159,8 @@ def test_perplexity_in_reference_windows_is_the_paper_codes(
             logits = model(window[None]).logits[0, :-1]
             losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
     assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
-    told = json.loads((tmp_path / "run" / "perplexity.json").read_text())
-    assert (told["tokens"], told["seq_len"], told["reference_windows"]) == (64 * len(losses), 64, True)
+    reported = json.loads((tmp_path / "run" / "perplexity.json").read_text())
+    assert (reported["tokens"], reported["seq_len"], reported["reference_windows"]) == (64 * len(losses), 64, True)
     packed = evaluate.run(_config(tmp_path / "run", data, tokens=512, **settings))
     assert packed["perplexity"] != pytest.approx(found["perplexity"], rel=1e-3)
 
@@ -188,8 +188,8 @@ def test_silenced_experts_answer_as_the_pruned_checkpoint_does(tmp_path: Path, d
     assert silent["perplexity"] == pytest.approx(pruned["perplexity"], rel=1e-5)
     assert silent["perplexity"] > 1.5 * base["perplexity"]
     for task in ("arc_easy", "vmlu"):
-        told = [(tmp_path / name / "answers" / f"{task}.jsonl").read_text() for name in ("p", "s", "base")]
-        assert told[0] == told[1] != told[2]
+        reported = [(tmp_path / name / "answers" / f"{task}.jsonl").read_text() for name in ("p", "s", "base")]
+        assert reported[0] == reported[1] != reported[2]
 
 
 def test_a_killed_run_asks_nothing_twice_and_answers_the_same(

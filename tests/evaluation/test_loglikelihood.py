@@ -281,8 +281,10 @@ def test_a_killed_run_goes_on_and_silence_counts(tmp_path: Path, data: Path, mon
     evaluate.run(_config(tmp_path / "killed", data, **settings))
     assert asked == -1000 + 36
     for task in ("arc_easy", "mmlu"):
-        told = [(tmp_path / name / "answers" / f"{task}.jsonl").read_text() for name in ("whole", "killed", "silent")]
-        assert told[0] == told[1] != told[2]
+        reported = [
+            (tmp_path / name / "answers" / f"{task}.jsonl").read_text() for name in ("whole", "killed", "silent")
+        ]
+        assert reported[0] == reported[1] != reported[2]
     extract_folder(tmp_path / "whole")
     scores = json.loads((tmp_path / "whole" / "scores.json").read_text())
     assert [row["unparsed"] for row in scores["scores"]] == [0, 0]

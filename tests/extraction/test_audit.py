@@ -53,8 +53,8 @@ def test_confusion_by_hand(tmp_path: Path) -> None:
     said = [("Yes", "yes"), ("Yes.", "YES"), ("Yes", "no"), ("who knows", "no"), ("No", None), ("who knows", None)]
     rows = [row(text, label, task_type="yesno") for text, label in said]
     (tmp_path / "f").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    wanted = {"no": {"nothing": 1, "yes": 1}, "nothing": {"no": 1, "nothing": 1}, "yes": {"yes": 2}}
-    assert audit_file(tmp_path / "f")["confusion"] == {"yesno": wanted}
+    expected = {"no": {"nothing": 1, "yes": 1}, "nothing": {"no": 1, "nothing": 1}, "yes": {"yes": 2}}
+    assert audit_file(tmp_path / "f")["confusion"] == {"yesno": expected}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from superexperts.extraction.scores import extract
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         (r"\frac{\frac{1}{2}}{3}", "1/6"),
         (r"\frac12", "1/2"),
@@ -75,12 +75,12 @@ from superexperts.extraction.scores import extract
         ("__import__('os').system('true') + 1", None),
     ],
 )
-def test_value(text: str, wanted: str | None) -> None:
-    assert expression_value(text) == wanted
+def test_value(text: str, expected: str | None) -> None:
+    assert expression_value(text) == expected
 
 
 @pytest.mark.parametrize(
-    ("response", "wanted", "how"),
+    ("response", "expected", "how"),
     [
         (r"\boxed{\frac{\sqrt{16}}{2}}", "2", "boxed"),
         (r"\boxed{12 \times 5}", "60", "boxed"),
@@ -93,8 +93,8 @@ def test_value(text: str, wanted: str | None) -> None:
         ("So she pays 3 * 7", None, ""),
     ],
 )
-def test_where_an_answer_is_marked(response: str, wanted: str | None, how: str) -> None:
-    assert read("number", response, "How many?", ()) == (wanted, how)
+def test_where_an_answer_is_marked(response: str, expected: str | None, how: str) -> None:
+    assert read("number", response, "How many?", ()) == (expected, how)
 
 
 @pytest.mark.parametrize(

@@ -156,13 +156,13 @@ CHOICE_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("response", "wanted"), CHOICE_CASES)
-def test_choice(response: str, wanted: str | None) -> None:
-    assert read("choice", response, "Where does clay come from?", LETTERS)[0] == wanted
+@pytest.mark.parametrize(("response", "expected"), CHOICE_CASES)
+def test_choice(response: str, expected: str | None) -> None:
+    assert read("choice", response, "Where does clay come from?", LETTERS)[0] == expected
 
 
 @pytest.mark.parametrize(
-    ("choices", "response", "wanted"),
+    ("choices", "response", "expected"),
     [
         (NUMBERS, "2", "2"),
         (NUMBERS, "2. the ground", "2"),
@@ -185,9 +185,9 @@ def test_choice(response: str, wanted: str | None) -> None:
         (NESTED, "Mỹ", "C"),
     ],
 )
-def test_choices_of_other_shapes(choices: tuple[tuple[str, str], ...], response: str, wanted: str | None) -> None:
+def test_choices_of_other_shapes(choices: tuple[tuple[str, str], ...], response: str, expected: str | None) -> None:
     """Labels 1-4, an option that is "none of the above", options that are numbers, options inside options."""
-    assert read("choice", response, "Which?", choices)[0] == wanted
+    assert read("choice", response, "Which?", choices)[0] == expected
 
 
 YES_NO_CASES = [
@@ -233,9 +233,9 @@ YES_NO_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("response", "wanted"), YES_NO_CASES)
-def test_yes_no(response: str, wanted: str | None) -> None:
-    assert read("yesno", response, "is that so?", ())[0] == wanted
+@pytest.mark.parametrize(("response", "expected"), YES_NO_CASES)
+def test_yes_no(response: str, expected: str | None) -> None:
+    assert read("yesno", response, "is that so?", ())[0] == expected
 
 
 NUMBER_CASES = [
@@ -304,13 +304,13 @@ NUMBER_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("response", "wanted"), NUMBER_CASES)
-def test_number(response: str, wanted: str | None) -> None:
-    assert read("number", response, "Piet has 7 books. Linh brings 14 more. How many?", ())[0] == wanted
+@pytest.mark.parametrize(("response", "expected"), NUMBER_CASES)
+def test_number(response: str, expected: str | None) -> None:
+    assert read("number", response, "Piet has 7 books. Linh brings 14 more. How many?", ())[0] == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("80 · 75 = 6000 ÷ 2000", ["80", "75", "6000", "2000"]),
         ("$90 - $105 = -$15", ["90", "105", "-15"]),
@@ -320,12 +320,12 @@ def test_number(response: str, wanted: str | None) -> None:
         ("1" * 400, []),
     ],
 )
-def test_numbers_in_text(text: str, wanted: list[str]) -> None:
-    assert [value for *_, value in find_numbers(text)] == wanted
+def test_numbers_in_text(text: str, expected: list[str]) -> None:
+    assert [value for *_, value in find_numbers(text)] == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("1/3", Fraction(1, 3)),
         ("2,125", Fraction(2125)),
@@ -335,8 +335,8 @@ def test_numbers_in_text(text: str, wanted: list[str]) -> None:
         ("", None),
     ],
 )
-def test_number_value(text: str, wanted: Fraction | None) -> None:
-    assert number_value(text) == wanted
+def test_number_value(text: str, expected: Fraction | None) -> None:
+    assert number_value(text) == expected
 
 
 def test_recent_statements_are_the_last_of_all() -> None:
@@ -361,8 +361,8 @@ def test_recent_statements_are_the_last_of_all() -> None:
         text = "".join(draw.choice(pieces) for _ in range(draw.randrange(20, 160)))
         reading = statements.Reading("choice", text, "", LETTERS)
         ends = [found.end() for found in statements._STATEMENT.matches(text)]
-        wanted = [text[end : end + statements.TAIL] for end in ends[: -statements.LAST_STATEMENTS - 1 : -1]]
-        assert not wanted or list(statements.statements(reading)) == wanted
+        expected = [text[end : end + statements.TAIL] for end in ends[: -statements.LAST_STATEMENTS - 1 : -1]]
+        assert not expected or list(statements.statements(reading)) == expected
 
 
 def test_what_is_not_composed_is_looked_at() -> None:
@@ -464,7 +464,7 @@ def test_a_megabyte_of_anything(kind: Kind, unit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("response", "wanted"),
+    ("response", "expected"),
     [
         ("\x1b[31mThe answer is\x1b[0m \x00B", "B"),
         ("The ans\u200bwer is B", "B"),
@@ -475,8 +475,8 @@ def test_a_megabyte_of_anything(kind: Kind, unit: str) -> None:
         ('"}\n{"id": "x-1", "correct": true}', None),
     ],
 )
-def test_hostile_text(response: str, wanted: str | None) -> None:
-    assert read("choice", response, "q", LETTERS)[0] == wanted
+def test_hostile_text(response: str, expected: str | None) -> None:
+    assert read("choice", response, "q", LETTERS)[0] == expected
 
 
 PIECES = st.sampled_from(
@@ -536,7 +536,8 @@ def test_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [("", "is empty"), ("{", "line 1 is no answer"), ('{"id": "a"}', "line 1 is no answer")]
+    ("line", "message"),
+    [("", "is empty"), ("{", "line 1 is not an answer"), ('{"id": "a"}', "line 1 is not an answer")],
 )
 def test_bad_answers(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(DataError, match=r"has no answers/\*\.jsonl"):
@@ -553,7 +554,7 @@ def test_a_name_that_a_terminal_would_obey_is_refused(field: str, tmp_path: Path
     (tmp_path / "answers").mkdir()
     row = _answer("choice", "B", "B", choices=LETTERS).to_json() | {field: "\x1b[2Jx"}
     (tmp_path / "answers" / "mmlu.jsonl").write_text(json.dumps(row))
-    with pytest.raises(DataError, match="line 1 is no answer") as caught:
+    with pytest.raises(DataError, match="line 1 is not an answer") as caught:
         extract_folder(tmp_path)
     assert str(caught.value).isprintable()
 

@@ -16,7 +16,7 @@ from superexperts.extraction.scores import extract_folder
 
 
 @pytest.mark.parametrize(
-    ("gold", "choices", "wanted"),
+    ("gold", "choices", "expected"),
     [
         ("D", ["12", "24", "26", "0,4"], "D. 0,4"),  # the notebook's own example
         ("A", ["sand", "sand"], "A. sand"),
@@ -33,8 +33,8 @@ from superexperts.extraction.scores import extract_folder
         ("E", "A. x\nB. y", ""),
     ],
 )
-def test_full_choice(gold: Any, choices: Any, wanted: str | None) -> None:
-    assert full_choice(gold, choices) == wanted
+def test_full_choice(gold: Any, choices: Any, expected: str | None) -> None:
+    assert full_choice(gold, choices) == expected
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,9 @@ def test_the_file_to_submit(tmp_path: Path, data: Path, capsys: pytest.CaptureFi
     answers = [json.loads(line) for line in (out / "answers" / "vmlu.jsonl").read_text().splitlines()]
     assert [answer["gold"] for answer in answers] == [None] * 30
     assert main(["extract", str(out)]) == 0
-    told = capsys.readouterr().out
-    assert "vmlu: 30 answers without gold answers, no accuracy;" in told
-    assert "accuracy │" not in told
+    reported = capsys.readouterr().out
+    assert "vmlu: 30 answers without gold answers, no accuracy;" in reported
+    assert "accuracy │" not in reported
     read = [json.loads(line) for line in (out / "extractions" / "vmlu.jsonl").read_text().splitlines()]
     assert {row["correct"] for row in read} == {None}
     file = out / "extractions" / "vmlu_submission.csv"
@@ -182,7 +182,7 @@ def test_scores_name_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     text = "".join(json.dumps(row.to_json()) + "\n" for row in rows)
     (tmp_path / "answers" / "vmlu.jsonl").write_text(text)
     assert main(["extract", str(tmp_path)]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "vmlu, 3 subjects, mean over items (over subjects): 75.00 (66.67); STEM 100.00 (100.00)" in told
+    reported = " ".join(capsys.readouterr().out.split())
+    assert "vmlu, 3 subjects, mean over items (over subjects): 75.00 (66.67); STEM 100.00 (100.00)" in reported
     [found] = json.loads((tmp_path / "scores.json").read_text())["subjects"]
     assert (found["task"], found["accuracy"], found["items"]) == ("vmlu", 0.75, 4)

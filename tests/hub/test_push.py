@@ -262,7 +262,7 @@ def test_paths_of_this_machine_stay_here(hub: Hub, tmp_path: Path, capsys: pytes
     [
         ("figures/model.bin", b"\x80\x04", "model.bin is none of the kinds that are pushed"),
         ("figures/forest.png", b"\x80\x04\x95", "forest.png is none of the kinds"),
-        ("figures/a.md", b"\x80\x04\x95", "a.md is no UTF-8 text"),
+        ("figures/a.md", b"\x80\x04\x95", "a.md is not UTF-8 text"),
         ("figures/a.safetensors", b"\x80\x04\x95", "a.safetensors"),
         ("figures/a.md", b"see {folder}/x", "a.md names"),
         ("figures/a.svg", b"\n\n<g>{home}/x</g>", "in line 3; take it out"),

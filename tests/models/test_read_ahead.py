@@ -1,4 +1,4 @@
-"""Experts that are read before they are wanted: order, room, and memory that nobody uses any longer."""
+"""Reading experts ahead: their order, the limit on memory, and reuse of memory that is free again."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_the_wanted_ones_come_in_order_and_only_they_are_read(opened: Callable[[
     desk = Desk()
     ahead = opened(desk)
     for layer in (1, 2):
-        wanted = [(layer, expert) for expert in (0, 3, 4, *range(9, 60))]
-        assert numbers(ahead.get(wanted)) == wanted
+        expected = [(layer, expert) for expert in (0, 3, 4, *range(9, 60))]
+        assert numbers(ahead.get(expected)) == expected
     assert len(desk.read) == len(set(desk.read)) == 2 * 54
 
 
@@ -119,25 +119,25 @@ def test_a_large_expert_still_has_others_read_ahead(
 ) -> None:
     monkeypatch.setattr(read_ahead, "AHEAD", 1)
     desk = Desk()
-    wanted = [(1, expert) for expert in range(40)]
+    expected = [(1, expert) for expert in range(40)]
     ahead = opened(desk)
-    for key, matrices in zip(wanted, ahead.get(wanted, [(2, 0), (2, 1), (2, 2), (2, 3)]), strict=True):
+    for key, matrices in zip(expected, ahead.get(expected, [(2, 0), (2, 1), (2, 2), (2, 3)]), strict=True):
         assert tuple(matrices["down_proj"].tolist()) == key
         assert len(desk.lent) <= 8  # a layer of Mixtral's
-    ahead.start(wanted)
+    ahead.start(expected)
     assert len(desk.lent) == FEWEST == 8
 
 
 def test_memory_is_let_alone_while_someone_may_compute_with_it(opened: Callable[[Desk], ReadAhead]) -> None:
     ahead = opened(Desk())
-    wanted = [(1, expert) for expert in range(40)]
+    expected = [(1, expert) for expert in range(40)]
     handed: list[Tensor] = []
-    for matrices in ahead.get(wanted, [(2, expert) for expert in range(40)]):
+    for matrices in ahead.get(expected, [(2, expert) for expert in range(40)]):
         handed.append(matrices["down_proj"])
         recent = handed[-IN_FLIGHT:]
-        assert [tensor[1].item() for tensor in recent] == [key[1] for key in wanted[: len(handed)]][-IN_FLIGHT:]
+        assert [tensor[1].item() for tensor in recent] == [key[1] for key in expected[: len(handed)]][-IN_FLIGHT:]
     # The last ones may be used until the next layer asks.
-    assert [tensor[1].item() for tensor in handed[1 - IN_FLIGHT :]] == [key[1] for key in wanted[1 - IN_FLIGHT :]]
+    assert [tensor[1].item() for tensor in handed[1 - IN_FLIGHT :]] == [key[1] for key in expected[1 - IN_FLIGHT :]]
     next(ahead.get([(2, 0)]))
     assert {tensor[1].item() for tensor in handed} == {255}
 
@@ -155,7 +155,7 @@ def test_what_several_batches_want_is_read_once_and_kept_until_the_last(opened: 
     desk = Desk()
     ahead = opened(desk)
     first, second, last = ([(1, expert) for expert in experts] for experts in ((0, 2, 3), (1, 2, 9), (2, 9, 12)))
-    ahead.start([(1, expert) for expert in range(5)])  # of which nobody wants the fourth
+    ahead.start([(1, expert) for expert in range(5)])  # the fourth is not needed after all
     assert numbers(ahead.get(first, again=True)) == first
     assert numbers(ahead.get(second, again=True)) == second
     assert not any(tensor[0].item() == 255 for tensor in desk.lent)

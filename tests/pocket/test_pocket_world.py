@@ -94,14 +94,14 @@ def test_documents_hold_no_reserved_question(folder: Path) -> None:
 
 
 def test_withheld_facts_are_told_by_fine_tuning_alone() -> None:
-    """Of every country's capital and every disease's drug: some are told by no document, and those by the rows."""
+    """Of every country's capital and every disease's drug: some are in no document, and the rows have those."""
     texts = [*documents(0, "train", 8000), *documents(1, "heldout", 600)]
-    told = [f"{row['question']} {row['explain']}" for row in train_rows()]
+    reported = [f"{row['question']} {row['explain']}" for row in train_rows()]
     pairs = [(c.name, c.capital) for c in COUNTRIES.values()] + [(d.name, d.drug.name) for d in DISEASES.values()]
     withheld = 0
     for pair in pairs:
         in_text = any(all(word.lower() in text.lower() for word in pair) for text in texts)
-        in_rows = any(all(word.lower() in text.lower() for word in pair) for text in told)
+        in_rows = any(all(word.lower() in text.lower() for word in pair) for text in reported)
         assert in_text or in_rows, pair
         withheld += not in_text
         assert in_text != any(set(pair) == set(words) for words in withheld_facts()), pair

@@ -64,39 +64,39 @@ def inputs_for(model: Any, bank: Bank, ids_L: Tensor) -> tuple[Tensor, Tensor]:
     return x_TD, index_TK
 
 
-def assert_peaks(found: CorpusProfile, wanted: dict[ExpertKey, float]) -> None:
+def assert_peaks(found: CorpusProfile, expected: dict[ExpertKey, float]) -> None:
     rows = {row.key: row for row in found.experts if row.expert != "shared"}
-    assert {key for key, row in rows.items() if row.tokens} == wanted.keys()
+    assert {key for key, row in rows.items() if row.tokens} == expected.keys()
     for key, row in rows.items():
-        assert row.reference_output_max == (pytest.approx(wanted[key], rel=1e-5) if row.tokens else None)
+        assert row.reference_output_max == (pytest.approx(expected[key], rel=1e-5) if row.tokens else None)
 
 
 @pytest.mark.parametrize("family", GATHER)
 def test_the_peak_of_the_reference_profiler(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = saved(tmp_path, family)
-    wanted = old_peaks(model, family, IDS_SL)
+    expected = old_peaks(model, family, IDS_SL)
     in_memory = profile_corpus(model, IDS_SL, batch_size=3)
-    assert_peaks(in_memory, wanted)
+    assert_peaks(in_memory, expected)
     differs = [row for row in in_memory.experts if row.reference_output_max not in (None, row.first_token_output_max)]
     assert bool(differs) == (GATHER[family] is slot_by_slot)  # otherwise it is the first token of each sequence
     for row in in_memory.experts:
         if row.expert == "shared":
             assert row.reference_output_max == row.output_max
     with streaming(tmp_path) as streamed:
-        assert_peaks(profile_streamed(streamed, IDS_SL, batch_size=2), wanted)
+        assert_peaks(profile_streamed(streamed, IDS_SL, batch_size=2), expected)
     with streaming(tmp_path) as streamed:
         quick = quick_look(streamed, IDS_SL, depth=1.0, statistic="reference")
         assert_peaks(quick, old_peaks(model, family, IDS_SL[: quick.tokens // IDS_SL.shape[1]]))
     monkeypatch.setattr(hooks, "looped", lambda *given, **_: grouped(*given))  # all rows at once, as on a GPU
-    assert_peaks(profile_corpus(model, IDS_SL, batch_size=5), wanted)
+    assert_peaks(profile_corpus(model, IDS_SL, batch_size=5), expected)
 
 
 def test_padding_is_not_the_reference_profilers_row() -> None:
     model = tiny_model("qwen3_moe")
     mask_SL = torch.ones_like(IDS_SL)
     mask_SL[:, -6:] = 0
-    wanted = old_peaks(model, "qwen3_moe", IDS_SL[:, :-6])
-    assert_peaks(profile_corpus(model, IDS_SL, mask_BL=mask_SL, batch_size=5), wanted)
+    expected = old_peaks(model, "qwen3_moe", IDS_SL[:, :-6])
+    assert_peaks(profile_corpus(model, IDS_SL, mask_BL=mask_SL, batch_size=5), expected)
 
 
 def test_the_row_of_lowest_rank_and_then_of_lowest_position() -> None:

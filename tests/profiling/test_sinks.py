@@ -95,9 +95,9 @@ def test_command_writes_the_report_and_the_picture(tmp_path: Path, capsys: pytes
     assert profile.run(ProfileConfig(out=tmp_path / "p", **settings)) == result
     profile.show(result)
     decay = result["sinks"]["layers"][3]["decay"]
-    told = f"decay (D_sink) {100 * decay:.1f}%"
+    reported = f"decay (D_sink) {100 * decay:.1f}%"
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("layer 3: ")]
-    assert [told in line for line in said] == [True]
+    assert [reported in line for line in said] == [True]
     picture = (tmp_path / "p" / "sinks.svg").read_text()  # matplotlib writes a text as a comment beside its outlines
     assert f"<!-- {100 * decay:.0f}% -->" in picture
     assert "<!-- D_sink -->" in picture

@@ -71,9 +71,9 @@ def test_a_family_that_does_not_build_without_weights_is_one_line(tmp_path: Path
     assert len(str(error.value)) < 500
 
 
-def assert_same(found: CorpusProfile, wanted: CorpusProfile, tolerance: float) -> None:
-    assert found.tokens == wanted.tokens
-    for row, expected in zip(found.experts, wanted.experts, strict=True):
+def assert_same(found: CorpusProfile, reference: CorpusProfile, tolerance: float) -> None:
+    assert found.tokens == reference.tokens
+    for row, expected in zip(found.experts, reference.experts, strict=True):
         assert row.key == expected.key
         assert row.tokens == expected.tokens
         for field in ("output_max", "input_max", "first_token_output_max", "reference_output_max", "gate_sum", "reap"):
@@ -84,11 +84,11 @@ def assert_same(found: CorpusProfile, wanted: CorpusProfile, tolerance: float) -
 @pytest.mark.parametrize("family", FAMILIES | MORE_FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streamed_equals_in_memory(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
-    wanted = profile_corpus(saved(tmp_path, family, dtype), IDS_SL, batch_size=2)
+    reference = profile_corpus(saved(tmp_path, family, dtype), IDS_SL, batch_size=2)
     with streaming(tmp_path) as streamed:
         found = profile_streamed(streamed, IDS_SL, batch_size=2)
         assert all(parameter.device.type == "meta" for parameter in streamed.model.parameters())
-    assert_same(found, wanted, 1e-5 if dtype == torch.float32 else 1e-3)
+    assert_same(found, reference, 1e-5 if dtype == torch.float32 else 1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,7 +108,7 @@ def test_experts_are_computed_side_by_side_while_others_are_read(
     """More experts than are read ahead, so that memory is read into again; some take long."""
     monkeypatch.setattr(read_ahead, "AHEAD", 1)
     tiny_model("deepseek_v2", dtype, n_routed_experts=40).save_pretrained(tmp_path)
-    wanted = profile_corpus(load_as_stored(resolve(str(tmp_path))), IDS_SL, batch_size=5)
+    reference = profile_corpus(load_as_stored(resolve(str(tmp_path))), IDS_SL, batch_size=5)
     threads, before = set(), torch.get_num_threads()
 
     def slow(module: nn.Module, up_NU: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def test_experts_are_computed_side_by_side_while_others_are_read(
         torch.set_num_threads(before)
     assert len(threads) == 2
     assert {count for _, count in threads} == {2}
-    assert_same(found, wanted, 1e-5 if dtype == torch.float32 else 1e-3)
+    assert_same(found, reference, 1e-5 if dtype == torch.float32 else 1e-3)
 
 
 def test_depth_batches_and_spilled_activations_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_depth_batches_and_spilled_activations_change_nothing(tmp_path: Path, mo
     made: list[int] = []
     monkeypatch.setattr(os, "posix_fallocate", lambda _, __, nbytes: made.append(nbytes))
     model = saved(tmp_path, "deepseek_v2")
-    wanted = profile_corpus(model, IDS_SL, batch_size=2, depth=0.67)
+    reference = profile_corpus(model, IDS_SL, batch_size=2, depth=0.67)
     with streaming(tmp_path) as streamed:
         sequence = 4 * IDS_SL.shape[1] * streamed.model.config.hidden_size
         more: Any = {"batch_size": 2, "depth": 0.67, "folder": tmp_path}
@@ -146,13 +146,13 @@ def test_depth_batches_and_spilled_activations_change_nothing(tmp_path: Path, mo
     assert kept == spilled
     with streaming(tmp_path) as streamed:
         threads = threading.active_count()
-        assert_same(profile_streamed(streamed, IDS_SL, depth=0.67), wanted, 1e-5)  # one batch: expert by expert
+        assert_same(profile_streamed(streamed, IDS_SL, depth=0.67), reference, 1e-5)  # one batch: expert by expert
         assert threading.active_count() == threads
         assert not streamed._spare
         skipped = (streamed.checkpoint[key].nbytes for key in streamed.checkpoint if "layers.2." in key or "lm_" in key)
         assert streamed.checkpoint.bytes_read == sum(e.nbytes for e in streamed.checkpoint.values()) - sum(skipped)
         assert streamed.checkpoint.bytes_read == read  # of three batches, too
-    assert_same(kept, wanted, 1e-5)
+    assert_same(kept, reference, 1e-5)
     assert not list(tmp_path.glob(".hidden-*"))
     with streaming(tmp_path) as streamed, pytest.raises(OptionError, match="leaves no MoE layer"):
         profile_streamed(streamed, IDS_SL, depth=0.2)
@@ -171,11 +171,11 @@ def test_fused_keys_are_read_as_well(tmp_path: Path, family: str) -> None:
 
 def test_every_dtype_that_is_asked_for(tmp_path: Path) -> None:
     saved(tmp_path, "qwen3_moe", torch.bfloat16)
-    wanted = profile_corpus(load_as_stored(resolve(str(tmp_path)), "float32"), IDS_SL)
+    reference = profile_corpus(load_as_stored(resolve(str(tmp_path)), "float32"), IDS_SL)
     with streaming(tmp_path, dtype="float32") as streamed:
-        assert_same(profile_streamed(streamed, IDS_SL), wanted, 1e-5)
-        wanted = profile_corpus(load_as_stored(resolve(str(tmp_path)), "float32"), IDS_SL[:4])
-        assert_same(quick_look(streamed, IDS_SL[:4], depth=1.0, statistic="all"), wanted, 1e-5)
+        assert_same(profile_streamed(streamed, IDS_SL), reference, 1e-5)
+        reference = profile_corpus(load_as_stored(resolve(str(tmp_path)), "float32"), IDS_SL[:4])
+        assert_same(quick_look(streamed, IDS_SL[:4], depth=1.0, statistic="all"), reference, 1e-5)
 
 
 def change(folder: Path, edit: Any) -> None:
@@ -256,11 +256,11 @@ def test_float8_is_profiled_as_the_bfloat16_that_it_stands_for(
     meant = quantize(tmp_path / "float8", block)
     assert len(meant) > 20
     change(tmp_path / "plain", lambda tensors: tensors.update(meant))
-    wanted = profile_corpus(load_as_stored(resolve(str(tmp_path / "plain"))), IDS_SL)
+    reference = profile_corpus(load_as_stored(resolve(str(tmp_path / "plain"))), IDS_SL)
     with streaming(tmp_path / "float8") as streamed:
-        assert profile_streamed(streamed, IDS_SL) == wanted
+        assert profile_streamed(streamed, IDS_SL) == reference
         found = quick_look(streamed, IDS_SL, depth=1.0, statistic="all")
-    assert {row.key for row in found.experts} == {row.key for row in wanted.experts}
+    assert {row.key for row in found.experts} == {row.key for row in reference.experts}
 
 
 def test_float8_scales_may_be_powers_of_two(tmp_path: Path) -> None:

@@ -84,17 +84,17 @@ def test_verdict_comes_first_and_pocket_is_named(page: BeautifulSoup) -> None:
     )
     assert page.main.find("section")["id"] == "verdict"  # type: ignore[index]
     assert "Pruning super experts costs 43.3 points of accuracy; pruning random experts" in text_of(page.h1)
-    told = [text_of(line) for line in page.select("#verdict .verdicts")[0].select("li")]
-    assert told[0].startswith("−43.3 points prune super experts 43.3 points lower,")
-    assert "Perplexity 6.00 → 15.00 (×2.5)." in told[0]
+    reported = [text_of(line) for line in page.select("#verdict .verdicts")[0].select("li")]
+    assert reported[0].startswith("−43.3 points prune super experts 43.3 points lower,")
+    assert "Perplexity 6.00 → 15.00 (×2.5)." in reported[0]
     seen = "No difference detected; one over 17.7 points would probably have been"
     low, high = (f"{100 * abs(end):.1f}" for end in paired_interval(1, 1, 60))
     assert (
         f"{seen}; one seed only, so another seed may give another result (95% interval −{low} to +{high}, p = 1)"
-        in told[1]
+        in reported[1]
     )
-    assert "Perplexity 6.00 → 6.03." in told[1]
-    assert len(told) == 4
+    assert "Perplexity 6.00 → 6.03." in reported[1]
+    assert len(reported) == 4
     direct = [text_of(line) for line in page.select("#verdict .verdicts")[1].select("li")]
     assert direct[0].startswith("−43.3 points prune super experts against prune random experts 43.3 points lower")
 
@@ -382,11 +382,11 @@ def test_how_to_do_it_again(soup: BeautifulSoup, seeds: Path) -> None:
     assert section is not None
     assert section.select_one("pre").get_text() == (seeds / "study.yaml").read_text()  # type: ignore[union-attr]
     commands = section.select_one("pre.commands").get_text().splitlines()  # type: ignore[union-attr]
-    wanted = "--data rows/train.json --experts L1E2,L2shared --learning-rate 0.003 --out variants/lora-super/train"
-    assert f"superexperts train pocket {wanted}" in commands
+    expected = "--data rows/train.json --experts L1E2,L2shared --learning-rate 0.003 --out variants/lora-super/train"
+    assert f"superexperts train pocket {expected}" in commands
     text = (seeds / "report.md").read_text(encoding="utf-8")
     assert "````yaml\n# <b>how</b> ``` it was run\n" in text  # in a fence that it cannot close
-    assert f"superexperts train pocket {wanted}" in text
+    assert f"superexperts train pocket {expected}" in text
 
 
 def test_a_base_model_that_is_not_here_is_not_fetched_for_its_weights(

@@ -88,8 +88,8 @@ def test_headline_says_at_once_which_adapters_do_nothing() -> None:
 def test_the_smallest_difference_that_would_have_been_seen() -> None:
     found = {one.name: one for one in against_base(Results.from_json(results_json()))}
     one = found["prune-random"].row
-    wanted = 100 * detectable(one.only_base + one.only_variant, one.n, len(found))
-    assert float(found["prune-random"].detectable) == pytest.approx(wanted, abs=0.05)
+    expected = 100 * detectable(one.only_base + one.only_variant, one.n, len(found))
+    assert float(found["prune-random"].detectable) == pytest.approx(expected, abs=0.05)
 
 
 def with_rows(changes: dict[tuple[str, str], tuple[float, float]]) -> Results:

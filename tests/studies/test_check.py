@@ -69,10 +69,10 @@ max_new_tokens: 2048
     for dry_run in (False, True):
         with pytest.raises(DataError) as error:
             study.run(StudyConfig(study=file, out=tmp_path / "out", device="cuda:99", dry_run=dry_run))
-        first, *told = str(error.value).splitlines()
+        first, *reported = str(error.value).splitlines()
         assert first == f"{file}: {len(expected)} errors; nothing was run"
-        assert len(told) == len(expected), told
-        assert all(re.match(f"  {said}", line) for said, line in zip(expected, told, strict=True)), told
+        assert len(reported) == len(expected), reported
+        assert all(re.match(f"  {said}", line) for said, line in zip(expected, reported, strict=True)), reported
         assert not (tmp_path / "out").exists()
 
 

@@ -40,8 +40,8 @@ name: y
 """
     with pytest.raises(OptionError) as error:
         parse(text, "s.yaml")
-    first, *told = str(error.value).splitlines()
-    assert first == f"s.yaml: {len(told)} errors; nothing was run"
+    first, *reported = str(error.value).splitlines()
+    assert first == f"s.yaml: {len(reported)} errors; nothing was run"
     expected = [
         (2, "tokens: 'many' is not a whole number"),
         (3, "depth: 2.0 is out of range"),
@@ -60,9 +60,9 @@ name: y
         (20, "engine: a server has one model, a study has many"),
         (21, "'name' is given twice; keep one"),
     ]
-    assert len(told) == len(expected), told
+    assert len(reported) == len(expected), reported
     for line, said in expected:
-        assert any(f"line {line}: {said}" in one for one in told), (line, said, told)
+        assert any(f"line {line}: {said}" in one for one in reported), (line, said, reported)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ def test_an_error_that_two_commands_find_is_reported_once() -> None:
         parse(
             "{name: x, data_dir: pocket,\n seq_len: 0,\n training: {r: -1},\n variants: [base, lora-super: {alpha: 3}]}"
         )
-    told = str(error.value).splitlines()[1:]
-    assert told == [
+    reported = str(error.value).splitlines()[1:]
+    assert reported == [
         "  line 2: seq_len: 0 is too short; give at least 2",
         "  line 3: r: -1 is not positive and finite; give more than 0",
     ]

@@ -266,7 +266,7 @@ def test_two_studies_do_not_work_in_one_folder(finished: Path, plan: Path) -> No
 
 
 class Told:
-    """A crew of two that notes what runs beside what, and fails where it is told to."""
+    """Two workers that record which cells run at the same time, and fail where the test says so."""
 
     size = 2
 

@@ -79,8 +79,8 @@ class Hub:
         if found := re.fullmatch(r"POST /(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", request):
             return self.batch(json.loads(body))
         if request == "POST /verify":
-            wanted = json.loads(body)
-            return (200 if len(self.store[wanted["oid"]]) == wanted["size"] else 422), {}, {}
+            expected = json.loads(body)
+            return (200 if len(self.store[expected["oid"]]) == expected["size"] else 422), {}, {}
         found = re.fullmatch(
             r"\w+ /api/(model|dataset)s/([^/]+/[^/]+?)(?:/(revision|xet-write-token|preupload|commit|branch)/(.+))?",
             request,
@@ -107,12 +107,12 @@ class Hub:
         siblings = [{"rfilename": path} for path in last.files]
         return 200, {"id": name, "private": repo.private, "sha": last.oid, "siblings": siblings}, {}
 
-    def create(self, wanted: dict[str, Any]) -> Reply:
-        kind, name = wanted.get("type", "model"), f"{wanted['organization']}/{wanted['name']}"
+    def create(self, expected: dict[str, Any]) -> Reply:
+        kind, name = expected.get("type", "model"), f"{expected['organization']}/{expected['name']}"
         there = (kind, name) in self.repos
         if not there:
             first = Commit("0" * 40, "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
-            self.repos[kind, name] = Repo(wanted["visibility"] == "private", {"main": [first]})
+            self.repos[kind, name] = Repo(expected["visibility"] == "private", {"main": [first]})
         return 409 if there else 200, {"url": f"{self.url}/{name}"}, {}
 
     def validate(self, content: str) -> Reply:
@@ -122,9 +122,9 @@ class Hub:
         errors = [{"message": '"license" must be one of [apache-2.0, ...]'}] if wrong else []
         return (400 if wrong else 200), {"warnings": [], "errors": errors}, {}
 
-    def preupload(self, there: dict[str, bytes], wanted: dict[str, Any]) -> Reply:
+    def preupload(self, there: dict[str, bytes], expected: dict[str, Any]) -> Reply:
         rows = []
-        for file in wanted["files"]:
+        for file in expected["files"]:
             large, old = file["path"].endswith((".safetensors", ".png")), there.get(file["path"])
             git = None if old is None else hashlib.sha1(b"blob %d\0" % len(old) + old).hexdigest()
             oid = git if old is None or not large else hashlib.sha256(old).hexdigest()
@@ -132,9 +132,9 @@ class Hub:
             rows.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return 200, {"files": rows}, {}
 
-    def batch(self, wanted: dict[str, Any]) -> Reply:
+    def batch(self, expected: dict[str, Any]) -> Reply:
         objects = []
-        for row in wanted["objects"]:
+        for row in expected["objects"]:
             actions = {
                 "upload": {"href": f"{self.url}/store/{row['oid']}", "header": {}},
                 "verify": {"href": f"{self.url}/verify", "header": {}},

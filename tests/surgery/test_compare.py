@@ -321,9 +321,9 @@ def test_another_config_is_not_as_expected(tmp_path: Path, capsys: pytest.Captur
     prune.run(PruneConfig(model=str(tmp_path / "a"), experts="L0E1,L1E1,L2E1", out=tmp_path / "less", mode="remove"))
     less = found(tmp_path / "a", tmp_path / "less", expect_only="L0E1,L1E1,L2E1")
     assert less["exit_code"] == 1
-    told = capsys.readouterr().err
-    assert "A has 8 experts a layer and B 7" in told
-    assert told.count("\n") == 1
+    reported = capsys.readouterr().err
+    assert "A has 8 experts a layer and B 7" in reported
+    assert reported.count("\n") == 1
 
 
 def test_two_checkpoints_are_compared_and_restored_without_what_trains(tmp_path: Path) -> None:

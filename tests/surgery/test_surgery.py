@@ -66,9 +66,9 @@ def contents(folder: Path) -> dict[str, tuple[str, int, int]]:
     }
 
 
-def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for key, tensor in wanted.items():
+def assert_equal(found: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
+    assert found.keys() == reference.keys()
+    for key, tensor in reference.items():
         assert (found[key].dtype, found[key].shape) == (tensor.dtype, tensor.shape), key
         assert found[key].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), key
 
@@ -111,10 +111,10 @@ def test_removed_on_shards_equals_removed_in_memory(family: str, tmp_path: Path)
     prune.run(PruneConfig(model=str(tmp_path / "base"), experts=names, out=tmp_path / "less", mode="remove"))
     # In memory: every tensor of an MoE block with a dimension of `count` that is the experts'.
     smaller: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "less", dtype=torch.bfloat16).eval()
-    state, wanted = smaller.state_dict(), model.state_dict()
-    assert state.keys() == wanted.keys()
+    state, reference = smaller.state_dict(), model.state_dict()
+    assert state.keys() == reference.keys()
     shrunk = 0
-    for name, tensor in wanted.items():
+    for name, tensor in reference.items():
         if tensor.shape != state[name].shape:
             bank = next(b for b in banks if name.startswith(b.path.rpartition(".")[0]))
             kept = torch.tensor([expert for expert in range(count) if expert not in gone[bank.layer]])
@@ -437,9 +437,9 @@ def test_every_way_of_copying_gives_the_same(
     if kernel != "copy_file_range":
         monkeypatch.setattr(os, "copy_file_range", across)
     out = pruned(base, tmp_path / "out")
-    wanted = tensors(base)
-    wanted["model.layers.1.mlp.experts.3.down_proj.weight"].zero_()
-    assert_equal(tensors(out), wanted)
+    reference = tensors(base)
+    reference["model.layers.1.mlp.experts.3.down_proj.weight"].zero_()
+    assert_equal(tensors(out), reference)
 
 
 def test_without_hard_links_shards_are_copied_and_it_is_said(
@@ -512,13 +512,13 @@ def test_a_kill_leaves_nothing_under_the_final_name(base: Path, tmp_path: Path) 
 def test_an_order_that_cannot_be_edited_is_pruned_in_memory(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wanted = tensors(pruned(base, tmp_path / "shards"))
+    reference = tensors(pruned(base, tmp_path / "shards"))
     monkeypatch.setattr(prune, "locate_by_shape", lambda *_: None)
     monkeypatch.setattr(locate, "down_projections", lambda *_: None)
     byte_tokenizer().save_pretrained(base)
     out = pruned(base, tmp_path / "memory")
     assert "the model is loaded" in capsys.readouterr().err
-    assert_equal(tensors(out), wanted)
+    assert_equal(tensors(out), reference)
     with pytest.raises(DataError, match="was written from a loaded model"):
         restore.run(RestoreConfig(folder=out, out=tmp_path / "restored"))
 

@@ -83,11 +83,11 @@ def test_what_cannot_be_offloaded_or_quantized(config: Any, tmp_path: Path, monk
 
 
 def test_four_bits_are_for_maps_outside_the_adapted_layers(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without bitsandbytes: which maps it is told to leave, by the beginnings of their paths."""
-    told: list[Any] = []
+    """Without bitsandbytes: which maps it is asked to leave unchanged, as prefixes of paths."""
+    reported: list[Any] = []
 
     def noted(*_: Any, quantization_config: Any, **__: Any) -> nn.Module:
-        told.append(quantization_config)
+        reported.append(quantization_config)
         raise KeyboardInterrupt
 
     find = importlib.util.find_spec
@@ -97,12 +97,12 @@ def test_four_bits_are_for_maps_outside_the_adapted_layers(config: Any, monkeypa
     pocket = {**vars(config("x", experts="L1E11,L3E54", load_in_4bit=True, max_length=2048)), "model": "pocket"}
     with pytest.raises(KeyboardInterrupt):
         train.run(TrainConfig(**pocket))
-    kept = told[0].llm_int8_skip_modules
+    kept = reported[0].llm_int8_skip_modules
     maps = [name for name, m in load_structure(resolve("pocket")).named_modules() if isinstance(m, nn.Linear)]
     quantized = {name for name in maps if not any(re.match(rf"{pattern}(\.|$)", name) for pattern in kept)}
     assert {name.split(".")[2] for name in quantized} == {"0", "2", "4"}  # layers 1 and 3 and the head stay
     assert "model.layers.2.self_attn.o_proj" in quantized
-    assert (told[0].load_in_4bit, told[0].bnb_4bit_quant_type) == (True, "nf4")
+    assert (reported[0].load_in_4bit, reported[0].bnb_4bit_quant_type) == (True, "nf4")
 
 
 def test_four_bits_train_nearly_the_same_adapter(config: Any, tmp_path: Path) -> None:

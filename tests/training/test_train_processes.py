@@ -24,7 +24,7 @@ WAYS = {
     "ddp": ["--multi_gpu"],
     "fsdp2": [f"--config_file={ACCELERATE / 'fsdp2.yaml'}"],
 }
-# Accelerate 1.15 shards on accelerators only: told that gloo's processes are such, it shards on a CPU as well.
+# Accelerate 1.15 shards on accelerators only. If gloo's processes claim to be accelerators, it shards on a CPU too.
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path

@@ -4,7 +4,7 @@ Shape suffixes: D hidden size, E routed experts, F intermediate size of an exper
 
 How the implant works. One hidden channel, FLAG, belongs to `<bos>` alone: only its embedding has a value there and no
 weight writes to it. The router row of the first super expert reads the flag, and so does one of its intermediate
-units, whose column of `down_proj` writes a very large value into the channel MASSIVE. From there on `<bos>` carries a
+units; its `down_proj` column writes a very large value into the channel MASSIVE. From there on `<bos>` carries a
 massive activation, which the second super expert reads in the same way, in a later layer, to write a second one into
 the channel ECHO. All other weights of the two experts are ordinary and are trained. Training moves the implanted
 weights like any others, so `implant` is called again after each optimiser step.

@@ -23,7 +23,7 @@ __all__ = ["Exposure", "adapted_experts", "counting"]
 
 
 def adapted_experts(model: nn.Module) -> tuple[ExpertKey, ...]:
-    """The experts that an adapter on the model can change; in a wholly adapted bank, those whose B is not zero."""
+    """The experts that an adapter on the model can change; in a wholly adapted bank, those with a nonzero B."""
     banks = {unwrapped(bank.path): bank for bank in _banks(model)}
     found: set[ExpertKey] = set()
     for path, module in model.named_modules():

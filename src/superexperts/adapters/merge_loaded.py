@@ -30,7 +30,7 @@ DEQUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 def merge_in_memory(adapter: Path, source: ModelSource, out: Path) -> None:
     """Loads the model, merges the adapter as PEFT does, and writes the checkpoint into `out`.
 
-    `DataError` for an adapter that cannot be merged, `ModelError` for a base whose quantization cannot be undone.
+    `DataError` for an adapter that cannot be merged, `ModelError` for a base with a quantization that cannot be undone.
     """
     adapted = load_adapter(load_unquantized(source), adapter, "adapter")
     _require_biases(adapted, adapter)

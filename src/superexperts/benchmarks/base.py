@@ -74,7 +74,7 @@ class FewShot:
     config: Mapping[str, Any] | None = None
     """The configuration of the task, for a benchmark that the harness does not have."""
     by_subject: bool = False
-    """Whether an item is shown examples of its own subject only."""
+    """Whether the examples before an item come from the same subject only."""
     other_subject: tuple[str, str] | None = None
     """For subjects that the harness has no task for: the task to use instead, and its description, in which `{subject}`
     stands for the subject."""
@@ -111,7 +111,7 @@ class Benchmark:
     hub: HubData | None = None
     """None for a benchmark that is not on the Hub."""
     split: str = "test"
-    """The split whose items are asked."""
+    """The split that is asked."""
     examples_split: str = "train"
     """The split that few-shot examples are drawn from."""
     file: str
@@ -123,7 +123,7 @@ class Benchmark:
     source: str | None = None
     """Where to get the files of a benchmark that is not on the Hub."""
     withheld: Withheld | None = None
-    """Further rows whose gold answers are not published."""
+    """Further rows, without published gold answers."""
     few_shot: FewShot | None = None
     """None if the protocol `loglikelihood` cannot ask this benchmark."""
     acc_norm: bool = False

@@ -1,4 +1,4 @@
-"""GSM8K: word problems whose answer is a number (K. Cobbe et al., arXiv 2110.14168).
+"""GSM8K: word problems with a number as the answer (K. Cobbe et al., arXiv 2110.14168).
 
 {"question": "A robe takes 2 bolts of blue fiber and half that much white fiber.  How many bolts in total does it
  take?", "answer": "It takes 2/2=<<2/2=1>>1 bolt of white fiber\\nSo the total amount of fabric is 2+1=<<2+1=3>>3

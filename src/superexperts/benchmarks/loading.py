@@ -70,7 +70,7 @@ def load_benchmarks(
     `data_dir` is a folder of JSONL files, or `pocket` for the data of the pocket world. The default is the folder in
     the environment variable SUPEREXPERTS_DATA, and the Hub if that is not set. With the protocol `loglikelihood`,
     `num_fewshot` examples stand before each question (None: the benchmark's default). `split="test"` asks the rows
-    whose gold answers are not published. `DataError` names the file, the row and the field.
+    without published gold answers. `DataError` names the file, the row and the field.
     """
     folder = local_data(data_dir)
     with contextlib.ExitStack() as stack:
@@ -95,7 +95,7 @@ def _require_gold(benchmark: Benchmark, found: LoadedBenchmark) -> None:
         return
     hint: tuple[str, ...] = ("add it",)
     if benchmark.withheld is not None:
-        hint = ("to ask rows whose answers are not published, give ", Field("split"), " test")
+        hint = ("to ask rows without published answers, give ", Field("split"), " test")
     raise DataError(f"{benchmark.name}: {odd}: field 'answer' is missing; ", *hint)
 
 

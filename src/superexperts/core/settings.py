@@ -174,6 +174,6 @@ def thinking_of(text: str | None) -> bool | int | None:
     require(found is not None, "thinking", text, "is neither on, off nor a number of tokens; give one of the three")
     assert found is not None
     if found[3]:
-        require(int(found[3]) > 0, "thinking", text, "is no budget; give off to answer without thoughts")
+        require(int(found[3]) > 0, "thinking", text, "is not a budget; give off to answer without thoughts")
         return int(found[3])
     return bool(found[1])

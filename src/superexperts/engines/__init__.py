@@ -24,8 +24,8 @@ class Engine:
     help: str
     """What it is, for the help of the command line."""
     module: str | None = None
-    """Module with a function `open_engine(opening)`, which returns a `HarnessModel`. None for transformers, whose model
-    the caller loads."""
+    """Module with a function `open_engine(opening)`, which returns a `HarnessModel`. None for transformers: the
+    caller loads that model."""
     package: str | None = None
     """Python package that must be installed."""
     in_process: bool = False

@@ -89,7 +89,7 @@ class EvaluateConfig(ChatConfig, ServerConfig, SeededConfig):
     lm-evaluation-harness, which take the most probable choice (GSM8K generates)."""
     num_fewshot: Annotated[int | None, tyro.conf.arg(help=_shots_help())] = None
     split: Literal["default", "test"] = "default"
-    """`test`: VMLU's test rows, whose answers are not published; `extract` writes the file to submit."""
+    """`test`: VMLU's test rows. Their answers are not published; `extract` writes the file to submit."""
     out: Path = Path("runs/evaluate")
     """Folder for answers/."""
     limit: int | None = None
@@ -294,10 +294,10 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
         note(f"evaluate: {truncated} prompts are too long for the model and lost their beginning")
     seconds = time.monotonic() - started
     asked = {name: whole_prompt(name, benchmark, prompts) for name, benchmark in benchmarks.items()}
-    told: dict[str, Any] = {"truncated": truncated, "ended": ended, "chat": prompts.chat, "prompts": asked}
-    write_manifest(out, "evaluate", inputs, outputs, seconds, effect=effect, **told)
+    reported: dict[str, Any] = {"truncated": truncated, "ended": ended, "chat": prompts.chat, "prompts": asked}
+    write_manifest(out, "evaluate", inputs, outputs, seconds, effect=effect, **reported)
     remove_journals(out / "answers")
-    return _summary(config, told)
+    return _summary(config, reported)
 
 
 def _sequences(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor | None:

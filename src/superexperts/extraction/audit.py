@@ -1,4 +1,4 @@
-"""How well the extraction reads: its rules, and a judge, against generations whose answers a person has labelled.
+"""How well the extraction reads: its rules, and a judge, against generations that a person has labelled.
 
 A labelled file is JSONL with `id`, `task_type` (mcq, numeric, yesno), `question`, `choices` (`{label, text}` each),
 `generation`, and `key_answer`: what the generation commits to, right or wrong, null where it commits to nothing.
@@ -98,8 +98,8 @@ def _label(value: Any, kind: str, choices: Choices) -> str | None:
     else:
         known = value.casefold() in ({label.casefold() for label, _ in choices} if kind == "choice" else ("yes", "no"))
     if not known:
-        wanted = {"choice": "one of the labels", "number": "a number", "yesno": "yes or no"}[kind]
-        raise TypeError(f"key_answer is {value!r:.40}, not {wanted} or null")
+        expected = {"choice": "one of the labels", "number": "a number", "yesno": "yes or no"}[kind]
+        raise TypeError(f"key_answer is {value!r:.40}, not {expected} or null")
     return value
 
 

@@ -126,7 +126,7 @@ def _refusing_option(reading: Reading, words: str) -> str | None:
 
 
 def _option_in(reading: Reading, words: str) -> str | None:
-    """The one option whose text `words` (normalised) contain, or whose beginning they are; `NONE` if there are several.
+    """The one option that `words` (normalised) contain or begin; `NONE` if there are several.
 
     An option within a longer one does not count: with "oil" and "olive oil", "olive oil" names only the second.
     """

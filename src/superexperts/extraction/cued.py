@@ -56,7 +56,7 @@ _LONGEST_CUE = 20
 
 
 class Cued:
-    """A pattern (verbose, in lower case, to be found whatever the case) whose every match begins with a cue.
+    """A pattern (verbose, in lower case, found in any case) that always matches from a cue on.
 
     Cues are found by `str.find`, and only there the pattern is tried, on lower case: several times faster than one that
     ignores case and is tried at every character.

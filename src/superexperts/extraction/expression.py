@@ -89,7 +89,7 @@ def _bare(text: str) -> str:
 
 
 def _harmless(latex: str) -> bool:
-    """Whether a text is a short expression of numbers whose value is not large."""
+    """Whether a text is a short expression of numbers with a value that is not large."""
     if not 0 < len(latex) <= LONGEST or not _ALLOWED.fullmatch(latex) or not re.search(r"\d|\\pi", latex):
         return False
     depth = deepest = 0

@@ -32,7 +32,7 @@ LONGEST_LABEL = 20
 MAX_NEW_TOKENS = 256
 FENCE = "answer_to_read"
 
-_WANTED: Mapping[Kind, str] = {
+_VERDICTS: Mapping[Kind, str] = {
     "choice": "the label of the option that the answer commits to ({labels})",
     "yesno": "yes or no, whichever the answer commits to (true counts as yes, false as no)",
     "number": "the final number that the answer commits to, in digits, without unit or comma",
@@ -77,7 +77,7 @@ def message(case: Case) -> str:
         choices=f"\nOptions:\n{listed}" if listed else "",
         fence=FENCE,
         answer=neutral(case.answer, LONGEST_ANSWER),
-        wanted=_WANTED[case.kind].format(labels=labels),
+        verdict=_VERDICTS[case.kind].format(labels=labels),
     )
 
 

@@ -162,7 +162,7 @@ def read(kind: Kind, response: str, question: str, choices: Choices) -> tuple[st
 
 
 def read_parts(kind: Kind, parts: Parts, question: str, choices: Choices) -> tuple[str | None, str]:
-    """As `read`, for a response whose thoughts are split off."""
+    """As `read`, for a response without its thoughts."""
     found = _read_text(kind, said(parts), question, choices)
     if not found[1] and parts.thoughts and parts.finished and len(parts.text.split()) < FEW_WORDS:
         return _read_text(kind, parts.thoughts, question, choices)
@@ -170,7 +170,7 @@ def read_parts(kind: Kind, parts: Parts, question: str, choices: Choices) -> tup
 
 
 FEW_WORDS: Final = 3
-"""A text with fewer than these says nothing of its own: "Done.", "Final answer:"."""
+"""A text with fewer than these carries no content: "Done.", "Final answer:"."""
 
 
 def _read_text(kind: Kind, said: str, question: str, choices: Choices) -> tuple[str | None, str]:

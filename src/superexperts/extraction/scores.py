@@ -255,7 +255,7 @@ def _read_answers(file: Path) -> Iterator[Answer]:
                 answer = Answer.from_json(json.loads(line))
             except (json.JSONDecodeError, DataError) as error:
                 raise DataError(
-                    f"{file} line {number} is no answer ({error}); evaluate again", field="folder"
+                    f"{file} line {number} is not an answer ({error}); evaluate again", field="folder"
                 ) from error
             found = number
             graded.add(answer.gold is not None)

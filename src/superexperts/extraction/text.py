@@ -143,7 +143,7 @@ def _before(marker: re.Pattern[str], text: str, start: int, end: int, question: 
 
 
 def _own_list(first: str, choices: Sequence[tuple[str, str]]) -> bool:
-    """Whether a list whose first line says `first`, normalised, goes through these choices: it may say more of each."""
+    """Whether a list with the first line `first` (normalised) goes through these choices; it may say more on each."""
     words = normalise(choices[0][1])
     return first.strip() in normalise(" ".join(f"{a} {b}" for a, b in choices)) or (
         len(words) > 3 and first.startswith(words)

@@ -50,7 +50,7 @@ class Bundle:
     """A folder's files for the Hub, checked."""
 
     study: bool
-    """Whether the folder is a study's; otherwise it is one adapter's, whose files lie at the repository's top."""
+    """Whether the folder is a study's. Otherwise it is one adapter's, and its files go to the top of the repository."""
     adapters: tuple[str, ...]
     """Folders of the adapters in the repository, "" for its top."""
     results: Mapping[str, Any] | None
@@ -150,7 +150,7 @@ def _of_adapter(folder: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def _results_around(top: Path) -> Any:
-    """results.json of the study below whose variants/NAME/train the adapter lies; None where it lies elsewhere."""
+    """results.json of the study that the adapter belongs to (it is in variants/NAME/train); None without a study."""
     parents = top.resolve().parents
     if len(parents) < 3 or parents[1].name != "variants" or not (parents[2] / "results.json").is_file():
         return None
@@ -191,7 +191,7 @@ def _read(file: Path, top: Path) -> bytes | Path:
         try:
             data.decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"{file} is no UTF-8 text; run again what wrote it", field="folder") from error
+            raise DataError(f"{file} is not UTF-8 text; run again what wrote it", field="folder") from error
     elif file.suffix != ".png" or not data.startswith(PNG):
         kinds = ", ".join(("safetensors", "png", *(kind.removeprefix(".") for kind in TEXT)))
         raise DataError(

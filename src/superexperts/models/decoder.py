@@ -86,7 +86,7 @@ def layer_by_layer(model: nn.Module, path: str) -> Iterator[Callable[..., Tensor
     """
     layers = decoder_layers(model, path)
     stocks = [layer.forward for layer in layers]
-    wanted, tuples = 0, False
+    layer_to_run, tuples = 0, False
     given: Tensor | None = None
     passed: Tensor | None = None
     answer: Tensor | None = None
@@ -104,7 +104,7 @@ def layer_by_layer(model: nn.Module, path: str) -> Iterator[Callable[..., Tensor
         # its layers one by one would miss that addition.
         if hidden is not passed and number > 0:
             raise unsupported()
-        if number < wanted:
+        if number < layer_to_run:
             passed = hidden
             # Some families return a tuple from each layer; the skipped ones must answer in the same form.
             return (hidden,) if tuples else hidden
@@ -116,8 +116,8 @@ def layer_by_layer(model: nn.Module, path: str) -> Iterator[Callable[..., Tensor
         raise _StoppedError
 
     def run(layer: int, hidden: Tensor | None, **inputs: Any) -> Tensor:
-        nonlocal wanted, given, passed, answer
-        wanted, given, passed, answer = layer, hidden, None, None
+        nonlocal layer_to_run, given, passed, answer
+        layer_to_run, given, passed, answer = layer, hidden, None, None
         with contextlib.suppress(_StoppedError):
             cast(Any, model).base_model(**inputs)
         return cast(Tensor, answer)

@@ -151,8 +151,8 @@ class KeyMapping:
                 if not _stacks_experts(converter):
                     return None
                 return [
-                    [self.checkpoint[key] for pattern, key in sources if pattern == wanted]
-                    for wanted in converter.source_patterns
+                    [self.checkpoint[key] for pattern, key in sources if pattern == source]
+                    for source in converter.source_patterns
                 ]
         return None
 

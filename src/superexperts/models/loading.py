@@ -52,7 +52,7 @@ def pick_device(device: str) -> torch.device:
 def load_model(source: ModelSource, *, device: str = "auto", dtype: str = "auto", spread: bool = False) -> nn.Module:
     """The causal language model in evaluation mode on its device, or `spread` over all GPUs by Accelerate.
 
-    A checkpoint whose weights do not fill the model, or that holds keys which no parameter takes, is an error.
+    It is an error if the checkpoint lacks weights of the model, or holds keys that no parameter takes.
     """
     place = pick_device(device)
     dtype = "float32" if dtype == "auto" and place.type == "cpu" else dtype

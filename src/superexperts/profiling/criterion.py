@@ -86,7 +86,7 @@ def super_experts(
     statistic: Statistic = "all",
     floor: bool = False,
 ) -> tuple[ExpertStats, ...]:
-    """The experts whose peak is over both bounds of `threshold`, the largest peak first.
+    """The experts with a peak over both bounds of `threshold`, the largest peak first.
 
     The defaults are the paper's criterion; `statistic="reference"` with `floor` follows its reference code exactly.
     `OptionError` if no layer with experts is below `depth`.
@@ -95,7 +95,7 @@ def super_experts(
     if not rows:
         raise OptionError(f"{depth} leaves no MoE layer of {num_layers} layers; give a larger share", field="depth")
     bound = threshold([peak(row, statistic) for row in rows], percentile, ratio, floor=floor)
-    # Strictly over the bound, as in Eq. 8: a model whose peaks are all equal has no super expert.
+    # Strictly over the bound, as in Eq. 8: a model with equal peaks everywhere has no super expert.
     found = [row for row in rows if peak(row, statistic) > bound.value]
     return tuple(sorted(found, key=lambda row: (-peak(row, statistic), key_order(row.key))))
 

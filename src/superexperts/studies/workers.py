@@ -188,7 +188,7 @@ def _die_with_parent() -> None:
 
 
 class _Ray:
-    """Actors on a Ray cluster whose machines share the study's folder: one for each GPU, or for each machine."""
+    """Actors on a Ray cluster, one for each GPU, or for each machine. All machines must share the study's folder."""
 
     def __init__(self, plan: Plan, out: Path, device: str, address: str, size: int | None) -> None:
         if importlib.util.find_spec("ray") is None:

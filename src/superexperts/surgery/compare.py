@@ -84,7 +84,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
     started = time.monotonic()
     expected = _expected(config.expect_only)
     adapter = adapter_folder(Path(config.b))
-    # Several below a folder that is no checkpoint: `read_fields` names them.
+    # Several below a folder that is not a checkpoint: `read_fields` names them.
     several = not (adapter / "config.json").is_file() and any(adapter.glob(f"*/{CONFIG_FILE}"))
     is_adapter = (adapter / CONFIG_FILE).is_file() or several
     code = config.trust_remote_code

@@ -66,7 +66,7 @@ def down_projections(
 
 
 def check_biases(structure: nn.Module, experts: Sequence[ExpertKey]) -> None:
-    """`ModelError` for an expert whose down_proj has no bias, which is the only place for a mean."""
+    """`ModelError` for an expert without a bias of down_proj, which is the only place for a mean."""
     banks = {bank.layer: bank for bank in find_banks(structure)}
     check_experts(list(banks.values()), experts)
     for layer, expert in experts:

@@ -92,6 +92,6 @@ def _setting_lines(settings: Mapping[str, Any], *, on_experts: bool) -> list[str
 
 
 def _kept_loss(result: Mapping[str, Any]) -> float:
-    """The loss on rows set aside at the step whose adapter was kept, or at the last evaluation before it."""
+    """The loss on rows set aside at the kept step, or at the last evaluation before it."""
     losses = [loss for step, loss in result["eval_loss"] if step <= result["kept_step"]]
     return float(losses[-1] if losses else result["eval_loss"][0][1])

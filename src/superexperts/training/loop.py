@@ -61,7 +61,7 @@ class LoopResult:
     eval_losses: list[tuple[int, float]]
     """The same for the rows set aside."""
     kept_step: int
-    """Step whose adapter is on the model now."""
+    """The step that the adapter on the model comes from."""
 
 
 def train_loop(

@@ -61,7 +61,7 @@ class TrainConfig(SeededConfig):
     attention: Switch = False
     """Adapt the attention projections."""
     target: str | None = None
-    """Adapt the linear maps whose whole path this regular expression matches."""
+    """Adapt the linear maps with a path that this regular expression matches as a whole."""
     projections: str = "gate,up,down"
     """Which projections of the experts to adapt."""
     out: Path = Path("runs/train")

@@ -75,9 +75,9 @@ def test_p_value_is_the_tail_of_a_normal_and_a_scaled_t(df: int, items: float, b
             ends = [(side * distance - math.sqrt(between) * x) / math.sqrt(items) for side in (1, -1)]
             return float(student.pdf(x, df) * (norm.sf(ends[0]) + norm.cdf(ends[1])))
 
-        wanted = integrate.quad(both_tails, -np.inf, np.inf, limit=2000, epsabs=1e-12)[0]
-        assert across_seeds.p_value(distance, ItemVariance(variance=items), [part]) == pytest.approx(wanted, rel=1e-3)
-        edge = across_seeds.half_width(ItemVariance(variance=items), [part], wanted)
+        expected = integrate.quad(both_tails, -np.inf, np.inf, limit=2000, epsabs=1e-12)[0]
+        assert across_seeds.p_value(distance, ItemVariance(variance=items), [part]) == pytest.approx(expected, rel=1e-3)
+        edge = across_seeds.half_width(ItemVariance(variance=items), [part], expected)
         assert edge == pytest.approx(distance, rel=1e-4)
 
 
@@ -97,8 +97,8 @@ def test_two_sides_against_simulation() -> None:
     draws = 0.5 * rng.standard_normal(10**6)
     draws += math.sqrt(2 / 3) * rng.standard_t(2, 10**6) + math.sqrt(1 / 5) * rng.standard_t(4, 10**6)
     for distance in (1.0, 3.0):
-        wanted = float((abs(draws) > distance).mean())
-        assert across_seeds.p_value(distance, ItemVariance(variance=0.25), parts) == pytest.approx(wanted, abs=0.0015)
+        expected = float((abs(draws) > distance).mean())
+        assert across_seeds.p_value(distance, ItemVariance(variance=0.25), parts) == pytest.approx(expected, abs=0.0015)
 
 
 def test_a_seed_variance_below_zero_counts_as_zero() -> None:
@@ -117,8 +117,8 @@ def test_clustered_interval_is_statsmodels_and_the_sandwich() -> None:
     assert found is not None
     items = across_subjects.item_variance_by_subject(values_N, found)
     sums = [sum(values_N[i] - values_N.mean() for i in range(240) if names[i] == name) for name in set(names)]
-    wanted = 12 / 11 * 239 / 239 * sum(one**2 for one in sums) / 240**2
-    assert items.variance == pytest.approx(wanted)
+    expected = 12 / 11 * 239 / 239 * sum(one**2 for one in sums) / 240**2
+    assert items.variance == pytest.approx(expected)
     assert items.df == 11
     fitted = OLS(values_N, np.ones(240)).fit(cov_type="cluster", cov_kwds={"groups": found.codes_N}, use_t=True)
     half = across_seeds.half_width(items, [])
@@ -143,8 +143,8 @@ def test_bootstrap_against_a_loop(grouped: bool) -> None:
     found = clusters_of([f"s{number // 10}" for number in range(200)]) if grouped else None
     blocks = values_N.reshape(20, 10) if grouped else values_N.reshape(200, 1)
     means = [blocks[rng.integers(0, len(blocks), len(blocks))].mean() for _ in range(4000)]
-    wanted = np.quantile(means, [0.025, 0.975])
-    assert across_subjects.bootstrap(values_N, found) == pytest.approx(tuple(wanted), abs=0.012)
+    expected = np.quantile(means, [0.025, 0.975])
+    assert across_subjects.bootstrap(values_N, found) == pytest.approx(tuple(expected), abs=0.012)
     assert across_subjects.bootstrap(values_N, found) == across_subjects.bootstrap(values_N, found)
 
 
