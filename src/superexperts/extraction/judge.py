@@ -63,7 +63,7 @@ class Verdict:
 
 def recorded_prompt() -> dict[str, str]:
     """What a manifest records of the prompt, so that another one makes results anew."""
-    found = digest([_PROMPT, FENCE, dict(_WANTED)])
+    found = digest([_PROMPT, FENCE, dict(_VERDICTS)])
     return {} if found == FIRST_PROMPT else {"prompt": found}
 
 
