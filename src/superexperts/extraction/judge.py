@@ -77,7 +77,7 @@ def message(case: Case) -> str:
         choices=f"\nOptions:\n{listed}" if listed else "",
         fence=FENCE,
         answer=neutral(case.answer, LONGEST_ANSWER),
-        verdict=_VERDICTS[case.kind].format(labels=labels),
+        wanted=_VERDICTS[case.kind].format(labels=labels),
     )
 
 
