@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -202,17 +202,19 @@ def test_a_key_too_few_or_too_many_is_an_error(tmp_path: Path, edit: Any, said: 
         profile_streamed(streamed, IDS_SL)
 
 
-def test_a_family_that_passes_more_between_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_layer_leaves_in_its_module_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next batch would overwrite it before the next layer reads it."""
     saved(tmp_path, "qwen3_moe")
     with streaming(tmp_path) as streamed:
         layer: Any = type(streamed.model.get_submodule("model.layers.0"))
         stock = layer.forward
 
-        def more(self: Any, hidden: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
-            return stock(self, hidden, **inputs), hidden
+        def leaving(self: Any, hidden: Tensor, **inputs: Any) -> Tensor:
+            self.last = hidden
+            return cast(Tensor, stock(self, hidden, **inputs))
 
-        monkeypatch.setattr(layer, "forward", more)
-        with pytest.raises(ModelError, match="qwen3_moe passes more than hidden states"):
+        monkeypatch.setattr(layer, "forward", leaving)
+        with pytest.raises(ModelError, match="qwen3_moe leaves tensors in its layers"):
             profile_streamed(streamed, IDS_SL)
 
 

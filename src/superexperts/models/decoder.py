@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from superexperts.core.errors import ModelError
 
-__all__ = ["decoder_layers", "in_layer", "layer_by_layer", "layer_number", "num_layers", "stopped_after", "text_config"]
+__all__ = ["decoder_layers", "in_layer", "layer_number", "num_layers", "stopped_after", "text_config"]
 
 
 def num_layers(model: nn.Module) -> int:
@@ -74,61 +73,6 @@ def stopped_after(model: nn.Module, path: str, layer: int) -> Iterator[Callable[
         yield forward
     finally:
         handle.remove()
-
-
-@contextlib.contextmanager
-def layer_by_layer(model: nn.Module, path: str) -> Iterator[Callable[..., Tensor]]:
-    """Yields `run(layer, hidden, **inputs)`, which runs one decoder layer on the hidden states [B, L, D] given.
-
-    The family's own forward calls the layer, so masks and positions are the family's. The layers before it pass on
-    their input; later layers and the head do not run. `hidden` is None for layer 0, which takes the embeddings.
-    `ModelError` if the family passes more than hidden states from layer to layer.
-    """
-    layers = decoder_layers(model, path)
-    stocks = [layer.forward for layer in layers]
-    layer_to_run, tuples = 0, False
-    given: Tensor | None = None
-    passed: Tensor | None = None
-    answer: Tensor | None = None
-
-    def unsupported() -> ModelError:
-        family = cast(Any, model).config.model_type
-        return ModelError(
-            f"{family} passes more than hidden states between layers; profile it in memory", field="stream"
-        )
-
-    def forward(number: int, *args: Any, **kwargs: Any) -> Any:
-        nonlocal answer, passed, tuples
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        # Identity, not equality: a family that adds something between layers hands on another tensor, and replaying
-        # its layers one by one would miss that addition.
-        if hidden is not passed and number > 0:
-            raise unsupported()
-        if number < layer_to_run:
-            passed = hidden
-            # Some families return a tuple from each layer; the skipped ones must answer in the same form.
-            return (hidden,) if tuples else hidden
-        result = stocks[number](hidden if given is None else given, *args[1:], **kwargs)
-        tuples = isinstance(result, tuple)
-        if tuples and any(isinstance(more, Tensor) for more in result[1:]):
-            raise unsupported()
-        answer = result[0] if tuples else result
-        raise _StoppedError
-
-    def run(layer: int, hidden: Tensor | None, **inputs: Any) -> Tensor:
-        nonlocal layer_to_run, given, passed, answer
-        layer_to_run, given, passed, answer = layer, hidden, None, None
-        with contextlib.suppress(_StoppedError):
-            cast(Any, model).base_model(**inputs)
-        return cast(Tensor, answer)
-
-    try:
-        for number, layer in enumerate(layers):
-            layer.forward = functools.partial(forward, number)
-        yield run
-    finally:
-        for layer in layers:
-            del layer.forward  # the instance's, which hides the class's
 
 
 class _StoppedError(Exception):

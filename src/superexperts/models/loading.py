@@ -138,12 +138,18 @@ def empty_model(source: ModelSource, *, device: str = "auto", dtype: str = "auto
             Field("quick"),
             field=source.field,
         ) from error
-    place = pick_device(device)
+    _fill_buffers(model, pick_device(device))
+    return cast(nn.Module, model.eval())
+
+
+def _fill_buffers(model: nn.Module, place: torch.device) -> None:
+    """Makes buffers as the family's initialization fills them; what it leaves out becomes nan, which no command accepts
+    as a result, unless the checkpoint has it."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_like(buffer, device=place))
-    model.initialize_weights()  # fills the buffers
-    return cast(nn.Module, model.eval())
+            unset = torch.nan if buffer.is_floating_point() else 0
+            setattr(module, name, torch.full_like(buffer, unset, device=place))
+    cast(Any, model).initialize_weights()
 
 
 def settings_of(source: ModelSource) -> Any:

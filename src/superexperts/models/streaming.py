@@ -28,7 +28,7 @@ from superexperts.core.errors import ModelError
 from superexperts.models.banks import Bank, find_banks
 from superexperts.models.decoder import decoder_layers
 from superexperts.models.experts import DOWN, up_name
-from superexperts.models.key_mapping import KeyMapping
+from superexperts.models.key_mapping import KeyMapping, Parts
 from superexperts.models.read_ahead import ReadAhead
 
 __all__ = ["StreamedModel"]
@@ -48,12 +48,11 @@ class StreamedModel:
         self._layers = decoder_layers(model, first.path)
         self._decoder = next(name for name, module in model.named_modules() if module is self._layers)
         self._key_mapping = KeyMapping(model, checkpoint)
-        self._experts = {
-            (layer, name): parts
-            for layer, bank in self.banks.items()
-            for name in _matrices(bank)
-            if (parts := self._key_mapping.expert_parts(bank, name)) is not None
-        }
+        self._experts: dict[tuple[int, str], list[Parts]] = {}
+        """Of the layers whose experts can be read one by one: all matrices of theirs, or none."""
+        for layer, bank in self.banks.items():
+            parts = {name: self._key_mapping.expert_parts(bank, name) for name in _matrices(bank)}
+            self._experts |= {(layer, name): found for name, found in parts.items() if found and all(parts.values())}
         self._alone = {f"{self.banks[layer].path}.{name}" for layer, name in self._experts}
         """Names of the parameters that are read expert by expert."""
         self._then: dict[int, int] = {}
@@ -107,6 +106,7 @@ class StreamedModel:
         names = _matrices(self.banks[layer])
         if not self.holds_alone(layer):
             bank = cast(Any, self.banks[layer].module)
+            self._check_full(f"{self.banks[layer].path}.{name}" for name in names)
             yield from ({name: getattr(bank, name)[expert] for name in names} for expert in experts)
             return
         assert self._ahead is not None

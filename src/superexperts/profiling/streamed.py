@@ -23,9 +23,10 @@ from superexperts.core.errors import OptionError, OutputError
 from superexperts.core.types import CRITERION_DEPTH, CorpusProfile, ExpertKey, Statistic
 from superexperts.models.banks import Bank, find_banks
 from superexperts.models.cpu_attention import padded_values
-from superexperts.models.decoder import layer_by_layer, num_layers
+from superexperts.models.decoder import num_layers
 from superexperts.models.experts import BankCall, Piece, ready
 from superexperts.models.hooks import tapped
+from superexperts.models.layer_by_layer import Kept, layer_by_layer
 from superexperts.models.streaming import StreamedModel
 from superexperts.profiling.accumulator import Accumulator, merged
 from superexperts.profiling.criterion import layers_below, super_experts
@@ -60,14 +61,15 @@ def profile_streamed(
 ) -> CorpusProfile:
     """The same as `measure.profile_corpus` for int64 sequences [S, L], one decoder layer at a time.
 
-    Between two layers the hidden states are kept in memory, or beyond `budget` bytes in a nameless file in `folder`.
+    Between two layers the hidden states, and what else a family passes on, are kept in memory, or beyond `budget` bytes
+    in a nameless file in `folder`.
     The experts of a layer are read one by one while others compute; with several batches they are kept until the last.
     """
     banks = banks_below(streamed.model, depth)
     layers = range(banks[-1].layer + 1)
     batches = my_share(range(0, len(ids_SL), batch_size))
     accumulator = Accumulator(streamed.model, banks, ids_SL)
-    hidden: dict[int, Tensor] = {}
+    kept: dict[int, Kept] = {start: {} for start in batches}
     with (
         padded_values(),
         tapped(streamed.model, accumulator, streamed.experts),
@@ -79,33 +81,45 @@ def profile_streamed(
             for start in batches:
                 ids_BL = ids_SL[start : start + batch_size].to(streamed.device)
                 accumulator.start_batch(start, torch.ones_like(ids_BL))
-                inputs = hidden[start].to(streamed.device) if layer else None
-                outputs = run(layer, inputs, input_ids=ids_BL, use_cache=False)
-                if not layer:
-                    hidden[start] = _buffer_like(outputs, len(ids_SL), budget, folder)
-                hidden[start].copy_(outputs)
+                now = run(layer, kept[start], input_ids=ids_BL, use_cache=False)
+                kept[start] = _put_away(now, kept[start], len(ids_SL) / len(ids_BL), budget, folder)
                 bar()
     return CorpusProfile(tokens=ids_SL.numel(), experts=merged(accumulator).rows())
 
 
-def _buffer_like(hidden_BLD: Tensor, sequences: int, budget: int, folder: Path | None) -> Tensor:
-    """A buffer for the hidden states of a batch between layers: in memory, or in a file if those of all batches take
-    more than the budget."""
-    if hidden_BLD.nbytes / len(hidden_BLD) * sequences <= budget:
-        return torch.empty_like(hidden_BLD, device="cpu")
+def _put_away(now: Kept, before: Kept, batches: float, budget: int, folder: Path | None) -> Kept:
+    """Copies what a layer has made into buffers: those of what is no longer kept where they fit."""
+    free = [tensor for place, tensor in before.items() if place not in now]
+    in_memory = sum(tensor.nbytes for tensor in now.values()) * batches <= budget
+    away = {}
+    for place, tensor in now.items():
+        if place in before:
+            away[place] = tensor
+            continue
+        fits = (one for one, other in enumerate(free) if (other.shape, other.dtype) == (tensor.shape, tensor.dtype))
+        index = next(fits, None)
+        buffer = _buffer_like(tensor, in_memory, folder) if index is None else free.pop(index)
+        away[place] = buffer.copy_(tensor)
+    return away
+
+
+def _buffer_like(tensor: Tensor, in_memory: bool, folder: Path | None) -> Tensor:
+    """A buffer for what a batch passes on between layers, in memory or in a file."""
+    if in_memory or not tensor.numel():
+        return torch.empty_like(tensor, device="cpu")
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden-") as file:
         try:
             if sys.platform == "linux":  # otherwise a full disk would kill the process later, with SIGBUS
-                os.posix_fallocate(file.fileno(), 0, hidden_BLD.nbytes)
+                os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
         except OSError as error:
             raise OutputError(
-                f"{hidden_BLD.nbytes / 2**30:.1f} GiB more cannot be kept in {folder} ({error.strerror}); free some "
+                f"{tensor.nbytes / 2**30:.1f} GiB more cannot be kept in {folder} ({error.strerror}); free some "
                 "space, or raise the budget",
                 field="activation_budget",
             ) from error
         # The file loses its name here but lasts as long as it is mapped, so nothing is left behind after a kill.
-        flat = torch.from_file(file.name, shared=True, size=hidden_BLD.numel(), dtype=hidden_BLD.dtype)
-    return flat.view(hidden_BLD.shape)
+        flat = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return flat.view(tensor.shape)
 
 
 @torch.inference_mode()
@@ -175,7 +189,7 @@ def _one_pass(
             )
 
     layers = range(banks[-1].layer + 1)
-    hidden = None
+    kept: Kept = {}
     ids_BL = ids_BL.to(streamed.device)
     with (
         _one_thread_for_reading(),
@@ -186,7 +200,7 @@ def _one_pass(
         progress(description, len(layers)) as bar,
     ):
         for layer in loaded:
-            hidden = run(layer, hidden, input_ids=ids_BL, use_cache=False)
+            kept = run(layer, kept, input_ids=ids_BL, use_cache=False)
             bar()
 
 

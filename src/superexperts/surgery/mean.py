@@ -14,9 +14,9 @@ from torch import Tensor
 from superexperts.core.console import progress
 from superexperts.core.errors import DataError, Field
 from superexperts.core.types import ExpertKey, key_name
-from superexperts.models.decoder import layer_by_layer
 from superexperts.models.experts import BankCall
 from superexperts.models.hooks import tapped
+from superexperts.models.layer_by_layer import Kept, layer_by_layer
 from superexperts.models.streaming import StreamedModel
 
 __all__ = ["mean_outputs"]
@@ -47,7 +47,7 @@ def mean_outputs(
     layers = range(max(layer for layer, _ in experts) + 1)
     any_bank = next(iter(streamed.banks.values()))
     batches = [batch_BL.to(streamed.device) for batch_BL in torch.split(ids_SL, batch_size)]
-    hidden: list[Tensor | None] = [None] * len(batches)
+    kept: list[Kept] = [{}] * len(batches)
     with (
         tapped(streamed.model, add, streamed.experts),
         layer_by_layer(streamed.model, any_bank.path) as run,
@@ -56,7 +56,7 @@ def mean_outputs(
     ):
         for layer in loaded:
             for number, ids_BL in enumerate(batches):
-                hidden[number] = run(layer, hidden[number], input_ids=ids_BL, use_cache=False)
+                kept[number] = run(layer, kept[number], input_ids=ids_BL, use_cache=False)
             bar()
     unreached = [key_name(key) for key, count in counts.items() if not count]
     if unreached:
