@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from superexperts.core.errors import DataError, ExpertsError, OptionError
 from superexperts.core.settings import typed
 from superexperts.core.types import ExpertSet
+from superexperts.engines import ENGINES
 from superexperts.evaluation.evaluate import EvaluateConfig
 from superexperts.extraction.extract import ExtractConfig
 from superexperts.profiling.profile import ProfileConfig
@@ -219,6 +220,7 @@ class _Reader(LinedYaml):
         """The checks that the commands make of their settings."""
         # A field with a wrong type has its default here, of which nothing is to be said.
         flat = {name: getattr(file, name) for name in SHARED if name in file.model_fields_set}
+        servers = [name for name, engine in ENGINES.items() if engine.server]
         for name, command, fixed in (
             ("profile", ProfileConfig, {}),
             ("evaluation", EvaluateConfig, {}),
@@ -227,7 +229,7 @@ class _Reader(LinedYaml):
             options = {key: flat[key] for key in FLAT.get(name, ()) if key in flat} | dict(sections[name])
             if name == "evaluation":
                 options["tasks"] = ",".join(file.tasks)
-                if options.get("engine") == "api":
+                if options.get("engine") in servers:
                     del options["engine"]  # this module reports it, below
             self._together(command, fixed, options, dict.fromkeys(sections[name], (name,)))
         rows, training = {"data": Path("rows"), "attention": True}, sections["training"]
@@ -238,9 +240,11 @@ class _Reader(LinedYaml):
                 where: dict[str, Place] = dict.fromkeys(options, ("training",))
                 where |= dict.fromkeys(variant.training, ("variants", i, variant.name))
                 self._together(TrainConfig, rows, options, where)
-        if sections["evaluation"].get("engine") == "api":
+        if sections["evaluation"].get("engine") in servers:
+            *others, last = (name for name in ENGINES if name not in servers)
             self.error(
-                ("evaluation", "engine"), "engine: a server has one model, a study has many; use hf, vllm or sglang"
+                ("evaluation", "engine"),
+                f"engine: a server has one model, a study has many; use {', '.join(others)} or {last}",
             )
         trains = any(variant.kind == "lora" for variant in variants)
         if trains and not self.value.get("train_data") and file.data_dir != "pocket":
