@@ -31,7 +31,7 @@ from superexperts.surgery import compare
 from superexperts.surgery.compare import CompareConfig
 from tests.adapters.test_export import engine_view, stock
 from tests.adapters.test_lora import logits
-from tests.support.families import tiny_model, tiny_tokens
+from tests.support.families import VOCABULARY, tiny_model, tiny_tokens
 from tests.training.test_train import byte_tokenizer
 
 COMMANDS = ("check-adapter, evaluate", "import", "export peft", "export vllm", "export merged", "compare")
@@ -217,6 +217,10 @@ def longer_head(key: str, tensor: Tensor) -> tuple[str, Tensor]:
     return key, torch.cat([tensor, tensor[:3]]) if longer else tensor
 
 
+def longer_embeddings(key: str, tensor: Tensor) -> tuple[str, Tensor]:
+    return key, torch.cat([tensor, tensor[:3]]) if len(tensor) == VOCABULARY else tensor
+
+
 def unknown_fields(folder: Path) -> None:
     edit(folder, a_field_of_tomorrow=None, merge_weights=False)
 
@@ -238,6 +242,7 @@ FORMS = (
     peft("linear maps", OK, target_modules=["q_proj", "o_proj"]),
     peft("rsLoRA, a rank and an alpha for one map", OK, target_modules=["q_proj", "o_proj"], use_rslora=True,
          rank_pattern={"o_proj": 2}, alpha_pattern={"q_proj": 3}),
+    peft("a start by MiCA, EVA or orthogonal matrices", OK, target_modules=["q_proj"], init_lora_weights="mica"),
     peft("DoRA", *SOME, target_modules=["q_proj"], use_dora=True),
     peft("PiSSA", *SOME, target_modules=["q_proj"], init_lora_weights="pissa"),
     peft("OLoRA", *SOME, target_modules=["q_proj"], init_lora_weights="olora"),
@@ -251,6 +256,10 @@ FORMS = (
     peft("embeddings, tied to the head", *SOME, tied=True, target_modules=["q_proj", "embed_tokens"]),
     peft("`modules_to_save`", *SOME, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     peft("`modules_to_save`, tied", *SOME, tied=True, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    peft("`modules_to_save`, tied, with `ensure_weight_tying`", *SOME, tied=True, target_modules=["q_proj"],
+         modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    peft("embeddings, tied, with `ensure_weight_tying`", *SOME, tied=True, target_modules=["q_proj", "embed_tokens"],
+         ensure_weight_tying=True),
     peft("`trainable_token_indices`", *SOME, target_modules=["q_proj"], trainable_token_indices=[3, 5, 40]),
     peft("`trainable_token_indices`, tied", *SOME, tied=True, target_modules=["q_proj"],
          trainable_token_indices=[3, 5, 40]),
@@ -258,6 +267,8 @@ FORMS = (
          target_modules=HEAD),
     peft("saved with a resized vocabulary", "no: resized", then=lambda folder: rewrite(folder, longer_head),
          target_modules=HEAD),
+    peft("`modules_to_save` with a resized vocabulary", "no: resized", target_modules=["q_proj"],
+         modules_to_save=["embed_tokens", "lm_head"], then=lambda folder: rewrite(folder, longer_embeddings)),
     peft("routers", OK, target_modules=["q_proj", "gate"]),
     peft("`all-linear` with routers and experts", OK, OK, FIRST, FIRST, OK, FIRST, target_modules="all-linear"),
     peft("experts in PEFT's layout", OK, OK, FIRST, FIRST, OK, FIRST, target_modules=["q_proj"],

@@ -209,6 +209,53 @@ def test_numbered_experts_of_gpt_oss(tmp_path: Path) -> None:
     assert (logits(loaded) - logits(model)).abs().max() <= 2e-5
 
 
+def test_mlx_lm_names_mixtral_as_its_checkpoints_do(tmp_path: Path) -> None:
+    """`block_sparse_moe`, its router among them, and A of the experts in two dimensions, as it once was."""
+    base = save_base(tmp_path / "base", "mixtral")
+    model = stock(base)
+    bank = find_banks(model)[1]
+    experts: Any = bank.module
+    count, inner = bank.num_experts, experts.down_proj.shape[2]
+    block = f"model.layers.{bank.layer}.block_sparse_moe"
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for name, inputs, outputs in (("gate_proj", 32, inner), ("up_proj", 32, inner), ("down_proj", inner, 32)):
+        a = torch.randn(count, 2, inputs, generator=generator) * 0.2
+        b = torch.randn(count, outputs, 2, generator=generator) * 0.2
+        tensors |= {f"{block}.switch_mlp.{name}.lora_a": a.flatten(0, 1), f"{block}.switch_mlp.{name}.lora_b": b}
+        weight = experts.down_proj if name == "down_proj" else experts.gate_up_proj
+        rows = {"gate_proj": slice(0, inner), "up_proj": slice(inner, None), "down_proj": slice(None)}[name]
+        weight.data[:, rows] += 3.0 * (b @ a)
+    router: Any = model.get_submodule(f"{bank.path.rpartition('.')[0]}.gate")
+    a, b = (torch.randn(*shape, generator=generator) * 0.2 for shape in ((32, 2), (2, count)))
+    tensors |= {f"{block}.gate.lora_a": a, f"{block}.gate.lora_b": b}
+    router.weight.data += 3.0 * (a @ b).T
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapters.safetensors")
+    fields = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 3.0}}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
+    result = import_.run(ImportConfig(adapter=tmp_path / "adapter", model=str(base), out=tmp_path / "out"))
+    assert (result["layout"], len(result["experts"]), result["r"]) == ("mlx-lm", count, 2)
+    loaded = lora.load_adapter(stock(base), tmp_path / "out" / "adapter")
+    assert (logits(loaded) - logits(model)).abs().max() <= 2e-5
+    for layout in ("merged", "peft", "vllm"):
+        result = export.run(ExportConfig(adapter=tmp_path / "out", format=layout, out=tmp_path / layout))  # type: ignore[arg-type]
+        assert result["keys"]
+    assert (logits(stock(tmp_path / "merged")) - logits(model)).abs().max() <= 2e-5
+    fields["fine_tune_type"] = "dora"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(DataError, match="holds DoRA of mlx-lm"):
+        import_.run(ImportConfig(adapter=tmp_path / "adapter", model=str(base), out=tmp_path / "again"))
+
+
+def test_a_base_of_another_machine(tied_head: Path, tmp_path: Path) -> None:
+    file = tied_head / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "/home/someone/models/base"}))
+    with pytest.raises(ModelError, match="names '/home/someone/models/base' as its base model, which is not here"):
+        export.run(ExportConfig(adapter=tied_head, format="merged", out=tmp_path / "out"))
+    export.run(ExportConfig(adapter=tied_head, format="merged", model=str(tmp_path / "base"), out=tmp_path / "out"))
+
+
 def test_the_same_adapter_gives_the_same_settings(tmp_path: Path) -> None:
     names = [f"{letter}_proj" for letter in "zyxkvoqab"]
     LoraConfig(target_modules=names, exclude_modules=names).save_pretrained(str(tmp_path))

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from superexperts.adapters.formats import FORMATS, writable
 from superexperts.checkpoints.source import ModelSource, adapter_folder, resolve
 from superexperts.core.console import note, stdout
-from superexperts.core.errors import OptionError, OutputError
+from superexperts.core.errors import ModelError, OptionError, OutputError
 from superexperts.core.identity import identity
 from superexperts.core.runs import completed, fingerprint, new_folder, read_json, write_manifest
 from superexperts.core.settings import Switch
@@ -84,7 +84,16 @@ def _base_model(config: ExportConfig, fields: dict[str, Any]) -> ModelSource:
     if not model:
         raise OptionError(f"{config.adapter} does not name its base model; give its checkpoint", field="model")
     revision = config.revision if config.revision or config.model else fields.get("revision")
-    return resolve(model, revision, trust_remote_code=config.trust_remote_code)
+    try:
+        return resolve(model, revision, trust_remote_code=config.trust_remote_code)
+    except ModelError as error:
+        if config.model:
+            raise
+        raise ModelError(
+            f"{config.adapter} names {model!r} as its base model, which is not here (perhaps a folder of another "
+            "machine); give the checkpoint",
+            field="model",
+        ) from error
 
 
 def show(result: dict[str, Any]) -> None:

@@ -117,6 +117,7 @@ def read_factors(model: nn.Module, folder: Path, field: str, stored: Stored | No
             "it as merged for anything else",
             field=field,
         )
+    config.init_lora_weights = True  # values come from the file; some starts need the base's weights
     try:
         with lora.quiet():
             get_peft_model(cast(Any, model), config)

@@ -48,15 +48,21 @@ def read_fitting(
         raise DataError(f"{folder} is in the layout of mlx-lm; import it first", field=field)
     tensors, fields = fit_prefix(model, read_tensors(folder, field), fields)
     config = adapter_config(fields, folder, field)
+    kept = set(config.modules_to_save or ())
+    if kept and config.ensure_weight_tying:  # PEFT then saves what is tied to them as well
+        kept |= {name.rpartition(".")[0] for pair in cast(Any, model).all_tied_weights_keys.items() for name in pair}
     state = model.state_dict()
-    for key, name in base_weights(model, tensors, set(config.modules_to_save or ())).items():
-        saved, own = tensors.pop(key), state[name]
-        if saved.shape != own.shape:
+    of_base = base_weights(model, tensors, kept)
+    for key, saved in list(tensors.items()):
+        name = of_base.get(key, key.removeprefix(PREFIX))
+        if name in state and saved.shape[1:] == state[name].shape[1:] and len(saved) != len(state[name]):
             raise ModelError(
-                f"{folder} was saved with {name} of {list(saved.shape)}, which is {list(own.shape)} here: the "
-                "vocabulary was resized before training; save the resized model, and give that",
+                f"{folder} was saved with {name} of {len(saved):,} rows, and this model's has {len(state[name]):,}: "
+                "the vocabulary was resized before training; save the resized model, and give that",
                 field=field,
             )
+    for key, name in of_base.items():
+        saved, own = tensors.pop(key), state[name]
         if own.is_meta and stored is not None:
             own = stored(name)
         if own is not None and not own.is_meta and not same_values(saved.to(own.dtype), own):
