@@ -206,6 +206,17 @@ def test_rows_set_aside_are_not_trained_on_and_the_lowest_loss_is_kept(config: A
     assert f"| loss on rows set aside | {losses[best]:.4f} |" in card
 
 
+def test_the_loss_on_rows_set_aside_does_not_depend_on_the_batch_size(config: Any, tmp_path: Path) -> None:
+    """It weighs every response token the same, however long the other rows of its batch are."""
+    rows = [row | {"explain": "so " * (1 + 9 * number)} for number, row in enumerate(ROWS[:5])]
+    (tmp_path / "other.json").write_text(json.dumps(rows))
+    found = []
+    for size in (1, 2, 5):
+        how: dict[str, Any] = {"batch_size": size, "learning_rate": 1e-4, "epochs": 1, "out": tmp_path / f"out{size}"}
+        found.append(train.run(config(eval_data=tmp_path / "other.json", **how))["eval_loss"][-1][1])
+    assert found == pytest.approx([found[0]] * 3, rel=1e-4)
+
+
 def test_rows_of_another_file_are_set_aside(config: Any, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(json.dumps(ROWS[:2]))
     result = train.run(config(eval_data=tmp_path / "other.json"))

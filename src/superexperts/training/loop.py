@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,7 +27,7 @@ from superexperts.core.distributed import process_number, wait_for_all
 from superexperts.core.errors import OptionError
 from superexperts.core.runs import read_json, write_json
 from superexperts.training.resume import COMPLETE
-from superexperts.training.rows import Example
+from superexperts.training.rows import IGNORED, Example
 
 __all__ = ["LoopResult", "LoopSettings", "train_loop", "whole_tensors"]
 
@@ -82,7 +83,7 @@ def train_loop(
     progress, keeper = _Progress(), _Keeper(adapted, exposure, settings.patience)
     if checkpoint is not None:
         keeper.restore(checkpoint)
-    trainer = SFTTrainer(
+    trainer = _Trainer(
         model=adapted,
         args=_trainer_settings(adapted, settings, work, evaluate=bool(held_out)),
         train_dataset=_dataset(examples, settings),
@@ -214,6 +215,40 @@ def _checkpoint_activations(model: nn.Module) -> None:
         raise OptionError(
             f"{family} does not support it ({error}); leave it out", field="gradient_checkpointing"
         ) from error
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
+    """TRL's trainer, but a loss on rows set aside that is the mean over their response tokens.
+
+    TRL's is the mean of the means of batches, so that it, early stopping and the adapter that is kept would depend on
+    the batch size.
+    """
+
+    _sums_2: Tensor
+    """Summed loss, and number of tokens, of the batches so far."""
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        labels_BL = inputs.pop("labels")[:, 1:]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits_BLV = model(**inputs, use_cache=False).logits[:, :-1]
+        rows = [
+            # Only one row's logits at a time are taken in float32.
+            F.cross_entropy(logits_LV.float(), labels_L, ignore_index=IGNORED, reduction="sum").double()
+            for logits_LV, labels_L in zip(logits_BLV, labels_BL, strict=True)
+        ]
+        sums_B2 = torch.stack([torch.stack(rows), (labels_BL != IGNORED).sum(1).double()], 1)
+        # Of all processes, without the rows that only fill the last batch.
+        self._sums_2 = self._sums_2 + self.gather_function(sums_B2).sum(0).cpu()
+        return (sums_B2[:, 0].sum() / sums_B2[:, 1].sum().clamp(min=1)).float(), None, None
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        self._sums_2 = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*arguments, **named)
+        loss, tokens = self._sums_2.tolist()
+        return output._replace(metrics=output.metrics | {"eval_loss": loss / max(tokens, 1)})
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------
