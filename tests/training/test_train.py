@@ -112,7 +112,7 @@ def test_an_array_jsonl_and_gzip_hold_the_same_rows(tmp_path: Path) -> None:
         ('{"explain": "e", "answer": "a"}', "row 1 has no 'question'"),
         ('{"question": "q", "answer": "a"}', "row 1 has no 'explain'"),
         ('{"question": "q", "explain": " ", "answer": "a"}', "row 1: 'explain' is empty"),
-        ('{"question": "q", "explain": "e", "answer": 5}', "row 1: 'answer' is 5, not text"),
+        ('{"question": "q", "explain": "e", "answer": true}', "row 1: 'answer' is true, not text"),
         ('{"question": null, "explain": "e", "answer": "5"}', "row 1: 'question' is null, not text"),
     ],
 )

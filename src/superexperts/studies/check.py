@@ -126,7 +126,7 @@ def _raise(error: UserError) -> None:
 
 
 def _rows(field: str, file: Path) -> None:
-    if not file.is_file():
+    if not file.exists():
         raise DataError(f"{str(file)!r} is missing; check the path", field=field)
     read_rows(file, field)
 

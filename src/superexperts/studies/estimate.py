@@ -146,7 +146,7 @@ def _training_tokens(plan: Plan) -> int:
     if plan.train_data is None or not any(run.kind == "lora" for run in plan.runs):
         return 100_000
     rows = read_rows(Path(plan.train_data), "train_data")
-    return sum(len(row.question) + len(row.explain) + len(row.answer) for row in rows) // CHARACTERS_PER_TOKEN
+    return sum(len(row.question) + len(row.response) for row in rows) // CHARACTERS_PER_TOKEN
 
 
 def _speeds(device: torch.device, itemsize: int) -> tuple[float, float]:

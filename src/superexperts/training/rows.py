@@ -7,18 +7,16 @@ it will be asked. Only the response and its EOS are learnt.
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from superexperts.core.console import note
 from superexperts.core.errors import DataError, Field, ModelError, OptionError
 from superexperts.core.prompt import prompt_of
-from superexperts.data.chat import TRAINED, ChatStyle, chat_asked, conversation, prompt_record, render
+from superexperts.data.chat import TRAINED, ChatStyle, Message, chat_asked, conversation, prompt_record, render
+from superexperts.data.row_files import data_files, raw_rows
+from superexperts.training.columns import TAKEN, counts_from, fields_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,19 +24,36 @@ if TYPE_CHECKING:
 __all__ = ["IGNORED", "Example", "Row", "encode", "load_examples", "prompt", "put_in_chat", "read_rows", "response"]
 
 FIELDS = ("question", "explain", "answer")
+"""The columns of the usual rows."""
 IGNORED = -100
 """Label of a token that the loss leaves out: the default of torch's cross entropy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A question, the reasoning and the answer."""
+    """A question with the reasoning and the answer, or with a whole reply."""
 
     number: int
-    """Line of a JSONL file, or position in a JSON array, from 1."""
+    """Line of a JSONL file, or position in the file, from 1."""
     question: str
-    explain: str
-    answer: str
+    explain: str = ""
+    answer: str = ""
+    reply: str | None = None
+    """The whole reply, for rows that have no reasoning and answer."""
+    messages: tuple[Message, ...] = ()
+    """The messages before the reply, for rows that are conversations."""
+
+    @property
+    def response(self) -> str:
+        """The text that the model learns to write, without the EOS that ends it."""
+        return response(self.explain, self.answer) if self.reply is None else f" {self.reply}"
+
+    def asked(self, style: ChatStyle) -> list[Message]:
+        """The messages before the reply in a chat. A question with an answer is put as `evaluate` puts it."""
+        if self.messages:
+            own = any(message["role"] == "system" for message in self.messages)
+            return [*conversation("", style)[:-1], *self.messages] if not own else list(self.messages)
+        return conversation(prompt(self.question) if self.reply is None else self.question, style)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,79 +129,22 @@ def load_examples(
 
 
 def read_rows(file: Path, field: str = "data") -> list[Row]:
-    """The rows of a JSON array or of a JSONL file (either may be gzipped).
+    """The rows of a JSON array, or of a JSONL, CSV or Parquet file (each may be gzipped), or of a folder of them.
 
-    `DataError` about `field`, which names the file, the row and what is wrong in it.
+    `DataError` about `field`, which names the file, the row, what is wrong in it and the columns that it takes.
     """
-    rows = [_row(value, number, file, field) for number, value in _values(file, field)]
+    values = [(part, *row) for part in data_files(file, field) for row in raw_rows(part, field)]
+    index_from = counts_from([value for _, _, value in values])
+    rows = []
+    for part, number, value in values:
+
+        def wrong(text: str, where: str = f"{part} row {number}") -> DataError:
+            return DataError(f"{where}{text}", field=field)
+
+        rows.append(Row(number=number, **fields_of(value, wrong, index_from)))
     if not rows:
-        raise DataError(f"{file} has no rows; give rows of {{question, explain, answer}}", field=field)
+        raise DataError(f"{file} has no rows; a row has {TAKEN}", field=field)
     return rows
-
-
-def _values(file: Path, field: str) -> Iterator[tuple[int, Any]]:
-    try:
-        data = file.read_bytes()
-        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read {file} ({error.strerror or error}); check the path", field=field) from error
-    except (UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise DataError(f"{file} is not UTF-8 text ({error}); save it as UTF-8", field=field) from error
-    if text.lstrip().startswith("["):
-        try:
-            yield from enumerate(json.loads(text), start=1)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file} is not valid JSON ({error}); repair it", field=field) from error
-        return
-    # Not str.splitlines: it also splits at characters such as U+2028, which JSON texts may contain.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file} row {number} is not valid JSON ({error}); repair it", field=field) from error
-
-
-def _row(value: Any, number: int, file: Path, field: str) -> Row:
-    where = f"{file} row {number}"
-
-    def wrong(text: str) -> DataError:
-        return DataError(f"{where}{text}", field=field)
-
-    if not isinstance(value, dict):
-        raise wrong(f" is {type(value).__name__}, not an object; write {{question, explain, answer}}")
-    for name in FIELDS:
-        if name not in value:
-            raise wrong(f" has no {name!r}; give question, explain and answer")
-        if not isinstance(value[name], str):
-            raise wrong(f": {name!r} is {json.dumps(value[name])[:60]}, not text; write it in quotes")
-        if not value[name].strip():
-            raise wrong(f": {name!r} is empty; fill it in or leave the row out")
-    choices = _choices(value["question"])
-    answer = value["answer"].strip()
-    accepted = {_bare(text) for letter, text in choices.items() for text in (letter, text, f"{letter}. {text}")}
-    if choices and _bare(answer) not in accepted:
-        raise wrong(
-            f": 'answer' is {json.dumps(answer, ensure_ascii=False)[:60]}, which is neither a letter among the "
-            f"question's choices ({', '.join(choices)}) nor the text of one; correct it or leave the row out"
-        )
-    return Row(number=number, **{name: value[name] for name in FIELDS})
-
-
-def _choices(question: str) -> dict[str, str]:
-    """The choices at the end of a question, one line each that begins like `A. ` or `A) `: letter -> text."""
-    found: list[tuple[str, str]] = []
-    for line in reversed(question.rstrip().split("\n")):
-        match = re.fullmatch(r"\s*\(?([A-Z])[.):]\s+(.*\S)\s*", line)
-        if match is None:
-            break
-        found.insert(0, (match[1], match[2]))
-    letters = "".join(letter for letter, _ in found)
-    return dict(found) if len(found) >= 2 and "ABCDEFGHIJKLMNOPQRSTUVWXYZ".startswith(letters) else {}
-
-
-def _bare(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".")
 
 
 def encode(
@@ -219,6 +177,13 @@ def encode(
     examples = []
     long: list[tuple[Row, int]] = []
     for row in rows:
+        if len(row.messages) > 1 and not chat:
+            raise DataError(
+                f"{file} row {row.number} is a conversation of {len(row.messages) + 1} messages, which plain text "
+                "cannot hold; give ",
+                *(Field("prompt"), " chat"),
+                field=field,
+            )
         tokens = _chat_tokens(row, tokenizer, eos, style) if chat else _plain_tokens(row, tokenizer, eos)
         prompt_ids, response_ids = tokens
         input_ids = [*prompt_ids, *response_ids]
@@ -253,7 +218,7 @@ def encode(
 
 def _plain_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, eos: int) -> tuple[list[int], list[int]]:
     """Prompt, response with EOS."""
-    prompt_text, response_text = prompt(row.question), response(row.explain, row.answer)
+    prompt_text, response_text = prompt(row.question), row.response
     prompt_ids = _without_final(_ids(tokenizer, prompt_text), eos)
     # Encoded together, so that the response starts with the token that the model would generate after the prompt.
     whole = _without_final(_ids(tokenizer, prompt_text + response_text), eos)
@@ -266,8 +231,7 @@ def _chat_tokens(
     row: Row, tokenizer: PreTrainedTokenizerBase, eos: int, style: ChatStyle
 ) -> tuple[list[int], list[int]]:
     """Tokens of what comes before the response with the opening of the assistant's turn, and of that turn up to EOS."""
-    asked = conversation(prompt(row.question), style)
-    reply = response(row.explain, row.answer).strip()
+    asked, reply = row.asked(style), row.response.strip()
     opened = render(tokenizer, asked, style, TRAINED)
     whole = render(tokenizer, [*asked, {"role": "assistant", "content": reply}], style, TRAINED, opens_answer=False)
     if not whole.startswith(opened):

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 import tyro
 
 from superexperts.core.console import is_main_process, note, stdout
-from superexperts.core.errors import DataError, Field, OptionError
+from superexperts.core.errors import Field, OptionError
 from superexperts.core.identity import identity
 from superexperts.core.runs import completed, fingerprint, input_key, new_folder, read_json, write_manifest
 from superexperts.core.settings import SeededConfig, Switch, require, require_device, require_seed
 from superexperts.core.types import ExpertKey, chosen_experts, key_name
+from superexperts.data.row_files import data_files
 from superexperts.training.by_expert import values_by_expert
 from superexperts.training.recipe import read_recipe
 
@@ -55,7 +56,8 @@ class TrainConfig(SeededConfig):
     recipe: Path | None = None
     """YAML file with these options, such as the recipe.yaml of an earlier run; options given as well override it."""
     data: Path
-    """JSON array or JSONL of {question, explain, answer}."""
+    """JSON, JSONL, CSV or Parquet of {question, explain, answer}, or a folder of such files; for more columns see the
+    docs."""
     experts: str | None = None
     """Expert set, as a file or inline (L2E54,L3E38): adapt these experts' projections."""
     attention: Switch = False
@@ -313,7 +315,7 @@ def train(
                 outcome.save_adapter(adapted, tensors, temporary / "adapter", source)
                 write_prompt_record(temporary / "adapter", asked)
         if temporary is not None:
-            digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()}
+            digests = {file.name: _sha(file) for file in files.values()}
             experts = None if names is None else ",".join(names)
             outcome.write_description(temporary, _recipe(config, experts), result, digests)
             outputs = ["adapter", "recipe.yaml", "training.json"]
@@ -341,11 +343,13 @@ def _data_files(config: TrainConfig) -> dict[str, Path]:
     """The files of rows by the setting that names them; `DataError` for one that does not exist."""
     files = {"data": config.data} | ({"eval_data": config.eval_data} if config.eval_data else {})
     for field, file in files.items():
-        if not file.is_file():
-            raise DataError(
-                f"{file} is not a file; give a JSON array or JSONL of {{question, explain, answer}}", field=field
-            )
+        data_files(file, field)
     return files
+
+
+def _sha(path: Path) -> str:
+    """The SHA-256 of a file; of a folder, that of the names and contents of its files."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else fingerprint(path)
 
 
 @contextlib.contextmanager
