@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from superexperts.adapters import export, import_, lora
+from superexperts.adapters.borrow import borrowed
+from superexperts.adapters.effect import adapter_effect
 from superexperts.adapters.export import ExportConfig
 from superexperts.adapters.import_ import ImportConfig
 from superexperts.checkpoints.source import adapter_folder
@@ -342,6 +344,23 @@ def test_a_form_is_right_or_refused_in_every_command(form: Form, tmp_path: Path)
             assert "\n" not in str(caught.value)
             assert len(str(caught.value)) < 500
             assert "own model" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.cells[0] == OK], ids=lambda form: form.title)
+def test_the_effect_is_measured_against_the_base(form: Form, tmp_path: Path) -> None:
+    adapter, expected = form.make(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = stock(tmp_path / "base")
+        plain = logits(model)
+        adapted = lora.load_adapter(model, adapter_folder(adapter))
+        effect = adapter_effect(adapted, list(tiny_tokens()))
+    largest = float((expected - plain).abs().max())
+    assert abs(effect.max_logit_change - largest) <= 1e-4 * max(1, largest)
+    assert torch.allclose(logits(adapted), expected, atol=2e-5 * float(expected.abs().max()))
+    with borrowed(model):
+        pass  # gives the model back without the adapter
+    assert torch.allclose(logits(model), plain, atol=2e-5 * float(plain.abs().max()))
 
 
 def test_the_table_in_the_docs() -> None:

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor
 
 from superexperts.adapters.exposure import counting
+from superexperts.adapters.lora import start_of
 from superexperts.core.console import note
 from superexperts.core.errors import DataError, EffectError, Field, OptionError
 
-__all__ = ["Effect", "adapter_effect", "require_effect"]
+__all__ = ["Effect", "adapter_effect", "require_effect", "without_adapter"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,7 @@ def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
             exposure.on = True
             with_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
             exposure.on = False
-            with _scaled_to_zero(model):
+            with without_adapter(model):
                 without_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
             if not with_LV.isfinite().all():
                 raise EffectError(
@@ -109,14 +111,31 @@ def adapter_effect(model: PeftModel, sequences_BL: Iterable[Tensor]) -> Effect:
 
 
 @contextlib.contextmanager
-def _scaled_to_zero(model: nn.Module) -> Iterator[None]:
-    """Sets every LoRA scaling to 0 within the block.
+def without_adapter(model: PeftModel) -> Iterator[None]:
+    """Within the block the model computes what its base does.
 
-    The layers stay in place, so the sums run in the same order as with the adapter, and an adapter that does nothing
-    measures exactly 0. `disable_adapter` would take the stock forward, which sums in another order and differs in the
-    last bits.
+    Usually every LoRA scaling is set to 0: the layers stay in place, so the sums run in the same order as with the
+    adapter, and an adapter that does nothing measures exactly 0. `disable_adapter` takes the stock forward, which sums
+    in another order and differs in the last bits; it is for adapters that are more than A and B. After a start that
+    changed the base's weights (PiSSA, OLoRA) the base is the adapter as it began.
     """
-    scalings = [module.scaling for module in model.modules() if isinstance(module, LoraLayer)]
+    if start := start_of(model):
+        (name,) = model.active_adapters
+        trained = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        trained = {key: tensor.clone() for key, tensor in trained.items()}
+        set_peft_model_state_dict(model, dict(start), adapter_name=name)
+        try:
+            yield
+        finally:
+            set_peft_model_state_dict(model, trained, adapter_name=name)
+        return
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    whole = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+    if whole or any(any(layer.use_dora.values()) for layer in layers):
+        with model.disable_adapter():
+            yield
+        return
+    scalings = [layer.scaling for layer in layers]
     before = [dict(scaling) for scaling in scalings]
     for scaling in scalings:
         scaling.update(dict.fromkeys(scaling, 0.0))

@@ -26,6 +26,7 @@ __all__ = [
     "read_fitting",
     "require_loadable",
     "start_without_record",
+    "starts_from_base",
     "stored_by",
     "stored_in",
 ]
@@ -121,7 +122,8 @@ class Beyond:
     """Whether an adapter of this configuration and these tensors has it."""
 
 
-def _starts_from_base(config: LoraConfig, _: Mapping[str, Tensor]) -> bool:
+def starts_from_base(config: LoraConfig) -> bool:
+    """Whether the adapter began with values taken out of the base's weights."""
     start = str(config.init_lora_weights).lower()
     return start.startswith(("pissa", "corda", "lora_ga")) or start in ("olora", "loftq")
 
@@ -138,7 +140,8 @@ BEYOND = (
     Beyond(words="LoRA on the embeddings", holds=lambda _, tensors: _has(tensors, "lora_embedding_")),
     Beyond(words="layers used twice (layer_replication)", holds=lambda config, _: bool(config.layer_replication)),
     Beyond(
-        words="a start that changed the base's weights (init_lora_weights: {init})", holds=_starts_from_base
+        words="a start that changed the base's weights (init_lora_weights: {init})",
+        holds=lambda config, _: starts_from_base(config),
     ),
     Beyond(
         words="a variant of LoRA ({variant})", holds=lambda config, _: _variant(config) is not None

@@ -17,11 +17,13 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 
 from superexperts.adapters.files import check_fits, check_keys, one_line, same_values
-from superexperts.adapters.fitting import read_fitting, require_loadable, start_without_record
+from superexperts.adapters.fitting import read_fitting, require_loadable, start_without_record, starts_from_base
 from superexperts.adapters.layer import RENAMED_BY_PEFT, ExpertLoraConfig, linears
+from superexperts.adapters.spelling import PREFIX
 from superexperts.core.errors import DataError, Field, ModelError, OptionError
 from superexperts.core.types import ExpertKey, key_name, key_order
 from superexperts.models.banks import Bank, check_experts, find_banks
@@ -35,9 +37,13 @@ __all__ = [
     "load_adapter",
     "quiet",
     "shared_path",
+    "start_of",
     "trainable_parameters",
 ]
 
+
+_START = "superexperts_start"
+"""The attribute of a base model that `start_of` returns."""
 
 # ---- putting adapters on a model ----------------------------------------------------------------------------------
 
@@ -194,12 +200,25 @@ def shared_path(model: nn.Module, bank: Bank) -> str:
 
 
 def detach(model: nn.Module) -> None:
-    """Removes every adapter layer from a model, also those of an adapter that was only partly attached."""
+    """Removes every adapter layer from a model, also those of an adapter that was only partly attached.
+
+    What an adapter's start took out of the base's weights is put back, up to one rounding.
+    """
+    start = vars(model).pop(_START, {})
+    for path, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):  # whole modules, and rows of the embeddings
+            parent = model.get_submodule(path.rpartition(".")[0])
+            setattr(parent, path.rpartition(".")[2], module.original_module)
     for path, module in list(model.named_modules()):
         # PEFT nests one wrapper per parameter of a bank; `get_base_layer` of the outermost returns the bank itself.
         if isinstance(module, BaseTunerLayer) and not path.endswith(".base_layer"):
+            base: Any = cast(Any, module).get_base_layer()
+            if (key := f"{PREFIX}{path}.lora_A.weight") in start:
+                (scaling,) = cast(Any, module).scaling.values()
+                change = scaling * start[key.replace(".lora_A.", ".lora_B.")] @ start[key]
+                base.weight.data = (base.weight.data + change).to(base.weight.dtype)
             parent = model.get_submodule(path.rpartition(".")[0])
-            setattr(parent, path.rpartition(".")[2], cast(Any, module).get_base_layer())
+            setattr(parent, path.rpartition(".")[2], base)
     vars(model).pop("peft_config", None)
 
 
@@ -236,6 +255,9 @@ def load_adapter(model: nn.Module, folder: Path, field: str = "adapter", name: s
                 adapted.add_adapter(name, config)
             else:
                 adapted = get_peft_model(adapted, config, adapter_name=name)
+            if starts_from_base(config):
+                start = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+                vars(base)[_START] = {key: tensor.clone() for key, tensor in start.items()}
             set_peft_model_state_dict(adapted, saved, adapter_name=name)
         found = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
         check_keys(found, saved, folder, field, same=same_values)
@@ -250,6 +272,12 @@ def load_adapter(model: nn.Module, folder: Path, field: str = "adapter", name: s
             f"{folder} does not fit this model ({one_line(error)}); give the adapter's own model", field=field
         ) from error
     return cast(PeftModel, adapted.eval())
+
+
+def start_of(adapted: PeftModel) -> Mapping[str, Tensor] | None:
+    """The adapter's tensors as it began, if that changed the base's weights; with them the model is the base."""
+    start: Mapping[str, Tensor] | None = vars(adapted.get_base_model()).get(_START)
+    return start
 
 
 def _remove(model: PeftModel, name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from superexperts.adapters.effect import without_adapter
 from superexperts.adapters.lora import load_adapter
 from superexperts.adapters.merge_loaded import load_unquantized
 from superexperts.checkpoints.float8 import is_quantized
@@ -47,7 +48,7 @@ def compared_logits(adapter: Path, source: ModelSource, out: Path) -> dict[str, 
     vocabulary = cast(Any, adapted).get_input_embeddings().weight.shape[0]
     ids_BL = torch.randint(vocabulary, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
     with_BLV = _logits(adapted, ids_BL)
-    with adapted.disable_adapter():
+    with without_adapter(adapted):
         without_BLV = _logits(adapted, ids_BL)
     del adapted, base
     gc.collect()
