@@ -140,7 +140,7 @@ CHOICE_CASES = [
     ("A. Sand is wrong.", None),
     ("[ ] A\n[x] B\n[ ] C", "B"),
     ("[A] sand. [B] the ground. [C] a river. [D] oil.", None),
-    ("Option A - sand - incorrect\nOption B - the ground - correct\nOption C - a river - incorrect", None),
+    ("Option A - sand - incorrect\nOption B - the ground - correct\nOption C - a river - incorrect", "B"),
     ("So the answer is (b) or (c).", None),
     ("answer = 'C'", "C"),
     ("The answer is C.\n\n### Question 2\nWhere is oil found?\nAnswer: D", "C"),

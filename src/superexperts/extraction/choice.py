@@ -61,7 +61,7 @@ _DENIED = re.compile(
 )
 _WRONG = re.compile(r"(?:is |was |are |là )?(?:also |clearly |therefore |definitely )?(?:incorrect|wrong|sai) ")
 _CLOSING = ".)]*:"
-_MARK = re.compile(r"\s?(?:[)\]}*_\"'.,:;`$\\!?—–-]|$|\()")
+_MARK = re.compile(r"\s?(?:[)\]}*_\"'.,:;`$\\!?—–。，、：；！？\u3400-\u9fff\uac00-\ud7af-]|$|\()")
 
 
 @functools.lru_cache(maxsize=256)
@@ -70,7 +70,7 @@ def _joined(labels: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
     return (
         re.compile(rf"\s+(?:and|or|và|hoặc|hay|&)\s+\(?(?:{labels})\b"),
         re.compile(
-            rf"[)\]}}*\"']{{0,3}}\s?(?:,\s?(?:and\s|or\s|và\s|hoặc\s)?|/|&|\+|\s(?:and|or|và|hoặc|hay)\s)\s?"
+            rf"[)\]}}*\"']{{0,3}}\s?(?:,\s?(?:and\s|or\s|và\s|hoặc\s)?|/|&|\+|、|，|和|与|及|或|\s(?:and|or|và|hoặc|hay|und|oder|et|ou|y)\s)\s?"
             rf"[*(\[\"']{{0,3}}(?:{labels})(?![\w'’])(?!\s[a-z])"
         ),
     )
@@ -203,7 +203,7 @@ def is_the_answer(reading: Reading) -> str | None:
     return NONE if len({value for value, _ in values}) > 1 else values[0][0] if values else None
 
 
-_LINE_LABEL = re.compile(r"[\s*\-•(\[]{0,8}(?:option\s)?([A-H])(?:\s?[.):\]]|\s[-–]\s)", re.IGNORECASE)
+_LINE_LABEL = re.compile(r"[\s*\-•(\[|]{0,8}(?:option\s)?([A-H])(?:\s?[.):\]|]|\s[-–]\s)", re.IGNORECASE)
 
 
 _NEXT_LINE_LABEL = re.compile(rf"\n{_LINE_LABEL.pattern}", re.IGNORECASE)

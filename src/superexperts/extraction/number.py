@@ -30,6 +30,11 @@ _TOTAL = re.compile(r"\b(?:total|altogether|in\ all|final|sum|tổng)\b", re.IGN
 _COPULA = re.compile(rf"{_TOTAL.pattern}|\b(?:is|are|was|were|be|equals?|là|còn)\b", re.IGNORECASE | re.VERBOSE)
 
 
+_SUMS_UP = re.compile(
+    r"[,;:]\s(?:so|therefore|thus|hence|i\.e\.|that\sis|for\sa\stotal|which\s(?:is|makes|gives|equals|totals|comes)|nên|vậy|tức\slà)\b",
+    re.IGNORECASE,
+)
+"""What follows says the same as a result: "2 hours and 30 minutes, so 150 minutes"."""
 _JOINED = re.compile(r"\band\b|&|;")
 _SO = re.compile(r"\b(?:so|therefore|thus|hence)\b", re.IGNORECASE)
 _COMES_TO = re.compile(r"[^,;.]{0,40}(?<!that)(?<!which)\s(?:is|are|equals?|makes?|gives?)\s[^,;.]{0,20}")
@@ -73,6 +78,9 @@ def number_in(reading: Reading, sentence: str) -> str | None:
         numbers = [number for number in numbers if number[2] not in reading.asked] or numbers
     if len({value for *_, value in numbers}) == 1:
         return numbers[0][2]
+    sums_up = list(_SUMS_UP.finditer(bare))
+    if sums_up and len(found := {number[2] for number in numbers if number[0] >= sums_up[-1].end()}) == 1:
+        return found.pop()
     if re.search(r"\bbetween\b|\beither\b", bare):
         return NONE
     if _ARITHMETIC.search(bare):
@@ -118,7 +126,8 @@ def stated(reading: Reading, part: str) -> str | None:
 
 
 _CONCLUDES = re.compile(
-    r"^\W{0,6}(?:so|therefore|thus|hence|in total|total|altogether|finally|overall|then|vậy|do đó|as a result)\b",
+    r"^\W{0,6}(?:(?:so|therefore|thus|hence|in total|total|altogether|finally|overall|then|vậy|do đó|as a result)\b"
+    r"|所以|因此|总共|一共|综上|故)",
     re.IGNORECASE,
 )
 

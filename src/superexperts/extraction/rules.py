@@ -16,8 +16,19 @@ from superexperts.core.thoughts import Parts, split_thoughts
 from superexperts.extraction import choice, number, yesno
 from superexperts.extraction.cued import lowered
 from superexperts.extraction.expression import expression_value
+from superexperts.extraction.locales import english_numbers
 from superexperts.extraction.numbers import find_numbers
-from superexperts.extraction.statements import LAST_STATEMENTS, NONE, TAIL, Choices, Kind, Reading, first_part
+from superexperts.extraction.statements import (
+    LAST_STATEMENTS,
+    NONE,
+    RETRACTED,
+    TAIL,
+    Choices,
+    Kind,
+    Reading,
+    first_part,
+)
+from superexperts.extraction.structured import json_values, marked_option, tagged
 from superexperts.extraction.text import own_span, plain
 
 __all__ = ["RULES", "Rule", "read"]
@@ -27,14 +38,20 @@ __all__ = ["RULES", "Rule", "read"]
 
 
 def _read_marked(reading: Reading, inside: str) -> str | None:
-    """Reads the text inside a tag or box, which counts as a statement without "the answer is" in front."""
-    inner = Reading(reading.kind, inside, reading.question, reading.choices)
+    """Reads the text inside a tag or box, which counts as a statement without "the answer is" in front.
+
+    Of several sentences a statement or the last one counts, not the first.
+    """
+    inner = Reading(reading.kind, inside.strip(), reading.question, reading.choices)
+    single = len(first_part(inside)) > 0.8 * len(inner.text)
     attempts: tuple[Callable[[], str | None], ...]
     if reading.kind == "number":
+        whole = (lambda: number.stated(inner, first_part(inside)),)
         attempts = (
             lambda: number.statement(inner),
-            lambda: number.stated(inner, first_part(inside)),
+            *(whole if single else ()),
             lambda: number.conclusion(inner),
+            *whole,
         )
     elif reading.kind == "yesno":
         attempts = (
@@ -43,28 +60,49 @@ def _read_marked(reading: Reading, inside: str) -> str | None:
             lambda: yesno.conclusion(inner),
         )
     else:
+        named = (lambda: choice.choice_in(inner, inside),)
         attempts = (
             lambda: choice.statement(inner),
-            lambda: choice.choice_in(inner, inside),
+            *(named if single else (lambda: choice.first_label(inner),)),
             lambda: choice.conclusion(inner),
+            *named,
         )
     return next((value for attempt in attempts if (value := attempt()) is not None), None)
 
 
 def _tag(reading: Reading) -> str | None:
-    """The last `<answer> B </answer>`; a missing end tag is fine."""
-    if "<" not in reading.text:
+    """The last `<answer> B </answer>`, `<final_answer>`, `[ANSWER]`; a missing end tag is fine."""
+    for inside in tagged(reading.text):
+        value = _boxed(Reading(reading.kind, inside, reading.question, reading.choices))
+        value = _read_json(reading, inside) if value is None else value
+        value = _read_marked(reading, inside) if value is None else value
+        return NONE if value is None else value
+    return None
+
+
+def _json(reading: Reading) -> str | None:
+    """The key for the answer in JSON or in a tool call: {"reasoning": ..., "answer": "C"}."""
+    if reading.text[-1:] not in _JSON_ENDS and "answer" not in reading.text and reading.text[:1] not in "{`<":
         return None
-    start = reading.text.rfind("<answer>")
-    if start < 0:
+    return _read_json(reading, reading.text)
+
+
+_JSON_ENDS: Final = frozenset("}`]>)")
+
+
+def _read_json(reading: Reading, text: str) -> str | None:
+    values = json_values(text)
+    if values is None:
         return None
-    inside = reading.text[start + len("<answer>") :]
-    end = inside.find("</answer>")
-    inside = inside[: end if end >= 0 else len(inside)]
-    if not inside.strip():
-        return None
-    value = _read_marked(reading, inside)
-    return NONE if value is None else value
+    value = next(values, None)
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    if isinstance(value, int | float):
+        value = repr(value)
+    if not isinstance(value, str) or not value.strip():
+        return NONE
+    found = _read_marked(reading, value)
+    return NONE if found is None else found
 
 
 def _boxed(reading: Reading) -> str | None:
@@ -85,25 +123,41 @@ def _boxed(reading: Reading) -> str | None:
 
 
 _FOUR = re.compile(r"#{4}(?!#)")
+# The form is talked about, not used: "write #### 5", "the line '#### 5' in the example".
+_TALKED_ABOUT = re.compile(
+    r"(?:['\"`‘“]|\b(?:format|form|line|like|with|write|use|put|says?|as|or|is|be|than|example|after)):?\s?\Z",
+    re.IGNORECASE,
+)
 
 
 def _hashes(reading: Reading) -> str | None:
-    """The text right after `####`, as in the solutions of GSM8K: `#### 34`. A heading of four marks has words there."""
+    """The text right after `####`, as in the solutions of GSM8K: `#### 34`. A heading of four marks has words there.
+
+    The first one counts, since base models go on, unless the text takes it back before the next.
+    """
     if "#" not in reading.text or "####" not in reading.text:
         return None
+    taken, end = None, 0
     for found in itertools.islice(_FOUR.finditer(reading.text), LAST_STATEMENTS):
-        line = reading.text[found.end() : found.end() + TAIL].split("\n", 1)[0]
-        if reading.kind == "number":
-            first = next(find_numbers(line), None)
-            value = first[2] if first and not re.search(r"\w", line[: first[0]]) else None
-            value = expression_value(line) or value
-        else:
-            value = (
-                yesno.yes_no_in(reading, line) if reading.kind == "yesno" else choice.label_at(reading, line.strip(), 0)
-            )
+        if taken is not None and not RETRACTED.search(reading.text, end, found.start()):
+            break
+        value = _after_hashes(reading, found)
         if value is not None:
-            return value
-    return None
+            taken, end = value, found.end()
+    return NONE if taken and reading.cut and RETRACTED.search(reading.text, end) else taken
+
+
+def _after_hashes(reading: Reading, found: re.Match[str]) -> str | None:
+    line = reading.text[found.end() : found.end() + TAIL].split("\n", 1)[0]
+    if _TALKED_ABOUT.search(reading.text[max(0, found.start() - 12) : found.start()]) or line.endswith("?"):
+        return None
+    if reading.kind == "number":
+        first = next(find_numbers(line), None)
+        value = first[2] if first and not re.search(r"\w", line[: first[0]]) else None
+        return expression_value(line) or value
+    if reading.kind == "yesno":
+        return yesno.yes_no_in(reading, line)
+    return choice.label_at(reading, line.strip(), 0)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -120,11 +174,13 @@ class Rule:
 
 RULES: Final = (
     Rule("answer-tag", ("choice", "yesno", "number"), _tag),  # <answer> B </answer>
+    Rule("json", ("choice", "yesno", "number"), _json),  # {"answer": "B"}
     Rule("boxed", ("choice", "yesno", "number"), _boxed),  # \boxed{34}
     Rule("hashes", ("choice", "yesno", "number"), _hashes),  # #### 34
     Rule("statement", ("choice",), choice.statement),  # the answer is (B); đáp án đúng là B
     Rule("statement", ("yesno",), yesno.statement),  # so the answer is no
     Rule("statement", ("number",), number.statement),  # the answer is 34 apples
+    Rule("verdicts", ("choice",), marked_option),  # A: wrong, B: correct
     Rule("first-label", ("choice",), choice.first_label),  # B; [B] because ...; D, garage.
     Rule("first-word", ("yesno",), yesno.first_word),  # Yes, because ...
     Rule("is-the-answer", ("choice",), choice.is_the_answer),  # option B is correct
@@ -175,6 +231,8 @@ FEW_WORDS: Final = 3
 
 def _read_text(kind: Kind, said: str, question: str, choices: Choices) -> tuple[str | None, str]:
     text = plain(said)
+    if kind == "number":
+        text = english_numbers(text, question)
     lower = lowered(text)
     start, end = own_span(text, lower, question, choices)
     reading = Reading(kind, text[start:end], question, choices)
@@ -189,5 +247,13 @@ def _read(reading: Reading) -> tuple[str | None, str]:
     for name, rule in _BY_KIND[reading.kind]:
         value = rule(reading)
         if value is not None:
-            return value or None, name
+            return (None if value and _takes_back(reading) else value or None), name
     return None, ""
+
+
+def _takes_back(reading: Reading) -> bool:
+    """Whether a text that breaks off was about to take back what it had said: "The answer is 12, wait, no, let me"."""
+    return RETRACTED.search(reading.text, max(0, len(reading.text) - _DOUBT)) is not None and reading.cut
+
+
+_DOUBT: Final = 160  # last characters

@@ -22,6 +22,7 @@ __all__ = [
     "NOT",
     "NOT_IN",
     "REFUSAL",
+    "RETRACTED",
     "TAIL",
     "Choices",
     "Kind",
@@ -99,7 +100,7 @@ def _alternatives(labels: tuple[str, ...]) -> str:
 _HEDGE = (
     r"(?:most\ likely|very\ likely|more\ likely|likely|probably|clearly|definitely|simply|therefore|thus|actually|"
     r"still|indeed|perhaps|it's|it\ is|i\ would\ say|i'd\ say|i\ think|i\ believe|i\ guess|closest\ to|approximately|"
-    r"about|around|either|option|choice|answer|letter|number|phương\ án|đáp\ án|lựa\ chọn|câu|ý)"
+    r"about|around|either|option|choice|answer|letter|number|la|el|opción|letra|lettre|buchstabe|选项|phương\ án|đáp\ án|lựa\ chọn|câu|ý)"
 )
 _OPENING = r"[\s*\"'“”‘’`$:=>~≈(\[{\\]"
 LEAD = re.compile(
@@ -107,7 +108,7 @@ LEAD = re.compile(
 )
 
 _STATEMENT_SOURCE = r"""
-    \b(?:
+    (?:(?<![^\W_])(?:
       (?:answer|solution|result)s?\b[*_\]"']{0,4}
         (?:\s?\([^()\n]{1,40}\))?                                              # the answer (Yes or No) is
         (?:\s(?:to|for|of|from|here|among|choice|option|would\ then)\b[^.\n:?]{0,120}?)?
@@ -127,10 +128,36 @@ _STATEMENT_SOURCE = r"""
         [,:;.!]{0,3}\s(?:no,?\s)?(?:the\ (?:correct\ )?answer\s|it|that|this|nó)?
         (?:\s?(?:is|'s|should\ be|must\ be)|\s?(?:phải\ )?là)\b
     | (?:approaches|factors|reasons|statements|options|choices)\sare\b(?=\s?:?\s?\(?[a-h]\b)
+    | đáp\ số\s?[*_]{0,3}(?:\slà\b)?\s?[:：]?
+    | (?:antwort|lösung|ergebnis|réponse|résultat|respuesta|resultado|resposta|risposta|ответ)[*_]{0,4}
+        (?:\s(?:correct[aeo]?|richtige?|korrekte?|finale?|final|bonne|esatta|corretta|на\ вопрос)\b){0,2}
+        \s?(?:[*_]{0,3}[:：=] | \s?[-–—](?=\s) | \s(?:ist|lautet|wäre|est|serait|es|sería|é|è|sarebbe)\b[:：]?)
+    | (?:richtig|korrekt)\s(?:ist|wäre)\b[:：]?
+    )
+    | (?:答案|正确选项|正確選項)[*】」_]{0,4}\s?
+        (?:应该是|应该选|应该为|应为|应是|应选|應為|是|为|為|选|選|就是)?\s?[:：]?
+        (?<=[是为為选選:：】])
+    | (?:选择|选|選擇|選)(?!项|擇|項)\s?[:：]?\s?(?=[(（*]{0,3}[a-h](?![a-z]))
+    | (?:选项|選項)\s?(?:是|为|為|[:：])
+    | 结果\s?(?:是|为|[:：]) | (?:解答|答)\s?[:：]
+    | (?:答え|正解|解答)\s?は | (?:정답|답)\s?(?:은|[:：])
     )
     """
 _STATES = (
     *("answer", "solution", "result", "correct", "right", "best", "false", "true", "incorrect", "final", "accurate"),
+    *(
+        "antwort",
+        "lösung",
+        "ergebnis",
+        "réponse",
+        "résultat",
+        "respuesta",
+        "resultado",
+        "resposta",
+        "risposta",
+        "ответ",
+    ),
+    *("richtig", "korrekt", "答", "正", "选", "選", "结果", "解答", "정답", "답"),
     *("appropriate", "đáp", "câu", "trả", "phương", "lựa", "kết", "choose", "pick", "select", "go with", "chọn"),
     *(
         "actually",
@@ -175,6 +202,13 @@ REFUSAL = re.compile(
 )
 
 
+RETRACTED = re.compile(
+    r"\b(?:wait|hold on|scratch that|oops|correction|let me (?:re|double|check)\w*"
+    r"|(?:that|this|it)(?:'s| is| was) (?:wrong|not (?:right|correct)|incorrect)|made an? (?:mistake|error)"
+    r"|khoan|chờ đã|nhầm)\b|等等|不对",
+    re.IGNORECASE,
+)
+"""The text takes back what it said."""
 LONGEST_STATEMENT = 220
 """No match of `_STATEMENT` is longer."""
 _RECENT = 400

@@ -27,6 +27,17 @@ _VULGAR = re.compile("[½⅓⅔¼¾⅕-⅞]")
 _COMPOSES = re.compile(
     "[^\x00-\u02ff\u1e00-\u1eff\u2002-\u20cf\u2100-\u2125\u2190-\u2328\u232b-\u2a00\u3041-\u3098\u4e00-\u9fff\uff01-\uffee]"
 )
+# Chinese and Japanese write no blanks around letters and figures either: 答案是C。
+_CJK = "\u3005-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+_ANY_CJK = re.compile(f"[{_CJK}]")
+_CJK_BORDER = re.compile(rf"(?<=[{_CJK}])(?=[A-Za-z0-9$\\\\(])|(?<=[A-Za-z0-9%)])(?=[{_CJK}])")
+# Full-width letters, figures and brackets; full-width stops and colons are known to the patterns.
+_FULL_WIDTH = {
+    code: code - 0xFEE0
+    for code in range(0xFF01, 0xFF5F)
+    if (wide := chr(code - 0xFEE0)).isalnum() or wide in "()[]{}%$+-=./*#"
+}
+_ANY_FULL_WIDTH = re.compile("[\uff01-\uff5e]")
 _BLANKS = re.compile(r"\s\s{19,}")  # that it begins with a set of characters makes it fast
 _SIX_BLANKS = re.compile(r"\s\s{5}")
 LONGEST = 200_000  # characters; a reasoning model's 32,768 tokens are about 130,000
@@ -84,6 +95,10 @@ def plain(text: str) -> str:
             # Word by word: composing takes time with the square of a run of marks.
             text = "".join(unicodedata.normalize("NFC", part) for part in re.findall(r"\s+|\S{1,200}", text))
             others = strange(text)
+        if _ANY_FULL_WIDTH.search(others):
+            text = text.translate(_FULL_WIDTH)
+        if _ANY_CJK.search(others):
+            text = spaced(text)
         if _VULGAR.search(others):
             text = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("\u2044", "/"), text)
     # Of twenty blanks in a row, six of every third character are blank too.
@@ -96,6 +111,11 @@ def plain(text: str) -> str:
         if not _SIX_BLANKS.search(text[::3]):
             return text
     return _BLANKS.sub(lambda found: "\n\n" if "\n" in found[0] else " ", text)
+
+
+def spaced(text: str) -> str:
+    """The text with a blank between a Chinese, Japanese or Korean character and a Latin letter or a figure."""
+    return _CJK_BORDER.sub(" ", text)
 
 
 def own_turn(text: str, question: str = "", choices: Sequence[tuple[str, str]] = ()) -> str:
@@ -182,7 +202,7 @@ def _lines(at_once: re.Match[str] | None, later: Iterable[re.Match[str]]) -> Ite
 
 # A stop and the blanks after it, or new lines; that it begins with a set of characters makes it fast.
 _SENTENCE_END = re.compile(
-    r"[.!?。\n](?:(?<=[.!?。])(?:(?<![\s(\[*][A-Z]\.)|(?=\s(?:That|So|Therefore|Thus|Hence)\b))(?<!\n\d\.)[\"'”’)\]]{0,3}\s+|(?<=\n)\n*)"
+    r"[.!?。！？\n](?:(?<=[。！？])[”」』）]?\s*|(?<=[.!?])(?:(?<![\s(\[*][A-Z]\.)|(?=\s(?:That|So|Therefore|Thus|Hence)\b))(?<!\n\d\.)[\"'”’)\]]{0,3}\s+|(?<=\n)\n*)"
 )
 
 
@@ -241,7 +261,7 @@ def normalise(text: str) -> str:
     if text.isascii():
         words = f" {' '.join(text.encode().translate(_ASCII_WORDS).decode().split())} "
     else:
-        folded = text.casefold()
+        folded = spaced(text).casefold() if _ANY_CJK.search(text) else text.casefold()
         for y, i in _Y_TO_I:
             folded = folded.replace(y, i)
         words = f" {_PUNCTUATION.sub(' ', folded).strip()} "

@@ -18,7 +18,10 @@ from superexperts.extraction.statements import (
 )
 
 # "Có" is yes but "có thể" is maybe; "không" is no but "không biết" is "I do not know".
-_WORDS = r"yes|true|có(?!\s(?:thể|lẽ))|đúng|no|false|không(?!\s(?:rõ|biết|chắc|đủ|thể\s(?:xác|biết|kết|trả)))|sai"
+_WORDS = (
+    r"yes|true|có(?!\s(?:thể|lẽ))|đúng|no|false|không(?!\s(?:rõ|biết|chắc|đủ|thể\s(?:xác|biết|kết|trả)))|sai"
+    r"|是的|对的|正确|不是|不对|不正确|错误|否|对|ja|nein|oui|non|sí"
+)
 _YES_NO = re.compile(
     rf"({_WORDS}|correct|incorrect|yeah|yep|nope|nah)\b(?!\s(?:one|doubt|longer|evidence|phải là không))", re.IGNORECASE
 )
@@ -38,7 +41,9 @@ _OF_COURSE = re.compile(
     re.IGNORECASE,
 )
 _MAYBE = re.compile(r"maybe\b|possibly\b", re.IGNORECASE)
-_YES = frozenset(("yes", "yeah", "yep", "true", "correct", "có", "đúng"))
+_YES = frozenset(
+    ("yes", "yeah", "yep", "true", "correct", "có", "đúng", "是的", "对的", "正确", "对", "ja", "oui", "sí")
+)
 
 
 def _yes_no(word: str) -> str:

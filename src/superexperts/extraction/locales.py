@@ -1,0 +1,88 @@
+"""Numbers as other countries write them, rewritten as `numbers` reads them: 12'345, 1.500 đồng, 22,8, 20 nghìn, $70k.
+
+A point before three digits is ambiguous: 1.500 is a thousand and a half, or one and a half. It parts thousands where
+the text is in a language that writes so, or a currency of such a country follows.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+__all__ = ["english_numbers"]
+
+_GATE = re.compile(
+    r"\d[\u00a0\u202f\u2009 '’_.,]\d|\d\s?[kKmMbB]\b|dozen|\d\s?(?:[nt]g?h|tr|t[ỷỉy]|[lc]|万|亿|%|[ck]r)"
+)
+_GAPS = re.compile(r"(?<![\d.,])\d{1,3}(?:[\u00a0\u202f\u2009'’_]\d{3}){1,6}(?![\d'’_])")
+_BLANKS = re.compile(r"(?<![\d.,])(?<!\d )(\d{1,3})((?: \d{3}){1,6})(?! ?\d)")
+_INDIAN = re.compile(r"(?<![\d,.])\d{1,2}(?:,\d{2}){1,5},\d{3}(?![\d,])")
+_POINTS_AND_COMMA = re.compile(r"(?<![\d,.])(\d{1,3}(?:\.\d{3})+),(\d{1,4})(?![\d,])")
+_POINTS = re.compile(r"(?<![\d,.])(?!0\.)(\d{1,3}(?:\.\d{3})+)(?![\d,]|\.\d)")
+_COMMA = re.compile(r"(?<![\d,.])(\d+),(\d{1,2}|\d{4,})(?![\d,])")
+_POINT_MONEY = re.compile(
+    r"(?<![\d,.])(?!0\.)(\d{1,3}(?:\.\d{3})+)(?=\s?(?:đồng|đ\b|VNĐ|VND|₫|€|euros?\b|EUR|Rp\b|rupiah|pesos?\b|reais\b))"
+)
+_VIETNAMESE = re.compile(r"[ăđơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ]", re.IGNORECASE)
+_OTHERS = (
+    re.compile(r"\b(?:die|der|das|ist|und|sind|antwort|lösung|beträgt|ergebnis|insgesamt|euro)\b", re.IGNORECASE),
+    re.compile(r"\b(?:la|le|les|est|une|des|réponse|donc|euros|sont|au|total)\b", re.IGNORECASE),
+    re.compile(r"\b(?:el|la|es|los|una|respuesta|resposta|por|tanto|euros|é|o|são)\b", re.IGNORECASE),
+)
+
+_SCALES = {
+    "nghìn": 10**3, "ngàn": 10**3, "triệu": 10**6, "tỷ": 10**9, "tỉ": 10**9, "lakh": 10**5, "lakhs": 10**5,
+    "crore": 10**7, "crores": 10**7, "万": 10**4, "亿": 10**8,
+}  # fmt: skip
+_SCALED = re.compile(rf"(?<![\w.,])(\d+(?:\.\d+)?)\s?({'|'.join(_SCALES)})(?!\w)", re.IGNORECASE)
+_SUFFIXES = {"k": 10**3, "m": 10**6, "mn": 10**6, "b": 10**9, "bn": 10**9}
+_MONEY_SUFFIX = re.compile(r"(?<=[$€£₹¥])(\s?\d+(?:\.\d+)?)\s?(k|m|mn|b|bn)\b", re.IGNORECASE)
+_K = re.compile(r"(?<![\w.,])(\d+(?:\.\d+)?)[kK]\b")
+_WORDS = "one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905 - read more easily
+_DOZEN = re.compile(rf"\b(\d+(?:\.\d+)?|{'|'.join(_WORDS)}|half\sa)\sdozens?\b", re.IGNORECASE)
+
+
+def english_numbers(text: str, question: str = "") -> str:
+    """The text with its numbers written as in English: 12345, 22.8, 20000."""
+    if not _GATE.search(text):
+        return text
+    text = _GAPS.sub(lambda found: re.sub(r"\D", "", found[0]), text)
+    text = _BLANKS.sub(_without_blanks, text)
+    text = _INDIAN.sub(lambda found: found[0].replace(",", ""), text)
+    text = _POINTS_AND_COMMA.sub(lambda found: f"{found[1].replace('.', '')}.{found[2]}", text)
+    text = _POINT_MONEY.sub(lambda found: found[1].replace(".", ""), text)
+    if ("." in text or "," in text) and _writes_commas(text, question):
+        text = _POINTS.sub(lambda found: found[1].replace(".", ""), text)
+        text = _COMMA.sub(r"\1.\2", text)
+    text = _SCALED.sub(lambda found: _times(found[1], _SCALES[found[2].lower()]), text)
+    text = _MONEY_SUFFIX.sub(lambda found: _times(found[1], _SUFFIXES[found[2].lower()]), text)
+    text = _K.sub(lambda found: _times(found[1], 1000), text)
+    return _DOZEN.sub(_dozens, text)
+
+
+def _without_blanks(found: re.Match[str]) -> str:
+    """12 345 and 150 000 are one number; 100 200 300 are three."""
+    if len(found[1]) == 3 and " 000" not in found[2]:
+        return found[0]
+    return found[0].replace(" ", "")
+
+
+def _writes_commas(text: str, question: str) -> bool:
+    """Whether the language of a text writes 22,8 for twenty-two and eight tenths."""
+    if not text.isascii() and len(_VIETNAMESE.findall(text[-2000:])) > 1:
+        return True
+    if not question.isascii() and len(_VIETNAMESE.findall(question)) > 1:
+        return True
+    return any(len(set(map(str.lower, words.findall(text[-2000:])))) > 2 for words in _OTHERS)
+
+
+def _times(digits: str, scale: int) -> str:
+    value = Decimal(digits.strip()) * scale
+    return format(value.normalize(), "f")
+
+
+def _dozens(found: re.Match[str]) -> str:
+    word = found[1].lower()
+    if word.startswith("half"):
+        return "6"
+    return _times(str(_WORDS.index(word) + 1) if word in _WORDS else word, 12)
