@@ -100,7 +100,8 @@ def _alternatives(labels: tuple[str, ...]) -> str:
 _HEDGE = (
     r"(?:most\ likely|very\ likely|more\ likely|likely|probably|clearly|definitely|simply|therefore|thus|actually|"
     r"still|indeed|perhaps|it's|it\ is|i\ would\ say|i'd\ say|i\ think|i\ believe|i\ guess|closest\ to|approximately|"
-    r"about|around|either|option|choice|answer|letter|number|la|el|opción|letra|lettre|buchstabe|选项|phương\ án|đáp\ án|lựa\ chọn|câu|ý)"
+    r"about|around|either|option|choice|answer|letter|number|la|el|opción|letra|lettre|选项|"
+    r"phương\ án|đáp\ án|lựa\ chọn|câu|ý)"
 )
 _OPENING = r"[\s*\"'“”‘’`$:=>~≈(\[{\\]"
 LEAD = re.compile(
