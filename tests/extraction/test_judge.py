@@ -125,6 +125,36 @@ def test_verdict(kind: Any, reply: str, value: str | None, readable: bool) -> No
 # ---- what it remembers
 
 
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ("<think>VERDICT: A? No.</think>It names B.\nVERDICT: B", "B"),
+        ("<think>It names B.\nVERDICT: B", None),
+        ("VERDICT: B<|im_end|>", "B"),
+        ("VERDICT: **B**</s>", "B"),
+        ("VERDICT: B <end_of_turn>", "B"),
+        ("VERDICT: B<|eot_id|><|start_header_id|>user", "B"),
+        ("<|channel|>analysis<|message|>VERDICT: A<|end|><|channel|>final<|message|>VERDICT: B<|return|>", "B"),
+        ("VERDICT: B or C<|im_end|>", None),
+    ],
+)  # fmt: skip
+def test_a_judge_that_thinks(reply: str, value: str | None) -> None:
+    found = verdict(case(), reply)
+    assert (found.value, found.readable) == (value, value is not None)
+
+
+def test_no_agreement_without_a_readable_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, RESPONSES)
+    with scripted_server(lambda *_: said("<think>I read the answer and")) as server:
+        arguments = ["extract", str(tmp_path), "--judge", "j", "--judge-scope", "all"]
+        assert main([*arguments, "--judge-base-url", server.base_url, "--judge-max-tokens", "7000"]) == 0
+        assert server.bodies[0]["max_tokens"] == 7000
+    shown = capsys.readouterr().out
+    assert "agrees" not in shown
+    assert "judge_max_tokens" in shown
+    assert json.loads((tmp_path / "scores.json").read_text())["judge"]["agreement"] is None
+
+
 def memory() -> Replies:
     return Replies(None)
 

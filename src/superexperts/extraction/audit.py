@@ -114,8 +114,8 @@ class JudgeReport:
     """Verdicts that the answer commits to nothing."""
     unreadable: int
     agreement: Mapping[str, int] | None
-    """Counts over all items, None unless the judge was asked for all: `same`, `differ` (both read something), `neither`
-    read anything, `rules_only`, `judge_only`."""
+    """Counts over all items: `same`, `differ` (both read something), `neither` read anything, `rules_only`,
+    `judge_only`. None unless the judge was asked for all, and at least one of its verdicts was readable."""
 
 
 PARTS = ("same", "differ", "neither", "rules_only", "judge_only")
@@ -132,7 +132,7 @@ def judge_report(
         committed=len(values) - values.count(None),
         none=values.count(None),
         unreadable=len(verdicts) - len(values),
-        agreement=None if counts is None else {part: counts[part] for part in PARTS},
+        agreement=None if counts is None or not values else {part: counts[part] for part in PARTS},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,6 +57,8 @@ class ExtractConfig(ServerConfig):
     """judge: URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: a model in this process."""
     judge_engine: JudgeEngine = "hf"
     """judge in this process: what runs it, as for evaluate."""
+    judge_max_tokens: int = 256
+    """judge: tokens of a reply at most. A judge that thinks first needs some thousands."""
     batch_size: int = 8
     """judge in this process: answers per batch."""
     device: str = "auto"
@@ -72,6 +75,8 @@ class ExtractConfig(ServerConfig):
         both = self.folder is not None and self.audit is not None
         require(not both, "audit", str(self.audit), "excludes ", Field("folder"), "; give one of the two")
         require(self.batch_size > 0, "batch_size", self.batch_size, "is not positive; give at least 1")
+        most = self.judge_max_tokens
+        require(most > 0, "judge_max_tokens", most, "is not positive; give at least 1")
         require(bool(self.judge), "judge", self.judge, "is empty; name a model, or give off")
         if self.judge in ("left", "all"):
             why = ("is not that of ", Field("judge"), f" {self.judge}; leave one of the two out")
@@ -82,6 +87,7 @@ class ExtractConfig(ServerConfig):
             ("judge_scope", self.judge_scope, None),
             ("judge_base_url", self.judge_base_url, None),
             ("judge_engine", self.judge_engine, "hf"),
+            ("judge_max_tokens", self.judge_max_tokens, 256),
         ):
             require(
                 self.judge != "off" or value == default,
@@ -124,6 +130,7 @@ def judge_of(config: ExtractConfig, replies: Path | None) -> Judge | None:
         concurrency=config.concurrency,
         timeout=config.timeout,
         retries=config.retries,
+        max_tokens=config.judge_max_tokens,
     )
 
 
@@ -162,12 +169,27 @@ def _show_judge(result: dict[str, Any]) -> None:
     line = [f"judge {result['model']!a}: asked {result['asked']:,}, named an answer in {result['committed']:,}"]
     line.append(f"none in {result['none']:,}, unreadable {result['unreadable']:,}")
     stdout.print(Text(", ".join(line)), soft_wrap=True)
+    if result["unreadable"] == result["asked"] > 0:
+        line = (
+            "no reply of the judge held a verdict, so nothing is said about its agreement; a judge that thinks first "
+        )
+        stdout.print(f"{line}needs a larger limit of tokens (judge_max_tokens)", soft_wrap=True)
     found = result["agreement"]
     if found is not None:
         interval = f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"
         line = [f"{name.replace('_', ' ')} {found[name]}" for name in ("differ", "rules_only", "judge_only")]
         share = f"agrees with the rules on {100 * found['share']:.2f}% of {found['items']:,} ({interval})"
         stdout.print(Text(f"judge {share}; {', '.join(line)}"), soft_wrap=True)
+
+
+def ended_line(score: Mapping[str, Any]) -> str:
+    """How many responses did not end by themselves, "" if all did: "3 cut, 1 empty"."""
+    said = {
+        "cut": "cut at the limit of tokens or within thoughts",
+        "empty": "empty",
+        "refused": "refused or filtered by the server",
+    }
+    return ", ".join(f"{score[name]} {words}" for name, words in said.items() if score.get(name))
 
 
 def _show_scores(result: dict[str, Any]) -> None:
@@ -185,6 +207,9 @@ def _show_scores(result: dict[str, Any]) -> None:
         )
     if result["scores"]:
         stdout.print(table)
+    for row in result["scores"]:
+        if line := ended_line(row):
+            stdout.print(Text(f"{row['task']}: {line}"), soft_wrap=True)
     for row in result.get("normalized", []):
         stdout.print(f"{row['task']}, by log-probability per character (acc_norm): {100 * row['accuracy']:.2f}")
     for row in result.get("subjects", []):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from superexperts.core.errors import ModelError, OutputError
 from superexperts.core.runs import digest
+from superexperts.core.thoughts import split_thoughts
 from superexperts.extraction import find_numbers, normalise, plain
 from superexperts.extraction.statements import Choices, Kind
 
@@ -104,10 +105,19 @@ _VERDICT = re.compile(r"verdict[\s*_`]{0,8}[:：][\s*_`]{0,8}([^\n]{0,400})", re
 _MARKS = " \t*_`\"'“”‘’()[]{}$"
 
 
+# What a chat template puts at the end of a turn, where an engine leaves it in the reply.
+_TURN_END = re.compile(
+    r"\s*(?:<[|｜][\w\s▁]{1,30}[|｜]>|</?s>|<(?:end|start)_of_turn>|<eos>|\[/?INST\])", re.IGNORECASE
+)
+
+
 def verdict(case: Case, reply: str) -> Verdict:
-    """The reply's last verdict. One that is not to the letter what was asked for is unreadable."""
-    found = _VERDICT.findall(plain(reply[-20_000:]))
-    said = found[-1].lstrip(_MARKS).rstrip(f"{_MARKS}.") if found else ""
+    """The reply's last verdict. One that is not to the letter what was asked for is unreadable.
+
+    A verdict in the judge's thoughts does not count, nor do marks of a chat template that stand behind a verdict.
+    """
+    found = _VERDICT.findall(plain(split_thoughts(reply).text[-20_000:]))
+    said = _TURN_END.split(found[-1])[0].lstrip(_MARKS).rstrip(f"{_MARKS}.") if found else ""
     if said.casefold() == "none":
         return Verdict(value=None, readable=True)
     value = _READERS[case.kind](case, said)
@@ -194,8 +204,9 @@ Ask = Callable[[Sequence[str], "Keeper"], Iterable[str]]
 class Judge:
     """A judge with its memory."""
 
-    def __init__(self, name: str, identity: Any, ask: Ask, replies: Replies) -> None:
+    def __init__(self, name: str, identity: Any, ask: Ask, replies: Replies, max_tokens: int = MAX_NEW_TOKENS) -> None:
         self.name = name
+        self.max_tokens = max_tokens
         self.identity = identity
         """What must be equal for a reply to stand: the model, not how it is reached."""
         self._ask = ask
@@ -204,7 +215,7 @@ class Judge:
     def read(self, cases: Sequence[Case]) -> list[Verdict]:
         """A verdict for each; nothing is asked twice."""
         messages = [message(case) for case in cases]
-        keys = [digest([self.identity, MAX_NEW_TOKENS, text]) for text in messages]
+        keys = [digest([self.identity, self.max_tokens, text]) for text in messages]
         new = {key: text for key, text in zip(keys, messages, strict=True) if self._replies.get(key) is None}
         if new:
             asked = list(new)
@@ -226,8 +237,11 @@ def open_judge(
     concurrency: int = 8,
     timeout: float = 300,
     retries: int = 3,
+    max_tokens: int = MAX_NEW_TOKENS,
 ) -> Judge:
     """A judge: `model` on the server at `base_url`, or in this process, where it is loaded with the first question.
+
+    `max_tokens` limits each of its replies, its thoughts included.
 
     `replies` is the file that keeps its replies, None to keep them in memory only.
     """
@@ -242,7 +256,7 @@ def open_judge(
     if base_url is not None:
         url = chat_url(base_url)
         server = api(model, url, concurrency=concurrency, timeout=timeout, retries=retries, field="judge_base_url")
-        return Judge(model, {"server": url, "name": model}, _asking(lambda: server), kept)
+        return Judge(model, {"server": url, "name": model}, _asking(lambda: server, max_tokens), kept, max_tokens)
     require_engine(engine, "judge_engine")
     source = resolve(model, field="judge")
 
@@ -254,19 +268,19 @@ def open_judge(
                     folder=source.folder,
                     dtype=dtype,
                     batch_size=batch_size,
-                    max_new_tokens=MAX_NEW_TOKENS,
+                    max_new_tokens=max_tokens,
                 )
                 return open_engine(engine, opening)
             return TransformersModel(
-                load_model(source, device=device, dtype=dtype), load_tokenizer(source), batch_size, MAX_NEW_TOKENS
+                load_model(source, device=device, dtype=dtype), load_tokenizer(source), batch_size, max_tokens
             )
         except ModelError as error:
             raise error.about("judge") from error
 
-    return Judge(model, source.fingerprint, _asking(load), kept)
+    return Judge(model, source.fingerprint, _asking(load, max_tokens), kept, max_tokens)
 
 
-def _asking(load: Callable[[], Any]) -> Ask:
+def _asking(load: Callable[[], Any], max_tokens: int) -> Ask:
     """Asks a harness model that is loaded with the first question."""
     loaded: list[Any] = []
 
@@ -278,7 +292,7 @@ def _asking(load: Callable[[], Any]) -> Ask:
             loaded.append(load())
         asker = loaded[0]
         with quiet(), asker.answering("judge", len(messages), keeper):
-            answers: list[str] = asker.generate_until(instances(as_chat(asker, messages), MAX_NEW_TOKENS))
+            answers: list[str] = asker.generate_until(instances(as_chat(asker, messages), max_tokens))
         return answers
 
     return ask
