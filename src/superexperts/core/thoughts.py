@@ -48,6 +48,9 @@ _HEADINGS = (
     (r"\#\#\s?thinking\b", r"\n\#\#\s?final\sresponse\b"),  # HuatuoGPT-o1
 )
 _HEADED = tuple((re.compile(rf"\s*{a}", re.I), re.compile(b, re.I)) for a, b in _HEADINGS)
+_BEGINNINGS = frozenset(("", *"hH#aAfF"))
+"""What begins a response whose first words may be a mark."""
+_ANY_MARK = re.compile(r"[<\[◁][/|]?[A-Za-z|][\w:|/]{2}")
 _FIRST_LETTERS = frozenset("h#")
 
 # gpt-oss: <|channel|>analysis<|message|> ... <|end|><|start|>assistant<|channel|>final<|message|> ... <|return|>
@@ -98,6 +101,7 @@ def _pattern(own: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], frozens
     sides = [f"(?P<{side}{i}>{row[at]})" for i, row in enumerate(rows) for at, side in enumerate("oc")]
     first = frozenset("<[◁") | {mark[:1] for row in own for mark in row}
     letters = "".join(map(re.escape, sorted(first)))
+    # That it looks for the first letter makes it ten times as fast.
     return re.compile(rf"(?=[{letters}])(?:{'|'.join(sides)})", re.IGNORECASE), first
 
 
@@ -125,6 +129,9 @@ def split_thoughts(text: str, *, opened: bool = False, own: Sequence[tuple[str, 
 
     A mark that ends thoughts without one that opens them ends thoughts too: templates open them in the prompt.
     """
+    plain = not (opened or own or text[:40].lstrip()[:1] in _BEGINNINGS or "assistant" in text)
+    if plain and not _ANY_MARK.search(text):
+        return Parts("", text, True)  # as most
     if "<|channel|>" in text:
         return _channels(text)
     if (final := _last(_BARE_FINAL, text)) is not None:

@@ -22,6 +22,7 @@ from superexperts.extraction.statements import (
     LAST_STATEMENTS,
     NONE,
     RETRACTED,
+    RETRACTING,
     TAIL,
     Choices,
     Kind,
@@ -253,7 +254,15 @@ def _read(reading: Reading) -> tuple[str | None, str]:
 
 def _takes_back(reading: Reading) -> bool:
     """Whether a text that breaks off was about to take back what it had said: "The answer is 12, wait, no, let me"."""
-    return RETRACTED.search(reading.text, max(0, len(reading.text) - _DOUBT)) is not None and reading.cut
+    text = reading.text
+    if text.rstrip()[-1:] in _STOPS:  # as most
+        return False
+    tail = text[-_DOUBT:].lower()
+    for word in RETRACTING:
+        if word in tail:
+            return RETRACTED.search(tail) is not None and reading.cut
+    return False
 
 
+_STOPS: Final = frozenset(".!?)}*>`")
 _DOUBT: Final = 160  # last characters

@@ -23,6 +23,7 @@ __all__ = [
     "NOT_IN",
     "REFUSAL",
     "RETRACTED",
+    "RETRACTING",
     "TAIL",
     "Choices",
     "Kind",
@@ -210,6 +211,11 @@ RETRACTED = re.compile(
     re.IGNORECASE,
 )
 """The text takes back what it said."""
+RETRACTING = (
+    *("wait", "hold on", "scratch", "oops", "correct", "let me", "wrong", "right", "mistake", "error"),
+    *("khoan", "chờ", "nhầm", "等等", "不对"),
+)
+"""Words of which such a text holds one."""
 LONGEST_STATEMENT = 220
 """No match of `_STATEMENT` is longer."""
 _RECENT = 400

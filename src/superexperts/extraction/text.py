@@ -30,7 +30,8 @@ _COMPOSES = re.compile(
 # Chinese and Japanese write no blanks around letters and figures either: 答案是C。
 _CJK = "\u3005-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _ANY_CJK = re.compile(f"[{_CJK}]")
-_CJK_BORDER = re.compile(rf"(?<=[{_CJK}])(?=[A-Za-z0-9$\\\\(])|(?<=[A-Za-z0-9%)])(?=[{_CJK}])")
+_CJK_BEFORE = re.compile(rf"[{_CJK}](?=[A-Za-z0-9$\\(])")
+_CJK_AFTER = re.compile(rf"[{_CJK}](?<=[A-Za-z0-9%)].)")
 # Full-width letters, figures and brackets; full-width stops and colons are known to the patterns.
 _FULL_WIDTH = {
     code: code - 0xFEE0
@@ -115,7 +116,7 @@ def plain(text: str) -> str:
 
 def spaced(text: str) -> str:
     """The text with a blank between a Chinese, Japanese or Korean character and a Latin letter or a figure."""
-    return _CJK_BORDER.sub(" ", text)
+    return _CJK_AFTER.sub(r" \g<0>", _CJK_BEFORE.sub(r"\g<0> ", text))
 
 
 def own_turn(text: str, question: str = "", choices: Sequence[tuple[str, str]] = ()) -> str:
