@@ -170,10 +170,8 @@ def _show_judge(result: dict[str, Any]) -> None:
     line.append(f"none in {result['none']:,}, unreadable {result['unreadable']:,}")
     stdout.print(Text(", ".join(line)), soft_wrap=True)
     if result["unreadable"] == result["asked"] > 0:
-        line = (
-            "no reply of the judge held a verdict, so nothing is said about its agreement; a judge that thinks first "
-        )
-        stdout.print(f"{line}needs a larger limit of tokens (judge_max_tokens)", soft_wrap=True)
+        stdout.print("no reply of the judge held a verdict, so nothing is said about its agreement", soft_wrap=True)
+        stdout.print("a judge that thinks first needs a larger limit of tokens (judge_max_tokens)", soft_wrap=True)
     found = result["agreement"]
     if found is not None:
         interval = f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"

@@ -49,12 +49,11 @@ def json_values(text: str) -> Iterator[Any] | None:
     if "{" not in text and "submit" not in text and "final_answer(" not in text:
         return None
     found = list(_objects(text)) if "{" in text else []
-    values = [value for one in found for value in _values(one)]
+    values: list[Any] = [value for one in found for value in _values(one)]
     if not values:
-        values = [found["a"] or found["b"] or found["c"] for found in _LOOSE.finditer(text) if ":" in found[0]]
-        values = [_constant(value) for value in values if value is not None]
+        values = [_constant(loose["a"] or loose["b"] or loose["c"] or "null") for loose in _LOOSE.finditer(text)]
     if not values and ("submit" in text or "final_answer(" in text):
-        values = [found[1] for found in _CALL.finditer(text)]
+        values = [call[1] for call in _CALL.finditer(text)]
     if values:
         return reversed(values)
     whole = text.strip().removeprefix("```json").removeprefix("```").lstrip()
