@@ -55,7 +55,7 @@ def json_values(text: str) -> Iterator[Any] | None:
     if not values and ("submit" in text or "final_answer(" in text):
         values = [call[1] for call in _CALL.finditer(text)]
     if values:
-        return reversed(values)
+        return iter(values[::-1])
     whole = text.strip().removeprefix("```json").removeprefix("```").lstrip()
     is_json = bool(found) and _is_whole(whole)
     return iter(()) if is_json or _cut_json(whole) or "<tool_call>" in text else None
