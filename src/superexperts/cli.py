@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from rich.markup import escape
 
+from superexperts import __version__
 from superexperts.core.arguments import read_arguments, speller
 from superexperts.core.console import is_main_process, stdout
 from superexperts.core.errors import OptionError, SuperExpertsError
@@ -28,7 +29,8 @@ class Command(NamedTuple):
 
     summary: str
     module: str
-    """In it: the settings class, `run`, `show`, and what `defaults` and `rewrite` name."""
+    """In it: the settings class, `run`, `show`, and what `defaults` and `rewrite` name. `check`, if there is one, finds
+    wrong paths before the heavy imports."""
     settings: str
     work: str | None = None
     """The module with the heavy imports of `run`, imported before it; None for commands that need none."""
@@ -92,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _printing():
             _help()
         return 0
+    if name in ("-V", "--version"):
+        with _printing():
+            print(f"superexperts {__version__}")
+        return 0
     spell: Callable[[str], str] = str
     try:
         with no_interrupt_lost():
@@ -100,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 module = _imported(command.module)
                 spell = speller(getattr(module, command.settings))
                 settings = _settings(name, command, module, words[1:])
+                if hasattr(module, "check"):
+                    module.check(settings)  # a wrong path is an error at once, not after the imports below
                 if command.work is not None:
                     _imported(command.work)
             return _run(module, settings)
@@ -124,6 +132,7 @@ def _help() -> None:
     for name, command in COMMANDS.items():
         stdout.print(f"  {name:14} {escape(command.summary)}", soft_wrap=True)
     stdout.print("\n`superexperts COMMAND --help` shows the options of a command, with an example.")
+    stdout.print("`superexperts --version` shows the version.")
 
 
 def _command(name: str) -> Command:

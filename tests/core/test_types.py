@@ -67,7 +67,7 @@ def test_inline_experts(text: str, experts: Any) -> None:
     assert ExpertSet.parse(text).experts == experts
 
 
-@pytest.mark.parametrize("text", ["L2", "L2E", "2", "L2E54 L3E38", "L2E5,3,4", "LxE1", "", "8,-2", "L2Eshared"])
+@pytest.mark.parametrize("text", ["L2", "L2E", "2", "L2E54 L3E38 x", "L2E5,3,4", "LxE1", "", "8,-2", "L2Eshared"])
 def test_inline_experts_that_cannot_be_read(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ExpertsError, DataError)):
@@ -102,7 +102,7 @@ def test_expert_files_that_cannot_be_read(value: Any, message: str) -> None:
 
 
 def test_a_missing_expert_file_is_named() -> None:
-    with pytest.raises(DataError, match=r"experts: cannot read nothing\.json"):
+    with pytest.raises(DataError, match=r"experts: 'nothing\.json' does not exist"):
         ExpertSet.parse("nothing.json")
 
 

@@ -111,7 +111,8 @@ def test_files(tmp_path: Path) -> None:
     [
         ('{"body": 1}', "row 1 has no 'text' (it has body)"),
         ('{"text": null}', "row 1 has a NoneType as 'text', not a text"),
-        ("[1]", "row 1 is not a JSON object"),
+        ("[1]", "is a JSON array, not JSONL"),
+        ("1", "row 1 is not a JSON object"),
         ('{"text": "a"}\n{', "is not readable as JSONL"),
     ],
 )
@@ -171,7 +172,10 @@ def test_what_local_rows_cannot_give_is_named(tmp_path: Path, shared_data: Path)
         list(documents("wikitext2@deadbeef", data_dir=shared_data))
     with pytest.raises(DataError, match=r"no row in 'fr' \(it has .*de, .*vi.*\); name one"):
         list(documents("multilingual-fr", data_dir=shared_data))
-    for name in ("notes.md", "rows.csv"):
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"is CSV, not JSONL; convert it with pandas: read_csv"):
+        list(documents(str(tmp_path / "rows.csv")))
+    for name in ("notes.md",):
         (tmp_path / name).write_text("a,b")
         with pytest.raises(DataError, match="none of the files that are read: .txt, .jsonl, .jsonl.gz"):
             list(documents(str(tmp_path / name)))
@@ -207,7 +211,7 @@ def test_an_unknown_corpus_and_a_missing_local_file_are_named(tmp_path: Path) ->
         list(documents("c5"))
     with pytest.raises(DataError, match="has no c4_en_demo_text_only.jsonl"):
         list(documents("c4", data_dir=tmp_path))
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match="does not exist; give the folder of the data files"):
         list(documents("c4", data_dir=tmp_path / "none"))
 
 

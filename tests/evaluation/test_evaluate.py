@@ -248,7 +248,7 @@ def test_an_earlier_runs_files_are_not_left_behind(
     ("changes", "error", "message"),
     [
         ({"max_new_tokens": 2048}, OptionError, "max_new_tokens: 2048 leaves no room"),
-        ({"adapter": Path("no/such")}, OptionError, "adapter: 'no/such' is not a folder"),
+        ({"adapter": Path("no/such")}, DataError, "adapter: 'no/such' does not exist"),
         ({"perplexity": "no-such-corpus"}, DataError, "no-such-corpus"),
         ({"silence": "L1E99"}, ExpertsError, "silence: L1E99 is not in the model"),
         ({"silence": "L1E9", "adapter": Path("a")}, OptionError, "silence: 'L1E9' excludes adapter"),

@@ -28,7 +28,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_files_are_named_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("{name: x, data_dir: pocket, train_data: nowhere.json}")
-    with pytest.raises(DataError, match=r"s.yaml: line 1: train_data: 'nowhere.json' is missing"):
+    with pytest.raises(DataError, match=r"s.yaml: line 1: train_data: 'nowhere.json' does not exist"):
         study.run(StudyConfig(study=tmp_path / "s.yaml", out=tmp_path / "out"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "s.yaml"]
 
@@ -53,7 +53,7 @@ max_new_tokens: 2048
 """)
     expected = [
         "line 5: train_data: .* row 1 has no 'answer'",
-        "line 6: training.eval_data: 'nowhere.json' is missing",
+        "line 6: training.eval_data: 'nowhere.json' does not exist",
         "line 4: tasks: vmlu is not on the Hub",
         "line 3: corpus: 'nonsense' is neither a file nor one of",
         "line 3: corpus: .*blank.txt is empty",
@@ -79,7 +79,7 @@ max_new_tokens: 2048
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ("data_dir: nowhere", "line 1: data_dir: 'nowhere' is missing"),
+        ("data_dir: nowhere", "line 1: data_dir: 'nowhere' does not exist"),
         ("model: nowhere/none", "line 1: model: 'nowhere/none' is neither a folder nor"),
         (
             "{data_dir: pocket, evaluation: {perplexity: nonsense}}",

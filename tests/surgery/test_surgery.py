@@ -569,7 +569,7 @@ def change_of(out: Path) -> dict[str, Any]:
         (lambda b, o: amend(o, changes=[{**change_of(o), "bytes": 10**15}]), "differs from the record"),
         (lambda b, o: amend(o, changes=[{**change_of(o), "file": "../../etc/passwd"}]), "differs from the record"),
         (lambda b, o: amend(o, files={"a\nb": {"bytes": 1, "sha256": ""}}), "of .* is not the recorded file"),
-        (lambda b, o: amend(o, model="../nowhere"), "'../nowhere' is neither a folder"),
+        (lambda b, o: amend(o, model="../nowhere"), "'../nowhere' does not exist"),
         (lambda b, o: amend(o, files={"config.json": 3}), r"files\.config\.json: 3 should be an object"),
     ],
 )  # fmt: skip

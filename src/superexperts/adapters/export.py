@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from superexperts.adapters.formats import FORMATS, writable
-from superexperts.checkpoints.source import ModelSource, adapter_folder, resolve
+from superexperts.checkpoints.source import ModelSource, adapter_folder, local_folder, resolve
 from superexperts.core.console import note, stdout
 from superexperts.core.errors import ModelError, OptionError, OutputError
 from superexperts.core.identity import identity
@@ -50,6 +50,13 @@ class ExportConfig:
     """Run Python code that comes with the checkpoint. Only for checkpoints that you trust."""
     json: Switch = False
     """Print the result as JSON."""
+
+
+def check(config: ExportConfig) -> None:
+    """What is wrong without looking into the files, before any library is imported."""
+    adapter_folder(config.adapter)
+    if config.model is not None:
+        local_folder(config.model)
 
 
 def run(config: ExportConfig) -> dict[str, Any]:

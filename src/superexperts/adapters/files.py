@@ -119,9 +119,9 @@ def adapter_config(fields: Mapping[str, Any], folder: Path, field: str) -> LoraC
 def read_fields(folder: Path, field: str) -> dict[str, Any]:
     """The content of adapter_config.json, PEFT's or mlx-lm's; `DataError` about `field` if it is not of LoRA."""
     if not (folder / CONFIG_FILE).is_file():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
-        where = f"it is in {', '.join(inside)}: give one of them" if inside else "give the folder `adapter` of train"
-        raise DataError(f"{folder} has no {CONFIG_FILE}; {where}", field=field)
+        raise DataError(
+            f"{str(folder)!r} has no {CONFIG_FILE}; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}", field=field
+        )
     fields = read_json(folder / CONFIG_FILE, field)
     if not isinstance(fields, dict) or (fields.get("peft_type") != "LORA" and MLX not in fields):
         kind = fields.get("peft_type") or fields.get("fine_tune_type") if isinstance(fields, dict) else None

@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from superexperts.adapters.formats import FORMATS, readable
-from superexperts.checkpoints.source import adapter_folder, resolve
+from superexperts.checkpoints.source import adapter_folder, local_folder, resolve
 from superexperts.core.console import note, stdout
 from superexperts.core.errors import DataError, OptionError
 from superexperts.core.identity import identity
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     LayoutName = str
 else:
     LayoutName = Literal[("auto", *readable())]
+
+
+ADAPTER = "a folder with adapter_config.json and adapter_model.safetensors"
+"""What ADAPTER can be, for errors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,12 @@ class ImportConfig:
     """Print the result as JSON."""
 
 
+def check(config: ImportConfig) -> None:
+    """What is wrong without looking into the files, before any library is imported."""
+    adapter_folder(config.adapter, what=ADAPTER)
+    local_folder(config.model)
+
+
 def run(config: ImportConfig) -> dict[str, Any]:
     """Finds out the layout, reads the file, and writes adapter/ and the manifest.
 
@@ -66,7 +76,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
     from superexperts.models.loading import load_structure
 
     started = time.monotonic()
-    folder = adapter_folder(config.adapter)
+    folder = adapter_folder(config.adapter, what=ADAPTER)
     fields = read_fields(folder, "adapter")
     source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     inputs = identity(config, model=source.fingerprint, adapter=fingerprint(folder))

@@ -44,3 +44,13 @@ def result_columns() -> tuple[str, ...]:
 def title_of(name: str) -> str:
     """The benchmark's name in tables; the name itself if it is not in the registry."""
     return BENCHMARKS[name].title if name in BENCHMARKS else name
+
+
+def default_shots() -> str:
+    """How many examples the few-shot protocol shows by default, such as `5 for mmlu and gsm8k, else 0`."""
+    shots: dict[int, list[str]] = {}
+    for name, benchmark in BENCHMARKS.items():
+        if benchmark.few_shot is not None and benchmark.few_shot.shots:
+            shots.setdefault(benchmark.few_shot.shots, []).append(name)
+    parts = [f"{number} for {' and '.join(names)}" for number, names in shots.items()]
+    return f"{', '.join(parts)}, else 0"

@@ -19,7 +19,7 @@ from superexperts.benchmarks.base import Benchmark, Item, Row, prompt
 from superexperts.benchmarks.fewshot import few_shot_tasks
 from superexperts.benchmarks.quiet import quiet
 from superexperts.core.errors import DataError, Field
-from superexperts.core.jsonl import read_rows
+from superexperts.core.jsonl import read_rows, require_text
 from superexperts.core.runs import digest, fingerprint
 from superexperts.data.corpora import local_data
 from superexperts.pocket import write_benchmarks
@@ -149,6 +149,8 @@ def _local(benchmark: Benchmark, folder: Path, split: str) -> LoadedBenchmark:
     file = _file(stem, folder) or _file(benchmark.other_file or stem, folder)
     if file is not None:
         return _local_cached(benchmark.name, file.resolve(), fingerprint(file))
+    for other in sorted(folder.glob(f"{stem}.*")):
+        require_text(other, "data_dir")
     hint = f"; get {benchmark.source}" if benchmark.source else ""
     raise DataError(
         f"{str(folder)!r} has no {stem}.jsonl or .jsonl.gz for {benchmark.name}; add it, or leave {benchmark.name} out "

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 from superexperts.checkpoints.reader import INDEX, Checkpoint
 from superexperts.checkpoints.writer import RECORD, Change, side_files
 from superexperts.core.errors import DataError
+from superexperts.core.paths import require_inside
 from superexperts.core.runs import read_json, write_json
 from superexperts.core.validation import check_schema, validated
 
@@ -53,12 +54,7 @@ class Record:
     @classmethod
     def read(cls, folder: Path) -> Record:
         """Reads superexperts.json; `DataError` in one line if it is missing or is not such a record."""
-        path = folder / RECORD
-        if not path.is_file():
-            raise DataError(
-                f"{folder} has no {RECORD}, so what was changed is not known; give a folder that `prune` wrote",
-                field="folder",
-            )
+        path = require_inside(folder, RECORD, "folder", "the checkpoint folder that `prune` wrote")
         value = read_json(path, "folder")
         try:
             check_schema(value, SCHEMA, "folder", "give a folder that `prune` wrote")

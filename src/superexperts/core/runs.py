@@ -92,14 +92,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Reads a JSON file; an error is about the field `what`: the setting that named the file, or the kind of file."""
+def read_json(path: Path, what: str, advice: str = "write it again") -> Any:
+    """Reads a JSON file; an error is about the field `what`: the setting that named the file, or the kind of file.
+
+    `advice` says what to do if the file is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror}); check the path", field=what) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
-        raise DataError(f"{path} is not valid JSON ({error}); write it again", field=what) from error
+        raise DataError(f"{path} is not valid JSON ({error}); {advice}", field=what) from error
 
 
 def digest(value: Any) -> str:

@@ -8,13 +8,14 @@ Profile -> ExpertSet -> Variant (a checkpoint or an adapter folder)      Answer 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from superexperts.core.console import is_shown, note
 from superexperts.core.errors import DataError, ExpertsError
+from superexperts.core.expert_names import ExpertId, ExpertKey, expert_id, key_name, key_order, read_keys
+from superexperts.core.paths import require_file, require_inside
 from superexperts.core.runs import read_json
 from superexperts.core.thoughts import Parts, leaves_open, split_thoughts
 from superexperts.core.validation import check_schema, validated
@@ -22,6 +23,7 @@ from superexperts.core.validation import check_schema, validated
 __all__ = [
     "Answer",
     "CorpusProfile",
+    "ExpertId",
     "ExpertKey",
     "ExpertSet",
     "ExpertStats",
@@ -29,28 +31,13 @@ __all__ = [
     "Profile",
     "Score",
     "chosen_experts",
+    "key_name",
+    "key_order",
 ]
 
 Statistic = Literal["all", "first", "reference"]
-ExpertId = int | Literal["shared"]
-ExpertKey = tuple[int, ExpertId]
-"""(layer, expert): the 0-based number of the decoder layer, dense layers counted, and the expert's index in its bank,
-or "shared" for the layer's shared expert(s)."""
-
 PROFILE_SCHEMA = "superexperts/profile/1"
 EXPERTS_SCHEMA = "superexperts/experts/1"
-
-
-def key_order(key: ExpertKey) -> tuple[int, int]:
-    """Sorts experts by layer, routed ones by index, the shared one last."""
-    layer, expert = key
-    return layer, 2**31 if expert == "shared" else expert
-
-
-def key_name(key: ExpertKey) -> str:
-    """`(2, 54)` -> `L2E54`, `(8, "shared")` -> `L8shared`."""
-    layer, expert = key
-    return f"L{layer}shared" if expert == "shared" else f"L{layer}E{expert}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +128,7 @@ class Profile:
     @classmethod
     def from_json(cls, value: Any) -> Profile:
         """The inverse of `to_json`; `DataError` for anything else."""
-        check_schema(value, PROFILE_SCHEMA, "profile")
+        check_schema(value, PROFILE_SCHEMA, "profile", "give the profile.json that `profile` wrote")
         profile = validated(cls, value, "profile", "profile again")
         if not profile.corpora:
             raise DataError("it has no corpus; profile again", field="profile")
@@ -150,7 +137,14 @@ class Profile:
     @classmethod
     def load(cls, path: Path) -> Profile:
         """Reads `profile.json`, or the one in a folder."""
-        return cls.from_json(read_json(path / "profile.json" if path.is_dir() else path, "profile"))
+        what = "the folder that `profile` wrote, or the profile.json in it"
+        if path.is_dir():
+            path = require_inside(path, "profile.json", "profile", what)
+        value = read_json(require_file(path, "profile", what), "profile", f"give {what}")
+        try:
+            return cls.from_json(value)
+        except DataError as error:
+            raise DataError(f"{path}: ", *error.parts, field=error.field) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,26 +170,31 @@ class ExpertSet:
         `{"layer_index", "expert_index", "output_max", "rank"}`, indices as strings or numbers)."""
         if isinstance(value, list):
             reported = [validated(_ReportedExpert, row, "experts", "select again") for row in value]
-            rows = [(row.layer_index, _expert_id(row.expert_index), row.output_max) for row in reported]
+            rows = [(row.layer_index, expert_id(row.expert_index), row.output_max) for row in reported]
             return cls._from_rows("", {"name": "upstream report"}, rows)
-        check_schema(value, EXPERTS_SCHEMA, "experts")
+        check_schema(value, EXPERTS_SCHEMA, "experts", "give the file that `select` wrote")
         file = validated(_ExpertsFile, value, "experts", "select again")
-        return cls._from_rows(file.model, file.rule, [(r.layer, _expert_id(r.expert), r.score) for r in file.experts])
+        return cls._from_rows(file.model, file.rule, [(r.layer, expert_id(r.expert), r.score) for r in file.experts])
 
     @classmethod
-    def parse(cls, text: str) -> ExpertSet:
-        """Reads a file's path, or inline `L2E54,L3E38`, `2,54;3,38`, `L8shared`, `8,-1`."""
+    def parse(cls, text: str, field: str = "experts") -> ExpertSet:
+        """Reads a file's path, or inline `L2E54,L3E38`, `2,54;3,38`, `L8shared`, `8,-1`; blanks and case do not matter.
+
+        Errors are about `field`.
+        """
+        try:
+            return cls._parse(text)
+        except (ExpertsError, DataError) as error:
+            raise error.about(field) from error
+
+    @classmethod
+    def _parse(cls, text: str) -> ExpertSet:
         path = Path(text)
         if path.is_dir() or path.is_file() or path.suffix == ".json":
-            return cls.from_json(read_json(path / "experts.json" if path.is_dir() else path, "experts"))
-        named = re.fullmatch(r"L\d+(E\d+|shared)(,L\d+(E\d+|shared))*", text)
-        numbered = re.fullmatch(r"\d+,-?\d+(;\d+,-?\d+)*;?", text)
-        if named:
-            keys = [(int(a), _expert_id(b)) for a, b in re.findall(r"L(\d+)(?:E(?=\d))?(\d+|shared)", text)]
-        elif numbered:
-            keys = [(int(a), _expert_id(b)) for a, b in re.findall(r"(\d+),(-?\d+)", text)]
-        else:
-            raise ExpertsError(f"{text!r} is neither a file nor like L2E54,L3E38; give one of the two", field="experts")
+            what = "the file that `select` wrote, or experts like L2E54,L3E38"
+            file = require_inside(path, "experts.json", "experts", what) if path.is_dir() else path
+            return cls.from_json(read_json(require_file(file, "experts", what), "experts", f"give {what}"))
+        keys = read_keys(text)
         return cls._from_rows("", {"name": "inline", "text": text}, [(*key, None) for key in keys])
 
     @classmethod
@@ -241,7 +240,7 @@ class _ReportedExpert:
 
 def chosen_experts(text: str, model: str, field: str = "experts") -> ExpertSet:
     """The expert set that the setting `field` names; prints a note if it was selected from another model."""
-    chosen = ExpertSet.parse(text)
+    chosen = ExpertSet.parse(text, field)
     if chosen.model and chosen.model != model:
         note(f"{field}: {text} was selected from {chosen.model!r}, but the model is {model!r}")
     return chosen
@@ -388,12 +387,3 @@ class Score:
     def from_json(cls, value: Any) -> Score:
         """The inverse of `to_json`; `DataError` for anything else."""
         return validated(cls, value, "scores", "extract again")
-
-
-def _expert_id(value: object) -> ExpertId:
-    """54, "54" -> 54; -1, "-1", "shared", "shared_experts" -> "shared"."""
-    if value in (-1, "-1", "shared", "shared_experts"):
-        return "shared"
-    if isinstance(value, int | str) and not isinstance(value, bool) and str(value).isdigit():
-        return int(value)
-    raise ExpertsError(f"{value!r} is not an expert; give an index, or 'shared'", field="experts")

@@ -6,6 +6,7 @@ To add a named corpus, add an entry to `CORPORA`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from superexperts.core.errors import DataError, Field, OptionError
-from superexperts.core.jsonl import read_rows
+from superexperts.core.jsonl import OTHERS, read_rows, require_text
+from superexperts.core.paths import require_folder
 from superexperts.pocket import heldout_documents
 
 __all__ = [
@@ -86,6 +88,10 @@ CORPORA = {
 }
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+PATH = ("/", "./", "../", "~")
+"""Beginnings of a path that is not OWNER/NAME."""
+TABLES = tuple(OTHERS)
+"""Endings of files that are not read, and that no data set on the Hub has in its name."""
 BLOCK = 2**20
 """Characters of a .txt file that are read, and tokenized, at once."""
 WHOLE = 50_000_000
@@ -121,8 +127,8 @@ def local_data(data_dir: Path | None) -> Path | None:
     """The folder of local data files: `data_dir`, or else the environment's SUPEREXPERTS_DATA, or else None."""
     if data_dir is None and os.environ.get("SUPEREXPERTS_DATA"):
         data_dir = Path(os.environ["SUPEREXPERTS_DATA"])
-    if data_dir is not None and str(data_dir) != "pocket" and not data_dir.is_dir():
-        raise DataError(f"{str(data_dir)!r} is not a folder; give the folder of the data files", field="data_dir")
+    if data_dir is not None and str(data_dir) != "pocket":
+        require_folder(data_dir, "data_dir", "the folder of the data files")
     return data_dir
 
 
@@ -131,9 +137,33 @@ def local_file(folder: Path, stem: str) -> Path:
     for suffix in (".jsonl", ".jsonl.gz"):
         if (folder / f"{stem}{suffix}").is_file():
             return folder / f"{stem}{suffix}"
+    for file in sorted(folder.glob(f"{stem}.*")):
+        require_text(file, "data_dir")
     raise DataError(
         f"{folder} has no {stem}.jsonl or {stem}.jsonl.gz; add it, or leave out ", Field("data_dir"), field="data_dir"
     )
+
+
+def require_corpus(corpus: str, field: str = "corpus") -> None:
+    """`DataError` about `field` for what can be neither a file, nor a named corpus, nor a data set on the Hub."""
+    found = named_corpus(corpus)
+    file = Path(corpus if found is None else found.path)
+    if corpus == "pocket" or (found is not None and found.stem is not None):
+        return
+    if file.is_file():
+        require_text(file, field)
+        if not corpus.endswith(FILE_SUFFIXES):
+            raise DataError(
+                f"{corpus} is none of the files that are read: {', '.join(FILE_SUFFIXES)}; convert it", field=field
+            )
+    elif found is None or corpus.endswith(TABLES) or (corpus.startswith(PATH) and not file.exists()):
+        names = ["pocket", *CORPORA]
+        near = difflib.get_close_matches(corpus, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "check the path or the name"
+        raise DataError(
+            f"{corpus!r} is neither a file nor one of {', '.join(names)}, multilingual-LANG or OWNER/NAME; {hint}",
+            field=field,
+        )
 
 
 def takes_column(corpus: str) -> bool:
@@ -170,6 +200,7 @@ def documents(corpus: str, column: str = "text", data_dir: Path | None = None, *
     `corpus` is `pocket`, a name that `named_corpus` knows, or a .txt, .jsonl or .jsonl.gz file. In a file or a data set
     without a name in `CORPORA`, `column` holds the text. Names win over files: a file called `math` is `./math`.
     """
+    require_corpus(corpus)
     found = named_corpus(corpus, column)
     if corpus == "pocket":
         yield from heldout_documents()
@@ -188,10 +219,6 @@ def documents(corpus: str, column: str = "text", data_dir: Path | None = None, *
             )
         yield from _file_texts(local_file(folder, found.stem), found, blank)
     elif Path(corpus).is_file():
-        if not corpus.endswith(FILE_SUFFIXES):
-            raise DataError(
-                f"{corpus} is none of the files that are read: {', '.join(FILE_SUFFIXES)}; convert it", field="corpus"
-            )
         file = Path(corpus)
         if corpus.endswith(".txt"):
             # One block, where blank texts count: the caller then needs the text exactly as it is.
@@ -200,13 +227,6 @@ def documents(corpus: str, column: str = "text", data_dir: Path | None = None, *
             yield from _file_texts(file, Corpus(path=corpus, split="", text=(column,)), blank)
     elif found is not None:
         yield from _hub_texts(corpus, found, blank)
-    else:
-        names = ", ".join(["pocket", *CORPORA])
-        raise DataError(
-            f"{corpus!r} is neither a file nor one of {names}, multilingual-LANG and OWNER/NAME; check the path or the "
-            "name",
-            field="corpus",
-        )
 
 
 def _hub_texts(name: str, corpus: Corpus, blank: bool) -> Iterator[str]:

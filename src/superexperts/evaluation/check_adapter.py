@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional
 
-from superexperts.checkpoints.source import resolve
+from superexperts.checkpoints.source import adapter_folder, local_folder, resolve
 from superexperts.core.console import stdout
 from superexperts.core.errors import DataError, Field
 from superexperts.core.settings import (
@@ -23,6 +23,7 @@ from superexperts.core.settings import (
     require_sequences,
     require_url,
 )
+from superexperts.data.corpora import local_data, require_corpus
 
 __all__ = ["CheckAdapterConfig", "run", "show"]
 
@@ -81,6 +82,15 @@ class CheckAdapterConfig(ServerConfig, SeededConfig):
             )
 
 
+def check(config: CheckAdapterConfig) -> None:
+    """What is wrong without looking into the files, before any library is imported."""
+    require_corpus(config.corpus)
+    local_data(config.data_dir)
+    if config.base_url is None:
+        adapter_folder(config.adapter)
+        local_folder(config.model)
+
+
 def run(config: CheckAdapterConfig) -> dict[str, Any]:
     """Checks the adapter and returns the numbers that `show` prints; writes nothing.
 
@@ -92,7 +102,6 @@ def run(config: CheckAdapterConfig) -> dict[str, Any]:
     from superexperts.adapters.effect import require_effect
     from superexperts.adapters.files import read_adapter
     from superexperts.adapters.lora import load_adapter
-    from superexperts.checkpoints.source import adapter_folder
     from superexperts.data.packing import corpus_sequences
     from superexperts.models.loading import load_model, load_tokenizer
 

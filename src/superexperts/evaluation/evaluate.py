@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from superexperts.benchmarks import BENCHMARKS, default_benchmarks
-from superexperts.checkpoints.source import ModelSource, resolve
+from superexperts.benchmarks import BENCHMARKS, default_benchmarks, default_shots
+from superexperts.checkpoints.source import ModelSource, adapter_folder, local_folder, resolve
 from superexperts.core.console import is_main_process, is_shown, note, stdout
 from superexperts.core.errors import Field, OptionError
 from superexperts.core.identity import identity
@@ -33,11 +33,12 @@ from superexperts.core.settings import (
     require_url,
     thinking_of,
 )
-from superexperts.core.types import chosen_experts
+from superexperts.core.types import ExpertSet, chosen_experts
+from superexperts.data.corpora import local_data, require_corpus
 from superexperts.engines import ENGINES, Opening, in_process_engines, open_engine
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from superexperts.evaluation.prompts import Prompts
@@ -55,15 +56,7 @@ _ENGINE_HELP = "What runs the model: " + ", ".join(f"`{name}` {one.help}" for na
 _TASKS_HELP = "Benchmarks, separated by commas; also available: " + (
     ", ".join(name for name in BENCHMARKS if name not in default_benchmarks()) + "."
 )
-
-
-def _shots_help() -> str:
-    shots: dict[int, list[str]] = {}
-    for name, benchmark in BENCHMARKS.items():
-        if benchmark.few_shot is not None and benchmark.few_shot.shots:
-            shots.setdefault(benchmark.few_shot.shots, []).append(name)
-    parts = [f"{number} for {' and '.join(names)}" for number, names in shots.items()]
-    return f"loglikelihood: examples before each question; default: {', '.join(parts)}, else 0."
+_SHOTS_HELP = f"loglikelihood: examples before each question; default: {default_shots()}."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +80,7 @@ class EvaluateConfig(ChatConfig, ServerConfig, SeededConfig):
     protocol: Literal["generative", "loglikelihood"] = "generative"
     """`generative`: zero-shot, free text, read by `extract`; `loglikelihood`: the few-shot tasks of
     lm-evaluation-harness, which take the most probable choice (GSM8K generates)."""
-    num_fewshot: Annotated[int | None, tyro.conf.arg(help=_shots_help())] = None
+    num_fewshot: Annotated[int | None, tyro.conf.arg(help=_SHOTS_HELP)] = None
     split: Literal["default", "test"] = "default"
     """`test`: VMLU's test rows. Their answers are not published; `extract` writes the file to submit."""
     out: Path = Path("runs/evaluate")
@@ -184,6 +177,19 @@ class EvaluateConfig(ChatConfig, ServerConfig, SeededConfig):
         return tuple(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
 
 
+def check(config: EvaluateConfig) -> None:
+    """What is wrong without looking into the files, before any library is imported."""
+    if not ENGINES[config.engine].server:
+        local_folder(config.model)
+    if config.adapter is not None:
+        adapter_folder(config.adapter)
+    if config.silence is not None:
+        ExpertSet.parse(config.silence, "silence")
+    local_data(config.data_dir)
+    if config.perplexity is not None:
+        require_corpus(config.perplexity, "perplexity")
+
+
 # Functions below import torch, transformers and the harness themselves, so that --help and a wrong setting do not wait
 # for them.
 
@@ -217,7 +223,7 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     from superexperts.evaluation.ask import ask_one, chosen_items, first_prompts, whole_prompt
     from superexperts.evaluation.opening import adapter_to_ask, prepared
     from superexperts.evaluation.outcomes import how_they_ended, sentence
-    from superexperts.evaluation.perplexity import measured_perplexity, write_perplexity
+    from superexperts.evaluation.perplexity import measured_perplexity, sequences_of, write_perplexity
     from superexperts.evaluation.prompts import chat_parameters
     from superexperts.models.hooks import silenced
     from superexperts.models.loading import load_tokenizer
@@ -237,7 +243,16 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
         source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     tokenizer = None if source is None else load_tokenizer(source)
     prompts = _prompts(config, tokenizer)
-    sequences_BL = _sequences(config, tokenizer)
+    sequences_BL = None
+    if config.perplexity is not None and tokenizer is not None:
+        sequences_BL = sequences_of(
+            config.perplexity,
+            config.data_dir,
+            tokenizer,
+            column=config.column,
+            seq_len=config.seq_len,
+            tokens=None if config.reference_windows else config.tokens,
+        )
     adapter = adapter_to_ask(config.adapter, prompts) if config.adapter else None
     inputs = identity(
         config,
@@ -298,18 +313,6 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     write_manifest(out, "evaluate", inputs, outputs, seconds, effect=effect, **reported)
     remove_journals(out / "answers")
     return _summary(config, reported)
-
-
-def _sequences(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor | None:
-    """Token ids [B, L] of the corpus for the perplexity; None if it is not measured."""
-    from superexperts.data.packing import corpus_sequences, reference_windows
-
-    if config.perplexity is None or tokenizer is None:
-        return None
-    where: Any = (config.perplexity, config.data_dir, tokenizer)
-    if config.reference_windows:
-        return reference_windows(*where, seq_len=config.seq_len, column=config.column)
-    return corpus_sequences(*where, tokens=config.tokens, seq_len=config.seq_len, column=config.column)
 
 
 def _url(config: EvaluateConfig) -> str:

@@ -15,14 +15,24 @@ import torch.nn.functional as F
 from rich.progress import track
 from scipy import stats
 from torch import LongTensor, Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from superexperts.core.console import is_main_process, stderr
 from superexperts.core.distributed import gathered, my_share
 from superexperts.core.errors import Field, ModelError
 from superexperts.core.runs import write_json
+from superexperts.data.packing import corpus_sequences, reference_windows
 from superexperts.models.finite import not_finite_error
 
-__all__ = ["Perplexity", "measured_perplexity", "perplexity", "perplexity_of", "sequence_losses", "write_perplexity"]
+__all__ = [
+    "Perplexity",
+    "measured_perplexity",
+    "perplexity",
+    "perplexity_of",
+    "sequence_losses",
+    "sequences_of",
+    "write_perplexity",
+]
 
 PERPLEXITY_SCHEMA = "superexperts/perplexity/1"
 
@@ -35,6 +45,21 @@ class Perplexity:
     """exp of the mean over all predicted tokens, which is the mean over the sequences."""
     interval: tuple[float, float] | None
     """95%, by Student's t on the mean losses of the sequences, taken as independent; None for one sequence."""
+
+
+def sequences_of(
+    corpus: str,
+    data_dir: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    column: str | None,
+    seq_len: int,
+    tokens: int | None,
+) -> Tensor:
+    """Token ids [B, L] of a corpus; without `tokens` all of it, in the windows of the paper's code."""
+    if tokens is None:
+        return reference_windows(corpus, data_dir, tokenizer, seq_len=seq_len, column=column)
+    return corpus_sequences(corpus, data_dir, tokenizer, tokens=tokens, seq_len=seq_len, column=column)
 
 
 @torch.inference_mode()

@@ -13,16 +13,18 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
+from superexperts.checkpoints.source import JUDGE, local_folder
 from superexperts.core.console import stdout
 from superexperts.core.errors import Field, OptionError
+from superexperts.core.jsonl import require_text
+from superexperts.core.paths import require_file, require_folder
 from superexperts.core.runs import read_json
 from superexperts.core.settings import ServerConfig, Switch, require, require_url
 from superexperts.engines import ENGINES
-from superexperts.extraction.audit import audit_file
-from superexperts.extraction.judge import Judge, open_judge
-from superexperts.extraction.scores import extract_folder
 
 if TYPE_CHECKING:
+    from superexperts.extraction.judge import Judge
+
     JudgeEngine = str
 else:
     # A server is named by its URL instead.
@@ -102,11 +104,26 @@ class ExtractConfig(ServerConfig):
             require(self.judge_engine == "hf", "judge_engine", self.judge_engine, *why)
 
 
+def check(config: ExtractConfig) -> None:
+    """What is wrong without reading the files, before any library is imported."""
+    if config.audit is not None:
+        require_file(config.audit, "audit", "a JSONL file of labelled generations")
+        require_text(config.audit, "audit")
+    if config.folder is not None:
+        require_folder(config.folder, "folder", "the folder that `evaluate` wrote")
+    if config.judge != "off" and config.judge_base_url is None:
+        local_folder(config.judge, field="judge", what=JUDGE)
+
+
 def run(config: ExtractConfig, judge: Judge | None = None) -> dict[str, Any]:
     """Extracts the answers of a folder and returns the scores, or audits the extraction itself.
 
     `judge` is the judge that the settings name, if it is open already.
     """
+    # Imported here, so that --help and a wrong path do not wait for scipy.
+    from superexperts.extraction.audit import audit_file
+    from superexperts.extraction.scores import extract_folder
+
     if config.audit is not None:
         return audit_file(config.audit, judge_of(config, None))  # a labelled file has no folder to keep replies in
     assert config.folder is not None
@@ -119,6 +136,8 @@ def judge_of(config: ExtractConfig, replies: Path | None) -> Judge | None:
     """The judge that the settings name, None for `off`; `replies` is the file that keeps its replies."""
     if config.judge == "off":
         return None
+    from superexperts.extraction.judge import open_judge
+
     return open_judge(
         config.judge,
         replies,

@@ -246,7 +246,7 @@ def open_judge(
     `replies` is the file that keeps its replies, None to keep them in memory only.
     """
     # torch and the harness take seconds to import, and extraction by rules needs neither.
-    from superexperts.checkpoints.source import resolve
+    from superexperts.checkpoints.source import JUDGE, resolve
     from superexperts.engines import ENGINES, Opening, open_engine, require_engine
     from superexperts.engines.harness import TransformersModel
     from superexperts.engines.server import api, chat_url
@@ -258,7 +258,7 @@ def open_judge(
         server = api(model, url, concurrency=concurrency, timeout=timeout, retries=retries, field="judge_base_url")
         return Judge(model, {"server": url, "name": model}, _asking(lambda: server, max_tokens), kept, max_tokens)
     require_engine(engine, "judge_engine")
-    source = resolve(model, field="judge")
+    source = resolve(model, field="judge", what=JUDGE)
 
     def load() -> Any:
         try:

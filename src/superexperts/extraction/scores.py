@@ -18,6 +18,7 @@ from superexperts.benchmarks.base import Withheld
 from superexperts.core.console import note
 from superexperts.core.errors import DataError
 from superexperts.core.parallel import parallel_map
+from superexperts.core.paths import require_folder
 from superexperts.core.runs import (
     MANIFEST,
     completed,
@@ -139,6 +140,8 @@ def extract_folder(folder: Path, judge: Judge | None = None, scope: str = "left"
     `DataError` if there are no answers, a line is not an answer, or `evaluate` was interrupted.
     """
     started = time.monotonic()
+    what = "the folder that `evaluate` wrote"
+    require_folder(folder, "folder", what)
     files = sorted((folder / "answers").glob("*.jsonl"), key=_order)
     raw = raw_files(folder)
     if any((folder / "answers").glob(".*.partial")):
@@ -148,7 +151,7 @@ def extract_folder(folder: Path, judge: Judge | None = None, scope: str = "left"
     if files and raw:
         raise DataError(f"{str(folder)!r} has answers/ and raw_result_*.json; keep them in two folders", field="folder")
     if not files and not raw:
-        raise DataError(f"{str(folder)!r} has no answers/*.jsonl; give a folder that `evaluate` wrote", field="folder")
+        raise DataError(f"{str(folder)!r} has no answers/*.jsonl; give {what}", field="folder")
     inputs = {
         "answers": {file.name: fingerprint(file) for file in files or raw},
         "judge": None if judge is None else {"model": judge.identity, "scope": scope, **recorded_prompt()},

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from superexperts.core.errors import DataError, Field
+from superexperts.core.errors import DataError
+from superexperts.core.paths import require_folder
 from superexperts.core.runs import MANIFEST, MANIFEST_SCHEMA, changed_outputs, read_json
 
 __all__ = ["Bundle", "Upload", "collect"]
@@ -75,6 +76,7 @@ def collect(folder: Path, base_model: str | None) -> Bundle:
     is missing or is not what its manifest says, is of no kind that these commands write, is a link out of the
     folder, names the user's or the current folder in another way, or holds a token.
     """
+    require_folder(folder, "folder", "the folder that `train` or `study` wrote")
     study = (folder / "results.json").is_file()
     if study:
         top, files = folder, _of_study(folder)
@@ -131,8 +133,7 @@ def _of_adapter(folder: Path) -> tuple[Path, dict[str, Path]]:
     adapter = folder if (folder / ADAPTER_CONFIG).is_file() else folder / "adapter"
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise DataError(
-            f"{folder} holds neither an adapter nor results.json; give what `train` or `study` wrote to ",
-            Field("out"),
+            f"{str(folder)!r} holds neither an adapter nor results.json; give the folder that `train` or `study` wrote",
             field="folder",
         )
     own = (adapter / MANIFEST).is_file()

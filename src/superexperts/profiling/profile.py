@@ -18,13 +18,14 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
-from superexperts.checkpoints.source import ModelSource, resolve
+from superexperts.checkpoints.source import ModelSource, local_folder, resolve
 from superexperts.core.console import is_main_process, note, stdout
 from superexperts.core.errors import Field, OptionError
 from superexperts.core.identity import identity
 from superexperts.core.runs import completed, input_key, prepare_folder, read_json, write_json, write_manifest
 from superexperts.core.settings import ModelConfig, Switch, require, require_device, require_sequences
 from superexperts.core.types import CorpusProfile, Profile, Statistic, key_name
+from superexperts.data.corpora import check_column, local_data, require_corpus
 from superexperts.profiling.criterion import PEAK_FIELDS, layers_below, peak, super_experts_of
 
 if TYPE_CHECKING:
@@ -117,13 +118,22 @@ class ProfileConfig(ModelConfig):
         )
 
 
+def check(config: ProfileConfig) -> None:
+    """What is wrong without reading the files, before any library is imported."""
+    local_folder(config.model)
+    for name in config.corpus:
+        require_corpus(name)
+    check_column(config.column, config.corpus or ("pocket",))
+    local_data(config.data_dir)
+
+
 def run(config: ProfileConfig) -> dict[str, Any]:
     """Profiles each corpus, writes profile.json and the pictures, and returns the numbers that `show` prints.
 
     Of several processes only the first returns numbers.
     """
     from superexperts.core.distributed import from_main_process
-    from superexperts.data.corpora import check_column, documents, local_data
+    from superexperts.data.corpora import documents
     from superexperts.data.packing import digest_ids, pack
     from superexperts.models.loading import load_tokenizer
 

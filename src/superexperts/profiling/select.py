@@ -162,7 +162,7 @@ def _chosen(profile: Profile, config: SelectConfig) -> ExpertSet:
 
 def _like(profile: Profile, corpus: str, text: str | None) -> tuple[ExpertKey, ...]:
     """The experts of `like`; `ExpertsError` for one that the profile does not have."""
-    like = () if text is None else ExpertSet.parse(text).experts
+    like = () if text is None else ExpertSet.parse(text, "like").experts
     experts = {row.key for row in profile.corpora[corpus].experts}
     unknown = next((key for key in like if key not in experts), None)
     if unknown is not None:

@@ -22,6 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from superexperts import __version__
 from superexperts.core.errors import DataError
 from superexperts.core.jsonl import read_rows
+from superexperts.core.paths import require_inside
 from superexperts.core.runs import fingerprint, new_folder, read_json, write_manifest, write_text
 from superexperts.core.types import Answer, ExpertSet, Extraction, key_name
 from superexperts.reports.answers import disagreements, script_safe, visible
@@ -38,6 +39,8 @@ T = TypeVar("T")
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIGURES = "figures"
+FINISHED = "the folder of a finished study"
+"""What a report is made of, for errors."""
 MAX_PAGE, MAX_ANSWERS = 4_900_000, 2_000_000
 """Most bytes of the page, which must stay under 5 MB, and of the answers in it."""
 
@@ -50,8 +53,7 @@ def write_report(folder: Path, settings: Mapping[str, type]) -> Path:
     one would type them.
     """
     started = time.monotonic()
-    if not (folder / "results.json").is_file():
-        raise DataError(f"{folder} has no results.json; give the folder of a finished study", field="folder")
+    require_inside(folder, "results.json", "folder", FINISHED)
     results = Results.load(folder)
     extractions = _load_lines(folder, results, "extractions", Extraction.from_json)
     answers = _load_lines(folder, results, "answers", Answer.from_json)

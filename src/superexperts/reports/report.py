@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import Positional
 
 from superexperts.core.console import stdout
+from superexperts.core.paths import require_inside
 from superexperts.core.settings import Switch
 
 __all__ = ["ReportConfig", "run", "show", "write_report"]
@@ -31,6 +32,11 @@ class ReportConfig:
 def run(config: ReportConfig) -> dict[str, Any]:
     """Writes report.html, report.md and figures/ into a study's folder."""
     return {"out": str(config.folder), "report": str(write_report(config.folder))}
+
+
+def check(config: ReportConfig) -> None:
+    """What is wrong without looking into the files, before any library is imported."""
+    require_inside(config.folder, "results.json", "folder", "the folder of a finished study")
 
 
 def show(result: dict[str, Any]) -> None:

@@ -17,15 +17,15 @@ from transformers import AutoConfig
 
 from superexperts.benchmarks import BENCHMARKS
 from superexperts.benchmarks.loading import load_benchmarks
-from superexperts.checkpoints.source import ModelSource, resolve
+from superexperts.checkpoints.source import JUDGE, MODEL, ModelSource, hub_error, local_folder, resolve
 from superexperts.core.errors import DataError, ModelError, OptionError, UserError
+from superexperts.core.paths import missing, require_folder
 from superexperts.core.types import ExpertSet
 from superexperts.data.corpora import documents, local_data, named_corpus
 from superexperts.data.packing import pack
 from superexperts.engines import require_engine
 from superexperts.models.banks import check_experts, find_banks
 from superexperts.models.loading import load_tokenizer, pick_device, structure_of
-from superexperts.pocket import checkpoint_dir
 from superexperts.studies.cells import extraction_settings
 from superexperts.studies.lined_yaml import Place, together
 from superexperts.studies.plan import Plan
@@ -110,15 +110,15 @@ def settings_of_plan(plan: Plan) -> Any:
 
 
 def _settings(model: str, revision: str | None, field: str) -> Any:
-    where = str(checkpoint_dir()) if model == "pocket" else model
+    what = MODEL if field == "model" else JUDGE
+    folder = local_folder(model, field=field, what=what)
     try:
-        return AutoConfig.from_pretrained(where, revision=revision)
+        return AutoConfig.from_pretrained(folder or model, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{model!r} is neither a folder nor a model on the Hub ({type(error).__name__}); "
-            "check the name and the network, or use `pocket`",
-            field=field,
-        ) from error
+        if folder is None:
+            raise hub_error(model, revision, error, field=field, what=what) from error
+        why = " ".join(str(error).split())[:200]
+        raise ModelError(f"{model!r} cannot be built ({why}); check its config.json", field=field) from error
 
 
 def _raise(error: UserError) -> None:
@@ -127,7 +127,7 @@ def _raise(error: UserError) -> None:
 
 def _rows(field: str, file: Path) -> None:
     if not file.exists():
-        raise DataError(f"{str(file)!r} is missing; check the path", field=field)
+        raise DataError(f"{missing(file)}; give a file of rows", field=field)
     read_rows(file, field)
 
 
@@ -140,7 +140,7 @@ def _one_prompt() -> None:
 
 
 def _folder(data_dir: str) -> None:
-    raise DataError(f"{data_dir!r} is missing; check the path", field="data_dir")
+    require_folder(Path(data_dir), "data_dir", "the folder of the data files, or pocket")
 
 
 def _data(plan: Plan) -> Iterator[Check]:

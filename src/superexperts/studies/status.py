@@ -13,7 +13,7 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from superexperts.core.console import stdout
-from superexperts.core.errors import DataError
+from superexperts.core.paths import require_inside
 from superexperts.core.runs import read_json
 from superexperts.core.settings import Switch
 from superexperts.core.types import Score
@@ -40,13 +40,11 @@ class StatusConfig:
 
 def run(config: StatusConfig) -> dict[str, Any]:
     """The command: the state of every cell, and the scores of the runs that were evaluated and extracted."""
+    file = require_inside(config.folder, "study.yaml", "folder", "the folder of a study")
     # A study's plan knows the settings of every command, which takes seconds to import; --help does not need it.
     from superexperts.studies.cells import cells
     from superexperts.studies.study_file import parse
 
-    file = config.folder / "study.yaml"
-    if not file.is_file():
-        raise DataError(f"{config.folder} has no study.yaml; give the folder of a study", field="folder")
     plan = parse(file.read_text(encoding="utf-8"), str(file))
     states = cell_states(config.folder, cells(plan))
     return {

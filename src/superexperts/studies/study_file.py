@@ -165,9 +165,9 @@ class _Reader(LinedYaml):
 
     def _check_set(self, path: Place, text: str) -> None:
         try:
-            ExpertSet.parse(text)
+            ExpertSet.parse(text, str(path[-1]))
         except (ExpertsError, DataError) as error:
-            self.error(path, error.about(str(path[-1])).line())
+            self.error(path, error.line())
 
     def _variants(self, items: list[Any], sets: Mapping[str, Any], seeds: int) -> tuple[VariantPlan, ...]:
         plans: list[VariantPlan] = []

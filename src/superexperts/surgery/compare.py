@@ -19,9 +19,9 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from superexperts.checkpoints.reader import Checkpoint
-from superexperts.checkpoints.source import CONFIG_FILE, ModelSource, adapter_folder, resolve
+from superexperts.checkpoints.source import ModelSource, adapter_folder, is_adapter, local_folder, resolve
 from superexperts.core.console import note, progress, stdout
-from superexperts.core.errors import ExpertsError, Field, ModelError
+from superexperts.core.errors import Field, ModelError
 from superexperts.core.runs import fingerprint, new_folder, write_json, write_manifest
 from superexperts.core.settings import Switch, require
 from superexperts.core.types import ExpertKey, ExpertSet, key_name, key_order
@@ -38,6 +38,8 @@ ADDED_LATER = ("transformers_version", "_name_or_path")
 """Fields of config.json that say which program wrote it, not what the model is."""
 RENAMED = {"torch_dtype": "dtype"}
 """Older names of fields -> their names in transformers 5."""
+B = "a checkpoint folder, a model on the Hub (OWNER/NAME), `pocket`, or an adapter folder"
+"""What B can be, for errors."""
 MOST_ROWS = 20
 """Rows of a table in the terminal at most."""
 RENUMBERED = (
@@ -83,15 +85,14 @@ def run(config: CompareConfig) -> dict[str, Any]:
     """Compares A and B. If what was expected does not hold, `exit_code` in the result is 1 and `failed` says why."""
     started = time.monotonic()
     expected = _expected(config.expect_only)
-    adapter = adapter_folder(Path(config.b))
-    # Several below a folder that is not a checkpoint: `read_fields` names them.
-    several = not (adapter / "config.json").is_file() and any(adapter.glob(f"*/{CONFIG_FILE}"))
-    is_adapter = (adapter / CONFIG_FILE).is_file() or several
+    adapter = adapter_folder(Path(config.b)) if is_adapter(Path(config.b)) else None
     code = config.trust_remote_code
     one = resolve(config.a, config.revision, trust_remote_code=code, field="a")
-    other = None if is_adapter else resolve(config.b, config.revision_b, trust_remote_code=code, field="b")
+    other = None
+    if adapter is None:
+        other = resolve(config.b, config.revision_b, trust_remote_code=code, field="b", what=B)
     with Checkpoint(one.folder, one.field) as a:
-        parts = _parts_of(one, a, needed=is_adapter or expected is not None)
+        parts = _parts_of(one, a, needed=adapter is not None or expected is not None)
         if parts is not None and expected is not None:
             from superexperts.models.banks import check_experts
 
@@ -99,6 +100,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
             parts.key_mapping.check_complete(parts.model)  # a tensor that both lack would not show as a difference
         if other is None:
             assert parts is not None
+            assert adapter is not None
             differences = _with_adapter(parts, adapter)
         else:
             with Checkpoint(other.folder, other.field) as b:
@@ -113,18 +115,29 @@ def run(config: CompareConfig) -> dict[str, Any]:
         **_judged(config, expected, differences, settings),
     }
     if config.out is not None:
-        _write(config, result, parts, started, [one.folder, adapter if other is None else other.folder])
+        second = other.folder if other is not None else adapter
+        assert second is not None
+        _write(
+            config,
+            result,
+            parts,
+            started,
+            [one.folder, second],
+        )
         result["out"] = str(config.out)
     return result
 
 
+def check(config: CompareConfig) -> None:
+    """What is wrong without looking into the files, before any library is imported."""
+    local_folder(config.a, field="a")
+    if not is_adapter(Path(config.b)):
+        local_folder(config.b, field="b", what=B)
+    _expected(config.expect_only)
+
+
 def _expected(text: str | None) -> tuple[ExpertKey, ...] | None:
-    if text is None:
-        return None
-    try:
-        return ExpertSet.parse(text).experts
-    except ExpertsError as error:
-        raise error.about("expect_only") from error
+    return None if text is None else ExpertSet.parse(text, "expect_only").experts
 
 
 def _between(a: Checkpoint, b: Checkpoint, one: ModelParts | None, other: ModelParts | None) -> list[Difference]:

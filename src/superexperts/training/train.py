@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import tyro
 
+from superexperts.checkpoints.source import local_folder
 from superexperts.core.console import is_main_process, note, stdout
 from superexperts.core.errors import Field, OptionError
 from superexperts.core.identity import identity
 from superexperts.core.runs import completed, fingerprint, input_key, new_folder, read_json, write_manifest
 from superexperts.core.settings import SeededConfig, Switch, require, require_device, require_seed
-from superexperts.core.types import ExpertKey, chosen_experts, key_name
+from superexperts.core.types import ExpertKey, ExpertSet, chosen_experts, key_name
 from superexperts.data.row_files import data_files
 from superexperts.training.by_expert import values_by_expert
 from superexperts.training.recipe import read_recipe
@@ -203,6 +204,14 @@ def recipe_settings(file: Path) -> dict[str, Any]:
     """The settings of `train` that a recipe holds; `OptionError` for a name or a type that `train` does not have."""
     kinds = {name: kind for name, kind in get_type_hints(TrainConfig).items() if name not in NEVER_FROM_RECIPE}
     return read_recipe(file, kinds)
+
+
+def check(config: TrainConfig) -> None:
+    """What is wrong without reading the files, before any library is imported."""
+    _data_files(config)
+    if config.experts is not None:
+        ExpertSet.parse(config.experts)
+    local_folder(config.model)
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
