@@ -207,20 +207,23 @@ def recipe_settings(file: Path) -> dict[str, Any]:
 
 
 def check(config: TrainConfig) -> None:
-    """What is wrong without reading the files, before any library is imported."""
-    _data_files(config)
+    """What is wrong without reading the files, before any library is imported.
+
+    A study may give projections to all its trainings; here they are an error without experts.
+    """
     if config.experts is not None:
         ExpertSet.parse(config.experts)
+    elif config.projections != TrainConfig.projections:
+        raise OptionError(
+            f"{config.projections!r} is for experts; give ", Field("experts"), ", or leave it out", field="projections"
+        )
+    _data_files(config)
     local_folder(config.model)
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Trains as `train` does. `OptionError` for projections without experts, which are an error here only: a study may
-    give them to all its trainings."""
-    if config.experts is None and config.projections != TrainConfig.projections:
-        raise OptionError(
-            f"{config.projections!r} is for experts; give ", Field("experts"), ", or leave it out", field="projections"
-        )
+    """Checks the settings and trains as `train` does."""
+    check(config)
     return train(config)
 
 
