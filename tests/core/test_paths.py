@@ -39,7 +39,7 @@ def test_a_name_that_only_a_path_has_is_not_asked_of_the_hub(tmp_path: Path, mon
         "model.safetensors": "'model.safetensors' is a file; give a checkpoint folder",
         "../no/such": "does not exist; give a checkpoint folder",
         "a/b/c": "'a/b/c' does not exist; give a checkpoint folder",
-        "": "''; give a checkpoint folder",
+        "": "the name is empty; give a checkpoint folder",
     }.items():
         with pytest.raises(ModelError, match=re.escape(said)):
             local_folder(name)

@@ -203,7 +203,7 @@ def test_an_answer_of_null_is_empty(tmp_path: Path, data: Path) -> None:
         ({"engine": "sglang", "perplexity": "c4"}, "perplexity: 'c4' needs engine hf, not sglang"),
         ({"concurrency": 0}, "concurrency: 0 is not positive"),
         ({"timeout": 0}, "timeout: 0 is not positive"),
-        ({"timeout": float("inf")}, "timeout: inf is not positive and finite; give some seconds"),
+        ({"timeout": float("inf")}, "timeout: inf is not a finite number; give one"),
         ({"column": "body"}, "column: 'body' does nothing without perplexity"),
         ({"column": "body", "perplexity": "wikitext2"}, "column: 'body' has no effect on wikitext2; leave it out"),
         ({"retries": -1}, "retries: -1 is negative"),

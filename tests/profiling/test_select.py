@@ -269,8 +269,8 @@ FOR_SUPER: dict[str, Any] = {"criterion": "reference", "percentile": 90.0, "rati
         ({"rule": "gate"}, "rule: gate needs count, share or like"),
         ({"rule": "reap", "count": 2, "share": 0.5}, "share: 0.5 excludes count; give one of the two"),
         ({"rule": "routed", "share": 1.5}, "share: 1.5 is out of range"),
-        ({"ratio": math.inf}, "ratio: inf is not positive and finite"),
-        ({"ratio": math.nan}, "ratio: nan is not positive and finite"),
+        ({"ratio": math.inf}, "ratio: inf is not a finite number"),
+        ({"ratio": math.nan}, "ratio: nan is not a finite number"),
         *(
             (
                 {"rule": rule, name: value} | needed,

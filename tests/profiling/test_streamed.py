@@ -367,7 +367,7 @@ def test_a_disk_too_full_for_the_hidden_states_is_an_error(tmp_path: Path, monke
 
 def test_a_quick_look_needs_no_more_tokens_than_one_of_its_own_sequences() -> None:
     ProfileConfig(quick=True, tokens=64)
-    with pytest.raises(OptionError, match="tokens: 63 is under one sequence of 64"):
+    with pytest.raises(OptionError, match="tokens: 63 is less than one sequence .seq_len 64.; give at least 64"):
         ProfileConfig(quick=True, tokens=63)
 
 

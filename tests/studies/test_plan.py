@@ -79,7 +79,10 @@ name: y
         ("{name: x, data_dir: pocket, tasks: []}", "tasks: [] is not a list of names"),
         ("{name: x, data_dir: pocket, tasks: [mmlu, mmlu]}", "has a name twice"),
         ("{name: x, data_dir: pocket, tokens: 1.5}", "tokens: 1.5 is not a whole number"),
-        ("{name: x, data_dir: pocket, tokens: 100, seq_len: 200}", "tokens: 100 is under one sequence of 200"),
+        (
+            "{name: x, data_dir: pocket, tokens: 100, seq_len: 200}",
+            "tokens: 100 is less than one sequence (seq_len 200); give at least 200",
+        ),
         ("{name: x, data_dir: pocket, training: 3}", "training: 3 is not a mapping of options"),
         (
             "{name: x, data_dir: pocket, training: {prompt: loud}}",
@@ -182,7 +185,7 @@ def test_an_error_that_two_commands_find_is_reported_once() -> None:
     reported = str(error.value).splitlines()[1:]
     assert reported == [
         "  line 2: seq_len: 0 is too short; give at least 2",
-        "  line 3: r: -1 is not positive and finite; give more than 0",
+        "  line 3: r: -1 is not positive; give more than 0",
     ]
 
 

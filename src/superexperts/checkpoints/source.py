@@ -96,6 +96,8 @@ def local_folder(name: str, *, field: str = "model", what: str = MODEL) -> Path 
     """
     if name == "pocket":
         return checkpoint_dir()
+    if not name:
+        raise ModelError(f"the name is empty; give {what}", field=field)
     folder = Path(name)
     if folder.is_dir():
         _require_checkpoint(folder, name, field, what)
@@ -103,7 +105,7 @@ def local_folder(name: str, *, field: str = "model", what: str = MODEL) -> Path 
     if folder.exists():
         raise ModelError(f"{name!r} is a file; give {what}", field=field)
     if HUB_NAME.fullmatch(name) is None:
-        raise ModelError(f"{missing(folder) if name else repr(name)}; give {what}", field=field)
+        raise ModelError(f"{missing(folder)}; give {what}", field=field)
     return None
 
 

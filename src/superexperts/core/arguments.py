@@ -59,7 +59,7 @@ def _refusal(event: refusals.ParseErrorEvent, kind: type, prog: str, arguments: 
         return OptionError(_unknown([str(token) for token in event.unrecognized_tokens], kind) + see)
     if isinstance(event, refusals.MissingArgs):
         names = ", ".join(speller(kind)(missing.arg.field.intern_name) for missing in event.missing_arguments)
-        return OptionError(f"{names} is missing; {see}")
+        return OptionError(f"{names}: missing; {see}")
     if isinstance(event, refusals.InvalidChoice):
         field = event.argument.field.intern_name
         # As declared: tyro gives the choices of an option that may be left out in any order, and None among them.

@@ -23,6 +23,7 @@ __all__ = [
     "Switch",
     "require",
     "require_device",
+    "require_positive",
     "require_sequences",
     "require_url",
     "thinking_of",
@@ -74,7 +75,13 @@ def _number(value: Any) -> Any:
 
 def require_sequences(tokens: int, seq_len: int) -> None:
     require(seq_len >= 2, "seq_len", seq_len, "is too short; give at least 2")
-    require(tokens >= seq_len, "tokens", tokens, f"is under one sequence of {seq_len}; give more")
+    short = ("is less than one sequence (", Field("seq_len"), f" {seq_len}); give at least {seq_len}")
+    require(tokens >= seq_len, "tokens", tokens, *short)
+
+
+def require_positive(field: str, value: float) -> None:
+    require(not value <= 0, field, value, "is not positive; give more than 0")
+    require(value < math.inf, field, value, "is not a finite number; give one")
 
 
 def require_device(device: str) -> None:
@@ -138,8 +145,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         require(self.concurrency > 0, "concurrency", self.concurrency, "is not positive; give at least 1")
-        finite = 0 < self.timeout < math.inf
-        require(finite, "timeout", self.timeout, "is not positive and finite; give some seconds")
+        require_positive("timeout", self.timeout)
         require(self.retries >= 0, "retries", self.retries, "is negative; give 0 or more")
 
 

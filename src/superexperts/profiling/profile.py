@@ -94,7 +94,7 @@ class ProfileConfig(ModelConfig):
         require_sequences(self.tokens, min(self.seq_len, QUICK_LENGTH) if self.quick else self.seq_len)
         require_device(self.device)
         require(self.batch_size >= 1, "batch_size", self.batch_size, "is not positive; give at least 1")
-        require(0 < self.depth <= 1, "depth", self.depth, "is out of range; give a share in (0, 1]")
+        require(0 < self.depth <= 1, "depth", self.depth, "is out of range; give a share over 0, up to 1")
         require(
             0 <= self.activation_budget < math.inf,
             "activation_budget",

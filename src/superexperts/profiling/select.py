@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -14,7 +13,7 @@ from tyro.conf import Positional
 from superexperts.core.console import note, stdout
 from superexperts.core.errors import ExpertsError, Field, OptionError
 from superexperts.core.runs import digest, write_json
-from superexperts.core.settings import Switch, require
+from superexperts.core.settings import Switch, require, require_positive
 from superexperts.core.types import ExpertKey, ExpertSet, Profile, key_name
 from superexperts.profiling.criterion import layers_below
 from superexperts.profiling.rules import RULES, readers
@@ -85,10 +84,15 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.percentile <= 100, "percentile", self.percentile, "is out of range; give 0 to 100")
-        require(0 < self.ratio < math.inf, "ratio", self.ratio, "is not positive and finite; the paper's is 10")
-        require(0 < self.depth <= 1, "depth", self.depth, "is out of range; give a share in (0, 1]")
+        require_positive("ratio", self.ratio)
+        require(0 < self.depth <= 1, "depth", self.depth, "is out of range; give a share over 0, up to 1")
         require(self.count is None or self.count > 0, "count", self.count, "is not positive; give at least 1")
-        require(self.share is None or 0 < self.share <= 1, "share", self.share, "is out of range; give one in (0, 1]")
+        require(
+            self.share is None or 0 < self.share <= 1,
+            "share",
+            self.share,
+            "is out of range; give a share over 0, up to 1",
+        )
         self._check_rule()
         if self.anywhere:
             require(self.like is not None, "anywhere", True, "is the default without ", Field("like"), "; leave it out")

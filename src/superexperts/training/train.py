@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
-import math
 import re
 import shutil
 import sys
@@ -23,7 +22,7 @@ from superexperts.core.console import is_main_process, note, stdout
 from superexperts.core.errors import Field, OptionError
 from superexperts.core.identity import identity
 from superexperts.core.runs import completed, fingerprint, input_key, new_folder, read_json, write_manifest
-from superexperts.core.settings import SeededConfig, Switch, require, require_device, require_seed
+from superexperts.core.settings import SeededConfig, Switch, require, require_device, require_positive, require_seed
 from superexperts.core.types import ExpertKey, ExpertSet, chosen_experts, key_name
 from superexperts.data.row_files import data_files
 from superexperts.training.by_expert import values_by_expert
@@ -131,28 +130,23 @@ class TrainConfig(SeededConfig):
 
     def __post_init__(self) -> None:
         if self.experts is None and not self.attention and self.target is None:
-            raise OptionError(
-                "missing; give an expert set, ",
-                Field("attention"),
-                ", or ",
-                Field("target"),
-                " with a regular expression",
-                field="experts",
-            )
+            what_to_do = (Field("attention"), ", or ", Field("target"), " with a regular expression")
+            raise OptionError("missing; give an expert set, ", *what_to_do, field="experts")
         require_device(self.device)
         require_seed(self.seed)
         for name in ("r", "alpha", "learning_rate", "epochs", "batch_size", "accumulation", "max_length"):
             value = getattr(self, name)
-            require(0 < value < math.inf, name, value, "is not positive and finite; give more than 0")
+            require_positive(name, value)
         for name in ("eval_steps", "patience", "checkpoint_steps"):
             value = getattr(self, name)
             require(value >= 0, name, value, "is negative; give 0 or more")
         for name in ("dropout", "warmup", "eval_share"):
             value = getattr(self, name)
-            require(0 <= value < 1, name, value, "is out of range; give a share in [0, 1)")
+            require(0 <= value < 1, name, value, "is out of range; give a share from 0 to below 1")
         parts = self.projections.split(",")
-        known = len(set(parts)) == len(parts) and set(parts) <= set(PROJECTIONS)
-        require(known, "projections", self.projections, f"is unknown; choose from {','.join(PROJECTIONS)}")
+        odd = ",".join(part for part in parts if part not in PROJECTIONS)
+        require(set(parts) <= set(PROJECTIONS), "projections", odd, f"is unknown; choose from {','.join(PROJECTIONS)}")
+        require(len(set(parts)) == len(parts), "projections", self.projections, "names one twice; give each once")
         if self.target is not None:
             try:
                 re.compile(self.target)
@@ -213,10 +207,9 @@ def check(config: TrainConfig) -> None:
     """
     if config.experts is not None:
         ExpertSet.parse(config.experts)
-    elif config.projections != TrainConfig.projections:
-        raise OptionError(
-            f"{config.projections!r} is for experts; give ", Field("experts"), ", or leave it out", field="projections"
-        )
+    why = ("is for experts; give ", Field("experts"), ", or leave it out")
+    fits = config.experts is not None or config.projections == TrainConfig.projections
+    require(fits, "projections", config.projections, *why)
     _data_files(config)
     local_folder(config.model)
 
