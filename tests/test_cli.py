@@ -234,7 +234,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["check-adapter", "pocket", "nowhere"], "ADAPTER: 'nowhere' does not exist; give the folder that `train`"),
         (
             ["check-adapter", "pocket", "nowhere", "--tokens", "3"],
-            "--tokens: 3 is less than one sequence (--seq-len 256); give at least 256",
+            "--tokens: 3 is less than one sequence (--seq-len 256)",
         ),
         (["extract", "nowhere"], "nowhere"),
         (["extract"], "DIR: missing; give the folder with answers, or --audit FILE"),

@@ -252,7 +252,7 @@ def test_an_earlier_runs_files_are_not_left_behind(
         ({"perplexity": "no-such-corpus"}, DataError, "no-such-corpus"),
         ({"silence": "L1E99"}, ExpertsError, "silence: L1E99 is not in the model"),
         ({"silence": "L1E9", "adapter": Path("a")}, OptionError, "silence: 'L1E9' excludes adapter"),
-        ({"tokens": 256}, OptionError, "tokens: 256 is less than one sequence .seq_len 512.; give at least 512"),
+        ({"tokens": 256}, OptionError, "tokens: 256 is less than one sequence (seq_len 512); give at least 512"),
     ],
 )
 def test_bad_options(tmp_path: Path, data: Path, changes: dict[str, Any], error: type[Exception], message: str) -> None:

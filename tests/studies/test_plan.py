@@ -81,7 +81,7 @@ name: y
         ("{name: x, data_dir: pocket, tokens: 1.5}", "tokens: 1.5 is not a whole number"),
         (
             "{name: x, data_dir: pocket, tokens: 100, seq_len: 200}",
-            "tokens: 100 is less than one sequence (seq_len 200); give at least 200",
+            "tokens: 100 is less than one sequence (seq_len 200)",
         ),
         ("{name: x, data_dir: pocket, training: 3}", "training: 3 is not a mapping of options"),
         (
