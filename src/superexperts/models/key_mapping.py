@@ -97,7 +97,9 @@ class KeyMapping:
         return False
 
     def check_complete(self, model: nn.Module) -> None:
-        """`ModelError` for a checkpoint that lacks one of the model's parameters, which would be drawn at random."""
+        """`ModelError` for a checkpoint that lacks one of the parameters, or a matrix of an expert: it would be random
+        expert's matrices."""
+        self._check_stacks()
         several = any(
             len(entry.target_patterns) > 1 for entry in self.conversions if isinstance(entry, WeightConverter)
         )
@@ -115,6 +117,26 @@ class KeyMapping:
             )
         if info.missing_keys:
             raise ModelError(f"the checkpoint has no {min(info.missing_keys)}; repair it", field=self.checkpoint.field)
+
+    def _check_stacks(self) -> None:
+        """`ModelError` where a conversion stacks fewer matrices than the model has experts."""
+        stacks = [
+            entry for entry in self.conversions
+            if isinstance(entry, WeightConverter) and type(entry.operations[0]) is MergeModulelist
+        ]  # fmt: skip
+        for name, sources in self.sources.items():
+            patterns = {pattern for pattern, _ in sources}
+            for converter in stacks:
+                if not patterns <= set(converter.source_patterns) or len(converter.target_patterns) > 1:
+                    continue
+                for expected in converter.source_patterns:
+                    keys = [key for pattern, key in sources if pattern == expected]
+                    if len(keys) != self._shapes[name][0]:
+                        raise ModelError(
+                            f"the checkpoint has {len(keys)} of {self._shapes[name][0]} tensors {expected} of {name}; "
+                            "repair it",
+                            field=self.checkpoint.field,
+                        )
 
     def whole(self, name: str) -> Entry | None:
         """The one entry that holds this parameter or buffer unchanged; None if it is made of several, or absent."""

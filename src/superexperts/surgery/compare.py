@@ -164,7 +164,10 @@ def _parts_of(source: ModelSource, checkpoint: Checkpoint, *, needed: bool) -> M
     from superexperts.models.parts import ModelParts
 
     try:
-        return ModelParts(load_structure(source), checkpoint)
+        parts = ModelParts(load_structure(source), checkpoint)
+        if needed and not parts.key_mapping.quantized:
+            parts.key_mapping.check_complete(parts.model)
+        return parts
     except ModelError as error:
         if needed:
             raise

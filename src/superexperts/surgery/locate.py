@@ -34,9 +34,23 @@ def locate(
     if key_mapping.quantized and values_matter:
         raise ModelError("'mean' needs weights that are not quantized; use ", Field("mode"), " zero", field="mode")
     found = down_projections(structure, key_mapping, experts)
+    for down in found or ():
+        _check_zero(base, down.weight)
     if found is None and key_mapping.quantized:
         raise ModelError("is quantized in a layout that cannot be edited; use a bfloat16 checkpoint", field=base.field)
     return found
+
+
+def _check_zero(base: Checkpoint, weight: Entry) -> None:
+    """`ModelError` where 0 does not stand for 0: whole numbers that a zero point is subtracted from."""
+    module = weight.key.rpartition(".")[0]
+    points = [key for key in base if key.startswith(f"{module}.") and "zero" in key.removeprefix(f"{module}.")]
+    if points and not weight.dtype.is_floating_point:
+        raise ModelError(
+            f"{weight.key!a} holds whole numbers that a zero point ({points[0]!a}) is subtracted from, so zeros do not "
+            "silence the expert; use a bfloat16 checkpoint",
+            field=base.field,
+        )
 
 
 def down_projections(

@@ -125,13 +125,14 @@ def run(config: PruneConfig) -> dict[str, Any]:
 def _removed(
     config: PruneConfig, source: ModelSource, base: Checkpoint, experts: Sequence[ExpertKey], out: Path
 ) -> Sequence[Change]:
-    from superexperts.surgery.remove import plan_removal
+    from superexperts.surgery.remove import check_runs, plan_removal
 
     removal = plan_removal(source, base, experts)
     rewrite_shards(base, removal.shards, out, copy=config.copy)
     carry_along(base.folder, out, skip=["config.json"])
     # Not `write_json`, which refuses Infinity: some families have one here, and transformers writes and reads it.
     write_text(out / "config.json", json.dumps(removal.settings, ensure_ascii=False, indent=2) + "\n")
+    check_runs(source, out)
     return removal.changes
 
 

@@ -6,6 +6,7 @@ and which field of the configuration holds their number, so the code needs no na
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -25,10 +26,17 @@ from superexperts.core.types import ExpertKey, key_name
 from superexperts.models.banks import Bank, check_experts, find_banks
 from superexperts.models.decoder import decoder_layers, in_layer, num_layers, text_config
 from superexperts.models.experts import down_weight
+from superexperts.models.hooks import tapped
 from superexperts.models.key_mapping import KeyMapping
-from superexperts.models.loading import settings_of, structure_of
+from superexperts.models.layer_by_layer import Kept, layer_by_layer
+from superexperts.models.loading import empty_model, settings_of, structure_of
+from superexperts.models.streaming import StreamedModel
 
-__all__ = ["Removal", "plan_removal"]
+__all__ = ["Removal", "check_runs", "plan_removal"]
+
+
+PROBE = 8
+"""Tokens that run through what was written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,13 +61,14 @@ def plan_removal(source: ModelSource, base: Checkpoint, experts: Collection[Expe
     banks = find_banks(model, source.field)
     check_experts(banks, experts)
     count = _each_loses(banks, experts)
-    field, fewer = _shrunk(settings, source, banks, count)
-    _check_groups(settings, banks, experts)
     key_mapping = KeyMapping(model, base)
     key_mapping.check_complete(model)
     if key_mapping.quantized:
         raise ModelError("'remove' needs weights that are not quantized; use ", Field("mode"), " zero", field="mode")
     _check_ignored(model, banks, key_mapping)
+    _check_tables(model, banks, source.field)
+    field, fewer = _shrunk(settings, source, banks, count)
+    _check_groups(settings, banks, experts)
     before, after = (_shapes(structure) for structure in (model, fewer))
     new: dict[str, NewTensor | None] = {}
     changes: list[Change] = []
@@ -76,8 +85,16 @@ def plan_removal(source: ModelSource, base: Checkpoint, experts: Collection[Expe
             )
         gone = [cast(int, expert) for layer, expert in experts if layer == bank.layer]
         kept = [expert for expert in range(bank.num_experts) if expert not in gone]
-        # Exactly one dimension of the tensor counts experts.
-        (dim,) = (d for d, (x, y) in enumerate(zip(shape, after[name], strict=True)) if x != y)
+        dims = [d for d, (x, y) in enumerate(zip(shape, after[name], strict=True)) if x != y]
+        if [shape[dim] for dim in dims] != [bank.num_experts]:
+            raise ModelError(
+                f"{name} has {list(shape)} numbers with {bank.num_experts} experts: which of them belong to which "
+                "expert is not known, as where a router can choose something else than these experts; use ",
+                Field("mode"),
+                " zero",
+                field=source.field,
+            )
+        (dim,) = dims
         changes += _shrink(base, key_mapping, name, dim, kept, gone, new)
     shards = {}
     for file in base.files:
@@ -176,7 +193,8 @@ def _check_routing(model: nn.Module, count: int) -> None:
             if block is decoder_layers(model, bank.path)[bank.layer]:  # gemma4 has its router in the layer itself
                 cast(Any, block).router(hidden[0])
             else:
-                block(hidden)
+                with contextlib.suppress(TypeError):  # a block that takes more than hidden states runs in `check_runs`
+                    block(hidden)
         except (RuntimeError, ValueError, IndexError) as error:
             why = " ".join(str(error).split())[:120]
             raise ExpertsError(
@@ -207,9 +225,15 @@ def _check_groups(settings: Any, banks: Sequence[Bank], experts: Collection[Expe
 
 
 def _check_ignored(model: nn.Module, banks: Sequence[Bank], key_mapping: KeyMapping) -> None:
-    """`ModelError` if the checkpoint holds layers that the model does not run (for speculative decoding)."""
+    """`ModelError` if the checkpoint holds layers that the model does not run (for speculative decoding): decoder
+    layers beyond the last, or experts under any other name."""
     beyond, layers = in_layer(banks[0].path, banks[0].layer), num_layers(model)
-    more = next((key for key in key_mapping.ignored if (found := beyond.match(key)) and int(found[1]) >= layers), None)
+
+    def is_of_a_layer(key: str) -> bool:
+        found = beyond.match(key)
+        return (found is not None and int(found[1]) >= layers) or "expert" in key
+
+    more = next(filter(is_of_a_layer, key_mapping.ignored), None)
     if more is not None:
         raise ModelError(
             f"holds layers that the model does not run ({more!a}); the new number of experts would not fit them; use ",
@@ -217,6 +241,22 @@ def _check_ignored(model: nn.Module, banks: Sequence[Bank], key_mapping: KeyMapp
             " zero",
             field=key_mapping.checkpoint.field,
         )
+
+
+def _check_tables(model: nn.Module, banks: Sequence[Bank], field: str) -> None:
+    """`ModelError` for a router that looks experts up by number (DeepSeek-V4's first layers, by token id): for the
+    tokens of a removed expert its table has no other."""
+    for bank in banks:
+        block = bank.path.rpartition(".")[0]
+        for name, tensor in model.get_submodule(block).state_dict().items():
+            if not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+                raise ModelError(
+                    f"{block}.{name} is a table of whole numbers, by which experts are chosen: tokens of a removed "
+                    "expert would have none; use ",
+                    Field("mode"),
+                    " zero",
+                    field=field,
+                )
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -279,3 +319,34 @@ def _new_settings(folder: Path, settings: Any, field: str, count: int) -> dict[s
     for name in names or [field]:
         place[name] = count
     return raw
+
+
+@torch.inference_mode()
+def check_runs(source: ModelSource, folder: Path) -> None:
+    """Loads what was written to a folder, one layer at a time, and runs a few tokens through all layers; `ModelError`
+    if it does not load, or computes anything that is not finite."""
+    written = dataclasses.replace(source, folder=folder)
+    kept: Kept = {}
+    try:
+        with Checkpoint(folder, source.field) as checkpoint:
+            empty = empty_model(written, device="cpu")
+            streamed = StreamedModel(empty, checkpoint, torch.device("cpu"))
+            path = next(iter(streamed.banks.values())).path
+            ids_BL = torch.arange(PROBE)[None] % text_config(empty).vocab_size
+            with (
+                tapped(empty, lambda _: None, streamed.experts),
+                layer_by_layer(empty, path) as run,
+                streamed.running(range(num_layers(empty)), all_wanted=False) as loaded,
+            ):
+                for layer in loaded:
+                    kept = run(layer, kept, input_ids=ids_BL, use_cache=False)
+        if not all(bool(tensor.isfinite().all()) for tensor in kept.values()):
+            raise ModelError("its hidden states are not finite", field=source.field)
+    except (ModelError, RuntimeError, ValueError, IndexError, TypeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"without these experts the checkpoint does not load and run ({why}); use ",
+            Field("mode"),
+            " zero",
+            field=source.field,
+        ) from error
