@@ -285,6 +285,13 @@ class Checkpoint(Mapping[str, Entry]):
         if not (self.folder / INDEX).is_file():
             if (self.folder / SINGLE).is_file():
                 return None
+            shards = len(list(self.folder.glob("*.safetensors")))
+            if shards:
+                raise ModelError(
+                    f"{str(self.folder)!r} has {shards} .safetensors files, but no {INDEX} that says which tensors are "
+                    "in which; fetch it with the checkpoint",
+                    field=self.field,
+                )
             raise ModelError(
                 f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX} (pickles are not read); convert it first",
                 field=self.field,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from superexperts.core.errors import ExpertsError, ModelError
 from superexperts.core.types import ExpertKey, key_name, key_order
-from superexperts.models.decoder import decoder_layers, layer_number
+from superexperts.models.decoder import decoder_layers, layer_number, text_config
 from superexperts.models.experts import down_bias, down_weight, is_bank, shared_down
 
 __all__ = ["Bank", "check_experts", "expert_keys", "find_banks", "unwrapped", "zero_experts"]
@@ -50,11 +50,12 @@ def find_banks(model: nn.Module, field: str = "model") -> tuple[Bank, ...]:
     """Every routed expert bank of a transformers 5 model, in the order of the layers.
 
     A bank is a module that `use_experts_implementation` has built, whatever its class or name; its layer is its index
-    in the decoder's list of layers. `ModelError` about `field`, the setting that named the model, if there is none.
+    in the decoder's list of layers. In a model of several parts only the language model's experts for text count.
+    `ModelError` about `field`, the setting that named the model, if there is none.
     """
     banks = []
     for path, module in model.named_modules():
-        if is_bank(module):
+        if is_bank(module) and _reads_text(model, path, module):
             block = model.get_submodule(unwrapped(path).rpartition(".")[0])  # PEFT wraps what it adapts
             layer = layer_number(model, path, field)
             # granitemoeshared has its shared expert beside the block; gemma4's layer is the block itself, and holds
@@ -69,6 +70,14 @@ def find_banks(model: nn.Module, field: str = "model") -> tuple[Bank, ...]:
             f"{family} has no routed experts that transformers 5 can swap; use an MoE checkpoint", field=field
         )
     return tuple(sorted(banks, key=lambda bank: bank.layer))
+
+
+def _reads_text(model: nn.Module, path: str, bank: nn.Module) -> bool:
+    """Whether a bank is the language model's: parts for pictures and sound have settings of another class, and
+    Ernie-4.5-VL has in each layer a second bank, for pictures."""
+    settings = getattr(bank, "config", None)
+    known = settings is None or not hasattr(model, "config") or type(settings) is type(text_config(model))
+    return known and "vision" not in path
 
 
 def unwrapped(path: str) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from superexperts.core.errors import ModelError
 
-__all__ = ["decoder_layers", "in_layer", "layer_number", "num_layers", "stopped_after", "text_config"]
+__all__ = ["decoder_layers", "in_layer", "language_model", "layer_number", "num_layers", "stopped_after", "text_config"]
 
 
 def num_layers(model: nn.Module) -> int:
@@ -32,6 +32,13 @@ def layer_number(model: nn.Module, path: str, field: str = "model") -> int:
 def decoder_layers(model: nn.Module, path: str, field: str = "model") -> nn.ModuleList:
     """The decoder's list of layers; `path` names any module inside one. `ModelError` about `field` if it does not."""
     return _decoder_place(model, path, field)[0]
+
+
+def language_model(model: nn.Module, path: str) -> nn.Module:
+    """The module that holds the decoder's layers and runs them on `input_ids`: in a model of several parts the one that
+    reads text. `path` names any module inside a layer."""
+    layers = decoder_layers(model, path)
+    return next(module for module in model.modules() if any(child is layers for child in module.children()))
 
 
 def in_layer(path: str, layer: int) -> re.Pattern[str]:
@@ -59,14 +66,14 @@ def stopped_after(model: nn.Module, path: str, layer: int) -> Iterator[Callable[
 
     `path` names any module inside a decoder layer.
     """
-    layers = decoder_layers(model, path)
+    layers, language = decoder_layers(model, path), language_model(model, path)
 
     def stop(*_: Any) -> None:
         raise _StoppedError
 
     def forward(**inputs: Any) -> None:
         with contextlib.suppress(_StoppedError):
-            cast(Any, model).base_model(**inputs)
+            language(**inputs)
 
     handle = layers[layer].register_forward_hook(stop)
     try:

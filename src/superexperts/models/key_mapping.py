@@ -97,8 +97,7 @@ class KeyMapping:
         return False
 
     def check_complete(self, model: nn.Module) -> None:
-        """`ModelError` for a checkpoint that lacks one of the parameters, or a matrix of an expert: it would be random
-        expert's matrices."""
+        """`ModelError` for a checkpoint that lacks a parameter or an expert's matrix, which would be random."""
         self._check_stacks()
         several = any(
             len(entry.target_patterns) > 1 for entry in self.conversions if isinstance(entry, WeightConverter)

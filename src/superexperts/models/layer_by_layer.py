@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from superexperts.core.errors import ModelError
-from superexperts.models.decoder import decoder_layers
+from superexperts.models.decoder import decoder_layers, language_model
 
 __all__ = ["Kept", "RunLayer", "layer_by_layer"]
 
@@ -45,7 +45,7 @@ def layer_by_layer(model: nn.Module, path: str) -> Iterator[RunLayer]:
     `path` names any module inside a decoder layer. `ModelError` where a family passes on what cannot be kept.
     """
     layers = decoder_layers(model, path)
-    stepper = _Stepper(model, layers)
+    stepper = _Stepper(model, language_model(model, path), layers)
     try:
         for number, layer in enumerate(layers):
             layer.forward = functools.partial(stepper.forward, number)
@@ -58,8 +58,8 @@ def layer_by_layer(model: nn.Module, path: str) -> Iterator[RunLayer]:
 class _Stepper:
     """What stands in for every layer's forward."""
 
-    def __init__(self, model: nn.Module, layers: nn.ModuleList) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, language: nn.Module, layers: nn.ModuleList) -> None:
+        self.model, self.language = model, language
         self.stocks = [layer.forward for layer in layers]
         self.forms: dict[int, tuple[type, int] | None] = {}
         """Of each layer that has run what it returns: a tuple or a list, and how long; None for a tensor alone."""
@@ -116,7 +116,7 @@ class _Stepper:
 
     def _call(self, inputs: Mapping[str, Any]) -> None:
         with contextlib.suppress(_StoppedError):
-            cast(Any, self.model).base_model(**inputs)
+            self.language(**inputs)
 
     def _replayed(self, number: int, hidden: Tensor, given: Any) -> Any:
         """What is kept of a layer's answer; the hidden states as they came where nothing depends on it any more."""

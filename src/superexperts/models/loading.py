@@ -9,7 +9,14 @@ from typing import Any, cast
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,6 +28,7 @@ from superexperts.core.errors import Field, ModelError, OptionError
 from superexperts.models.vocabulary import fitted
 
 __all__ = [
+    "auto_class",
     "dtype_to_run",
     "empty_model",
     "fits_in_memory",
@@ -92,7 +100,7 @@ def load_as_stored(
     if not stderr.is_terminal:
         disable_progress_bar()  # in a log, a bar of 65 tensors is 65 lines
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(settings_of(source)).from_pretrained(
             source.folder,
             dtype=dtype,
             trust_remote_code=source.trust_remote_code,
@@ -103,7 +111,9 @@ def load_as_stored(
         )
     except Exception as error:  # as in `_readable`
         raise ModelError(
-            f"{source.name!r} cannot be loaded ({_first_line(error)}); check the checkpoint", field=source.field
+            f"{source.name!r} cannot be loaded ({_first_line(error)}); ",
+            *_advice(source, "check the checkpoint"),
+            field=source.field,
         ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
@@ -125,7 +135,7 @@ def empty_model(source: ModelSource, *, device: str = "auto", dtype: str = "auto
     try:
         # As from_pretrained does: on a bank of 30 GB even an empty tensor of the CPU fails.
         with torch.device("meta"), meta_device_safe_creation_ops():
-            model = AutoModelForCausalLM.from_config(settings, dtype=to_run, trust_remote_code=source.trust_remote_code)
+            model = auto_class(settings).from_config(settings, dtype=to_run, trust_remote_code=source.trust_remote_code)
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ModelError(
             (
@@ -152,6 +162,15 @@ def _fill_buffers(model: nn.Module, place: torch.device) -> None:
     cast(Any, model).initialize_weights()
 
 
+def auto_class(settings: Any) -> Any:
+    """The class of transformers that loads a model of these settings: that of language models, or where a language
+    model is part of a bigger one, that of the whole."""
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if type(settings) in auto._model_mapping:
+            return auto
+    return AutoModelForCausalLM
+
+
 def settings_of(source: ModelSource) -> Any:
     """What config.json says; `ModelError` if transformers cannot read it."""
     with _readable(source):
@@ -169,8 +188,18 @@ def _readable(source: ModelSource) -> Iterator[None]:
         yield
     except Exception as error:  # a family's code divides by, indexes with and calls the values in config.json
         raise ModelError(
-            f"{source.name!r} cannot be built ({_first_line(error)}); check its config.json", field=source.field
+            f"{source.name!r} cannot be built ({_first_line(error)}); ",
+            *_advice(source, "check its config.json"),
+            field=source.field,
         ) from error
+
+
+def _advice(source: ModelSource, otherwise: str) -> tuple[str | Field, ...]:
+    """What to do about a model that cannot be built or loaded: its own code may be what is missing."""
+    brings_code = isinstance(source.config, dict) and source.config.get("auto_map")
+    if brings_code and not source.trust_remote_code:
+        return ("it comes with Python code; if you trust that code, give ", Field("trust_remote_code"))
+    return (otherwise,)
 
 
 def load_structure(source: ModelSource) -> nn.Module:
@@ -183,7 +212,7 @@ def structure_of(settings: Any, source: ModelSource | None = None) -> nn.Module:
     remote_code = source is not None and source.trust_remote_code
     readable = _readable(source) if source else contextlib.nullcontext()
     with readable, torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=remote_code)
+        model = auto_class(settings).from_config(settings, trust_remote_code=remote_code)
     return cast(nn.Module, model.eval())
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "layers_below",
     "peak",
     "super_experts",
+    "super_experts_in",
     "super_experts_of",
     "threshold",
 ]
@@ -102,8 +103,18 @@ def super_experts(
 
 def super_experts_of(profile: Profile, corpus: CorpusProfile) -> tuple[ExpertStats, ...]:
     """The super experts of one corpus of a profile by the paper's criterion, for the statistic and at most the depth of
-    the profile."""
-    return super_experts(corpus.experts, profile.num_layers, depth=profile.criterion_depth, statistic=profile.statistic)
+    the profile; none where the criterion considers no MoE layer."""
+    return super_experts_in(corpus.experts, profile.num_layers, profile.criterion_depth, profile.statistic)
+
+
+def super_experts_in(
+    stats: Sequence[ExpertStats], num_layers: int, depth: float, statistic: Statistic
+) -> tuple[ExpertStats, ...]:
+    """As `super_experts`; none where all MoE layers are beyond the depth, which is the criterion's own and not a
+    setting that someone gave."""
+    if not considered(stats, num_layers, depth):
+        return ()
+    return super_experts(stats, num_layers, depth=depth, statistic=statistic)
 
 
 def found_on(profile: Profile) -> dict[ExpertKey, list[str]]:

@@ -26,7 +26,7 @@ from superexperts.core.runs import completed, input_key, prepare_folder, read_js
 from superexperts.core.settings import ModelConfig, Switch, require, require_device, require_sequences
 from superexperts.core.types import CorpusProfile, Profile, Statistic, key_name
 from superexperts.data.corpora import check_column, local_data, require_corpus
-from superexperts.profiling.criterion import PEAK_FIELDS, layers_below, peak, super_experts_of
+from superexperts.profiling.criterion import PEAK_FIELDS, considered, layers_below, peak, super_experts_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -316,6 +316,7 @@ def _summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedToken
         corpora[name] = {
             "tokens": corpus.tokens,
             "stable": corpus.stable,
+            "considered": len(considered(corpus.experts, profile.num_layers, profile.criterion_depth)),
             "super": [row.key for row in found],
             "unreached": sum(row.tokens == 0 for row in corpus.experts),
             "top": [
@@ -341,6 +342,8 @@ def show(result: dict[str, Any]) -> None:
     for name, corpus in result["corpora"].items():
         found = {tuple(key) for key in corpus["super"]}
         found_text = f"{len(found)} super expert{'s' * (len(found) != 1)}"
+        if not corpus["considered"]:
+            found_text = "no super experts: all MoE layers are beyond the three quarters that the criterion considers"
         details = f"{found_text}; experts reached by no token: {corpus['unreached']}"
         if corpus["stable"] is not None:
             stable = "the same" if corpus["stable"] else "not the same"

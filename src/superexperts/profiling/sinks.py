@@ -21,7 +21,7 @@ from superexperts.core.console import stderr
 from superexperts.core.errors import Field, ModelError
 from superexperts.core.types import ExpertKey, key_name
 from superexperts.models.banks import find_banks
-from superexperts.models.decoder import decoder_layers, text_config
+from superexperts.models.decoder import decoder_layers, language_model, text_config
 from superexperts.models.hooks import silenced
 from superexperts.plotting import LIGHT, PAGE, Theme, figure_in, put_title, save
 
@@ -88,16 +88,17 @@ def attention_sinks(model: nn.Module, ids_BL: Tensor, *, description: str | None
             share_H = weights_BHQK[:, :, 1:, 0].double().mean((0, 2)).cpu()
             sums[layer] = sums.get(layer, torch.zeros_like(share_H)) + share_H
 
-    device = next(model.parameters()).device
+    device, path = next(model.parameters()).device, find_banks(model)[0].path
+    language = language_model(model, path)
     with contextlib.ExitStack() as hooks:
-        for number, layer in enumerate(decoder_layers(model, find_banks(model)[0].path)):
+        for number, layer in enumerate(decoder_layers(model, path)):
             for module in layer.children():
                 handle = module.register_forward_hook(lambda *call, number=number: hook(number, *call))
                 hooks.callback(handle.remove)
-        hooks.enter_context(_eager_attention(model))
+        hooks.enter_context(_eager_attention(language))
         hidden = description is None or not stderr.is_terminal
         for ids in track(torch.split(ids_BL, 1), description or "", console=stderr, disable=hidden, transient=True):
-            cast(Any, model).base_model(input_ids=ids.to(device), use_cache=False)
+            language(input_ids=ids.to(device), use_cache=False)
     if not sums:
         family = text_config(model).model_type
         raise ModelError(f"{family} returns no attention weights; leave out ", Field("sinks"), field="model")
@@ -115,14 +116,15 @@ def compare_sinks(
 
 
 @contextlib.contextmanager
-def _eager_attention(model: nn.Module) -> Iterator[None]:
-    """Within the block attention uses the one implementation that returns its weights."""
-    before = cast(Any, model).config._attn_implementation
-    cast(Any, model).set_attn_implementation("eager")
+def _eager_attention(language: nn.Module) -> Iterator[None]:
+    """Within the block attention of a language model uses the one implementation that returns its weights. Parts for
+    pictures and sound keep theirs, which may be the only one that they have."""
+    before = cast(Any, language).config._attn_implementation
+    cast(Any, language).set_attn_implementation("eager")
     try:
         yield
     finally:
-        cast(Any, model).set_attn_implementation(before)
+        cast(Any, language).set_attn_implementation(before)
 
 
 def plot_sinks(report: SinkReport, path: Path | Sequence[Path], theme: Theme = LIGHT) -> None:

@@ -29,7 +29,7 @@ from superexperts.models.hooks import tapped
 from superexperts.models.layer_by_layer import Kept, layer_by_layer
 from superexperts.models.streaming import StreamedModel
 from superexperts.profiling.accumulator import Accumulator, merged
-from superexperts.profiling.criterion import layers_below, super_experts
+from superexperts.profiling.criterion import layers_below, super_experts_in
 
 __all__ = ["banks_below", "profile_streamed", "quick_look"]
 
@@ -141,12 +141,8 @@ def quick_look(
         _one_pass(streamed, banks, ids_SL[first : first + len(rounds)], rounds, first, description)
         for accumulator in rounds:
             total.merge(accumulator)
-            found = super_experts(
-                total.rows(),
-                num_layers(streamed.model),
-                depth=min(CRITERION_DEPTH, depth),
-                statistic=statistic,
-            )
+            depth_here = min(CRITERION_DEPTH, depth)
+            found = super_experts_in(total.rows(), num_layers(streamed.model), depth_here, statistic)
             sets.append(frozenset(row.key for row in found))
         stable = len(sets) >= SAME_ROUNDS and len(set(sets[-SAME_ROUNDS:])) == 1
         if stable:
