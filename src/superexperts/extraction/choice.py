@@ -71,7 +71,7 @@ def _joined(labels: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
         re.compile(rf"\s+(?:and|or|và|hoặc|hay|&)\s+\(?(?:{labels})\b"),
         re.compile(
             rf"[)\]}}*\"']{{0,3}}\s?(?:,\s?(?:and\s|or\s|và\s|hoặc\s)?|/|&|\+|、|，|和|与|及|或|\s(?:and|or|và|hoặc|hay|und|oder|et|ou|y)\s)\s?"
-            rf"[*(\[\"']{{0,3}}(?:{labels})(?![\w'’])(?!\s[a-z])"
+            rf"[*(\[\"']{{0,3}}(?:{labels})(?![\w'’])(?!\s(?!(?:and|or|are|both|all|were)\b)[a-z])"
         ),
     )
 
@@ -159,7 +159,7 @@ _IS_THE_ANSWER = Cued(
     words=("is", "are", "was", "would be", "seems", "là"),
 )
 _NAMED_OPTION = r"(?:\b(?i:option|choice|answer|statement|đáp án|phương án|câu)\s|^|[(\[](?=\**\w[\])*]))[*(\[\"]{0,2}"
-_HEAD = re.compile(r"[,;:]\s(?:so|therefore|thus|hence|then|nên|but)\b|[;:]")
+_HEAD = re.compile(r"[,;:]\s(?:so|therefore|thus|hence|then|nên|but|however)\b|[;:]")
 _UNSURE = Gated(
     re.compile(r"\b(?:not|if|whether|nếu|không)\b|n't\b"),
     ("not", "if", "whether", "n't", "nếu", "không"),
@@ -189,7 +189,9 @@ def is_the_answer(reading: Reading) -> str | None:
         found = next(iter(_IS_THE_ANSWER.matches(sentence)), None)
         if found is None:
             continue
-        head = _HEAD.split(sentence[: found.start()])[-1]
+        head = _HEAD.split(sentence[: found.start()])[-1].strip()
+        if cue := CUE.match(head):  # So B is the best choice
+            head = head[cue.end() :]
         if _UNSURE.search(head):
             continue
         labels = set(_named(reading.labels)[0].findall(head))
@@ -232,6 +234,8 @@ _A_FOR_ANSWER = re.compile(r"A\s?[:：]\s?[*(\[]{0,3}(?=[A-H](?:[.)\]*]|\s*$))")
 """ "A: B"."""
 
 
+_HOWEVER = re.compile(r"[,;]\s(?:but|however|nhưng|tuy nhiên)\b")
+""" "Both A and C seem plausible, but C is more accurate"."""
 _FIRST_OF_PARTS = re.compile(r"\(?(?:[aAiI]|1)\)\s")
 _SECOND_PART = re.compile(r"(?:\n|[.:;]\s)\s{0,8}\(?(?:[bB]|ii|II)\)\s")
 """An answer in parts, "(a) ... (b) ...", for a question in parts."""
@@ -241,7 +245,7 @@ def _is_part(reading: Reading, sentence: str) -> bool:
     """Whether a sentence that begins with "(a)" is the first part of an answer in parts: it does not say option A."""
     inside = sentence.lstrip("(")
     option = dict(reading.options).get(inside[0].upper(), " ")
-    return inside[0] in "ai" and len(sentence) > 60 and not normalise(inside[2:]).startswith(option)
+    return inside[0] in "ai" and len(sentence) > 25 and not normalise(inside[2:]).startswith(option)
 
 
 def first_label(reading: Reading) -> str | None:
@@ -256,7 +260,7 @@ def first_label(reading: Reading) -> str | None:
     if _FIRST_OF_PARTS.match(part) and (_SECOND_PART.search(reading.text) or _is_part(reading, part)):
         return None
     if REFUSAL.match(part, lead):
-        return _refusing_option(reading, normalise(part[lead:])) or NONE
+        return None if _HOWEVER.search(part) else _refusing_option(reading, normalise(part[lead:])) or NONE
     if NOT.match(part, lead):
         return choice_in(reading, part)
     if len(set(_INLINE_LABEL.findall(part))) > 2:
@@ -317,6 +321,35 @@ _BESIDE = re.compile(r"[,;]\s(?:with|while|whereas|unlike|al?though|though|còn|
 """What follows is about other options: "it is iron, while sand is not magnetic"."""
 
 
+@functools.lru_cache(maxsize=256)
+def _final(labels: str) -> re.Pattern[str]:
+    return re.compile(
+        r"\s(?:is|are|be|là)[:,]?\s(?:(?:option|choice|answer|statement|letter|phương án|đáp án|therefore|thus"
+        rf"|clearly|likely)\s){{0,2}}[*(\[\"]{{0,4}}({labels})(?:[)\]*\"]{{1,4}}|[.:]|(?=$))([^.]*)[.!*]{{0,3}}$"
+    )
+
+
+def _final_label(reading: Reading, sentence: str) -> str | None:
+    """The label with which a sentence ends, whatever it denies before: "The one that is not a metal is (C)."."""
+    found = _final(reading.labels).search(sentence)
+    if found is None:
+        return None
+    rest, text = normalise(found[2]), dict(reading.options).get(found[1], " ")
+    return found[1] if not rest.strip() or rest == text else None
+
+
+_OPTION_LINE = re.compile(r"(?:^|\n)[\s*_>-]{0,6}\(?([A-Z])[.):\]]{1,2}[*_]{0,3}\s([^\n]{1,300})(?=\n|$)")
+
+
+def option_line(reading: Reading) -> str | None:
+    """The only line that is an option, label and text, and nothing else."""
+    if reading.text.count("\n") < 1:
+        return None
+    options = dict(reading.options)
+    named = {label for label, text in _OPTION_LINE.findall(reading.text) if normalise(text) == options.get(label)}
+    return named.pop() if len(named) == 1 and not _lists_options(reading) else None
+
+
 def conclusion(reading: Reading) -> str | None:
     """One of the last two sentences, if it names one option and does not deny it: "... is a rabbit reservoir (B)."."""
     listed, short = _lists_options(reading), len(reading.conclusion) < 3
@@ -325,6 +358,8 @@ def conclusion(reading: Reading) -> str | None:
             reading.cut and (place == 0 or not (CUE.match(sentence) or is_said_again(reading, sentence)))
         ):
             continue
+        if (label := _final_label(reading, sentence)) is not None:
+            return label
         sentence = _SO.split(sentence)[-1]  # it can't be B or C, so it must be A
         aside = _WEIGHED.search(sentence)
         sentence = sentence[: aside.start()] if aside else sentence
@@ -358,6 +393,9 @@ def only_option(reading: Reading) -> str | None:
         return None
     words = normalise(reading.text)
     value = _option_in(reading, words)
+    short = len(reading.text) <= 60
+    if value and not short and (NOT_IN.search(reading.text) or len(dict(reading.options)[value]) < 6):
+        return None  # it may be what is denied, or a figure on the way
     if value is None and 4 < len(words) <= 40:  # a part of it, as a surname
         part_of = [label for label, text in reading.options if words in text]
         value = part_of[0] if len(part_of) == 1 else None

@@ -32,6 +32,7 @@ _BARE_STEP = re.compile(
 """A last line that only announces what was to come: "**Step 2: Calculate", "-", "4."."""
 _ITEM = re.compile(r"[\s>]{0,8}(?:\d{1,2}[.)]|[-*•]|\([a-z]\)|[a-z]\))\s")
 _ENVIRONMENT = re.compile(r"\\(begin|end)\{")
+_OPEN_CODE = re.compile(r"```[a-z]{1,12}\n(?:(?!```).)*\Z", re.DOTALL)
 _MATH = re.compile(r"(?<!\\)\$")
 _OPERATOR = re.compile(r"[\s:=(][*/$€£-]\Z")
 _LONG_PHRASE = 100  # characters of one sentence without a stop
@@ -75,6 +76,8 @@ def open_markup(tail: str, line: str) -> bool:
         sides = _ENVIRONMENT.findall(tail)
         if sides.count("begin") > sides.count("end"):
             return True
+    if "```" in tail and _OPEN_CODE.search(tail):
+        return True
     if "$$" in tail and tail.count("$$") % 2:
         return True
     if "\\" in line and "$" in line and len(_MATH.findall(line)) % 2:

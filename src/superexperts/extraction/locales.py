@@ -28,6 +28,7 @@ _AMBIGUOUS = re.compile(r"\d(?:\.\d{3}(?!\d)|,\d)")
 _POINT_MONEY = re.compile(
     r"(?<![\d,.])(?!0\.)(\d{1,3}(?:\.\d{3})+)(?=\s?(?:đồng|đ\b|VNĐ|VND|₫|€|euros?\b|EUR|Rp\b|rupiah|pesos?\b|reais\b))"
 )
+_COMMA_MONEY = re.compile(r"(?<![\d,.])(\d+),(\d{1,2})(?=\s?(?:đồng|đ\b|VNĐ|VND|₫|€|euros?\b|EUR|reais\b))")
 _VIETNAMESE = re.compile(r"[ăđơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ]", re.IGNORECASE)
 _OTHERS = (
     re.compile(r"\b(?:die|der|das|ist|und|sind|antwort|lösung|beträgt|ergebnis|insgesamt|euro)\b", re.IGNORECASE),
@@ -99,6 +100,7 @@ _REWRITES: _Rewrites = (
     (re.compile(r"\d \d{3}"), partial(_BLANKS.sub, _without_blanks)),
     (re.compile(r"\d,\d{2},"), partial(_INDIAN.sub, lambda found: found[0].replace(",", ""))),
     (re.compile(r"\d,\d"), partial(_POINTS_AND_COMMA.sub, lambda found: f"{found[1].replace('.', '')}.{found[2]}")),
+    (re.compile(r"\d,\d"), partial(_COMMA_MONEY.sub, r"\1.\2")),
     (re.compile(r"\.\d{3}"), partial(_POINT_MONEY.sub, lambda found: found[1].replace(".", ""))),
 )
 _SCALINGS: _Rewrites = (

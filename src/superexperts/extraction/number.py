@@ -35,6 +35,8 @@ _SUMS_UP = re.compile(
     re.IGNORECASE,
 )
 """What follows says the same as a result: "2 hours and 30 minutes, so 150 minutes"."""
+_UNSOLVED = re.compile(r"(?:\d|[-+*/]\s?)[xyzn]\b|\b[xyzn]\s?[-+*/]\s?[\dxyzn]")
+"""Before "=": an equation that is still to be solved, "2x + 3 = 15"."""
 _JOINED = re.compile(r"\band\b|&|;")
 _SO = re.compile(r"\b(?:so|therefore|thus|hence)\b", re.IGNORECASE)
 _COMES_TO = re.compile(r"[^,;.]{0,40}(?<!that)(?<!which)\s(?:is|are|equals?|makes?|gives?)\s[^,;.]{0,20}")
@@ -47,6 +49,8 @@ def _result(sentence: str) -> str | None:
     `NONE` if "and" joins two calculations of which the second does not use the first: "2 + 2 = 4 and 3 + 3 = 6".
     """
     parts = sentence[-CONCLUSION:].split("=")
+    if _UNSOLVED.search(parts[-2]):
+        return None
     last = list(find_numbers(parts[-1]))
     if len(last) > 1 and _UNDONE.fullmatch(parts[-1], last[0][1], last[1][0]):
         return None
@@ -77,7 +81,7 @@ def number_in(reading: Reading, sentence: str) -> str | None:
     if len({value for *_, value in numbers}) > 1:
         numbers = [number for number in numbers if number[2] not in reading.asked] or numbers
     if len({value for *_, value in numbers}) == 1:
-        return numbers[0][2]
+        return None if len(numbers) > 1 and _ARITHMETIC.search(bare) else numbers[0][2]
     sums_up = list(_SUMS_UP.finditer(bare))
     if sums_up and len(found := {number[2] for number in numbers if number[0] >= sums_up[-1].end()}) == 1:
         return found.pop()

@@ -145,7 +145,9 @@ def _hashes(reading: Reading) -> str | None:
         value = _after_hashes(reading, found)
         if value is not None:
             taken, end = value, found.end()
-    return NONE if taken and reading.cut and RETRACTED.search(reading.text, end) else taken
+    if taken and reading.cut and (RETRACTED.search(reading.text, end) or "?" in reading.text[end:]):
+        return NONE
+    return taken
 
 
 def _after_hashes(reading: Reading, found: re.Match[str]) -> str | None:
@@ -186,6 +188,7 @@ RULES: Final = (
     Rule("first-word", ("yesno",), yesno.first_word),  # Yes, because ...
     Rule("is-the-answer", ("choice",), choice.is_the_answer),  # option B is correct
     Rule("first-option", ("choice",), choice.first_option),  # desk drawer
+    Rule("option-line", ("choice",), choice.option_line),  # The diagnosis is:\n\nB. gout\n\nReasons: ...
     Rule("conclusion", ("choice",), choice.conclusion),  # ... is a rabbit reservoir (B).
     Rule("conclusion", ("yesno",), yesno.conclusion),  # So, no, she was not.
     Rule("conclusion", ("number",), number.conclusion),  # She has 34 apples.

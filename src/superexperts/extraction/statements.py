@@ -198,6 +198,7 @@ REFUSAL = re.compile(
         |determin\w+|specified|mentioned|listed|among)
     | (?:an?\ )?(?:unknown|unclear|uncertain|undetermined|ambiguous|inconclusive|indeterminate|n/a)
     | none\b|neither\b|both\b|all\ of\b|it\ depends|depend(?:s|ent|ing)\b|cannot\ be|can't\ be|could\ be\ either
+    | 无|没有|题目|无法|不确定|不知道|以上都不
     | không\ (?:có\ (?:đáp|câu|phương)|rõ|xác\ định|biết|thể)|cả\ (?:hai|ba|bốn)\b|tùy\b|tuỳ\b)
     """,
     re.IGNORECASE | re.VERBOSE,

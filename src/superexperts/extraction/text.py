@@ -77,6 +77,9 @@ _OPENING = re.compile(
 _ASKED_END = re.compile(r"\?[ \t]{0,8}\n\s{0,8}(?:answer|a|trả lời|đáp án)\s?[:：]", re.IGNORECASE)
 _ASKED = re.compile(rf"\n[^\n]{{1,600}}{_ASKED_END.pattern}", re.IGNORECASE)
 _LISTED = re.compile(r"\n\s{0,8}\(?A[.)]\s{1,4}(\S[^\n]{0,300})\n\s{0,8}\(?B[.)]\s")
+_INTRODUCES = re.compile(
+    r"(?::|\b(?:options?|choices|statements|answers|each|phương án|lựa chọn|đáp án)\b[^\n]{0,40})\s*\Z", re.IGNORECASE
+)
 _LATER_ROLE = re.compile(r"\n\s{0,8}assistant\s?[:：]", re.IGNORECASE)
 _OPENS = frozenset(("<|", "<｜", "<s", "[/", "as", "mo", "bo"))
 """What an opening begins with."""
@@ -149,7 +152,9 @@ def own_span(text: str, lower: str | None, question: str, choices: Sequence[tupl
         end = _before(_ASKED, text, start, end, question)
     if choices and ("A." in text or "A)" in text):
         listed = _LISTED.search(text, start, end)
-        if listed and not _own_list(normalise(listed[1]), choices):
+        # "Let us look at each option:" introduces its own choices.
+        introduced = listed is not None and _INTRODUCES.search(text[max(start, listed.start() - 160) : listed.start()])
+        if listed and not introduced and not _own_list(normalise(listed[1]), choices):
             before = max(text.rfind("\n\n", start, listed.start()), start)
             end = before if before > start else listed.start()
     return start, end

@@ -23,7 +23,9 @@ _WORDS = (
     r"|是的|对的|正确|不是|不对|不正确|错误|否|对|ja|nein|oui|non|sí"
 )
 _YES_NO = re.compile(
-    rf"({_WORDS}|correct|incorrect|yeah|yep|nope|nah)\b(?!\s(?:one|doubt|longer|evidence|phải là không))", re.IGNORECASE
+    rf"({_WORDS}|correct|incorrect|yeah|yep|nope|nah)\b"
+    r"(?!\s(?:one|doubt|longer|evidence|information|mention|details?|data|indication|phải là không))",
+    re.IGNORECASE,
 )
 # "According to the passage, yes": the word of the answer follows the source.
 _ACCORDING = re.compile(r"(?:according to|based on|as per|theo)\b[^,.]{1,80},\s", re.IGNORECASE)
@@ -40,6 +42,7 @@ _OF_COURSE = re.compile(
     r"[\s*\"']{0,4}(?:absolutely|definitely|certainly|of course|indeed|chắc chắn)\s?[*\"']{0,3}(?:[.,!]|$)",
     re.IGNORECASE,
 )
+_UNDER_CONDITION = re.compile(r"\s(?:if|unless|provided|only\s(?:if|when)|nếu)\b", re.IGNORECASE)
 _MAYBE = re.compile(r"maybe\b|possibly\b", re.IGNORECASE)
 _YES = frozenset(
     ("yes", "yeah", "yep", "true", "correct", "có", "đúng", "是的", "对的", "正确", "对", "ja", "oui", "sí")
@@ -67,7 +70,7 @@ def yes_no_in(reading: Reading, tail: str) -> str | None:
         other = re.match(
             r"[\"'”*]{0,3}\s?(?:/|or|and|hoặc)\s?(yes|no|true|false|có|không)\b", part[found.end() :], re.IGNORECASE
         )
-        return NONE if other else _yes_no(found[1])
+        return NONE if other or _UNDER_CONDITION.match(part, found.end()) else _yes_no(found[1])
     if REFUSAL.match(part, lead) or _MAYBE.match(part, lead):
         return NONE
     return None
