@@ -93,7 +93,7 @@ def prepare(folder: Path, rows: int) -> None:
 
 
 def commands(folder: Path, out: Path, tokens: int) -> list[Measured]:
-    """The commands in order; `restore` reads what `prune` wrote in the same round."""
+    """The commands in order; `restore` and `export` read what `prune` and `train` wrote."""
     model = str(folder / "model")
     corpus = ["--corpus", "pocket"]
     training = ["--experts", POCKET_EXPERTS, "--data", str(folder / "rows.json"), "--epochs", "1", "--batch-size", "8"]
@@ -106,6 +106,8 @@ def commands(folder: Path, out: Path, tokens: int) -> list[Measured]:
         Measured("`prune`", ["prune", model, "--experts", EXPERTS]),
         Measured("`restore`", ["restore", str(out / "prune")]),
         Measured("`train` (LoRA, pocket)", ["train", "pocket", *training, "--max-length=256", "--learning-rate=3e-3"]),
+        Measured("`export --format merged`", ["export", str(out / "train"), "--format", "merged"]),
+        Measured("`evaluate` (GSM8K, MMLU)", ["evaluate", "pocket", "--data-dir=pocket", "--tasks=gsm8k,mmlu", "--limit=600"]),
     ]
     every = [command._replace(arguments=[*command.arguments, f"--out={out / name(command)}"]) for command in every]
     return [
