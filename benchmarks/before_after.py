@@ -107,7 +107,10 @@ def commands(folder: Path, out: Path, tokens: int) -> list[Measured]:
         Measured("`restore`", ["restore", str(out / "prune")]),
         Measured("`train` (LoRA, pocket)", ["train", "pocket", *training, "--max-length=256", "--learning-rate=3e-3"]),
         Measured("`export --format merged`", ["export", str(out / "train"), "--format", "merged"]),
-        Measured("`evaluate` (GSM8K, MMLU)", ["evaluate", "pocket", "--data-dir=pocket", "--tasks=gsm8k,mmlu", "--limit=600"]),
+        Measured(
+            "`evaluate` (600 of GSM8K, MMLU)",
+            ["evaluate", *"pocket --data-dir=pocket --tasks=gsm8k,mmlu --limit=600".split()],
+        ),
     ]
     every = [command._replace(arguments=[*command.arguments, f"--out={out / name(command)}"]) for command in every]
     return [
