@@ -109,7 +109,7 @@ def commands(folder: Path, out: Path, tokens: int) -> list[Measured]:
         Measured("`export --format merged`", ["export", str(out / "train"), "--format", "merged"]),
         Measured(
             "`evaluate` (600 of GSM8K, MMLU)",
-            ["evaluate", *"pocket --data-dir=pocket --tasks=gsm8k,mmlu --limit=600".split()],
+            ["evaluate", "pocket", "--data-dir=pocket", "--tasks=gsm8k,mmlu", "--limit=600"],
         ),
     ]
     every = [command._replace(arguments=[*command.arguments, f"--out={out / name(command)}"]) for command in every]
