@@ -6,6 +6,7 @@ import functools
 import re
 
 from superexperts.extraction.cued import Cued, Gated
+from superexperts.extraction.listings import INLINE_LABEL, LINE_LABEL, lists_options
 from superexperts.extraction.statements import (
     CONCLUSION,
     CUE,
@@ -205,29 +206,7 @@ def is_the_answer(reading: Reading) -> str | None:
     return NONE if len({value for value, _ in values}) > 1 else values[0][0] if values else None
 
 
-_LINE_LABEL = re.compile(r"[\s*\-•(\[|]{0,8}(?:option\s)?([A-H])(?:\s?[.):\]|]|\s[-–]\s)", re.IGNORECASE)
-
-
-_NEXT_LINE_LABEL = re.compile(rf"\n{_LINE_LABEL.pattern}", re.IGNORECASE)
-
-
-_INLINE_LABEL = re.compile(r"(?:^|[\s(\[])([A-H])[.)\]]\s")
-_ABC = ["A", "B", "C"]
 _CHECKED = re.compile(r"\[\s?[xX✓✔]\s?\]\s?[*(\[]{0,3}([A-H])\b")
-
-
-def _lists_options(reading: Reading) -> bool:
-    """Whether the answer lists the options: one per line, or all in the first line ("A. oil B. sand C. iron")."""
-    if reading.text[:3].lstrip("([")[:1] == "A":
-        line = reading.text[:1000].partition("\n")[0]
-        if _INLINE_LABEL.findall(line)[:3] == _ABC:
-            return True
-    if reading.text.count("\n") < 2:
-        return False
-    text = reading.text[:CONCLUSION]
-    first = _LINE_LABEL.match(text)
-    labels = [*([first[1]] if first else []), *_NEXT_LINE_LABEL.findall(text)]
-    return len(labels) > 2 and len(set(map(str.upper, labels))) > 2
 
 
 _A_FOR_ANSWER = re.compile(r"A\s?[:：]\s?[*(\[]{0,3}(?=[A-H](?:[.)\]*]|\s*$))")
@@ -254,7 +233,7 @@ def first_label(reading: Reading) -> str | None:
     if len(checked) == 1:  # [ ] A, [x] B
         return str(*checked)
     part = first_part(reading.text)
-    if not part or _lists_options(reading):
+    if not part or lists_options(reading):
         return None
     lead = lead_end(part)
     if _FIRST_OF_PARTS.match(part) and (_SECOND_PART.search(reading.text) or _is_part(reading, part)):
@@ -263,7 +242,7 @@ def first_label(reading: Reading) -> str | None:
         return None if _HOWEVER.search(part) else _refusing_option(reading, normalise(part[lead:])) or NONE
     if NOT.match(part, lead):
         return choice_in(reading, part)
-    if len(set(_INLINE_LABEL.findall(part))) > 2:
+    if len(set(INLINE_LABEL.findall(part))) > 2:
         return None
     short = _A_FOR_ANSWER.match(part)
     return label_at(reading, part, short.end() if short else lead)
@@ -273,7 +252,7 @@ def first_option(reading: Reading) -> str | None:
     """The first line is the text of an option, or names one in a few words or in words of the question."""
     part = first_part(reading.text)
     words = normalise(part)
-    if not part or part.endswith("?") or _NUMBERED.match(part) or _lists_options(reading):
+    if not part or part.endswith("?") or _NUMBERED.match(part) or lists_options(reading):
         return None
     value = _option_in(reading, words)
     if not value or NOT_IN.search(part) or _SAID_WRONG.search(part):
@@ -338,23 +317,11 @@ def _final_label(reading: Reading, sentence: str) -> str | None:
     return found[1] if not rest.strip() or rest == text else None
 
 
-_OPTION_LINE = re.compile(r"(?:^|\n)[\s*_>-]{0,6}\(?([A-Z])[.):\]]{1,2}[*_]{0,3}\s([^\n]{1,300})(?=\n|$)")
-
-
-def option_line(reading: Reading) -> str | None:
-    """The only line that is an option, label and text, and nothing else."""
-    if reading.text.count("\n") < 1:
-        return None
-    options = dict(reading.options)
-    named = {label for label, text in _OPTION_LINE.findall(reading.text) if normalise(text) == options.get(label)}
-    return named.pop() if len(named) == 1 and not _lists_options(reading) else None
-
-
 def conclusion(reading: Reading) -> str | None:
     """One of the last two sentences, if it names one option and does not deny it: "... is a rabbit reservoir (B)."."""
-    listed, short = _lists_options(reading), len(reading.conclusion) < 3
+    listed, short = lists_options(reading), len(reading.conclusion) < 3
     for place, sentence in enumerate(reversed(reading.conclusion[-2:])):
-        if (listed and _LINE_LABEL.match(sentence)) or (
+        if (listed and LINE_LABEL.match(sentence)) or (
             reading.cut and (place == 0 or not (CUE.match(sentence) or is_said_again(reading, sentence)))
         ):
             continue
@@ -389,7 +356,7 @@ def conclusion(reading: Reading) -> str | None:
 
 def only_option(reading: Reading) -> str | None:
     """A short answer that contains the text of one option only: `print("desk drawer")`."""
-    if len(reading.text) > 400 or reading.cut or _lists_options(reading) or _SAID_WRONG.search(reading.text):
+    if len(reading.text) > 400 or reading.cut or lists_options(reading) or _SAID_WRONG.search(reading.text):
         return None
     words = normalise(reading.text)
     value = _option_in(reading, words)

@@ -16,6 +16,7 @@ from superexperts.core.thoughts import Parts, split_thoughts
 from superexperts.extraction import choice, number, yesno
 from superexperts.extraction.cued import lowered
 from superexperts.extraction.expression import expression_value
+from superexperts.extraction.listings import option_line
 from superexperts.extraction.locales import english_numbers
 from superexperts.extraction.numbers import find_numbers
 from superexperts.extraction.statements import (
@@ -188,7 +189,7 @@ RULES: Final = (
     Rule("first-word", ("yesno",), yesno.first_word),  # Yes, because ...
     Rule("is-the-answer", ("choice",), choice.is_the_answer),  # option B is correct
     Rule("first-option", ("choice",), choice.first_option),  # desk drawer
-    Rule("option-line", ("choice",), choice.option_line),  # The diagnosis is:\n\nB. gout\n\nReasons: ...
+    Rule("option-line", ("choice",), option_line),  # The diagnosis is:\n\nB. gout\n\nReasons: ...
     Rule("conclusion", ("choice",), choice.conclusion),  # ... is a rabbit reservoir (B).
     Rule("conclusion", ("yesno",), yesno.conclusion),  # So, no, she was not.
     Rule("conclusion", ("number",), number.conclusion),  # She has 34 apples.
