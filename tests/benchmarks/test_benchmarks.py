@@ -327,3 +327,20 @@ def test_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyP
     _write(tmp_path, "gsm8k", [ROWS["gsm8k"]])
     monkeypatch.setenv("SUPEREXPERTS_DATA", str(tmp_path))
     assert [item.gold for item in load_benchmarks(["gsm8k"])["gsm8k"].items] == ["2125"]
+
+
+def test_a_number_among_texts_changes_no_other_row(tmp_path: Path) -> None:
+    """The JSON reader of `datasets` would make 1.5 of "1.50" and True of "true" in the other rows."""
+    rows = [
+        {"question": "Which?", "choices": {"text": texts, "label": ["A", "B", "C"]}, "answerKey": "A"}
+        for texts in (["1.50", "007", "true"], [3, 4.5, 5], ["null", "[1]", "2020-01-01"])
+    ]
+    (tmp_path / "arc_easy_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load_benchmarks(["arc_easy"], tmp_path)["arc_easy"]
+    assert [[text for _, text in item.choices] for item in loaded.items] == [
+        ["1.50", "007", "true"],
+        ["3", "4.5", "5"],
+        ["null", "[1]", "2020-01-01"],
+    ]
+    asked = [loaded.parts[0].task.doc_to_text(row) for row in loaded.parts[0].task.eval_docs]
+    assert asked == [prompt(item) for item in loaded.items]

@@ -654,3 +654,17 @@ def test_runs_that_disagree_are_found(seeds: Path, tab: Page) -> None:
     assert tab.run(f"{summary}.querySelector('.hidden').textContent") == "2 of 3 runs right: "
     texts = tab.run(f"[...{summary}.parentElement.querySelectorAll('pre')].map((one) => one.textContent)")
     assert texts == [visible(HOSTILE), "otherwise"]  # two runs said and were read alike
+
+
+def test_one_whole_prompt_for_each_benchmark(tmp_path: Path) -> None:
+    folder = build(tmp_path / "study")
+    sent = {"boolq": "<bos><user>Is it \x1b so?</s><script>", "mmlu": "Question: which?\nAnswer:"}
+    manifest = folder / "variants" / "base" / "manifest.json"
+    value = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    manifest.write_text(json.dumps({**value, "prompts": sent}))
+    shutil.rmtree(folder / "profile")
+    run(ReportConfig(folder=folder))
+    page = BeautifulSoup((folder / "report.html").read_text(), "html.parser")
+    shown = [pre.get_text() for pre in page.find_all("pre") if str(pre.get("aria-label")).startswith("Prompt of")]
+    assert shown == ["Question: which?\nAnswer:", "<bos><user>Is it ␛ so?</s><script>"]
+    assert "<bos><user>Is it ␛ so?</s><script>" in (folder / "report.md").read_text()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from superexperts.core.errors import OptionError, OutputError
+from superexperts.core.errors import DataError, OptionError, OutputError
+from superexperts.studies.check import check
 from superexperts.studies.plan import expert_files
 from superexperts.studies.study import StudyConfig, run
 from superexperts.studies.study_file import parse
@@ -191,3 +192,29 @@ def test_an_error_that_two_commands_find_is_reported_once() -> None:
 
 def test_a_known_set_may_have_options_of_its_rule() -> None:
     assert parse("{name: x, data_dir: pocket, experts: {super: {ratio: 5}}}").experts["super"]["ratio"] == 5
+
+
+@pytest.mark.parametrize(
+    ("sections", "trained", "asked"),
+    [
+        ("", None, "auto"),
+        ("evaluation: {chat_template: off}", "plain", "off"),
+        ("evaluation: {chat_template: 'on'}", "chat", "on"),
+        ("training: {prompt: plain}", "plain", "off"),
+        ("training: {prompt: chat}", "chat", "on"),
+        ("training: {prompt: auto}", "auto", "auto"),
+    ],
+)
+def test_trainings_and_questions_are_put_alike(sections: str, trained: str | None, asked: str) -> None:
+    plan = parse(f"name: x\ndata_dir: pocket\nvariants: [base, lora-super]\n{sections}")
+    [run] = [run for run in plan.runs if run.kind == "lora"]
+    assert plan.training_of(run).get("prompt") == trained
+    assert plan.asking.get("chat_template", "auto") == asked
+
+
+def test_trainings_and_questions_that_are_put_differently() -> None:
+    sections = "training: {prompt: plain}\nevaluation: {chat_template: on}"
+    plan = parse(f"name: x\ndata_dir: pocket\nvariants: [base, lora-super]\n{sections}")
+    assert plan.prompts == {"plain", "chat"}
+    with pytest.raises(DataError, match="training.prompt: some trainings or the evaluation put questions in chat"):
+        check(plan, here=False)

@@ -67,7 +67,7 @@ def test_an_index_is_read_where_the_file_shows_how_it_counts(tmp_path: Path) -> 
 
     assert [one.answer for one in read(tmp_path, row(0), row(2), row(1))] == ["A", "C", "B"]
     assert [one.answer for one in read(tmp_path, row(1), row(3))] == ["A", "C"]
-    with pytest.raises(DataError, match="row 1: 'answer' is 1, would mean B if choices count from 0 and A if"):
+    with pytest.raises(DataError, match="row 1: 'answer' is 1, which would mean B if choices count from 0 and A"):
         read(tmp_path, row(1), row(2))
     with pytest.raises(DataError, match="row 1: 'answer' is 7, which would mean no choice; write the letter"):
         read(tmp_path, row(7), row(0))

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,25 +164,38 @@ def _local(benchmark: Benchmark, folder: Path, split: str) -> LoadedBenchmark:
 @functools.lru_cache(maxsize=16)  # a study asks every variant the same questions
 def _local_cached(name: str, file: Path, sha: str) -> LoadedBenchmark:
     benchmark = BENCHMARKS[name]
-    # A temporary cache, and the rows in memory: Arrow files must not pile up in the user's cache.
-    with tempfile.TemporaryDirectory() as cache:
-        source = {
-            "dataset_path": "json",
-            "dataset_kwargs": {
-                "data_files": {benchmark.split: str(file)},
-                "cache_dir": cache,
-                "keep_in_memory": True,
-            },
-        }
-        try:
-            task = harness_task(name, source)
-        # The harness tries the first row, and raises anything. StopIteration is what datasets raises for an empty file.
-        except (DataError, *_UNREADABLE, TypeError, LookupError, StopIteration) as error:
-            rows = [row for _, row in read_rows(file, "data_dir")]  # raises if a line is not a JSON object
-            _items(benchmark, rows, str(file))
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{file} cannot be read as {name} ({reason}); repair the file", field="data_dir") from error
-    return _whole(task, _items(benchmark, task.eval_docs, str(file)))
+    rows = [row for _, row in read_rows(file, "data_dir")]  # raises if a line is not a JSON object
+    items = _items(benchmark, rows, str(file))
+    try:
+        # Not by the JSON reader of `datasets`: where one row of a column is a number, it takes all texts for JSON.
+        dataset = datasets.Dataset.from_list(_one_type(rows))
+        task = harness_task(name, {"custom_dataset": lambda **_: {benchmark.split: dataset}})
+    except (DataError, *_UNREADABLE, TypeError, LookupError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{file} cannot be read as {name} ({reason}); repair the file", field="data_dir") from error
+    if _items(benchmark, task.eval_docs, str(file)) != items:
+        raise DataError(f"{file} has numbers and texts in one column; write all as texts", field="data_dir")
+    return _whole(task, items)
+
+
+def _one_type(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows with numbers as texts in the columns that also hold texts, since a table has one type for a column."""
+    kinds: dict[tuple[str, ...], set[type]] = collections.defaultdict(set)
+
+    def walk(value: Any, place: tuple[str, ...], change: Callable[[Any, tuple[str, ...]], Any]) -> Any:
+        if isinstance(value, dict):
+            return {name: walk(inner, (*place, name), change) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [walk(inner, (*place, ""), change) for inner in value]
+        return change(value, place)
+
+    for row in rows:
+        walk(row, (), lambda value, place: kinds[place].add(type(value)))
+
+    def as_text(value: Any, place: tuple[str, ...]) -> Any:
+        return str(value) if str in kinds[place] and isinstance(value, int | float) else value
+
+    return [walk(row, (), as_text) for row in rows]
 
 
 @functools.cache

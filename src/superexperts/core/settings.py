@@ -51,6 +51,8 @@ def typed(value: Any, hint: Any) -> Any:
             return None
         (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
     if get_origin(hint) is Literal:
+        if isinstance(value, bool) and {"on", "off"} <= {*get_args(hint)}:
+            value = "on" if value else "off"  # YAML 1.1 takes the words for true and false
         if value not in get_args(hint):
             raise ValueError(f"{value!r} is unknown; choose from {', '.join(map(str, get_args(hint)))}")
         return value
@@ -63,7 +65,10 @@ def typed(value: Any, hint: Any) -> Any:
     elif hint is bool and isinstance(value, bool):
         return value
     expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
-    raise ValueError(f"{value!r} is not {expected}; correct it")
+    what_to_do = (
+        "write it in quotes" if expected == "a text" and isinstance(value, bool | int | float) else "correct it"
+    )
+    raise ValueError(f"{value!r} is not {expected}; {what_to_do}")
 
 
 def _number(value: Any) -> Any:

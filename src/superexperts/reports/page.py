@@ -78,6 +78,7 @@ def write_report(folder: Path, settings: Mapping[str, type]) -> Path:
         "versions": versions(manifests),
         "stages": stages(folder, results, manifests, settings),
         "study_file": study_file(folder),
+        "prompts": _prompts(folder, results),
         "version": __version__,
     }
     with new_folder(folder / FIGURES, "report", "folder") as figures:
@@ -93,6 +94,14 @@ def write_report(folder: Path, settings: Mapping[str, type]) -> Path:
     path = folder / "report.html"
     write_text(path, page)
     return path
+
+
+def _prompts(folder: Path, results: Results) -> list[tuple[str, str]]:
+    """(benchmark, all that was sent to ask its first item), which is the same for every variant; empty for answers of
+    an earlier version."""
+    manifest = folder / "variants" / results.base.runs[0].name / "manifest.json"
+    sent = read_json(manifest, "manifest").get("prompts", {}) if manifest.is_file() else {}
+    return [(task, visible(str(sent[task]))) for task in results.columns if task in sent]
 
 
 def _page(content: dict[str, Any], shown: list[dict[str, Any]], browser: Any) -> str:
