@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from superexperts.benchmarks.base import prompt
+from superexperts.benchmarks.loading import load_benchmarks
 from superexperts.cli import main
 from superexperts.core.errors import OptionError
 from superexperts.engines import client
@@ -299,3 +301,34 @@ def test_when_to_come_back(header: dict[str, str], seconds: float | None) -> Non
     assert problem is not None
     assert problem.retry_after == seconds
     assert problem.kind == "again"
+
+
+def test_a_reasoning_models_run_from_the_questions_to_the_scores(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Right answers in every form of a server, beside thoughts that say otherwise, and two that never end."""
+    items = load_benchmarks(["boolq"], data)["boolq"].items
+    gold = {prompt(item): str(item.gold) for item in items}
+    other = {"yes": "no", "no": "yes"}
+
+    def reply(body: dict[str, Any], number: int) -> Sent:
+        assert "stop" not in body
+        right = gold[body["messages"][-1]["content"]]
+        wrong = f"Is it {other[right]}? The answer is {other[right]}.\nQuestion: is it?\nI think so."
+        forms = (
+            said(f"<think>\n{wrong}\n</think>\n\nThe answer is {right}."),
+            said(f"The answer is {right}.", reasoning_content=wrong),
+            said(f"{wrong}\n</think>\n{right.capitalize()}."),
+            said(f"<|channel|>analysis<|message|>{wrong}<|end|><|start|>assistant<|channel|>final<|message|>{right}"),
+            said(f"<think>\nThe answer is {right}. But wait", "length"),
+            said(None, "length", reasoning=f"The answer is {right}. But wait"),
+        )
+        return forms[number]
+
+    result, bodies = ask(tmp_path, data, reply, limit=6)
+    assert len(bodies) == 6
+    assert result["ended"] == {"boolq": {"cut": 2, "silent": 2}}
+    capsys.readouterr()
+    assert main(["extract", str(tmp_path), "--json"]) == 0
+    [score] = json.loads(capsys.readouterr().out)["scores"]
+    assert (score["items"], score["correct"], score["unparsed"], score["cut"]) == (6, 4, 2, 2)
