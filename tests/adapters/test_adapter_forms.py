@@ -42,9 +42,12 @@ PREFIX = "base_model.model."
 OK = "yes"
 MORE = "no: more than A and B"
 FIRST = "import first"
+UNMERGED = "no: cannot be merged"
 WORDS = {
-    MORE: "which is more than A and B of linear maps; .*merged",
+    MORE: "which is more than A and B of linear maps; .*(merged|PEFT)",
     FIRST: "import it first",
+    "no: layers used twice": "layers.* twice .layer_replication.*PEFT",
+    UNMERGED: "cannot be merged.*; use it as it is",
     "no: no bias to merge into": "lora_bias.* has none in the checkpoint",
     "no: parts not gathered": "without gathering its parts",
     "no: a pickle": "as a pickle",
@@ -104,6 +107,7 @@ def rewrite(folder: Path, change: Callable[[str, Tensor], tuple[str, Tensor] | N
 def peft(
     title: str,
     *cells: str,
+    family: str = "qwen3_moe",
     tied: bool = False,
     then: Callable[[Path], None] | None = None,
     again: bool = False,
@@ -112,7 +116,7 @@ def peft(
     """A file that PEFT saved and `then` changed; `again` asks PEFT for the logits of the changed file."""
 
     def make(folder: Path) -> tuple[Path, Tensor]:
-        adapter, expected = by_peft(folder, base(folder, tie_word_embeddings=tied), **settings)
+        adapter, expected = by_peft(folder, base(folder, family, tie_word_embeddings=tied), **settings)
         if then is not None:
             then(adapter)
         if again:
@@ -252,6 +256,12 @@ FORMS = (
         folder, init_lora_weights="pissa_niter_4"),
         "no: start not recorded", MORE, MORE, MORE, "no: start not recorded", MORE),
     peft("`lora_bias`, on maps without a bias", *NO_BIAS, target_modules=["o_proj"], lora_bias=True),
+    peft("biases of the base (`bias`)", *SOME, family="qwen2_moe", target_modules=["q_proj"], bias="all"),
+    peft("`lora_bias`, on maps with a bias", *SOME, family="qwen2_moe", target_modules=["q_proj"], lora_bias=True),
+    peft("aLoRA", OK, MORE, MORE, MORE, UNMERGED, MORE, target_modules=["q_proj"],
+         alora_invocation_tokens=[int(tiny_tokens()[0, 0])]),
+    peft("`layer_replication`", "no: layers used twice", target_modules=["q_proj"],
+         layer_replication=[(0, 2), (1, 3)]),
     peft("output head, as PEFT saves it", OK, target_modules=HEAD),
     peft("output head, tied to the embeddings", OK, OK, OK, "no: tied", OK, "no: tied", tied=True, target_modules=HEAD),
     peft("embeddings", *SOME, target_modules=["q_proj", "embed_tokens"]),

@@ -112,11 +112,7 @@ def read_factors(model: nn.Module, folder: Path, field: str, stored: Stored | No
     require_loadable(saved, folder, field)
     check_fits(model, config, folder, field)
     if beyond := beyond_factors(config, saved):
-        raise DataError(
-            f"{folder} holds {beyond}, which is more than A and B of linear maps; PEFT loads it as it is, and export "
-            "it as merged for anything else",
-            field=field,
-        )
+        raise DataError(f"{folder} {beyond}", field=field)
     config.init_lora_weights = True  # values come from the file; some starts need the base's weights
     try:
         with lora.quiet():

@@ -53,7 +53,8 @@ def read_fitting(
     if kept and config.ensure_weight_tying:  # PEFT then saves what is tied to them as well
         kept |= {name.rpartition(".")[0] for pair in cast(Any, model).all_tied_weights_keys.items() for name in pair}
     state = model.state_dict()
-    of_base = base_weights(model, tensors, kept)
+    trained = tensors if config.bias == "none" else {key: t for key, t in tensors.items() if not key.endswith(".bias")}
+    of_base = base_weights(model, trained, kept)
     for key, saved in list(tensors.items()):
         name = of_base.get(key, key.removeprefix(PREFIX))
         if name in state and saved.shape[1:] == state[name].shape[1:] and len(saved) != len(state[name]):
@@ -120,6 +121,8 @@ class Beyond:
     """What it is, for a message."""
     holds: Callable[[LoraConfig, Mapping[str, Tensor]], bool]
     """Whether an adapter of this configuration and these tensors has it."""
+    instead: str = "PEFT loads it as it is, and export it as merged for anything else"
+    """What to do, for a message."""
 
 
 def starts_from_base(config: LoraConfig) -> bool:
@@ -130,7 +133,11 @@ def starts_from_base(config: LoraConfig) -> bool:
 
 BEYOND = (
     Beyond(words="DoRA", holds=lambda config, tensors: bool(config.use_dora) or _has(tensors, "lora_magnitude_vector")),
-    Beyond(words="a bias beside B (lora_bias)", holds=lambda config, _: bool(config.lora_bias)),
+    Beyond(
+        words="a bias beside B (lora_bias)",
+        holds=lambda config, _: bool(config.lora_bias),
+        instead="PEFT loads it as it is, and it can be exported as merged where each of its maps has a bias",
+    ),
     Beyond(words="biases of the base model (bias)", holds=lambda config, _: config.bias != "none"),
     Beyond(words="whole modules (modules_to_save)", holds=lambda config, _: bool(config.modules_to_save)),
     Beyond(
@@ -138,13 +145,19 @@ BEYOND = (
         holds=lambda config, tensors: bool(config.trainable_token_indices) or _has(tensors, "trainable_tokens"),
     ),
     Beyond(words="LoRA on the embeddings", holds=lambda _, tensors: _has(tensors, "lora_embedding_")),
-    Beyond(words="layers used twice (layer_replication)", holds=lambda config, _: bool(config.layer_replication)),
+    Beyond(
+        words="layers used twice (layer_replication)",
+        holds=lambda config, _: bool(config.layer_replication),
+        instead="use it as it is, with PEFT",
+    ),
     Beyond(
         words="a start that changed the base's weights (init_lora_weights: {init})",
         holds=lambda config, _: starts_from_base(config),
     ),
     Beyond(
-        words="a variant of LoRA ({variant})", holds=lambda config, _: _variant(config) is not None
+        words="a variant of LoRA ({variant})",
+        holds=lambda config, _: _variant(config) is not None,
+        instead="use it as it is, with PEFT",
     ),
 )  # fmt: skip
 """What is asked in turn. A new kind of adapter is one entry."""
@@ -164,10 +177,12 @@ def _variant(config: LoraConfig) -> str | None:
 
 
 def beyond_factors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> str | None:
-    """What in an adapter is more than A and B of linear maps; None if nothing is."""
+    """What in an adapter is more than A and B of linear maps, and what to do, as a sentence that begins with
+    the adapter; None if nothing is."""
     for entry in BEYOND:
         if entry.holds(config, tensors):
-            return entry.words.format(init=config.init_lora_weights, variant=_variant(config))
+            words = entry.words.format(init=config.init_lora_weights, variant=_variant(config))
+            return f"holds {words}, which is more than A and B of linear maps; {entry.instead}"
     return None
 
 

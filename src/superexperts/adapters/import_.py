@@ -92,11 +92,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
         else:
             saved_config, tensors = read_fitting(model, folder, "adapter", stored_in(model, source))
         if beyond := beyond_factors(saved_config, tensors):
-            raise DataError(
-                f"{folder} holds {beyond}, which is more than A and B of linear maps; use it as it is, or export it as "
-                "merged",
-                field="adapter",
-            )
+            raise DataError(f"{folder} {beyond}", field="adapter")
         layout, why = config.layout, "as given"
         if layout == "auto":
             layout, why = detect(model, saved_config, tensors, fields)

@@ -248,6 +248,8 @@ def load_adapter(model: nn.Module, folder: Path, field: str = "adapter", name: s
     check_fits(base, config, folder, field)
     if reason := start_without_record(config):
         raise DataError(f"{folder}: {reason}", field=field)
+    if config.layer_replication:  # the layers could not be taken out again
+        raise DataError(f"{folder} uses layers twice (layer_replication); use it with PEFT alone", field=field)
     config.inference_mode = True
     try:
         with quiet():

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import FineGrainedFP8Config, Mxfp4Config
 
+from superexperts.adapters.files import one_line
 from superexperts.adapters.lora import load_adapter, quiet
 from superexperts.checkpoints.float8 import is_quantized
 from superexperts.checkpoints.source import ModelSource
@@ -36,8 +37,11 @@ def merge_in_memory(adapter: Path, source: ModelSource, out: Path) -> None:
     _require_biases(adapted, adapter)
     tied = _untie(adapted)
     # Not PEFT's safe merge: it rounds the change before adding it, and so rounds twice in bfloat16.
-    with quiet():
-        merged = cast(Any, adapted).merge_and_unload()
+    try:
+        with quiet():
+            merged = cast(Any, adapted).merge_and_unload()
+    except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:  # a variant that only runs unmerged
+        raise DataError(f"{adapter} cannot be merged ({one_line(error)}); use it as it is", field="adapter") from error
     broken = [name for name, parameter in merged.named_parameters() if not bool(parameter.isfinite().all())]
     if broken:
         raise DataError(
