@@ -4,7 +4,7 @@
 
 The rules read the labelled generations several times, on one core and, as `extract` does, on all cores; the fastest
 round counts, since others may use the machine. Then `evaluate` asks the pocket model its six benchmarks, or those of
---data-dir, in a temporary folder. Time inside `HFLM.generate_until` is generation. The rest is split into work for
+--data-dir, in a temporary folder. Time inside `TransformersModel.replies` is generation. The rest is split into work for
 each item (prompts, order, journal, answers) and work once a run (loading the model, data, manifest). Last, one core
 reads the pocket model's answers.
 """
@@ -19,11 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval.models.huggingface import HFLM
-
 from superexperts.benchmarks import default_benchmarks
 from superexperts.core.prompt import prompt_of
 from superexperts.core.types import Answer
+from superexperts.engines.harness import TransformersModel
 from superexperts.evaluation import evaluate
 from superexperts.evaluation.evaluate import EvaluateConfig
 from superexperts.extraction.audit import KINDS
@@ -117,7 +116,7 @@ def main() -> None:
         # The first run imports and fills the page cache; it does not count.
         evaluated(2, Path(temporary) / "warm", Path("pocket"), options.batch_size)
         whole, asking, generation = (
-            Timed(evaluate, "run"), Timed(evaluate, "ask_one"), Timed(HFLM, "generate_until")
+            Timed(evaluate, "run"), Timed(evaluate, "ask_one"), Timed(TransformersModel, "replies")
         )  # fmt: skip
         answers = evaluated(options.limit, Path(temporary) / "timed", options.data_dir, options.batch_size)
     beyond, once = asking.seconds - generation.seconds, whole.seconds - asking.seconds
