@@ -4,7 +4,7 @@
 
 The rules read the labelled generations several times, on one core and, as `extract` does, on all cores; the fastest
 round counts, since others may use the machine. Then `evaluate` asks the pocket model its six benchmarks, or those of
---data-dir, in a temporary folder. Time inside `TransformersModel.replies` is generation. The rest is split into work for
+--data-dir, in a temporary folder. `TransformersModel.replies` is generation. The rest is split into work for
 each item (prompts, order, journal, answers) and work once a run (loading the model, data, manifest). Last, one core
 reads the pocket model's answers.
 """
