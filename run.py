@@ -30,6 +30,7 @@ def forward(arguments: list[str] | None = None) -> int:
     if not options.profile_super_experts:
         parser.error("--profile_super_experts is missing; add it: this script only profiles")
     profile = ["profile", options.model_name, "--corpus", options.dataset_name, "--out", options.save_path]
+    profile.append("--overwrite")  # as the original does
     select = ["select", options.save_path, "--rule", "super", "--out", f"{options.save_path}/experts.json"]
     return main(profile) or main(select)
 

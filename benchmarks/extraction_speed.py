@@ -90,7 +90,7 @@ def evaluated(limit: int, folder: Path, data_dir: Path, batch_size: int) -> list
     """The pocket model's answers to a sample of each benchmark."""
     evaluate.run(
         EvaluateConfig(
-            data_dir=data_dir, limit=limit, shuffle=True, batch_size=batch_size, out=folder, device="cpu"
+            data_dir=data_dir, limit=limit, batch_size=batch_size, out=folder, device="cpu"
         )
     )  # fmt: skip
     return [

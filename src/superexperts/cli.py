@@ -19,6 +19,7 @@ from superexperts import __version__
 from superexperts.core.arguments import read_arguments, speller
 from superexperts.core.console import is_main_process, stdout
 from superexperts.core.errors import OptionError, SuperExpertsError
+from superexperts.core.full_disk import full_disk
 from superexperts.core.process import importing_once, keep_memory, no_interrupt_lost
 
 __all__ = ["COMMANDS", "main"]
@@ -114,16 +115,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SuperExpertsError as error:
         print(f"superexperts: {error.line(spell)}", file=sys.stderr)
         return error.exit_code
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print(
-            f"superexperts: {str(error.filename)[:60]!r}... is too long for a name; give a shorter one", file=sys.stderr
-        )
-        return 2
     except KeyboardInterrupt:
         print("superexperts: interrupted; what was finished is kept", file=sys.stderr)
         return 130
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            line = f"{str(error.filename)[:60]!r}... is too long for a name; give a shorter one"
+        elif (full := full_disk(error)) is not None:
+            line = full.line(spell)
+        else:
+            raise
+        print(f"superexperts: {line}", file=sys.stderr)
+        return 2
 
 
 def _help() -> None:

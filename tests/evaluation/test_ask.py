@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from superexperts.core.errors import OptionError
+from superexperts.benchmarks.base import Item
+from superexperts.core.errors import OptionError, OutputError
 from superexperts.core.stages import STAGE_VERSIONS
 from superexperts.engines.harness import TransformersModel
 from superexperts.engines.journal import Journal, open_journals
 from superexperts.evaluation import evaluate
 from superexperts.evaluation.ask import chosen_items
 from superexperts.evaluation.evaluate import EvaluateConfig
+from superexperts.evaluation.opening import name_after
 
 
 def _config(out: Path, data: Path, **changes: Any) -> EvaluateConfig:
     settings: dict[str, Any] = {"data_dir": data, "out": out, "max_new_tokens": 8, "device": "cpu", "tasks": "boolq"}
+    settings["overwrite"] = True
     return EvaluateConfig(**settings | changes)
 
 
@@ -42,18 +48,42 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return batches
 
 
+def _items(*subjects: str | None) -> list[Item]:
+    return [
+        Item(id=str(number), body="?", choices=(), gold="1", kind="number", subject=subject)
+        for number, subject in enumerate(subjects)
+    ]
+
+
 def test_which_items() -> None:
-    assert chosen_items(5, None) == [0, 1, 2, 3, 4]
-    assert chosen_items(5, 2) == [0, 1]
-    assert chosen_items(5, 9) == [0, 1, 2, 3, 4]
-    ten, twenty = (chosen_items(1000, limit, "0:boolq") for limit in (10, 20))
+    five, many = _items(*[None] * 5), _items(*[None] * 1000)
+    assert chosen_items("boolq", five, None) == [0, 1, 2, 3, 4]
+    assert chosen_items("boolq", five, 2, first=True) == [0, 1]
+    assert chosen_items("boolq", five, 9) == [0, 1, 2, 3, 4]
+    ten, twenty = (chosen_items("boolq", many, limit) for limit in (10, 20))
     assert ten == sorted(ten) != list(range(10))
     assert len(set(twenty)) == 20
     assert set(ten) < set(twenty), "a larger sample holds the smaller one"
-    assert chosen_items(1000, 10, "0:boolq") == ten
-    assert chosen_items(1000, 10, "1:boolq") != ten
+    assert chosen_items("boolq", many, 10) == ten
+    assert chosen_items("boolq", many, 10, seed=1) != ten
+    assert chosen_items("arc_easy", many, 10) != ten
     # Not only from the beginning: the sample's mean number is that of a draw from all.
-    assert 300 < sum(chosen_items(1000, 100, "0:boolq")) / 100 < 700
+    assert 300 < sum(chosen_items("boolq", many, 100)) / 100 < 700
+
+
+def test_a_sample_is_spread_over_the_subjects() -> None:
+    """Subjects come one after another in the file, as in MMLU; one is ten times as large as the others."""
+    sizes = {f"s{number}": 100 for number in range(20)} | {"law": 1000}
+    items = _items(*[subject for subject, size in sizes.items() for _ in range(size)])
+    for limit in (30, 90, 300, 2999):
+        numbers = chosen_items("mmlu", items, limit)
+        assert len(numbers) == limit
+        counts = Counter(items[number].subject for number in numbers)
+        assert all(abs(counts[subject] - limit * size / len(items)) <= 1 for subject, size in sizes.items())
+    small = chosen_items("mmlu", items, 30)
+    assert {items[number].subject for number in small} == sizes.keys()
+    assert set(small) < set(chosen_items("mmlu", items, 90))
+    assert {items[number].subject for number in chosen_items("mmlu", items, 30, first=True)} == {"s0"}
 
 
 def _ids(folder: Path, task: str = "boolq") -> list[str]:
@@ -73,11 +103,11 @@ def test_a_larger_limit_asks_only_what_is_new(
     assert files[0] == files[1]
     evaluate.run(_config(tmp_path / "a", data, limit=3))  # fewer: nothing is asked
     assert asked == [5, 4, 9]
-    assert _ids(tmp_path / "a") == ["boolq-0", "boolq-1", "boolq-2"]
+    assert _ids(tmp_path / "a") == [f"boolq-{i}" for i in chosen_items("boolq", _items(*[None] * 200), 3)]
     evaluate.run(_config(tmp_path / "a", data, limit=3, tasks="boolq,arc_easy"))  # another benchmark beside it
     assert asked == [5, 4, 9, 3]
-    evaluate.run(_config(tmp_path / "a", data, limit=4, shuffle=True))
-    assert _ids(tmp_path / "a") == [f"boolq-{i}" for i in chosen_items(200, 4, "0:boolq")]
+    evaluate.run(_config(tmp_path / "a", data, limit=4, limit_first=True))
+    assert _ids(tmp_path / "a") == ["boolq-0", "boolq-1", "boolq-2", "boolq-3"]
     assert len(asked) == 5
 
 
@@ -182,6 +212,71 @@ def test_all_processes_journals_count(tmp_path: Path) -> None:
     assert open_journals(tmp_path, {"arc_easy": "k"}, {"arc_easy": {"e": "5"}})["arc_easy"].answers == {"e": "5"}
 
 
-def test_a_sample_of_all_is_refused() -> None:
-    with pytest.raises(OptionError, match="shuffle: does nothing when all items are asked; give limit"):
-        EvaluateConfig(shuffle=True)
+def test_finished_answers_are_not_lost_without_a_word(tmp_path: Path, data: Path, asked: list[int]) -> None:
+    out = tmp_path / "out"
+    evaluate.run(_config(out, data, limit=4, tasks="boolq,arc_easy"))
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("max_new_tokens", {"max_new_tokens": 9}),
+        ("silence", {"silence": "L1E3"}),
+        ("tasks", {"tasks": "boolq"}),
+        ("limit", {"limit": 3}),
+        ("limit", {"limit_first": True}),
+    ]
+    for name, change in changes:
+        settings = {"limit": 4, "tasks": "boolq,arc_easy", "overwrite": False} | change
+        with pytest.raises(
+            OutputError, match=f"out: .*out holds a finished result of `evaluate` with another {name}; "
+        ):
+            evaluate.run(_config(out, data, **settings))
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    evaluate.run(_config(out, data, limit=5, tasks="boolq,arc_easy,gsm8k", overwrite=False))  # more, and nothing lost
+    assert sum(asked) == 8 + 2 + 5
+
+
+def test_replaced_answers_stay_until_the_new_ones_are_whole(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is full after the first benchmark of the second run; the third run goes on."""
+    out = tmp_path / "out"
+    evaluate.run(_config(out, data, limit=2))
+    old = (out / "answers" / "boolq.jsonl").read_bytes()
+    add = Journal.add
+
+    def full(self: Journal, answers: Any, *, sync: bool = True) -> None:
+        if "arc_easy" in self.path.name:
+            monkeypatch.setattr(Journal, "_append", no_room)
+        add(self, answers, sync=sync)
+
+    def no_room(self: Journal, value: Any, *, sync: bool = True) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    again: dict[str, Any] = {"limit": 3, "max_new_tokens": 9, "tasks": "boolq,arc_easy"}
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "add", full)
+        patched.setattr(Journal, "_append", Journal._append)
+        with pytest.raises(
+            OutputError, match="No space left on device.; make room and evaluate again, which goes on af"
+        ):
+            evaluate.run(_config(out, data, **again))
+        patched.undo()
+    monkeypatch.undo()
+    assert (out / ".earlier" / "boolq.jsonl").read_bytes() == old
+    capsys.readouterr()
+    evaluate.run(_config(out, data, **again, overwrite=False))
+    said = capsys.readouterr().err
+    assert "3 answers of an earlier run are kept" in said
+    assert "other questions" not in said
+    assert not (out / ".earlier").exists()
+    assert len(_ids(out, "arc_easy")) == 3
+
+
+def test_an_evaluation_is_named_after_its_adapter(tmp_path: Path) -> None:
+    assert name_after(None) == "base"
+    assert name_after(tmp_path / "lora-super" / "adapter") == "lora-super"
+    assert name_after(tmp_path / "mine") == "mine"
+
+
+def test_the_first_items_of_all_are_refused() -> None:
+    with pytest.raises(OptionError, match="limit_first: does nothing when all items are asked; give limit"):
+        EvaluateConfig(limit_first=True)

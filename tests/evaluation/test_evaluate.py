@@ -47,7 +47,8 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batched_answers_equal_plain_greedy_generation_one_by_one(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Path
 ) -> None:
-    found = ask(model, tokenizer, tasks=["gsm8k", "boolq"], data_dir=data, limit=7, batch_size=4, max_new_tokens=24)
+    found = ask(model, tokenizer, tasks=["gsm8k", "boolq"], data_dir=data, limit=7, limit_first=True, batch_size=4,
+                max_new_tokens=24)  # fmt: skip
     assert list(found) == ["gsm8k", "boolq"]
     for task, answers in found.items():
         assert [answer.id for answer in answers] == [f"{task}-{index}" for index in range(7)]
@@ -140,7 +141,7 @@ def test_run_writes_answers_and_does_no_work_twice(
     )
     assert evaluate.run(config) == first
     with pytest.raises(pytest.fail.Exception, match="loaded again"):  # another question of the same number
-        evaluate.run(_config(tmp_path / "run", data, limit=2))
+        evaluate.run(_config(tmp_path / "run", data, limit=2, overwrite=True))
 
 
 def test_perplexity_in_reference_windows_is_the_paper_codes(
@@ -236,9 +237,9 @@ def test_an_earlier_runs_files_are_not_left_behind(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate.run(_config(tmp_path, data, tasks="mmlu,boolq", limit=1))
-    assert "removed" not in capsys.readouterr().err
-    second = evaluate.run(_config(tmp_path, data, tasks="boolq", limit=1, perplexity=None))
-    assert "evaluate: mmlu: an earlier run's answers are removed" in capsys.readouterr().err
+    assert "replaced" not in capsys.readouterr().err
+    second = evaluate.run(_config(tmp_path, data, tasks="boolq", limit=1, perplexity=None, overwrite=True))
+    assert "evaluate: mmlu: an earlier run asked other questions; its answers are replaced" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "answers").iterdir()] == ["boolq.jsonl"]
     assert second["perplexity"] is None
     assert not (tmp_path / "perplexity.json").exists()

@@ -296,7 +296,9 @@ def test_several_corpora_and_what_they_agree_on(
     assert ".sections" not in names
     written = Profile.load(out)
     for name in (*files, "pocket"):
-        alone = profile.run(ProfileConfig(corpus=(name,), out=tmp_path / "alone", tokens=1024, seq_len=128))
+        alone = profile.run(
+            ProfileConfig(corpus=(name,), out=tmp_path / name.replace("/", "-"), tokens=1024, seq_len=128)
+        )
         assert Profile.load(Path(alone["out"])).corpora[name] == written.corpora[name]
     found = json.loads((out / "stability.json").read_text())
     assert found == result["stability"]
@@ -350,7 +352,7 @@ def test_command_does_not_work_twice(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert profile.run(settings) == first
     assert "up to date" in capsys.readouterr().err
     assert (tmp_path / "p" / "profile.json").stat().st_mtime_ns == stamp
-    profile.run(ProfileConfig(out=tmp_path / "p", tokens=384, seq_len=128))
+    profile.run(ProfileConfig(out=tmp_path / "p", tokens=384, seq_len=128, overwrite=True))
     assert Profile.load(tmp_path / "p").corpora["pocket"].tokens == 384
 
 

@@ -113,6 +113,7 @@ WRITTEN_BY_0_1_0 = """{
 def test_a_file_of_the_version_before_is_read() -> None:
     value = json.loads(WRITTEN_BY_0_1_0)
     results = Results.from_json(value)
+    value |= {"subjects": {}, "caution": None}
     value["variants"][0]["runs"][0]["scores"][0] |= {"cut": 0, "empty": 0, "refused": 0}
     for variant in value["variants"]:
         for score in variant["scores"]:

@@ -247,7 +247,7 @@ def test_a_new_text_is_a_new_mean(tmp_path: Path, capsys: pytest.CaptureFixture[
     tiny_model("gpt_oss", vocab_size=300).save_pretrained(tmp_path / "base")  # type: ignore[operator]
     byte_tokenizer().save_pretrained(tmp_path / "base")
     text = tmp_path / "text.txt"
-    settings: Any = {"corpus": str(text), "tokens": 64, "seq_len": 32, "mode": "mean"}
+    settings: Any = {"corpus": str(text), "tokens": 64, "seq_len": 32, "mode": "mean", "overwrite": True}
     biases = []
     for words in ("one text, ", "one text, ", "another one"):
         text.write_text(words * 20)
@@ -412,7 +412,11 @@ def test_a_hub_snapshot_gives_links_into_its_cache(base: Path, tmp_path: Path) -
 def test_a_second_result_in_the_same_folder_leaves_the_base_alone(base: Path, tmp_path: Path) -> None:
     before = contents(base)
     pruned(base, tmp_path / "out")
-    prune.run(PruneConfig(model=str(base), experts="L2E1", out=tmp_path / "out"))
+    first = contents(tmp_path / "out")
+    with pytest.raises(OutputError, match="out: .*out holds a finished result of `prune` with another experts; choose"):
+        prune.run(PruneConfig(model=str(base), experts="L2E1", out=tmp_path / "out"))
+    assert contents(tmp_path / "out") == first
+    prune.run(PruneConfig(model=str(base), experts="L2E1", out=tmp_path / "out", overwrite=True))
     assert contents(base) == before
     changed = {key for key, tensor in tensors(tmp_path / "out").items() if not tensor.equal(tensors(base)[key])}
     assert changed == {"model.layers.2.mlp.experts.1.down_proj.weight"}

@@ -242,7 +242,7 @@ def test_the_first_loss_is_that_of_the_responses_alone(config: Any, family: str)
     whole = train.run(config(family, batch_size=8, epochs=3))
     assert whole["loss"][0] == (1, pytest.approx(expected, rel=1e-5))
     assert [step for step, _ in whole["loss"]] == [1, 2, 3]
-    parts = train.run(config(family, batch_size=2, accumulation=3, epochs=3))
+    parts = train.run(config(family, batch_size=2, accumulation=3, epochs=3, overwrite=True))
     assert parts["loss"][0] == (1, pytest.approx(expected, rel=1e-5))
     assert parts["loss"][2][1] < expected
 
@@ -510,14 +510,18 @@ def test_done_work_is_not_done_again_and_changed_work_is(config: Any, monkeypatc
     second = train.run(config())
     assert calls == [0.01]
     assert json.loads(json.dumps(second)) == json.loads(json.dumps(first))
-    train.run(config(learning_rate=0.02))
+    finished = fingerprint(config().out)
+    with pytest.raises(OutputError, match="out holds a finished result of `train` with another learning_rate; choose"):
+        train.run(config(learning_rate=0.02))
+    assert fingerprint(config().out) == finished
+    train.run(config(learning_rate=0.02, overwrite=True))
     assert calls == [0.01, 0.02]
     weights = config().out / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     train.run(config(learning_rate=0.02))
     assert calls == [0.01, 0.02, 0.02]
     config().data.write_text(json.dumps(ROWS[:4]), encoding="utf-8")
-    assert train.run(config(learning_rate=0.02))["rows"] == 4
+    assert train.run(config(learning_rate=0.02, overwrite=True))["rows"] == 4
     assert len(calls) == 4
 
 

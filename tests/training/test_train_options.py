@@ -225,7 +225,7 @@ def test_rows_of_another_file_are_set_aside(config: Any, tmp_path: Path) -> None
     assert result["kept_step"] == 8
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(DataError, match=r"eval_data: .*other\.json has no rows"):
-        train.run(config(eval_data=tmp_path / "other.json"))
+        train.run(config(eval_data=tmp_path / "other.json", overwrite=True))
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ class ExportConfig:
     """Branch, tag or commit of the base model on the Hub; default: the adapter's."""
     trust_remote_code: Switch = False
     """Run Python code that comes with the checkpoint. Only for checkpoints that you trust."""
+    overwrite: Switch = False
+    """Replace a finished result of other settings or files in --out; the old one stays until the new one is whole."""
     json: Switch = False
     """Print the result as JSON."""
 
@@ -72,7 +74,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if config.out.resolve() in (folder.resolve(), config.adapter.resolve(), source.folder.resolve()):
         raise OutputError(f"{config.out} is to be exported itself; choose another folder", field="out")
     inputs = identity(config, model=source.fingerprint, adapter=fingerprint(folder))
-    if completed(config.out, "export", inputs):
+    if completed(config.out, "export", inputs, overwrite=config.overwrite):
         note(f"export: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "manifest.json", "manifest")["result"]}
     layout = FORMATS[config.format]

@@ -53,6 +53,8 @@ class ImportConfig:
     """Branch, tag or commit of MODEL on the Hub."""
     trust_remote_code: Switch = False
     """Run Python code that comes with the checkpoint. Only for checkpoints that you trust."""
+    overwrite: Switch = False
+    """Replace a finished result of other settings or files in --out; the old one stays until the new one is whole."""
     json: Switch = False
     """Print the result as JSON."""
 
@@ -80,7 +82,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
     fields = read_fields(folder, "adapter")
     source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     inputs = identity(config, model=source.fingerprint, adapter=fingerprint(folder))
-    if completed(config.out, "import", inputs):
+    if completed(config.out, "import", inputs, overwrite=config.overwrite):
         note(f"import: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "manifest.json", "manifest")["result"]}
     if "experts" in fields:

@@ -9,7 +9,7 @@ __all__ = ["identity"]
 
 # Settings that say where a result goes, how it is shown, or where its inputs lie (`contents` holds their digests).
 NOT_IDENTITY = (
-    *("out", "json", "model", "experts", "data", "data_dir", "adapter", "silence", "profile", "like"),
+    *("out", "overwrite", "json", "model", "experts", "data", "data_dir", "adapter", "silence", "profile", "like"),
     *("base_url", "concurrency", "timeout", "retries"),
     *("recipe", "eval_data", "checkpoint_steps", "resume", "report_to"),
 )

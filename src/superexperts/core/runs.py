@@ -19,21 +19,23 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from superexperts.core.errors import DataError, OutputError
+from superexperts.core.errors import DataError, Field, OutputError
 from superexperts.core.stages import stage_version
 
 __all__ = [
     "changed_outputs",
     "completed",
+    "differing_inputs",
     "digest",
     "fingerprint",
     "input_key",
     "made_from",
     "new_folder",
+    "other_result",
     "prepare_folder",
     "read_json",
     "write_bytes",
@@ -300,9 +302,10 @@ def made_from(manifest: Any, command: str) -> dict[str, Any] | None:
     return inputs if current and isinstance(inputs, dict) else None
 
 
-def completed(folder: Path, command: str, inputs: Mapping[str, Any]) -> bool:
+def completed(folder: Path, command: str, inputs: Mapping[str, Any], *, overwrite: bool = True) -> bool:
     """Whether `folder` holds this command's result for exactly these inputs, with every output unchanged.
 
+    Without `overwrite`, `OutputError` if it holds the finished result of other inputs, which may have taken hours.
     First removes what killed runs left beside the folder: one of them may have moved an older result away and not yet
     put its own in that place.
     """
@@ -310,11 +313,44 @@ def completed(folder: Path, command: str, inputs: Mapping[str, Any]) -> bool:
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         return False
-    found = made_from(read_json(manifest_path, "manifest"), command)
+    manifest = read_json(manifest_path, "manifest")
+    if not overwrite and (names := differing_inputs(manifest, command, inputs)):
+        raise other_result(folder, command, names)
+    found = made_from(manifest, command)
     # The manifest holds JSON values: lists where the inputs may have tuples.
     if found is None or digest(found) != digest(dict(inputs)):
         return False
     return not changed_outputs(folder)
+
+
+def differing_inputs(manifest: Any, command: str, inputs: Mapping[str, Any]) -> list[str]:
+    """Names of the inputs and options that a command's manifest and `inputs` both have, with different values.
+
+    What only one of them has does not count: the versions of a stage can differ in it, and a new version is no reason
+    to refuse.
+    """
+    if not isinstance(manifest, dict) or manifest.get("command") != command:
+        return []
+    old, new = manifest.get("inputs"), json.loads(json.dumps(dict(inputs)))
+    pairs = [(old, new), *((one.get("options"), new.get("options")) for one in (old,) if isinstance(one, dict))]
+    return [
+        name
+        for one, other in pairs
+        if isinstance(one, dict) and isinstance(other, dict)
+        for name in one
+        if name != "options" and name in other and one[name] != other[name]
+    ]
+
+
+def other_result(folder: Path, command: str, names: Sequence[str]) -> OutputError:
+    """The refusal to replace a finished result; `names` are the inputs in which it differs."""
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return OutputError(
+        f"{folder} holds a finished result of `{command}` with another {shown}; choose another folder, or replace it "
+        "with ",
+        Field("overwrite"),
+        field="out",
+    )
 
 
 def changed_outputs(folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ STAGE_VERSIONS = {
     "train": 2,
     "export": 2,
     "import": 2,
-    "evaluate": 2,
+    "evaluate": 3,
     "extract": 2,
     "study": 2,
     "report": 1,

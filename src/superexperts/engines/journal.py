@@ -71,8 +71,18 @@ class Journal:
         return whole
 
     def add(self, answers: Mapping[str, Given], *, sync: bool = True) -> None:
-        """Appends a batch and syncs it to disk; without `sync` it survives a kill but not a power cut."""
-        self._append({"answers": dict(answers)}, sync=sync)
+        """Appends a batch and syncs it to disk; without `sync` it survives a kill but not a power cut.
+
+        `OutputError` if it cannot be written; all earlier batches stay.
+        """
+        try:
+            self._append({"answers": dict(answers)}, sync=sync)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.path} ({error.strerror}); make room and evaluate again, which goes on after the "
+                f"{len(self.answers)} answers that are kept",
+                field="out",
+            ) from error
         self.answers |= answers
 
     def _append(self, value: Any, *, sync: bool = True) -> None:

@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from superexperts.core.console import is_main_process, note
 from superexperts.core.errors import OutputError
-from superexperts.core.runs import MANIFEST, fingerprint, input_key, made_from, prepare_folder, read_json, write_text
+from superexperts.core.runs import (
+    MANIFEST,
+    differing_inputs,
+    fingerprint,
+    input_key,
+    made_from,
+    other_result,
+    prepare_folder,
+    read_json,
+    write_text,
+)
 from superexperts.core.types import Answer
 from superexperts.engines.journal import Given, Journal, open_journals
 from superexperts.engines.replies import Reply
 
-__all__ = ["answers_key", "finished_answers", "open_folder", "require_own_answers", "write_answers"]
+__all__ = [
+    "answers_key",
+    "finished_answers",
+    "open_folder",
+    "remove_earlier",
+    "require_own_answers",
+    "require_replaceable",
+    "write_answers",
+]
 
-NOT_OF_AN_ANSWER = ("tasks", "limit", "shuffle", "perplexity", "column", "tokens", "seq_len", "reference_windows")
+NOT_OF_AN_ANSWER = ("tasks", "limit", "limit_first", "perplexity", "column", "tokens", "seq_len", "reference_windows")
 """Settings that decide which items are asked. They cannot change the answer to an item, so they are not in its key."""
+
+
+EARLIER = ".earlier"
+"""Folder in `out` that holds an earlier run's files until a new one is finished."""
 
 
 def require_own_answers(out: Path) -> None:
@@ -41,13 +65,53 @@ def open_folder(out: Path, keys: Mapping[str, str]) -> dict[str, Journal]:
     if is_main_process:
         if kept := sum(len(journal.answers) for journal in journals.values()):
             note(f"evaluate: {kept} answers of an earlier run are kept")
-        gone = sorted(file.stem for file in (out / "answers").glob("*.jsonl") if file.stem not in finished)
+        kept_names = {*finished, *(name for name, journal in journals.items() if journal.answers)}
+        gone = sorted(file.stem for file in (out / "answers").glob("*.jsonl") if file.stem not in kept_names)
         if gone:
-            note(f"evaluate: {', '.join(gone)}: an earlier run's answers are removed, because it asked other questions")
-        # The manifest goes first: without it, a run that is killed here cannot look finished.
-        for old in [out / MANIFEST, out / "perplexity.json", *(out / "answers").glob("*.jsonl")]:
-            old.unlink(missing_ok=True)  # never mix the answers of two runs
+            note(f"evaluate: {', '.join(gone)}: an earlier run asked other questions; its answers are replaced")
+        _put_aside(out)  # never mix the answers of two runs
     return journals
+
+
+def _put_aside(out: Path) -> None:
+    """Moves the files of an earlier, finished run into `EARLIER`, until `remove_earlier`; removes those of a run that
+    was not finished, which the journals hold."""
+    finished = (out / MANIFEST).is_file()
+    if finished:
+        remove_earlier(out)
+        (out / EARLIER).mkdir()
+    # The manifest goes first: without it, a run that is killed here cannot look finished.
+    for file in [out / MANIFEST, out / "perplexity.json", *sorted((out / "answers").glob("*.jsonl"))]:
+        if finished and file.is_file():
+            file.replace(out / EARLIER / file.name)
+        file.unlink(missing_ok=True)
+
+
+def remove_earlier(out: Path) -> None:
+    """Removes what an evaluation has replaced, once the evaluation is finished itself."""
+    shutil.rmtree(out / EARLIER, ignore_errors=True)
+
+
+def require_replaceable(out: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> None:
+    """`OutputError` if finished answers would be lost: of another model, to other questions, of a benchmark that is no
+    longer asked, or of items beyond a smaller limit."""
+    if overwrite or not (out / MANIFEST).is_file():
+        return
+    manifest = read_json(out / MANIFEST, "manifest")
+    differing = differing_inputs(manifest, "evaluate", inputs)
+    names = [name for name in differing if name not in (*NOT_OF_AN_ANSWER, "data", "harness")]
+    old = manifest["inputs"] if differing else {}
+    if any(inputs["data"].get(name) != sha for name, sha in old.get("data", {}).items()):
+        names.append("tasks" if "tasks" in differing else "data")
+    if "limit_first" in differing or ("limit" in differing and _items(inputs) < _items(old)):
+        names.append("limit")
+    if names:
+        raise other_result(out, "evaluate", names)
+
+
+def _items(inputs: Mapping[str, Any]) -> float:
+    limit = str(inputs["options"]["limit"])
+    return math.inf if limit == "None" else int(limit)
 
 
 def answers_key(inputs: Mapping[str, Any], benchmark: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -39,6 +40,7 @@ def ask(
     tasks: Sequence[str],
     data_dir: Path | None = None,
     limit: int | None = None,
+    limit_first: bool = False,
     variant: str = "base",
     seed: int = 0,
     batch_size: int = 64,
@@ -48,7 +50,7 @@ def ask(
     chat_template: str = "auto",
     style: ChatStyle = PLAIN_STYLE,
 ) -> dict[str, list[Answer]]:
-    """Greedy answers to the first `limit` items of each benchmark, in the order of the items.
+    """Greedy answers to `limit` items of each benchmark (see `chosen_items`), in the order of the items.
 
     `model` is a transformers causal language model, with or without a PEFT adapter. The other arguments are those of
     `load_benchmarks`, which raises `DataError`, and of `how_to_ask`.
@@ -61,7 +63,7 @@ def ask(
             answering,
             name,
             benchmark,
-            chosen_items(len(benchmark.items), limit),
+            chosen_items(name, benchmark.items, limit, seed=seed, first=limit_first),
             variant=variant,
             seed=seed,
             max_new_tokens=max_new_tokens,
@@ -71,16 +73,25 @@ def ask(
     }
 
 
-def chosen_items(count: int, limit: int | None, shuffled_by: str | None = None) -> list[int]:
-    """Numbers of the items to ask, ascending: the first `limit` of `count`, or a sample with the seed `shuffled_by`.
+def chosen_items(
+    name: str, items: Sequence[Item], limit: int | None, *, seed: int = 0, first: bool = False
+) -> list[int]:
+    """Numbers of the items to ask, ascending: all, the first `limit`, or by default a sample of `limit`.
 
-    With the same seed, a larger sample contains a smaller one.
+    The sample depends on the seed, the benchmark's name and the items alone, so that every variant and engine is asked
+    the same. Each subject has its share of it up to rounding (Sainte-Lague's method). With the same seed, a larger
+    sample contains a smaller one.
     """
-    order = list(range(count))
-    if shuffled_by is not None:
-        # A string seed gives the same order on every machine and Python; shuffling everything first makes samples
-        # nested.
-        random.Random(shuffled_by).shuffle(order)
+    order = list(range(len(items)))
+    if limit is not None and not first:
+        random.Random(f"{seed}:{name}").shuffle(order)
+        size, rank = collections.Counter(item.subject for item in items), collections.Counter[str | None]()
+        place = {}
+        for number in order:
+            subject = items[number].subject
+            place[number] = (rank[subject] + 0.5) / size[subject]
+            rank[subject] += 1
+        order.sort(key=place.__getitem__)
     return sorted(order[:limit])
 
 

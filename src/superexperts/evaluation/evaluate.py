@@ -86,9 +86,10 @@ class EvaluateConfig(ChatConfig, ServerConfig, SeededConfig):
     out: Path = Path("runs/evaluate")
     """Folder for answers/."""
     limit: int | None = None
-    """Items per benchmark, the first ones; default: all. A larger limit only asks the new items."""
-    shuffle: Switch = False
-    """limit: a sample drawn with --seed instead of the first items."""
+    """Items per benchmark, a sample drawn with --seed and spread over the subjects; default: all. A larger limit only
+    asks the new items."""
+    limit_first: Switch = False
+    """limit: the first items of the file instead, which may all be of one subject."""
     batch_size: int = 64
     """Prompts per generation batch."""
     max_new_tokens: int = 512
@@ -104,10 +105,12 @@ class EvaluateConfig(ChatConfig, ServerConfig, SeededConfig):
     reference_windows: Switch = False
     """perplexity: the whole corpus, cut into windows as in the paper's code (there with --seq-len 2048), with one BOS
     before the first; --tokens is ignored."""
-    variant: str = "base"
-    """Name of this variant in the answers."""
+    variant: str | None = None
+    """Name of this variant in the answers; default: that of the adapter's folder, or base without an adapter."""
     data_dir: Path | None = None
     """Folder of local benchmark files instead of the Hub, or `pocket`; default: the environment's SUPEREXPERTS_DATA."""
+    overwrite: Switch = False
+    """Replace a finished result of other settings or files in --out; the old one stays until the new one is whole."""
     json: Switch = False
     """Print the result as JSON."""
 
@@ -115,10 +118,12 @@ class EvaluateConfig(ChatConfig, ServerConfig, SeededConfig):
         ServerConfig.__post_init__(self)
         ChatConfig.__post_init__(self)
         require_seed(self.seed)
-        require(is_shown(self.variant), "variant", self.variant, "has characters that no terminal shows; rename it")
+        require(
+            is_shown(self.variant or ""), "variant", self.variant, "has characters that no terminal shows; rename it"
+        )
         require(self.limit is None or self.limit > 0, "limit", self.limit, "is not positive; give at least 1")
-        shuffled = self.shuffle and self.limit is None
-        require(not shuffled, "shuffle", True, "does nothing when all items are asked; give ", Field("limit"))
+        without = self.limit_first and self.limit is None
+        require(not without, "limit_first", True, "does nothing when all items are asked; give ", Field("limit"))
         require(self.batch_size > 0, "batch_size", self.batch_size, "is not positive; give at least 1")
         require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "is not positive; give at least 1")
         require_sequences(self.tokens, self.seq_len)
@@ -201,8 +206,10 @@ def run(config: EvaluateConfig, load: Callable[..., nn.Module] | None = None) ->
     model that `load` returns (default: `load_model`, with its arguments) is handed back unchanged, without the adapter.
     """
     from superexperts.adapters.borrow import borrowed
+    from superexperts.evaluation.opening import name_after
     from superexperts.models.loading import load_model
 
+    config = dataclasses.replace(config, variant=config.variant or name_after(config.adapter))
     with contextlib.ExitStack() as stack:
 
         def borrow(source: ModelSource) -> nn.Module:
@@ -219,7 +226,7 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     from superexperts.core.distributed import from_main_process, gathered
     from superexperts.data.packing import digest_ids
     from superexperts.engines.journal import remove_journals
-    from superexperts.evaluation.answers_folder import answers_key, open_folder, require_own_answers, write_answers
+    from superexperts.evaluation import answers_folder
     from superexperts.evaluation.ask import ask_one, chosen_items, first_prompts, whole_prompt
     from superexperts.evaluation.opening import adapter_to_ask, prepared
     from superexperts.evaluation.outcomes import how_they_ended, sentence
@@ -267,7 +274,8 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
         note(f"evaluate: {out} is up to date, nothing to do")
         return _summary(config, read_json(out / "manifest.json", "manifest")) if is_main_process else {}
     if is_main_process:
-        require_own_answers(out)
+        answers_folder.require_own_answers(out)
+        answers_folder.require_replaceable(out, inputs, overwrite=config.overwrite)
     model, effect = None, None
     if ENGINES[config.engine].in_process and source is not None:
         each = max(1, PROBES // len(benchmarks))
@@ -276,24 +284,23 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     answering = _answering(config, source, model, tokenizer)
     if source is None:
         answering.extra = chat_parameters(prompts.style)
-    journals = open_folder(out, {name: answers_key(inputs, name) for name in benchmarks})
+    journals = answers_folder.open_folder(out, {name: answers_folder.answers_key(inputs, name) for name in benchmarks})
     outputs, ended = [], {}
     with silenced(model, silent) if model is not None and silent else contextlib.nullcontext():
         for name, benchmark in benchmarks.items():
-            shuffled_by = f"{config.seed}:{name}" if config.shuffle else None
             answers = ask_one(
                 answering,
                 name,
                 benchmark,
-                chosen_items(len(benchmark.items), config.limit, shuffled_by),
-                variant=config.variant,
+                chosen_items(name, benchmark.items, config.limit, seed=config.seed, first=config.limit_first),
+                variant=str(config.variant),
                 seed=config.seed,
                 max_new_tokens=config.max_new_tokens,
                 prompts=prompts,
                 journal=journals[name],
             )
             outputs.append(f"answers/{name}.jsonl")
-            write_answers(out / outputs[-1], answers)
+            answers_folder.write_answers(out / outputs[-1], answers)
             ended[name] = how_they_ended(answers)
             if said := sentence(ended[name], len(answers)):
                 note(f"evaluate: {name}: {said}")
@@ -312,6 +319,7 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     reported: dict[str, Any] = {"truncated": truncated, "ended": ended, "chat": prompts.chat, "prompts": asked}
     write_manifest(out, "evaluate", inputs, outputs, seconds, effect=effect, **reported)
     remove_journals(out / "answers")
+    answers_folder.remove_earlier(out)
     return _summary(config, reported)
 
 

@@ -13,12 +13,13 @@ from torch import nn
 from superexperts.adapters.effect import require_effect
 from superexperts.adapters.lora import load_adapter
 from superexperts.checkpoints.source import adapter_folder
+from superexperts.core.console import is_shown
 from superexperts.core.errors import OptionError
 from superexperts.data.chat import read_prompt_record, require_same_prompt
 from superexperts.evaluation.prompts import Prompts
 from superexperts.models.banks import check_experts, find_banks
 
-__all__ = ["adapter_to_ask", "prepared"]
+__all__ = ["adapter_to_ask", "name_after", "prepared"]
 
 PROBE_TOKENS = 256
 """Tokens taken from the end of each prompt on which the effect of an adapter is measured."""
@@ -33,6 +34,16 @@ def adapter_to_ask(folder: Path, prompts: Prompts) -> Path:
     found = adapter_folder(folder)
     require_same_prompt(read_prompt_record(found), prompts.record, folder)
     return found
+
+
+def name_after(adapter: Path | None) -> str:
+    """The default name of a variant: base, or that of the adapter's folder (`adapter`, as `train` calls it, takes the
+    name of the folder above)."""
+    if adapter is None:
+        return "base"
+    folder = adapter.resolve()
+    name = folder.parent.name if folder.name == "adapter" else folder.name
+    return name if name and is_shown(name) else "adapter"
 
 
 def prepared(

@@ -20,13 +20,14 @@ from rich.text import Text
 
 from superexperts.checkpoints.source import ModelSource, local_folder, resolve
 from superexperts.core.console import is_main_process, note, stdout
-from superexperts.core.errors import Field, OptionError
+from superexperts.core.errors import Field, OptionError, OutputError
 from superexperts.core.identity import identity
 from superexperts.core.runs import completed, input_key, prepare_folder, read_json, write_json, write_manifest
 from superexperts.core.settings import ModelConfig, Switch, require, require_device, require_sequences
 from superexperts.core.types import CorpusProfile, Profile, Statistic, key_name
 from superexperts.data.corpora import check_column, local_data, require_corpus
 from superexperts.profiling.criterion import PEAK_FIELDS, considered, layers_below, peak, super_experts_of
+from superexperts.profiling.prominence import prominence_on, warning
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,6 +88,8 @@ class ProfileConfig(ModelConfig):
     """Also measure the attention on the first token, with all experts and with the super experts silent."""
     data_dir: Path | None = None
     """Folder of local data files instead of the Hub; default: the environment's SUPEREXPERTS_DATA."""
+    overwrite: Switch = False
+    """Replace a finished result of other settings or files in --out; the old one stays until the new one is whole."""
     json: Switch = False
     """Print the result as JSON."""
 
@@ -139,6 +142,8 @@ def run(config: ProfileConfig) -> dict[str, Any]:
 
     started = time.monotonic()
     source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    if config.out.resolve().is_relative_to(source.folder.resolve()):
+        raise OutputError(f"{config.out} is ", Field("model"), " itself or in it; choose another folder", field="out")
     config = _with_open_settings(config, source)
     names = tuple(dict.fromkeys(config.corpus)) or ("pocket",)
     tokenizer = load_tokenizer(source)
@@ -162,7 +167,7 @@ def run(config: ProfileConfig) -> dict[str, Any]:
         raise OptionError(
             "the processes read different models or texts; give all of them the same files", field="corpus"
         )
-    if not from_main_process(completed(config.out, "profile", inputs)):
+    if not from_main_process(completed(config.out, "profile", inputs, overwrite=config.overwrite)):
         _measure(config, source, sequences, inputs, started)
     elif is_main_process:
         note(f"profile: {config.out} is up to date, nothing to do")
@@ -312,12 +317,14 @@ def _summary(profile: Profile, config: ProfileConfig, tokenizer: PreTrainedToken
     corpora = {}
     for name, corpus in profile.corpora.items():
         top = sorted(corpus.experts, key=lambda row: -peak(row, profile.statistic))[:10]
-        found = super_experts_of(profile, corpus)
+        found, standing = super_experts_of(profile, corpus), prominence_on(profile, corpus)
         corpora[name] = {
             "tokens": corpus.tokens,
             "stable": corpus.stable,
             "considered": len(considered(corpus.experts, profile.num_layers, profile.criterion_depth)),
             "super": [row.key for row in found],
+            "prominence": [one.sentence for one in standing],
+            "warning": warning(standing),
             "unreached": sum(row.tokens == 0 for row in corpus.experts),
             "top": [
                 dataclasses.asdict(row) | {"token": "" if row.token_id is None else tokenizer.decode([row.token_id])}
@@ -367,6 +374,10 @@ def show(result: dict[str, Any]) -> None:
             )
         stdout.print(table)
         stdout.print(details, soft_wrap=True)
+        for sentence in corpus["prominence"]:
+            stdout.print(sentence, soft_wrap=True)
+        if corpus["warning"]:
+            stdout.print(f"warning: {corpus['warning']}", soft_wrap=True)
     if result["sinks"] is not None:
         for row in result["sinks"]["layers"]:
             before, after = (100 * sum(row[side]) / len(row[side]) for side in ("before", "after"))

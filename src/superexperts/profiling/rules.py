@@ -18,6 +18,7 @@ from typing import Literal
 from superexperts.core.errors import ExpertsError, Field, OptionError
 from superexperts.core.types import ExpertKey, ExpertSet, ExpertStats, Profile, Statistic, key_order
 from superexperts.profiling.criterion import layers_below, peak, super_experts
+from superexperts.profiling.prominence import prominence, warning
 
 __all__ = ["RULES", "Rule", "highest", "highest_like", "layer_shares", "random_experts", "readers"]
 
@@ -195,6 +196,13 @@ def _by_criterion(
             Field("depth"),
             field="rule",
         )
+    standing = prominence(
+        profile.corpora[corpora[0]].experts,
+        profile.num_layers,
+        [row.key for row in rows],
+        depth=depth,
+        statistic=statistic,
+    )
     return ExpertSet(
         model=profile.model,
         rule={
@@ -203,6 +211,8 @@ def _by_criterion(
             "percentile": percentile,
             "ratio": ratio,
             "depth": depth,
+            "prominence": [dataclasses.asdict(one) for one in standing],
+            "caution": warning(standing),
         },
         experts=tuple(row.key for row in rows),
         scores=tuple(peak(row, statistic) for row in rows),

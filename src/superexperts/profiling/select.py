@@ -16,6 +16,7 @@ from superexperts.core.runs import digest, write_json
 from superexperts.core.settings import Switch, require, require_positive
 from superexperts.core.types import ExpertKey, ExpertSet, Profile, key_name
 from superexperts.profiling.criterion import layers_below
+from superexperts.profiling.prominence import Prominence, warning
 from superexperts.profiling.rules import RULES, readers
 
 __all__ = ["SelectConfig", "run", "show"]
@@ -193,4 +194,12 @@ def show(result: dict[str, Any]) -> None:
     for row in result["experts"]:
         score = "" if row["score"] is None else f"  {row['score']:.4g}"
         stdout.print(f"{key_name((row['layer'], row['expert']))}{score}")
+    for said in _standing(result["rule"].get("prominence", [])):
+        stdout.print(said, soft_wrap=True)
     stdout.print(f"in {result['out']}", soft_wrap=True)
+
+
+def _standing(rows: Sequence[dict[str, Any]]) -> list[str]:
+    found = [Prominence(**row) for row in rows]
+    said = warning(found)
+    return [one.sentence for one in found] + ([f"warning: {said}"] if said else [])

@@ -91,9 +91,20 @@ def conclude(
         "protocol": protocol,
         "corpora": list(corpora),
         "tasks": list(tasks),
+        "caution": _caution(out, runs),
+        "subjects": {task: len(set(found)) for task, found in subjects.items() if found and None not in found},
         "variants": [_row(out, variant, subjects, chances) for variant in variants],
         "comparisons": _comparisons(variants, subjects),
     }
+
+
+def _caution(out: Path, runs: Sequence[Run]) -> str | None:
+    """The warning about super experts that do not stand out, from the file of each set that a run uses."""
+    for stem in dict.fromkeys(run.experts for run in runs if run.experts):
+        said = ExpertSet.parse(str(out / "experts" / f"{stem}.json")).rule.get("caution")
+        if said:
+            return str(said)
+    return None
 
 
 def _answers(out: Path, run: Run, tasks: Sequence[str]) -> dict[str, dict[str, bool]]:

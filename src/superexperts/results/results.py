@@ -163,6 +163,10 @@ class Results:
     corpora: tuple[str, ...]
     """Corpora of the profile; perplexity is measured on the first one."""
     tasks: tuple[str, ...]
+    caution: str | None = None
+    """What to know about the super experts that do not stand out; None if all do, and in older files."""
+    subjects: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Benchmark -> how many subjects its asked items have, for benchmarks with subjects; empty in older files."""
     variants: tuple[VariantResult, ...]
     comparisons: tuple[Comparison, ...]
 

@@ -61,6 +61,8 @@ class Column:
     title: str
     asked: int | Literal["?"]
     """Items that the base was asked; "?" where it was not run."""
+    subjects: str = ""
+    """`57 subjects`, of the asked items; empty for a benchmark without subjects."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,8 @@ def result_table(results: Results) -> ResultTable:
     columns = []
     for task in results.columns:
         score = results.base.score(task)
-        columns.append(Column(task=task, title=title_of(task), asked=score.items if score else "?"))
+        subjects = count(results.subjects[task], "subject") if task in results.subjects else ""
+        columns.append(Column(task=task, title=title_of(task), asked=score.items if score else "?", subjects=subjects))
     return ResultTable(columns=tuple(columns), rows=tuple(_row(results, variant) for variant in results.variants))
 
 
@@ -152,11 +155,13 @@ def markdown_table(results: Mapping[str, Any]) -> str:
 def print_table(results: Mapping[str, Any], console: Console) -> None:
     """Prints the table; titles are text, never markup."""
     table = result_table(Results.from_json(results))
+    caption = "accuracy in %; * differs from base (paired test, Holm, 5%; at the mean: over all items)"
+    caption += "".join(f"\n{one.title}: {one.asked} items of {one.subjects}" for one in table.columns if one.subjects)
     drawn = Table(
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
-        caption="accuracy in %; * differs from base (paired test, Holm, 5%; at the mean: over all items)",
+        caption=caption,
         caption_justify="left",
     )
     drawn.add_column("variant")

@@ -124,8 +124,8 @@ def against_controls(results: Results) -> list[Verdict]:
 
 
 def headline(results: Results) -> list[str]:
-    """Sentences on pruning, on LoRA, on benchmarks where the base is at the floor or at the ceiling, and on variants
-    with a single seed."""
+    """Sentences on pruning, on LoRA, on variants with a single seed, on super experts that do not stand out, and on
+    benchmarks where the base is at the floor or at the ceiling."""
     found = {one.name: one for one in against_base(results)}
     direct = against_controls(results)
     sentences = []
@@ -148,7 +148,8 @@ def headline(results: Results) -> list[str]:
         were = "was" if len(single) == 1 else "were"
         sentences.append(f"{_listed(single)} {were} run with {SINGLE_SEED}")
     said = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
-    return said + (edge_sentences(results) if results.others else [])
+    caution = [f"{results.caution}."] if results.caution else []
+    return said + caution + (edge_sentences(results) if results.others else [])
 
 
 def _direct(found: Mapping[str, Verdict], direct: Sequence[Verdict]) -> list[str]:

@@ -138,6 +138,7 @@ class Worker:
         self.models.clear()
         profile.run(
             ProfileConfig(
+                overwrite=True,
                 model=plan.model,
                 revision=plan.revision,
                 corpus=plan.corpus,
@@ -171,6 +172,7 @@ class Worker:
         plan = self.plan
         assert self.train_data is not None
         config = TrainConfig(
+            overwrite=True,
             model=plan.model,
             revision=plan.revision,
             data=self.train_data,
@@ -197,10 +199,10 @@ class Worker:
         if run.kind == "prune":
             assert run.experts is not None
             experts = self._experts(run.experts)
-            prune.run(PruneConfig(model=plan.model, revision=plan.revision, experts=experts, out=out))
+            prune.run(PruneConfig(model=plan.model, revision=plan.revision, experts=experts, out=out, overwrite=True))
         else:
             adapter = self._folder(run) / "train" / "adapter"
-            export.run(ExportConfig(adapter=adapter, format="merged", out=out))
+            export.run(ExportConfig(adapter=adapter, format="merged", out=out, overwrite=True))
 
     def _evaluate(self, run: Run) -> None:
         plan, built = self.plan, needs_checkpoints(self.plan) and run.kind != "base"
@@ -212,6 +214,7 @@ class Worker:
         options["column"] = plan.perplexity_column if takes else None
         evaluate.run(
             EvaluateConfig(
+                overwrite=True,
                 model=str(self._folder(run) / "model") if built else plan.model,
                 revision=None if built else plan.revision,
                 adapter=self._folder(run) / "train" / "adapter" if lora else None,

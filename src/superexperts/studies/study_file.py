@@ -27,7 +27,7 @@ from superexperts.training.train import TrainConfig
 
 __all__ = ["line_of", "parse"]
 
-PER_RUN = {"out", "json", "device", "trust_remote_code"}
+PER_RUN = {"out", "overwrite", "json", "device", "trust_remote_code"}
 """Options that say where and how a study is run, not what it is."""
 SECTIONS: dict[str, tuple[type, set[str]]] = {
     "profile": (ProfileConfig, {"model", "revision", "corpus", "data_dir"}),

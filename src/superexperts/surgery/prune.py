@@ -62,6 +62,8 @@ class PruneConfig(CheckpointConfig):
     """mean: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
     data_dir: Path | None = None
     """mean: folder of local data files instead of the Hub; default: the environment's SUPEREXPERTS_DATA."""
+    overwrite: Switch = False
+    """Replace a finished result of other settings or files in --out; the old one stays until the new one is whole."""
     json: Switch = False
     """Print the result as JSON."""
 
@@ -100,7 +102,7 @@ def run(config: PruneConfig) -> dict[str, Any]:
         )
         inputs["corpus"] = digest_ids(ids_SL)
     result = {"out": str(config.out), "mode": config.mode, "pruned": [key_name(key) for key in chosen.experts]}
-    if completed(config.out, "prune", inputs):
+    if completed(config.out, "prune", inputs, overwrite=config.overwrite):
         note(f"prune: {config.out} is up to date, nothing to do")
         return result
     with Checkpoint(source.folder, source.field) as base, new_folder(config.out, "prune", synced=False) as temporary:

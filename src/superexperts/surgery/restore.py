@@ -48,6 +48,8 @@ class RestoreConfig:
     """Copy the shards instead of linking to them (hard links, or symbolic ones into the Hub's cache)."""
     trust_remote_code: Switch = False
     """Run Python code that comes with the checkpoint. Only for checkpoints that you trust."""
+    overwrite: Switch = False
+    """Replace a finished result of other settings or files in --out; the old one stays until the new one is whole."""
     json: Switch = False
     """Print the result as JSON."""
 
@@ -77,7 +79,7 @@ def run(config: RestoreConfig) -> dict[str, Any]:
         "options": {"copy": str(config.copy)},
     }
     result = {"out": str(config.out), "undone": record.mode, "experts": list(record.experts), "base": base.name}
-    if completed(config.out, "restore", inputs):
+    if completed(config.out, "restore", inputs, overwrite=config.overwrite):
         note(f"restore: {config.out} is up to date, nothing to do")
         return result
     with Checkpoint(base.folder, "base") as original, Checkpoint(config.folder, "folder") as edited:

@@ -38,9 +38,19 @@ if TYPE_CHECKING:
 __all__ = ["TrainConfig", "defaults", "recipe_settings", "run", "show", "train"]
 
 PROJECTIONS = ("gate", "up", "down")
-NOT_IN_RECIPE = ("recipe", "out", "resume", "checkpoint_steps", "report_to", "json", "device", "trust_remote_code")
+NOT_IN_RECIPE = (
+    "recipe",
+    "out",
+    "overwrite",
+    "resume",
+    "checkpoint_steps",
+    "report_to",
+    "json",
+    "device",
+    "trust_remote_code",
+)
 """Settings that say where and how a training runs, not what it trains. They are not written into recipes."""
-NEVER_FROM_RECIPE = ("recipe", "resume", "trust_remote_code")
+NEVER_FROM_RECIPE = ("recipe", "overwrite", "resume", "trust_remote_code")
 """Settings that a recipe cannot give. Only the person at the command line can allow a checkpoint's own code to run."""
 
 
@@ -125,6 +135,8 @@ class TrainConfig(SeededConfig):
     """Keep the layers below the lowest adapted one in main memory, or on disk where there is no GPU."""
     allow_unexposed: Switch = False
     """Accept an adapted expert that no training token reached, which is an error otherwise."""
+    overwrite: Switch = False
+    """Replace a finished result of other settings or files in --out; the old one stays until the new one is whole."""
     json: Switch = False
     """Print the result as JSON."""
 
@@ -253,7 +265,7 @@ def train(
     source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     contents = {field: fingerprint(file) for field, file in files.items()}
     inputs = identity(config, model=source.fingerprint, experts=chosen, **contents)
-    if completed(config.out, "train", inputs):
+    if completed(config.out, "train", inputs, overwrite=config.overwrite):
         note(f"train: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "training.json", "training")}
     work = checkpoints_folder(config.out)
