@@ -27,6 +27,7 @@ from superexperts.adapters import lora
 from superexperts.adapters.effect import adapter_effect
 from superexperts.adapters.layer import ExpertLoraConfig
 from superexperts.core.errors import DataError, EffectError, ExpertsError, ModelError, OptionError, OutputError
+from superexperts.core.runs import fingerprint
 from superexperts.core.types import key_name
 from superexperts.models.banks import find_banks
 from superexperts.models.experts import BankCall
