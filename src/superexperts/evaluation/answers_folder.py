@@ -24,14 +24,14 @@ from superexperts.core.runs import (
     write_text,
 )
 from superexperts.core.types import Answer
-from superexperts.engines.journal import Given, Journal, open_journals
+from superexperts.engines.journal import Given, Journal, open_journals, remove_journals
 from superexperts.engines.replies import Reply
 
 __all__ = [
     "answers_key",
+    "clear_away",
     "finished_answers",
     "open_folder",
-    "remove_earlier",
     "require_own_answers",
     "require_replaceable",
     "write_answers",
@@ -74,11 +74,11 @@ def open_folder(out: Path, keys: Mapping[str, str]) -> dict[str, Journal]:
 
 
 def _put_aside(out: Path) -> None:
-    """Moves the files of an earlier, finished run into `EARLIER`, until `remove_earlier`; removes those of a run that
+    """Moves the files of an earlier, finished run into `EARLIER`, until `clear_away`; removes those of a run that
     was not finished, which the journals hold."""
     finished = (out / MANIFEST).is_file()
     if finished:
-        remove_earlier(out)
+        shutil.rmtree(out / EARLIER, ignore_errors=True)
         (out / EARLIER).mkdir()
     # The manifest goes first: without it, a run that is killed here cannot look finished.
     for file in [out / MANIFEST, out / "perplexity.json", *sorted((out / "answers").glob("*.jsonl"))]:
@@ -87,8 +87,9 @@ def _put_aside(out: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def remove_earlier(out: Path) -> None:
-    """Removes what an evaluation has replaced, once the evaluation is finished itself."""
+def clear_away(out: Path) -> None:
+    """Removes the journals and the earlier run's files, once the answers and the manifest are written."""
+    remove_journals(out / "answers")
     shutil.rmtree(out / EARLIER, ignore_errors=True)
 
 

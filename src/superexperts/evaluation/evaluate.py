@@ -225,7 +225,6 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     from superexperts.benchmarks.loading import load_benchmarks
     from superexperts.core.distributed import from_main_process, gathered
     from superexperts.data.packing import digest_ids
-    from superexperts.engines.journal import remove_journals
     from superexperts.evaluation import answers_folder
     from superexperts.evaluation.ask import ask_one, chosen_items, first_prompts, whole_prompt
     from superexperts.evaluation.opening import adapter_to_ask, prepared
@@ -318,8 +317,7 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     asked = {name: whole_prompt(name, benchmark, prompts) for name, benchmark in benchmarks.items()}
     reported: dict[str, Any] = {"truncated": truncated, "ended": ended, "chat": prompts.chat, "prompts": asked}
     write_manifest(out, "evaluate", inputs, outputs, seconds, effect=effect, **reported)
-    remove_journals(out / "answers")
-    answers_folder.remove_earlier(out)
+    answers_folder.clear_away(out)
     return _summary(config, reported)
 
 

@@ -385,24 +385,7 @@ def show(result: dict[str, Any]) -> None:
             shares = f"{before:.1f}% of attention on the first token, {after:.1f}% without them"
             stdout.print(f"layer {row['layer']}: {shares}; {decay}", soft_wrap=True)
     if result["stability"] is not None:
-        _show_stability(result["stability"])
+        from superexperts.profiling.stability import show_stability
+
+        show_stability(result["stability"])
     stdout.print(f"in {result['out']}", soft_wrap=True)
-
-
-def _show_stability(result: dict[str, Any]) -> None:
-    table = Table(title="super experts, corpus by corpus")
-    table.add_column("expert")
-    for name in result["corpora"]:
-        table.add_column(Text(name), justify="right")
-    for row in result["super"]:
-        marks = [
-            f"{row['peaks'][name]:.4g}" + ("" if name in row["corpora"] else " (no)") for name in result["corpora"]
-        ]
-        table.add_row(row["expert"], *marks)
-    stdout.print(table)
-    for pair in result["pairs"]:
-        jaccard, rank = (
-            "none" if value is None else f"{value:.2f}" for value in (pair["jaccard"], pair["rank_correlation"])
-        )
-        one, two = pair["corpora"]
-        stdout.print(f"{one} and {two}: Jaccard {jaccard}, rank correlation of all peaks {rank}", markup=False)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
 from scipy.stats import spearmanr
 
+from superexperts.core.console import stdout
 from superexperts.core.types import Profile, key_name
 from superexperts.profiling.criterion import found_on, peak
 
-__all__ = ["STABILITY_SCHEMA", "stability"]
+__all__ = ["STABILITY_SCHEMA", "show_stability", "stability"]
 
 STABILITY_SCHEMA = "superexperts/stability/1"
 
@@ -46,3 +49,23 @@ def stability(profile: Profile) -> dict[str, Any]:
         for key, names in found.items()
     ]
     return {"schema": STABILITY_SCHEMA, "corpora": list(profile.corpora), "super": rows, "pairs": pairs}
+
+
+def show_stability(result: dict[str, Any]) -> None:
+    """Prints what `stability` returns: the super experts' peaks on each corpus, and each pair's agreement."""
+    table = Table(title="super experts, corpus by corpus")
+    table.add_column("expert")
+    for name in result["corpora"]:
+        table.add_column(Text(name), justify="right")
+    for row in result["super"]:
+        marks = [
+            f"{row['peaks'][name]:.4g}" + ("" if name in row["corpora"] else " (no)") for name in result["corpora"]
+        ]
+        table.add_row(row["expert"], *marks)
+    stdout.print(table)
+    for pair in result["pairs"]:
+        jaccard, rank = (
+            "none" if value is None else f"{value:.2f}" for value in (pair["jaccard"], pair["rank_correlation"])
+        )
+        one, two = pair["corpora"]
+        stdout.print(f"{one} and {two}: Jaccard {jaccard}, rank correlation of all peaks {rank}", markup=False)

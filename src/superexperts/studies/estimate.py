@@ -32,10 +32,10 @@ CHARACTERS_PER_TOKEN = 4
 USED = 0.3
 """Share of the speed of a large matrix product that a Mixture-of-Experts model reaches with its small products."""
 PER_LAYER, PER_EXPERT = 60, 10
-"""Operations of a decoder layer's forward pass, and those of each expert in it: of a small model or batch, starting them
-takes longer than computing them."""
+"""Operations of a decoder layer's forward pass, and those of each expert in it: in a small model or batch, starting
+them takes longer than computing them."""
 TRAINING_SECONDS = 5.0
-"""What a training does beside its steps: it loads the model, counts tokens and checks the effect.
+"""What a training does beside its steps: it loads the model, counts tokens, checks the effect.
 Trainings of the pocket model on two cores took 12.4 s for 64 steps of one row and 9.2 s for 8 steps of 16 rows, where
 8.9 s and 7.0 s were estimated."""
 
