@@ -53,15 +53,24 @@ def find_banks(model: nn.Module, field: str = "model") -> tuple[Bank, ...]:
     in the decoder's list of layers. In a model of several parts only the language model's experts for text count.
     `ModelError` about `field`, the setting that named the model, if there is none.
     """
-    banks = []
+    banks: list[Bank] = []
+    first: nn.ModuleList | None = None
     for path, module in model.named_modules():
         if is_bank(module) and _reads_text(model, path, module):
-            block = model.get_submodule(unwrapped(path).rpartition(".")[0])  # PEFT wraps what it adapts
             layer = layer_number(model, path, field)
+            layers = decoder_layers(model, path)
+            first = layers if first is None else first
+            if layers is not first:  # diffusion_gemma reads the text twice, with the same weights
+                continue
             # granitemoeshared has its shared expert beside the block; gemma4's layer is the block itself, and holds
             # much besides experts.
-            whole = decoder_layers(model, path)[layer]
-            own = [] if block is whole else [*block.children()]
+            whole = layers[layer]
+            own = [
+                child
+                for block in _blocks(model, unwrapped(path))  # PEFT wraps what it adapts
+                if block is not whole and block in set(whole.modules())
+                for child in block.children()
+            ]
             beside = [child for name, child in whole.named_children() if name == "mlp" or name.startswith("shared")]
             banks.append(Bank(layer=layer, path=path, module=module, shared_down=shared_down([*own, *beside], module)))
     if not banks:
@@ -70,6 +79,12 @@ def find_banks(model: nn.Module, field: str = "model") -> tuple[Bank, ...]:
             f"{family} has no routed experts that transformers 5 can swap; use an MoE checkpoint", field=field
         )
     return tuple(sorted(banks, key=lambda bank: bank.layer))
+
+
+def _blocks(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules that a bank is in, from the inside out."""
+    parts = path.split(".")
+    return [model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1)]
 
 
 def _reads_text(model: nn.Module, path: str, bank: nn.Module) -> bool:
