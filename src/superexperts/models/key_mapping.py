@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    Interleave,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -52,6 +54,7 @@ class KeyMapping:
         self.sources: dict[str, list[tuple[str | None, str]]] = collections.defaultdict(list)
         """Per name in the model (the first of those that a conversion makes) the keys that it comes from, each with
         the pattern of the conversion that takes it (None where it is taken as it is)."""
+        self._tied: dict[str, str] = cast(Any, model).all_tied_weights_keys
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self.ignored = self._find(model)
         """Keys that the family's model does without, such as layers for speculative decoding, as the model would name
@@ -139,11 +142,38 @@ class KeyMapping:
 
     def whole(self, name: str) -> Entry | None:
         """The one entry that holds this parameter or buffer unchanged; None if it is made of several, or absent."""
+        name = self.stored_as(name)
         sources = self.sources.get(name, [])
         if len(sources) != 1 or sources[0][0] is not None:
             return None
         entry = self.checkpoint[sources[0][1]]
         return entry if entry.shape == self._shapes[name] else None
+
+    def stored_as(self, name: str) -> str:
+        """The name under which the checkpoint keeps a parameter: another one where two are tied."""
+        return self._tied.get(name, name) if name not in self.sources else name
+
+    def expert_rows(self, bank: Bank, name: str) -> list[Parts] | None:
+        """As `expert_parts`, whatever the order of the numbers within an expert's part: for zeros, and to compare."""
+        parts = self.expert_parts(bank, name)
+        if parts is not None:
+            return parts
+        entry = self.experts_first(f"{bank.path}.{name}")
+        if entry is None or len(entry.shape) != 3 or entry.shape[0] != bank.num_experts:
+            return None
+        return [(entry.row(expert),) for expert in range(bank.num_experts)]
+
+    def experts_first(self, name: str) -> Entry | None:
+        """The one entry that a parameter is made from without a change of its first dimension; None if there is
+        none."""
+        whole = self.whole(name)
+        sources = self.sources.get(self.stored_as(name), [])
+        if whole is not None or len(sources) != 1:
+            return whole
+        converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
+        own = [entry for entry in converters if entry.source_patterns == [sources[0][0]]]
+        kept = bool(own) and all(map(_keeps_experts, own[0].operations))
+        return self.checkpoint[sources[0][1]] if kept else None
 
     def expert_parts(self, bank: Bank, name: str) -> list[Parts] | None:
         """Per expert of the bank the pieces of its part of a parameter; None where the checkpoint keeps them in
@@ -165,7 +195,7 @@ class KeyMapping:
     def stacked(self, name: str) -> list[list[Entry]] | None:
         """The entries that a conversion stacks to this parameter, expert by expert: a list for the gate and one for
         the up projection, or a single one; None where it does anything else."""
-        sources = self.sources.get(name, [])
+        sources = self.sources.get(self.stored_as(name), [])
         patterns = {pattern for pattern, _ in sources}
         for converter in self.conversions:
             if isinstance(converter, WeightConverter) and patterns == set(converter.source_patterns):
@@ -183,6 +213,13 @@ def _info(missing: Collection[str] = (), unexpected: Collection[str] = ()) -> Lo
         missing_keys=set(missing), unexpected_keys=set(unexpected), mismatched_keys=set(), conversion_errors={},
         error_msgs=[], skipped_pp_keys=set(),
     )  # fmt: skip
+
+
+def _keeps_experts(operation: Any) -> bool:
+    """Whether an operation leaves the first dimension, that of the experts, as it is."""
+    if type(operation) is Transpose:
+        return 0 not in (operation.dim0, operation.dim1)
+    return type(operation) is Interleave and operation.dim != 0
 
 
 def _stacks_experts(converter: WeightConverter) -> bool:

@@ -11,6 +11,7 @@ from superexperts.checkpoints.reader import Checkpoint, Entry
 from superexperts.core.types import ExpertId
 from superexperts.models.banks import Bank, find_banks
 from superexperts.models.decoder import in_layer
+from superexperts.models.experts import DOWN
 from superexperts.models.key_mapping import BLOCKS, SCALES, KeyMapping
 
 __all__ = ["ModelParts", "Unit", "pair_units"]
@@ -49,6 +50,7 @@ class ModelParts:
         }
         self.parts: dict[str, list[tuple[Entry, ...]]] = {}
         """Per parameter of a bank the pieces of each expert."""
+        self._layer_of_part: dict[str, int] = {}
         self.expert_of: dict[str, ExpertId] = {}
         """Of the keys that hold one expert's weights alone."""
         for bank in self.banks:
@@ -60,10 +62,11 @@ class ModelParts:
                 self.expert_of[key] = "shared"
 
     def _add(self, bank: Bank, parameter: str) -> None:
-        parts = self.key_mapping.expert_parts(bank, parameter)
+        parts = self.key_mapping.expert_rows(bank, parameter)
         if parts is None:
             return
-        self.parts[f"{bank.path}.{parameter}"] = parts
+        name = self.key_mapping.stored_as(f"{bank.path}.{parameter}")
+        self.parts[name], self._layer_of_part[name] = parts, bank.layer
         for expert, pieces in enumerate(parts):
             for entry in pieces:
                 if self.checkpoint[entry.key] == entry:  # not a row of a fused tensor
@@ -74,9 +77,26 @@ class ModelParts:
         """Routed experts of a layer, the most that one has."""
         return max(bank.num_experts for bank in self.banks)
 
+    def is_fused(self, name: str) -> bool:
+        """Whether a parameter's experts are rows of one tensor."""
+        return any(self.checkpoint[entry.key] != entry for pieces in self.parts.get(name, []) for entry in pieces)
+
+    @property
+    def unknown(self) -> Bank | None:
+        """A bank of which the checkpoint does not keep the experts apart; None if there is none."""
+        known = set(self.parts)
+        for bank in self.banks:
+            name = self.key_mapping.stored_as(f"{bank.path}.{DOWN}")
+            if not {name, f"{bank.path}.{DOWN}{BLOCKS}"} & known:
+                return bank
+        return None
+
     def layer_of(self, key: str) -> int | None:
         """The decoder layer that a key belongs to."""
-        found = self._layer.match(self.names.get(key, key))
+        name = self.names.get(key, key)
+        if name in self._layer_of_part:
+            return self._layer_of_part[name]
+        found = self._layer.match(name)
         return int(found[1]) if found else None
 
 
@@ -112,7 +132,7 @@ def _units(a: ModelParts, b: ModelParts) -> Iterator[Unit]:
         *(name for name in b.key_mapping.sources if name not in a.key_mapping.sources),
     ]:
         keys_a, keys_b = ([key for _, key in side.key_mapping.sources.get(name, [])] for side in (a, b))
-        fused = any(name in side.parts and side.key_mapping.whole(name) is not None for side in (a, b))
+        fused = any(side.is_fused(name) for side in (a, b))
         # Experts are paired one by one where a side fuses them or the keys differ; equal keys are cheaper to pair as
         # they are.
         alike = len(a.parts.get(name, ())) == len(b.parts.get(name, ())) > 0

@@ -138,6 +138,13 @@ class StreamedModel:
     def _check_full(self, names: Iterable[str]) -> None:
         for name in names:
             if self.model.get_parameter(name).device.type == "meta":
+                stored = self._key_mapping.stored_as(name)
+                if stored != name:
+                    raise ModelError(
+                        f"the checkpoint keeps {name} as {stored}, in another part of the model, and is not streamed; "
+                        "profile it in memory",
+                        field="stream",
+                    )
                 raise ModelError(f"the checkpoint has no {name}; repair it", field=self.checkpoint.field)
 
     def _unload(self, layer: int) -> None:

@@ -167,6 +167,13 @@ def _parts_of(source: ModelSource, checkpoint: Checkpoint, *, needed: bool) -> M
         parts = ModelParts(load_structure(source), checkpoint)
         if needed and not parts.key_mapping.quantized:
             parts.key_mapping.check_complete(parts.model)
+            if (bank := parts.unknown) is not None:
+                raise ModelError(
+                    f"{source.name!r} keeps the experts of layer {bank.layer} in an order that only transformers' "
+                    "conversion undoes, so its tensors cannot be assigned to experts; compare without ",
+                    Field("expect_only"),
+                    field=source.field,
+                )
         return parts
     except ModelError as error:
         if needed:

@@ -69,7 +69,7 @@ def down_projections(
             weight, bias = key_mapping.whole(f"{path}.weight"), key_mapping.whole(f"{path}.bias") if has_bias else None
         else:
             has_bias = down_bias(bank.module) is not None
-            weights = key_mapping.expert_parts(bank, DOWN) or key_mapping.expert_parts(bank, f"{DOWN}{BLOCKS}")
+            weights = key_mapping.expert_rows(bank, DOWN) or key_mapping.expert_parts(bank, f"{DOWN}{BLOCKS}")
             biases = key_mapping.expert_parts(bank, f"{DOWN}_bias") if has_bias else None
             (weight,) = (None,) if weights is None else weights[expert]
             (bias,) = (None,) if biases is None else biases[expert]

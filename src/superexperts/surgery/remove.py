@@ -272,7 +272,7 @@ def _shrink(
     new: dict[str, NewTensor | None],
 ) -> list[Change]:  # fmt: skip
     """Puts the new tensors of a parameter into `new` (None for a key that is removed); returns what was removed."""
-    whole = key_mapping.whole(name)
+    whole = key_mapping.experts_first(name) if dim == 0 else key_mapping.whole(name)
     if whole is not None:
         shape = tuple(len(kept) if d == dim else size for d, size in enumerate(whole.shape))
         pieces: tuple[Entry | Tensor, ...]
