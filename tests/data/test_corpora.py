@@ -215,7 +215,7 @@ def test_an_unknown_corpus_and_a_missing_local_file_are_named(tmp_path: Path) ->
         list(documents("c4", data_dir=tmp_path / "none"))
 
 
-@pytest.mark.parametrize("name", CORPORA)
+@pytest.mark.parametrize("name", ["math", "medical", "legal", "wikitext2", "c4", "tinystories", "multilingual"])
 def test_real_rows_of_the_seven_original_corpora(name: str, shared_data: Path) -> None:
     texts = list(documents(name, data_dir=shared_data))
     assert len(texts) >= 14
@@ -275,6 +275,7 @@ def test_wikitext_without_its_empty_rows(shared_data: Path) -> None:
 def test_a_corpus_is_added_by_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Any) -> None:
     entry = Corpus(path="owner/sums", split="test", revision="abc", stem="sums_test", text=text)
     monkeypatch.setitem(CORPORA, "sums", entry)
+    monkeypatch.delenv("SUPEREXPERTS_DATA", raising=False)
     row = {"question": "1 + 1?", "answer": "2"}
     (tmp_path / "sums_test.jsonl").write_text(json.dumps(row))
     assert list(documents("sums", data_dir=tmp_path)) == ["1 + 1?\n2"]

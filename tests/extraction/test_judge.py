@@ -228,6 +228,7 @@ def test_another_prompt_asks_again_and_the_first_one_keeps_older_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, RESPONSES)
+    monkeypatch.setattr(judge, "FIRST_PROMPT", judge.digest([judge._PROMPT, judge.FENCE, dict(judge._VERDICTS)]))
     with scripted_server(reader) as server:
         config = ExtractConfig(folder=tmp_path, judge="j", judge_base_url=server.base_url, retries=0)
         module.run(config)

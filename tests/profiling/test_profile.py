@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from superexperts.checkpoints.source import resolve
 from superexperts.core.errors import ModelError, OptionError
 from superexperts.core.types import CorpusProfile, ExpertSet, ExpertStats, Profile
-from superexperts.data.corpora import CORPORA, documents
+from superexperts.data.corpora import documents
 from superexperts.data.packing import pack
 from superexperts.models import hooks
 from superexperts.models.banks import Bank, find_banks
@@ -38,6 +38,9 @@ from tests.models.test_hooks import by_hand
 from tests.support.families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 
 IDS_BL = torch.randint(3, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(2))
+
+SEVEN = ("math", "medical", "legal", "wikitext2", "c4", "tinystories", "multilingual")
+"""The corpora of the original experiments."""
 
 
 @pytest.mark.parametrize(
@@ -360,10 +363,10 @@ def test_the_seven_real_corpora_profile_under_their_names(
     tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plots, "draw_pictures", lambda *_: [])
-    settings = ProfileConfig(corpus=tuple(CORPORA), out=tmp_path / "p", tokens=512, seq_len=128, data_dir=shared_data)
+    settings = ProfileConfig(corpus=SEVEN, out=tmp_path / "p", tokens=512, seq_len=128, data_dir=shared_data)
     profile.run(settings)
     written = Profile.load(tmp_path / "p")
-    assert list(written.corpora) == ["math", "medical", "legal", "wikitext2", "c4", "tinystories", "multilingual"]
+    assert tuple(written.corpora) == SEVEN
     for corpus in written.corpora.values():
         assert corpus.tokens == 512
         assert max(corpus.experts, key=lambda row: row.output_max).key in PLANTED

@@ -84,6 +84,10 @@ class ExpertStats:
         return self.layer, self.expert
 
 
+ADDED_STATISTICS = ("reference_output_max",)
+"""Fields of `ExpertStats` that profiles of superexperts 0.1.0 lack; their default is None."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CorpusProfile:
     """The part of a profile about one corpus; experts in the order of `key_order`."""
@@ -121,8 +125,9 @@ class Profile:
         """A JSON value with the schema's name. A profile of superexperts 0.1.0 stays as it was, for its hash."""
         value = {"schema": PROFILE_SCHEMA, **dataclasses.asdict(self)}
         for row in (row for corpus in value["corpora"].values() for row in corpus["experts"]):
-            if row["reference_output_max"] is None:
-                del row["reference_output_max"]
+            for name in ADDED_STATISTICS:
+                if row[name] is None:
+                    del row[name]
         return value
 
     @classmethod
