@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Qwen3OmniMoeConfig
 
 from superexperts.checkpoints.reader import SINGLE, Checkpoint
 from superexperts.checkpoints.source import resolve
@@ -105,3 +106,10 @@ def test_a_late_moe_layer_has_no_super_expert_by_the_criterion() -> None:
     profile = Profile(model="late", num_layers=4, depth=1.0, statistic="all", corpora={"text": corpus})
     assert {row.layer for row in corpus.experts} == {3}
     assert super_experts_of(profile, corpus) == ()
+
+
+def test_the_number_of_experts_is_found_in_a_part_of_a_part(tmp_path: Path) -> None:
+    settings = Qwen3OmniMoeConfig()
+    (tmp_path / "config.json").write_text(json.dumps({"thinker_config": {"text_config": {"num_experts": 128}}}))
+    new = remove._new_settings(tmp_path, settings, "num_experts", 127)
+    assert new["thinker_config"]["text_config"]["num_experts"] == 127

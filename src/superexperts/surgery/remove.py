@@ -313,12 +313,28 @@ def _new_settings(folder: Path, settings: Any, field: str, count: int) -> dict[s
     """config.json with the new number of experts under the name of the field and all of its aliases."""
     raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = settings.get_text_config()
-    place = raw if text is settings else next(raw.setdefault(k, {}) for k, v in vars(settings).items() if v is text)
+    place = _place_of(text, settings, raw)
+    assert place is not None, "the language model's settings are the whole's, or a part of them"
     aliases = [name for name, meant in text.attribute_map.items() if meant == field]
     names = [name for name in (field, *aliases) if name in place]
     for name in names or [field]:
         place[name] = count
     return raw
+
+
+def _place_of(text: Any, settings: Any, raw: dict[str, Any]) -> dict[str, Any] | None:
+    """Where config.json has the language model's settings: at its top, in a part, or in a part's part (qwen3_omni)."""
+    if settings is text:
+        return raw
+    for name in type(settings).sub_configs:
+        part = getattr(settings, name, None)
+        if part is not None:
+            inner = raw.get(name, {})
+            found = _place_of(text, part, inner)
+            if found is not None:
+                raw[name] = inner  # where config.json left the part at its defaults
+                return found
+    return None
 
 
 @torch.inference_mode()
