@@ -21,6 +21,14 @@ _ABC = ["A", "B", "C"]
 
 def lists_options(reading: Reading) -> bool:
     """Whether the answer lists the options: one per line, or all in the first line ("A. oil B. sand C. iron")."""
+    known = vars(reading)
+    if "listing" not in known:
+        known["listing"] = _lists(reading)
+    found: bool = known["listing"]
+    return found
+
+
+def _lists(reading: Reading) -> bool:
     if reading.text[:3].lstrip("([")[:1] == "A":
         line = reading.text[:1000].partition("\n")[0]
         if INLINE_LABEL.findall(line)[:3] == _ABC:

@@ -24,7 +24,7 @@ _INDIAN = re.compile(r"(?<![\d,.])\d{1,2}(?:,\d{2}){1,5},\d{3}(?![\d,])")
 _POINTS_AND_COMMA = re.compile(r"(?<![\d,.])(\d{1,3}(?:\.\d{3})+),(\d{1,4})(?![\d,])")
 _POINTS = re.compile(r"(?<![\d,.])(?!0\.)(\d{1,3}(?:\.\d{3})+)(?![\d,]|\.\d)")
 _COMMA = re.compile(r"(?<![\d,.])(\d+),(\d{1,2}|\d{4,})(?![\d,])")
-_AMBIGUOUS = re.compile(r"\d(?:\.\d{3}(?!\d)|,\d)")
+_AMBIGUOUS = re.compile(r"\d(?:\.\d{3}(?!\d)|,(?!\d{3}(?!\d))\d)")
 _POINT_MONEY = re.compile(
     r"(?<![\d,.])(?!0\.)(\d{1,3}(?:\.\d{3})+)(?=\s?(?:đồng|đ\b|VNĐ|VND|₫|€|euros?\b|EUR|Rp\b|rupiah|pesos?\b|reais\b))"
 )

@@ -259,7 +259,7 @@ def _read(reading: Reading) -> tuple[str | None, str]:
 def _takes_back(reading: Reading) -> bool:
     """Whether a text that breaks off was about to take back what it had said: "The answer is 12, wait, no, let me"."""
     text = reading.text
-    if text.rstrip()[-1:] in _STOPS:  # as most
+    if len(text) < _SHORT or text.rstrip()[-1:] in _STOPS:  # as most
         return False
     tail = text[-_DOUBT:].lower()
     for word in RETRACTING:
@@ -269,4 +269,5 @@ def _takes_back(reading: Reading) -> bool:
 
 
 _STOPS: Final = frozenset(".!?)}*>`")
+_SHORT: Final = 20
 _DOUBT: Final = 160  # last characters

@@ -153,6 +153,11 @@ _VERDICT = re.compile(
 )
 _GOOD_WORDS = frozenset(("correct", "right", "true", "yes", "best", "đúng", "có", "正确", "对"))
 _ROW_LABEL = re.compile(r"[\s|*_\-•(\[>]{0,10}(?:option\s)?([A-Z]|\d)(?:\s?[.):\]|*]|\s[-–—]\s|\s\()", re.IGNORECASE)
+_ROWS = re.compile(
+    r"\n[\s|*_\-•(\[>]{0,10}(?:(?:option\s)?(?-i:[A-Z]|\d|[a-h])\s?[.):\]|*(–—-]|[^\n]{0,200}[✅✔✓☑🟢👍❌✗✘✖🔴❎☒|])",
+    re.I,
+)
+"""A line below the first that may be an option's."""
 _ASKS_FOR_WRONG = re.compile(
     r"\b(?:NOT|EXCEPT|not|except|false|incorrect|wrong|least|không|sai|ngoại trừ|trừ)\b|不正确|错误|不属于|不是"
 )
@@ -164,7 +169,7 @@ def marked_option(reading: Reading) -> str | None:
     `NONE` for a table that goes through the options without a verdict.
     """
     text = reading.text
-    if text.count("\n") < 1:
+    if not _ROWS.search(text):  # as most
         return None
     known = dict(reading.choices)
     good: list[str] = []
