@@ -31,10 +31,13 @@ _POINT_MONEY = re.compile(
 _COMMA_MONEY = re.compile(r"(?<![\d,.])(\d+),(\d{1,2})(?=\s?(?:đồng|đ\b|VNĐ|VND|₫|€|euros?\b|EUR|reais\b))")
 _VIETNAMESE = re.compile(r"[ăđơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ]", re.IGNORECASE)
 _OTHERS = (
-    re.compile(r"\b(?:die|der|das|ist|und|sind|antwort|lösung|beträgt|ergebnis|insgesamt|euro)\b", re.IGNORECASE),
-    re.compile(r"\b(?:la|le|les|est|une|des|réponse|donc|euros|sont|au|total)\b", re.IGNORECASE),
-    re.compile(r"\b(?:el|la|es|los|una|respuesta|resposta|por|tanto|euros|é|o|são)\b", re.IGNORECASE),
+    frozenset(
+        ("die", "der", "das", "ist", "und", "sind", "antwort", "lösung", "beträgt", "ergebnis", "insgesamt", "euro")
+    ),
+    frozenset(("la", "le", "les", "est", "une", "des", "réponse", "donc", "euros", "sont", "au", "total")),
+    frozenset(("el", "la", "es", "los", "una", "respuesta", "resposta", "por", "tanto", "euros", "é", "o", "são")),
 )
+"""Frequent words of German, French, and Spanish or Portuguese."""
 
 _SCALES = {
     "nghìn": 10**3, "ngàn": 10**3, "triệu": 10**6, "tỷ": 10**9, "tỉ": 10**9, "lakh": 10**5, "lakhs": 10**5,
@@ -79,7 +82,8 @@ def _writes_commas(text: str, question: str) -> bool:
         return True
     if not question.isascii() and len(_VIETNAMESE.findall(question)) > 1:
         return True
-    return any(len(set(map(str.lower, words.findall(text[-2000:])))) > 2 for words in _OTHERS)
+    said = {word.strip(".,:;!?*()") for word in text[-2000:].lower().split()}
+    return any(len(words & said) > 2 for words in _OTHERS)
 
 
 def _times(digits: str, scale: int) -> str:
@@ -99,9 +103,12 @@ _REWRITES: _Rewrites = (
     (re.compile(r"\d[\u00a0\u202f\u2009'’_]\d{3}"), partial(_GAPS.sub, lambda found: re.sub(r"\D", "", found[0]))),
     (re.compile(r"\d \d{3}"), partial(_BLANKS.sub, _without_blanks)),
     (re.compile(r"\d,\d{2},"), partial(_INDIAN.sub, lambda found: found[0].replace(",", ""))),
-    (re.compile(r"\d,\d"), partial(_POINTS_AND_COMMA.sub, lambda found: f"{found[1].replace('.', '')}.{found[2]}")),
-    (re.compile(r"\d,\d"), partial(_COMMA_MONEY.sub, r"\1.\2")),
-    (re.compile(r"\.\d{3}"), partial(_POINT_MONEY.sub, lambda found: found[1].replace(".", ""))),
+    (
+        re.compile(r"\d\.\d{3},\d"),
+        partial(_POINTS_AND_COMMA.sub, lambda found: f"{found[1].replace('.', '')}.{found[2]}"),
+    ),
+    (re.compile(r"\d,\d{1,2}(?!\d)"), partial(_COMMA_MONEY.sub, r"\1.\2")),
+    (re.compile(r"\d\.\d{3}(?!\d)"), partial(_POINT_MONEY.sub, lambda found: found[1].replace(".", ""))),
 )
 _SCALINGS: _Rewrites = (
     (
