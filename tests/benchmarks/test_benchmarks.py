@@ -296,7 +296,7 @@ def test_task_of_the_harness(tmp_path: Path) -> None:
         ('{"question": "a", "answer": true}\n', "row 1: field 'passage' is missing"),
         ('{"question": "a", "passage": "b", "answer": true}\n{"question": ', "boolq_validation.jsonl"),
         ('{"question": "a", "passage": "b", "answer": true}\n{"question": 1, "passage": [], "answer": 3}\n', "row 2"),
-        ("[1]\n", "row 1 is not a JSON object"),
+        ("[1]\n", "is a JSON array, not JSONL"),
     ],
 )
 def test_bad_file(tmp_path: Path, lines: str, message: str) -> None:

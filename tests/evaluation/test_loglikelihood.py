@@ -319,7 +319,7 @@ def test_a_logit_that_is_no_number_stops_it(
     monkeypatch.setattr(
         TransformersModel, "_model_call", lambda self, ids, **_: torch.full((*ids.shape, 1536), float("nan"))
     )
-    with pytest.raises(ModelError, match="a logit is not a number"):
+    with pytest.raises(ModelError, match="its logits are not finite numbers"):
         ask(model, tokenizer, tasks=["boolq"], data_dir=data, limit=1, max_new_tokens=8, protocol="loglikelihood")
 
 

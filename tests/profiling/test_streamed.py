@@ -59,11 +59,18 @@ def streaming(folder: Path, **settings: Any) -> Iterator[StreamedModel]:
         yield StreamedModel(empty, checkpoint, torch.device("cpu"))
 
 
-def test_a_family_that_does_not_build_without_weights_is_one_line(tmp_path: Path) -> None:
-    AutoConfig.for_model("qwen3_vl_moe").save_pretrained(tmp_path)
+def test_a_family_that_does_not_build_without_weights_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AutoConfig.for_model("qwen3_moe").save_pretrained(tmp_path)
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+
+    def needs_weights(*_: Any) -> None:
+        raise AttributeError("a weight that is not there yet")
+
+    monkeypatch.setattr("transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeModel.__init__", needs_weights)
     with (
-        pytest.raises(ModelError, match="cannot be streamed: qwen3_vl_moe does not build without") as error,
+        pytest.raises(ModelError, match="cannot be streamed: qwen3_moe does not build without") as error,
         streaming(tmp_path),
     ):
         pass
@@ -329,7 +336,7 @@ def test_quick_look_goes_on_until_the_super_experts_settle(tmp_path: Path, monke
         asked += 1
         return () if asked < 4 else one  # changes in the fourth round, the last of the first pass
 
-    monkeypatch.setattr("superexperts.profiling.streamed.super_experts", found)
+    monkeypatch.setattr("superexperts.profiling.streamed.super_experts_in", found)
     with streaming(tmp_path) as streamed:
         settled = quick_look(streamed, tiny_tokens(20, 16), depth=1.0, statistic="all")
         assert settled.stable

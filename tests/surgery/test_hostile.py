@@ -201,7 +201,7 @@ def test_settings_of_no_model_are_one_line(
     for command in commands(bad):
         if command[0] == "compare" and "--expect-only=L0E1" not in command:
             continue  # tensors are compared all the same
-        said = "'config.json' of" if command[0] == "restore" else "check its config.json"
+        said = "'config.json' of" if command[0] == "restore" else "config.json"
         assert said in refused(command, tmp_path, capsys)
 
 

@@ -14,7 +14,7 @@ from superexperts.adapters.effect import require_effect
 from superexperts.adapters.lora import load_adapter
 from superexperts.checkpoints.source import adapter_folder
 from superexperts.core.console import is_shown
-from superexperts.core.errors import OptionError
+from superexperts.core.paths import require_folder
 from superexperts.data.chat import read_prompt_record, require_same_prompt
 from superexperts.evaluation.prompts import Prompts
 from superexperts.models.banks import check_experts, find_banks
@@ -26,12 +26,8 @@ PROBE_TOKENS = 256
 
 
 def adapter_to_ask(folder: Path, prompts: Prompts) -> Path:
-    """The adapter's folder; `OptionError` if there is none, or if it was trained on another kind of prompt."""
-    if not folder.is_dir():
-        raise OptionError(
-            f"{str(folder)!r} is not a folder; give the adapter folder that `train` wrote", field="adapter"
-        )
-    found = adapter_folder(folder)
+    """The adapter's folder; `DataError` if there is none, `OptionError` if it was trained on another kind of prompt."""
+    found = adapter_folder(require_folder(folder, "adapter", "the adapter folder that `train` wrote"))
     require_same_prompt(read_prompt_record(found), prompts.record, folder)
     return found
 
