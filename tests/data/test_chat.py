@@ -96,6 +96,36 @@ def test_switches(tokenizer: PreTrainedTokenizerBase) -> None:
         shown(tokenizer, chats.PLAIN, reasoning_effort="low")
 
 
+@pytest.mark.parametrize("name", ["thinking", "enable_reasoning", "reasoning"])
+def test_every_name_of_the_switch(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    template = chats.PLAIN + f"{{% if {name} is defined and not {name} %}}</think>{{% endif %}}"
+    assert shown(tokenizer, template, thinking=False).endswith("</think>")
+    assert shown(tokenizer, template, thinking=True).endswith("<assistant>")
+
+
+def test_a_model_that_always_thinks_may_have_a_budget_but_cannot_be_kept_from_it(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    for thinking in (True, 2048):
+        assert shown(tokenizer, chats.OPENS_THOUGHTS, thinking=thinking).endswith("<think>\n")
+    with pytest.raises(OptionError, match="thinking: the chat template has no switch for thinking"):
+        shown(tokenizer, chats.OPENS_THOUGHTS, thinking=False)
+
+
+def test_a_template_may_leave_out_the_thoughts_of_earlier_turns(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and not loop.last %}"
+        "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    first = [*conversation("2 + 2?", ChatStyle()), {"role": "assistant", "content": "<think>easy</think>\n\nfour"}]
+    asked = [*first, *conversation("3 + 3?", ChatStyle())]
+    assert render(tokenizer, asked, ChatStyle(), TRAINED) == "<user>2 + 2?<assistant>\n\nfour<user>3 + 3?"
+    # The reply itself is what is learnt, thoughts and all.
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    with pytest.raises(ModelError, match="leaves out the text of the assistant's message"):
+        render(tokenizer, first, ChatStyle(), TRAINED, opens_answer=False)
+
+
 def test_templates_see_one_day(tokenizer: PreTrainedTokenizerBase) -> None:
     text = shown(tokenizer, chats.PLAIN + "{{ strftime_now('%d %B %Y') }}")
     assert text.endswith("01 January 2026")

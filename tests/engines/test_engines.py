@@ -92,7 +92,8 @@ def test_what_is_sent_and_kept(tmp_path: Path, data: Path, monkeypatch: pytest.M
         assert [answer["response"] for answer in found] == [f" {len(answer['prompt'])}" for answer in found]
         evaluate.run(served_config(tmp_path, data, server.base_url, tasks="gsm8k", limit=20, seed=5, timeout=9))
         assert len(server.bodies) == 20
-        evaluate.run(served_config(tmp_path, data, server.base_url, tasks="gsm8k", limit=20, seed=5, model="other"))
+        replaced = {"model": "other", "overwrite": True}
+        evaluate.run(served_config(tmp_path, data, server.base_url, tasks="gsm8k", limit=20, seed=5, **replaced))
         assert len(server.bodies) == 40
     assert all("very-secret" not in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
 
@@ -146,7 +147,11 @@ def test_a_request_that_fails_is_made_again(tmp_path: Path, data: Path) -> None:
         ((200, {"error": {"code": 503, "message": "busy"}}), "/chat/completions", "answers 503 ('busy'); see its log"),
         ((200, {"message": "no route"}), "/chat/completions", "answers 502 ('no route'); see its log"),
         ((200, {}), "", "does not answer with a completion"),
-        ((200, {"choices": []}), "", "does not answer with a completion"),
+        (
+            (200, {"choices": []}),
+            "",
+            "answers 200 ('a reply without an answer') to every prompt; check the server's name",
+        ),
         ((200, b"<html>"), "", "does not answer with a completion"),
         ((200, b"\xff"), "", "does not answer with a completion"),
         ((200, {"choices": [{"index": 0, "text": 3}]}), "", "does not answer with a completion"),

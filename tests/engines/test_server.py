@@ -287,6 +287,126 @@ def test_a_reply_in_the_journal_comes_back() -> None:
         assert Reply.from_given(json.loads(json.dumps(reply.to_given()))) == reply
 
 
+BODY = ["model", "messages", "max_tokens", "temperature", "seed", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({"error": {"message": "This model does not support the parameter temperature."}}, "temperature"),
+        ({"code": "invalid argument", "error": "Argument not supported on this model: stop"}, "stop"),
+        ({"error": {"message": "property 'seed' is unsupported", "type": "invalid_request_error"}}, "seed"),
+        ({"object": "error", "message": {"detail": [{"loc": ["body", "seed"], "msg": "not permitted"}]}}, "seed"),
+        ({"detail": [{"type": "list_type", "loc": ["body", "stop", "list[str]"], "msg": "a list"}]}, "stop"),
+        ([{"error": {"code": 400, "message": 'Unknown name "seed": Cannot find field.'}}], "seed"),
+        ({"error": {"message": "Provider returned error", "metadata": {"raw": "unsupported: max_tokens"}}},
+         "max_tokens"),
+        ({"error": "Input validation error: `temperature` must be strictly positive"}, "temperature"),
+        ({"error": {"message": "no such model", "param": "model"}}, None),
+        ({"error": {"message": "your question about the stop words", "type": "invalid_request_error"}}, None),
+        ({"error": {"message": "max_tokens is too large: 32768. This model supports at most 16384 completion tokens",
+                    "param": "max_tokens"}}, None),
+        ({"error": {"message": "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]"}}, None),
+    ],
+)  # fmt: skip
+def test_which_parameter_a_provider_means(body: Any, name: str | None) -> None:
+    """In the forms of OpenAI, xAI, Groq, Mistral, vLLM, Gemini, OpenRouter, TGI, Anthropic and DeepSeek."""
+    problem = problem_in(400, {}, json.dumps(body).encode())
+    assert problem is not None
+    assert refused_parameter(problem, BODY) == name
+    assert problem.too_long == ("max_tokens" in str(problem) and name is None)
+
+
+def test_parameters_refused_one_after_the_other(tmp_path: Path, data: Path, capsys: Any) -> None:
+    def reply(body: dict[str, Any], _: int) -> Sent:
+        for name in ("temperature", "seed", "max_tokens"):
+            if name in body:
+                return 400, {"error": {"message": f"Unsupported parameter: '{name}' is not supported with this model"}}
+        return said("yes")
+
+    _, bodies = ask(tmp_path, data, reply, concurrency=4)
+    assert set(bodies[-1]) == {"model", "messages", "max_completion_tokens"}
+    assert capsys.readouterr().err.count("the server does not take") == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "advice"),
+    [
+        ({"thinking": "off"}, "Unrecognized request argument supplied: chat_template_kwargs", "leave out thinking"),
+        ({}, "max_tokens is too large: 24. This model supports at most 16 completion tokens", "lower max_new_tokens"),
+    ],
+)
+def test_what_cannot_be_left_out_names_its_setting(
+    settings: dict[str, Any], message: str, advice: str, tmp_path: Path, data: Path
+) -> None:
+    with pytest.raises(OptionError, match=f"to every prompt; {advice}"):
+        ask(tmp_path, data, lambda *_: (400, {"error": {"message": message}}), **settings)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        (200, {"choices": []}),
+        (200, {"choices": None}),
+        (200, {"choices": [{"finish_reason": "stop", "message": None}]}),
+    ],
+)
+def test_a_prompt_that_always_gets_nothing_is_marked(sent: Sent, tmp_path: Path, data: Path) -> None:
+    result, bodies = ask(tmp_path, data, lambda _, number: sent if number == 2 else said("yes"), retries=2)
+    assert [row["finish_reason"] for row in answers(tmp_path)["boolq"]] == ["stop", "stop", "error", "stop"]
+    assert result["ended"] == {"boolq": {"refused": 1}}
+    assert len(bodies) == 4 + 2
+
+
+@pytest.mark.parametrize("reason", ["error", "abort", "insufficient_system_resource"])
+def test_half_a_reply_is_asked_again(reason: str, tmp_path: Path, data: Path) -> None:
+    left = [1]
+
+    def reply(*_: Any) -> Sent:
+        return said("no, that is", reason) if left and left.pop() else said("yes")
+
+    _, bodies = ask(tmp_path, data, reply)
+    assert [row["response"] for row in answers(tmp_path)["boolq"]] == ["yes"] * 4
+    assert len(bodies) == 5
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"finish_reason": "content_filter"}, Generated("", "content_filter")),
+        ({"finish_reason": "content_filter", "message": None}, Generated("", "content_filter")),
+        ({"finish_reason": "SAFETY", "message": {"content": ""}}, Generated("", "content_filter")),
+        ({"finish_reason": "length", "message": {"role": "assistant"}}, Generated("", "length")),
+        ({"finish_reason": "MAX_TOKENS", "message": {"content": "a"}}, Generated("a", "length")),
+        ({"finish_reason": "end_turn", "message": {"content": "a"}}, Generated("a", "stop")),
+        ({"finish_reason": "stop", "message": {"content": [{"type": "refusal", "refusal": "No."}]}},
+         Generated("No.", "refusal")),
+    ],
+)  # fmt: skip
+def test_why_a_reply_ends(choice: dict[str, Any], expected: Generated) -> None:
+    body = {"choices": [choice]}
+    assert problem_in(200, {}, json.dumps(body).encode()) is None
+    assert read_choice(body) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "seconds"),
+    [
+        ("Rate limit reached: Limit 30000, Used 29000. Please try again in 2.5s.", 2.5),
+        ("Please try again in 1m12s.", 72),
+        ("try again in 250ms", 0.25),
+        ("Please retry after 2 minutes", 120),
+        ("You exceeded your current quota, please check your billing details. Please retry in 34.07s.", 34.07),
+        ("Too many requests, try again later", None),
+    ],
+)
+def test_a_time_to_wait_in_words(message: str, seconds: float | None) -> None:
+    problem = problem_in(429, {}, json.dumps({"error": {"message": message}}).encode())
+    assert problem is not None
+    assert problem.retry_after == seconds
+    assert problem.kind == "rate"
+
+
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [
@@ -300,7 +420,15 @@ def test_when_to_come_back(header: dict[str, str], seconds: float | None) -> Non
     problem = problem_in(503, header, b"later")
     assert problem is not None
     assert problem.retry_after == seconds
-    assert problem.kind == "again"
+    assert problem.kind == ("again" if seconds is None else "rate")
+
+
+def test_a_busy_server_is_waited_for_as_long_as_it_says(tmp_path: Path, data: Path, waits: list[float]) -> None:
+    def reply(*_: Any) -> Sent:
+        return said("yes") if sum(waits) >= 90 else (503, b"starting", {"Retry-After": "30"})
+
+    ask(tmp_path, data, reply, retries=0)
+    assert waits == [30, 30, 30]
 
 
 def test_a_reasoning_models_run_from_the_questions_to_the_scores(

@@ -23,6 +23,7 @@ from transformers.utils import chat_template_utils
 
 from superexperts.core.errors import Field, ModelError, OptionError
 from superexperts.core.runs import digest, read_json, write_json
+from superexperts.core.thoughts import end_for, split_thoughts
 
 __all__ = [
     "EVALUATED",
@@ -45,8 +46,8 @@ Message = dict[str, Any]
 
 DAY = datetime.datetime(2026, 1, 1)
 """The day that templates see. Some write today's date into the prompt, which would be another one tomorrow."""
-SWITCHES = ("enable_thinking", "thinking", "enable_reasoning")
-"""Variables by which templates turn thinking on and off (Qwen, GLM and SmolLM; Granite and DeepSeek; others)."""
+SWITCHES = ("enable_thinking", "thinking", "enable_reasoning", "reasoning")
+"""Variables by which templates turn thinking on and off (Qwen, GLM, SmolLM; Granite, DeepSeek; others; Command)."""
 RECORD = "prompt.json"
 RECORD_SCHEMA = "superexperts/prompt/1"
 
@@ -139,8 +140,7 @@ def render(
     """
     template = _template(tokenizer, spelt)
     _check_switches(template, style)
-    failed: Exception | None = None
-    shown = ""
+    problem: ModelError | None = None  # that of content as text, the usual form
     for as_parts in (False, True):
         given = [_with_parts(message) for message in messages] if as_parts else list(messages)
         try:
@@ -155,21 +155,16 @@ def render(
                     )
                 )
         except _TEMPLATE_ERRORS as error:
-            failed = failed or error
-            continue
-        if _first_left_out(shown, messages) is None:
-            return shown
-    if failed is not None:
-        reason = " ".join(str(failed).split())[:120] or type(failed).__name__
-        raise ModelError(
-            f"the chat template fails ({reason}); ", *_instead(messages, spelt), field=spelt.field
-        ) from failed
-    role = _first_left_out(shown, messages)
-    raise ModelError(
-        f"the chat template leaves out the text of the {role}'s message; ",
-        *_instead(messages, spelt),
-        field=spelt.field,
-    )
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            said = f"fails ({reason})"
+        else:
+            role = _first_left_out(shown, messages)
+            if role is None:
+                return shown
+            said = f"leaves out the text of the {role}'s message"
+        problem = problem or ModelError(f"the chat template {said}; ", *_instead(messages, spelt), field=spelt.field)
+    assert problem is not None
+    raise problem
 
 
 def _instead(messages: Sequence[Message], spelt: Spelt) -> tuple[str, ...]:
@@ -201,11 +196,13 @@ def _with_parts(message: Message) -> Message:
 def _first_left_out(shown: str, messages: Sequence[Message]) -> str | None:
     """The role of the first message with a text that is not in what was made of it; None if all are there.
 
-    Blanks may differ, and the text may stand there as a JSON string.
+    Blanks may differ, and the text may stand there as a JSON string. Templates leave out the thoughts of earlier turns.
     """
     text = _dense(shown)
-    for message in messages:
+    for number, message in enumerate(messages, start=1):
         content = str(message["content"])
+        if message["role"] == "assistant" and number < len(messages):
+            content = split_thoughts(content).text
         if not any(_dense(form) in text for form in (content, json.dumps(content, ensure_ascii=False)[1:-1])):
             return str(message["role"])
     return None
@@ -247,7 +244,10 @@ def _variables_of(template: str) -> frozenset[str]:
 
 def _check_switches(template: str, style: ChatStyle) -> None:
     known = _variables_of(template)
-    if style.thinking is not None and not known & {*SWITCHES, "thinking_budget"}:
+    # Templates of models that always think have no switch, but write or split off the marks of thoughts. The engine
+    # keeps a budget.
+    always = style.thinking not in (None, False) and end_for(template) is not None
+    if style.thinking is not None and not always and not known & {*SWITCHES, "thinking_budget"}:
         raise OptionError(
             "the chat template has no switch for thinking; leave it out, or say it in ",
             *(Field("system_prompt"), " or ", Field("prefill"), " as the model's card does"),

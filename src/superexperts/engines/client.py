@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,6 +36,13 @@ LONGEST_WAIT = 60.0
 """Hosted servers count requests per minute, so a wait that the server does not name grows up to a minute."""
 IN_A_ROW = 8
 """Prompts that may fail or be refused, one after the other, before the run ends."""
+_SETTINGS = {
+    "chat_template_kwargs": "thinking",
+    "reasoning_effort": "reasoning_effort",
+    "continue_final_message": "prefill",
+    "add_generation_prompt": "prefill",
+}
+"""Parameters that only a setting sends, so that leaving them out would ask something else -> that setting."""
 _SEQUELS = {"temperature": ", so the answers may be sampled", "seed": ""}
 _UNREADABLE = (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError)
 
@@ -71,7 +79,6 @@ class Client:
         answered. `OptionError` if the server cannot be reached, refuses everything, or fails too often; what was
         answered was handed on before.
         """
-        self.refused.clear()
         self._last_answer = time.monotonic()
         self._in_a_row = 0
         try:
@@ -149,7 +156,7 @@ class Client:
                     continue
                 if kind == "refused" and self._learn(problem, sent):
                     continue
-                if kind in ("refused", "filtered"):
+                if kind in ("refused", "filtered") or (kind == "nothing" and attempt >= self._retries):
                     return problem
                 failed = self._fault(problem)
                 if kind == "fatal":
@@ -219,8 +226,10 @@ class Client:
 
     def _fault(self, problem: Problem) -> _RequestError:
         if problem.kind == "fatal":
+            usual = problem.status == 404 and re.search(r"/v\d", self.url) is None
+            path = " (most servers need /v1 in it)" if usual else ""
             return _RequestError(
-                f"answers {problem}; check the URL, the server's name for ",
+                f"answers {problem}; check the URL{path}, the server's name for ",
                 *(Field("model"), ", and OPENAI_API_KEY; the answers so far are kept"),
                 ends=True,
             )
@@ -234,6 +243,10 @@ def _because(error: BaseException, *parts: str) -> _RequestError:
 
 
 def _refusal(problem: Problem) -> _RequestError:
-    hint = "lower " if problem.too_long else "check the server's name for "
-    field = Field("max_new_tokens" if problem.too_long else "model")
+    hint, field = "check the server's name for ", Field("model")
+    setting = next((field for name, field in _SETTINGS.items() if name in f"{problem.param} {problem.message}"), None)
+    if problem.too_long:
+        hint, field = "lower ", Field("max_new_tokens")
+    elif setting is not None:
+        hint, field = "leave out ", Field(setting)
     return _RequestError(f"answers {problem} to every prompt; ", hint, field, ", or see its log")

@@ -15,10 +15,23 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-__all__ = ["Problem", "problem_in", "refused_parameter"]
+__all__ = ["FILTERED", "Problem", "problem_in", "refused_parameter"]
 
-Kind = Literal["again", "rate", "filtered", "refused", "fatal"]
+Kind = Literal["again", "rate", "filtered", "refused", "nothing", "fatal"]
 
+FILTERED = frozenset(
+    (
+        "content_filter",
+        "content_filtered",
+        "safety",
+        "prohibited_content",
+        "blocklist",
+        "recitation",
+        "spii",
+        "sensitive",
+    )
+)
+"""Reasons, in lower case, for which a filter ends a reply (OpenAI, Amazon, Google, Zhipu)."""
 _BLOCKED = re.compile(
     r"content[_ -]?(?:filter|policy|management)|responsible[_ ]?ai|safety|moderat|flagged|prohibited|inappropriate",
     re.IGNORECASE,
@@ -33,6 +46,20 @@ _TOO_LONG = re.compile(
     r"|prompt is too|string_above_max|reduce the length|too many (?:input )?tokens",
     re.IGNORECASE,
 )
+_TOO_MANY = re.compile(
+    r"max_(?:completion_)?tokens.{0,80}(?:too (?:large|big|high)|range|at most|less than|maximum|<=|>|exceed)"
+    r"|(?:maximum|supports? at most)[^.]{0,40} (?:output|completion) tokens",
+    re.IGNORECASE,
+)
+_WAIT = re.compile(
+    r"(?:again|retry|wait)\D{0,20}(?=\d)(?:(\d+)\s?m(?:in\w*)?(?![a-z])\s?)?(?:(\d+(?:\.\d+)?)\s?(ms|s))?",
+    re.IGNORECASE,
+)
+_INTERRUPTED = frozenset(("error", "abort", "cancelled", "insufficient_system_resource"))
+"""Reasons for which a server ends a reply that is not the model's whole answer (of providers in general, vLLM and
+SGLang, others, DeepSeek)."""
+_NOT_PARAMETERS = frozenset(("model", "prompt", "messages"))
+"""What every request needs, so that it cannot be left out."""
 _UNSUPPORTED = re.compile(
     r"unsupported|not (?:\w+ )?(?:support|permit|allow|accept|recogni)|unknown|unrecogni|unexpected|extra[_ ]"
     r"|invalid|incompatible|does not support|only the default|deprecated|must (?:be|not)|removed",
@@ -60,16 +87,25 @@ class Problem:
 
     @property
     def too_long(self) -> bool:
-        """Whether a prompt has no room in the model's context."""
-        return bool(_TOO_LONG.search(self.words))
+        """Whether a prompt has no room in the model's context, or the answer is allowed more tokens than the model
+        can give."""
+        return bool(_TOO_LONG.search(self.words) or _TOO_MANY.search(self.message))
 
     @property
     def kind(self) -> Kind:
-        """What to do: try `again`, wait for the `rate`, mark this prompt as `filtered` or as `refused`, or give up."""
+        """What to do: try `again`, wait for the `rate`, mark this prompt as `filtered` or as `refused` (after trying
+        again where there is `nothing` in the reply), or give up."""
         status = self.status
+        if status < 400:
+            return "nothing"
+        # Gemini speaks of billing where a limit per minute is meant, but then it says how long to wait.
+        if status == 429 and self.retry_after is not None:
+            return "rate"
         if _NO_CREDIT.search(self.words) or status in (401, 402, 404, 405, 501):
             return "fatal"
         if status == 429 or (status in (403, 503) and _RATE.search(self.words)):
+            return "rate"
+        if status in (503, 529) and self.retry_after is not None:
             return "rate"
         if status < 500 and _BLOCKED.search(self.words):
             return "filtered"
@@ -87,15 +123,19 @@ def problem_in(status: int, headers: Mapping[str, str], body: bytes) -> Problem 
         value = json.loads(body)
     except ValueError:
         value = None
+    if isinstance(value, list) and len(value) == 1:  # Gemini
+        value = value[0]
     if status < 400:
         error = _error_of(value)
         if error is None:
-            return None
+            return Problem(status=status, message="a reply without an answer") if _is_empty(value) else None
         status = _status_of(error)
     else:
         error = _error_of(value) or value or body.decode("utf-8", errors="replace")
     code, message, param = _fields(error)
     retry = _seconds(headers)
+    if retry is None and status in (429, 503, 529):
+        retry = _seconds_in(message)
     return Problem(status=status, message=_clean(message), code=code, param=param, retry_after=retry)
 
 
@@ -107,11 +147,28 @@ def _error_of(value: Any) -> Any:
         return value.get("error") or value
     choices = value.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
-    if isinstance(choice, dict) and (choice.get("error") or choice.get("finish_reason") == "error"):
-        return choice.get("error") or {"message": "the provider reports an error"}
+    if isinstance(choice, dict) and (choice.get("error") or choice.get("finish_reason") in _INTERRUPTED):
+        why = choice.get("finish_reason")
+        return choice.get("error") or {"message": f"the provider ended the reply with the reason {why!r}"}
+    errors = value.get("errors")
+    if not choices and isinstance(errors, list) and errors:  # Cloudflare
+        return errors[0]
     if not choices and isinstance(value.get("detail") or value.get("message"), str | list):
         return value
     return None
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether the JSON of a reply has the form of a completion, but nothing in it."""
+    if not isinstance(value, dict) or "choices" not in value:
+        return False
+    choices = value["choices"]
+    if not choices:
+        return True
+    choice = choices[0] if isinstance(choices, list) else None
+    if not isinstance(choice, dict) or str(choice.get("finish_reason")).lower() in FILTERED:
+        return False
+    return "text" not in choice and choice.get("message") is None
 
 
 def _status_of(error: Any) -> int:
@@ -131,10 +188,13 @@ def _fields(error: Any) -> tuple[str, str, str]:
     """(code, message, parameter)"""
     if not isinstance(error, dict):
         return "", str(error), ""
+    if isinstance(error.get("message"), dict):  # Mistral
+        return _fields(error["message"])
     detail = error.get("detail")
     if isinstance(detail, list) and detail and isinstance(detail[0], dict):  # FastAPI, pydantic
-        places = [str(place) for place in detail[0].get("loc", ())]
-        return str(detail[0].get("type", "")), str(detail[0].get("msg", "")), places[-1] if places else ""
+        # ["body", "stop", "str"]: what follows the parameter is a part or a type of it.
+        places = [place for place in detail[0].get("loc", ()) if isinstance(place, str) and place != "body"]
+        return str(detail[0].get("type", "")), str(detail[0].get("msg", "")), places[0] if places else ""
     inner = error.get("innererror")
     codes = [error.get("code"), error.get("type"), inner.get("code") if isinstance(inner, dict) else None]
     message = error.get("message") or detail or error.get("msg") or ""
@@ -166,13 +226,24 @@ def _seconds(headers: Mapping[str, str]) -> float | None:
         return None
 
 
+def _seconds_in(message: str) -> float | None:
+    """Seconds to wait, from words such as `Please try again in 1m2.5s`."""
+    found = _WAIT.search(message)
+    if found is None or not (found[1] or found[2]):
+        return None
+    seconds = float(found[2] or 0) / (1000 if (found[3] or "").lower() == "ms" else 1)
+    return 60.0 * int(found[1] or 0) + seconds
+
+
 def refused_parameter(problem: Problem, sent: Collection[str]) -> str | None:
     """Which of the parameters that were sent a server refuses; None if it refuses something else."""
     if problem.status not in (400, 415, 422) or problem.too_long:
         return None
+    names = set(sent) - _NOT_PARAMETERS
     if problem.param:
-        return problem.param if problem.param in sent else None
-    if not _UNSUPPORTED.search(problem.words):
+        return problem.param if problem.param in names else None
+    # The usual code "invalid_request_error" says nothing of a parameter.
+    if not _UNSUPPORTED.search(problem.words.replace("invalid_request_error", "")):
         return None
-    named = [(found.start(), name) for name in sent if (found := re.search(rf"\b{name}\b", problem.message))]
+    named = [(found.start(), name) for name in names if (found := re.search(rf"\b{name}\b", problem.message))]
     return min(named)[1] if named else None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from superexperts.core.thoughts import before_stop, split_thoughts
 from superexperts.engines.journal import Given
+from superexperts.engines.problems import FILTERED
 
 __all__ = [
     "Generated",
@@ -110,6 +111,7 @@ def instances(prompts: Sequence[Any], max_new_tokens: int) -> list[Request]:
 _THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
 _THOUGHT_PARTS = ("thinking", "reasoning", "thought", "redacted_thinking")
 _LENGTH = ("length", "max_tokens", "max_output_tokens", "model_length")
+_STOP = ("stop", "end_turn", "stop_sequence", "eos", "eos_token", "complete")
 
 
 def read_choice(value: Any) -> Generated:
@@ -119,7 +121,11 @@ def read_choice(value: Any) -> Generated:
     parts of a list, or in the text itself. Where a model refused, its words of refusal are the response.
     """
     choice = value["choices"][0]
+    finish = _finish(choice)
     message = choice.get("message", choice)
+    if message is None or ("content" not in message and (finish == "content_filter" or "role" in message)):
+        # A filter may leave no message, and Gemini sends only a role where thoughts took all tokens.
+        message = {**(message or {}), "content": (message or {}).get("text")}
     # Some servers send the same thoughts under two names.
     thoughts = next(filter(None, (_words(message.get(name)) for name in _THOUGHT_FIELDS)), "")
     refusal = message.get("refusal")
@@ -130,11 +136,27 @@ def read_choice(value: Any) -> Generated:
     text, more = _content(content)
     if not text and message.get("tool_calls"):
         text = "\n".join(_arguments(call) for call in message["tool_calls"])
-    finish = choice.get("finish_reason")
-    finish = "length" if finish in _LENGTH else finish if isinstance(finish, str) else None
+    if not text and isinstance(content, list):
+        refusal = refusal or _refusal_in(content)
     if not text and isinstance(refusal, str) and refusal:
         text, finish = refusal, "refusal"
     return Generated(text, finish, "\n\n".join(filter(None, (thoughts, more))))
+
+
+def _finish(choice: Any) -> str | None:
+    """Why a reply ends, in the words of OpenAI's servers."""
+    finish = choice.get("finish_reason")
+    if not isinstance(finish, str):
+        return None
+    word = finish.lower()
+    if word in FILTERED:
+        return "content_filter"
+    return "length" if word in _LENGTH else "stop" if word in _STOP else word
+
+
+def _refusal_in(parts: Sequence[Any]) -> str:
+    """The words of refusal among a message's parts."""
+    return "".join(str(part.get("refusal") or "") for part in parts if isinstance(part, dict))
 
 
 def _content(content: Any) -> tuple[str, str]:
@@ -160,11 +182,13 @@ def _words(value: Any) -> str:
     if isinstance(value, list):
         return "".join(map(_words, value))
     if isinstance(value, dict):
-        return "".join(_words(value[name]) for name in ("text", "thinking", "reasoning", "summary") if name in value)
+        return "".join(
+            _words(value[name]) for name in ("text", "content", "thinking", "reasoning", "summary") if name in value
+        )
     return ""
 
 
 def _arguments(call: Any) -> str:
     """The arguments of a tool call as text: a model may answer by calling a tool."""
-    arguments = call["function"]["arguments"]
+    arguments = call["function"].get("arguments") or ""
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

@@ -35,6 +35,7 @@ class ServerModel(HarnessModel):
     def replies(self, requests: Sequence[Request]) -> list[Reply]:
         """Asks what the journal lacks. A prompt that the server refused is not kept, so that the next run asks it
         again; `OptionError` if the server fails more often than allowed."""
+        self.client.refused.clear()
         found = {number: Reply.from_given(given) for number, given in self._kept().items()}
         self._ask({number: request for number, request in enumerate(requests) if number not in found}, found)
         # A stop text may have cut thoughts. Asked again without it, the model thinks to the end.
