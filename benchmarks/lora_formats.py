@@ -39,7 +39,7 @@ def superexperts(*arguments: str | Path) -> None:
 
 def evaluated(data: Path, limit: int, out: Path, *what: str | Path) -> tuple[dict[str, float], dict[str, list[str]]]:
     """Accuracy in % and answers, by benchmark."""
-    options = ["--data-dir", data, "--limit", limit, "--max-new-tokens", "48", "--out", out]
+    options = ["--data-dir", data, "--limit", limit, "--limit-first", "--max-new-tokens", "48", "--out", out]
     command = [sys.executable, "-m", "superexperts", "evaluate", *what, *options]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
     superexperts("extract", out)
