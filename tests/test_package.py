@@ -52,7 +52,7 @@ def test_only_models_knows_how_a_family_lays_out_its_experts() -> None:
 def test_only_command_files_hold_settings() -> None:
     """`core.settings` and classes named `...Config` are for the files of commands; below them are plain arguments."""
     commands = {f"superexperts.{command.module}" for command in COMMANDS.values()}
-    # What reads settings as a whole: the recipe of a training, and a study file, whose sections are commands' settings.
+    # These read settings as a whole: the recipe of a training, and a study file, with its sections for commands.
     commands |= {"superexperts.training.recipe", "superexperts.studies.study_file"}
     found = []
     for file in SOURCES.rglob("*.py"):

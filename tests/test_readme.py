@@ -21,7 +21,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 def as_pattern(line: str) -> str:
-    """A line as it is; in a table's row, whose numbers another machine's rounding may change, any numbers."""
+    """A pattern for a line; in a row of a table any numbers match, since rounding differs between machines."""
     if line == "...":
         return "(?s:.*)"
     escaped = re.escape(line.rstrip())

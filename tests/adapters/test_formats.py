@@ -18,7 +18,7 @@ from superexperts.models.loading import load_structure
 from tests.adapters.test_export import save_adapter, save_base, stock
 from tests.adapters.test_lora import attach, logits, randomise
 
-# ---- a layout as somebody would add it: the product B A of each projection, in one file ----------------------------
+# ---- a layout as a user would add it: the product B A of each projection, in one file ----------------------------
 
 
 def write(adapter: Path, source: Any, out: Path, *, copy: bool = False) -> dict[str, Any]:

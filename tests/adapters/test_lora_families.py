@@ -1,4 +1,4 @@
-"""Exactness in every family, float32 and bfloat16: against a copy whose experts are `nn.Linear`s, and in `train`."""
+"""Exactness in every family, float32 and bfloat16: against a copy with `nn.Linear` experts, and in `train`."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def expected_scaling(key: Any, r: int = 4, alpha: float = 10, **settings: Any) -
 
 
 def brute_force(model: Any, adapted: PeftModel, **settings: Any) -> Tensor:
-    """Logits of the plain model whose weights are W + (own alpha / own r) B A, from parameter names alone."""
+    """Logits of the plain model with the weights W + (own alpha / own r) B A, from parameter names alone."""
     weights = dict(model.named_parameters())
     for name, (a, b) in adapter_pairs(adapted).items():
         path, _, last = name.rpartition(".")

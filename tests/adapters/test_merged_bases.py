@@ -89,7 +89,7 @@ def test_other_quantizations_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tied_head(tmp_path: Path) -> Path:
-    """LoRA on the output head of a model whose head is its embeddings."""
+    """LoRA on an output head that is tied to the embeddings."""
     tiny_model("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["lm_head"], task_type="CAUSAL_LM")

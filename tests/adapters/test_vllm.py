@@ -1,6 +1,6 @@
 """The `vllm` export through the loader of a real vLLM: what it stacks is what the file says. `make test-vllm`.
 
-vLLM has pins of its own, so it runs in a venv of its own, whose Python SUPEREXPERTS_VLLM names.
+vLLM pins other versions of our dependencies, so it runs in a separate venv; SUPEREXPERTS_VLLM names its Python.
 """
 
 from __future__ import annotations

@@ -195,9 +195,9 @@ def test_an_interrupt_of_all_is_the_first_process_alone(how: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux copies a process")
 def test_a_killed_command_leaves_no_process(tmp_path: Path) -> None:
-    """Its copies have more to send than a pipe holds, to nobody."""
+    """Its forks have more to send than a pipe holds, and the receiver is dead."""
     with subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], stderr=subprocess.PIPE) as command:
         while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.01)
         command.kill()
-        assert command.communicate(timeout=60)[1] == b""  # it ends when nobody holds the pipe any longer
+        assert command.communicate(timeout=60)[1] == b""  # ends when the last process has closed the pipe

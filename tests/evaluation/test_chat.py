@@ -28,7 +28,7 @@ from tests.support.servers import said, scripted_server
 
 
 def with_template(checkpoint: Path, folder: Path, template: str | None) -> Path:
-    """A copy of the checkpoint whose tokenizer has this template."""
+    """A copy of the checkpoint with this chat template."""
     shutil.copytree(checkpoint, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template

@@ -55,7 +55,7 @@ def _choices(answer: Answer) -> list[str]:
 
 
 def _log_probability(model: nn.Module, tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> float:
-    """Token by token, each with a forward pass of its own."""
+    """Token by token, each with a separate forward pass."""
     ids = tokenizer(context + choice).input_ids
     total, begin = 0.0, len(tokenizer(context).input_ids)
     for end in range(begin, len(ids)):

@@ -1,4 +1,4 @@
-"""VMLU's test rows, whose gold answers are not published; and averages over subjects."""
+"""VMLU's test rows, which have no published gold answers; and averages over subjects."""
 
 from __future__ import annotations
 

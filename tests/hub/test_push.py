@@ -46,7 +46,7 @@ def train_folder(folder: Path, model: str = "owner/moe") -> Path:
     write_text(adapter / "README.md", model_card(vars(config), RESULT, {"rows.json": "ab" * 32}))
     write_text(adapter / "recipe.yaml", f"model: {model}\nseed: 11\n")
     write_json(folder / "training.json", RESULT)
-    write_text(folder / "recipe.yaml", "data: /home/somebody/rows.json\n")  # not sent: adapter/recipe.yaml is
+    write_text(folder / "recipe.yaml", "data: /home/researcher/rows.json\n")  # not sent: adapter/recipe.yaml is
     inputs = {"options": {"seed": "11"}}
     write_manifest(folder, "train", inputs, ["adapter", "recipe.yaml", "training.json"], 1.5)
     return folder
@@ -301,11 +301,11 @@ def test_links_out_of_the_folder_and_missing_files_are_refused(
     lora = train_folder(tmp_path / "lora")
     (lora / "manifest.json").unlink()
     assert "lora has no manifest.json" in refused(capsys, lora)
-    for options, mend in (
+    for options, advice in (
         (["--base-model", "/a/b"], "--base-model: '/a/b' is not OWNER/NAME"),
         (["--message", " "], "--message: ' ' is empty"),
     ):
-        assert mend in refused(capsys, lora, *options)
+        assert advice in refused(capsys, lora, *options)
     assert "--repo: 'it' is not OWNER/NAME" in refused(capsys, lora, repo="it")
     assert hub.repos == {}
 
@@ -358,7 +358,7 @@ def test_wrong_tokens_and_no_network_are_one_line(
 
 
 def test_the_command_with_hf_endpoint_and_xet(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a user runs it, weights by hf_xet, whose store on disk is then read back."""
+    """As a user runs it: hf_xet uploads the weights, and the test reads them back from its store on disk."""
     folder = train_folder(tmp_path / "lora")
     monkeypatch.setattr(hub, "xet", tmp_path / "xet")
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}

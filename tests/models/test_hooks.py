@@ -261,7 +261,7 @@ def test_a_dense_model_is_refused_by_name() -> None:
 def test_rows_of_all_experts_at_once_are_those_of_one_after_the_other(
     family: str, silent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is done on a GPU, whose rows come as one piece, here on a CPU."""
+    """The path for a GPU, where all rows come in one tensor, run here on a CPU."""
     model = tiny_model(family)
     layer = find_banks(model)[-1].layer
 

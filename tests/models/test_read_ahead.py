@@ -92,7 +92,7 @@ def test_the_next_layers_are_read_before_anyone_asks_as_far_as_there_is_room(
 def test_what_is_wanted_no_longer_is_not_waited_for(
     opened: Callable[[Desk], ReadAhead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither read if that has not begun, nor asked how it went; its memory comes back when nobody writes to it."""
+    """A read that has not begun is dropped; the result of another is ignored, its memory returned at its end."""
     monkeypatch.setattr(read_ahead, "AHEAD", SIZE * 40)
     desk = Desk(fails=(1, 0))
     begun, go_on, fill = threading.Barrier(READERS + 1), threading.Event(), desk.fill

@@ -104,7 +104,7 @@ def test_no_name_stands_at_the_ring_of_another_layer(drawn: list[Figure], layers
 
 
 def test_no_text_leaves_the_paper(drawn: list[Figure], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two corpora, whose picture is a column wide, and with long names."""
+    """A picture one column wide, of two corpora, and one with long names."""
 
     def keep(figure: Figure, _: Path) -> None:
         figure.draw_without_rendering()
@@ -131,7 +131,7 @@ def test_no_text_leaves_the_paper(drawn: list[Figure], monkeypatch: pytest.Monke
 def test_corpora_are_marked_by_the_criterion_however_deep_the_profile(
     drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An expert in the last quarter of the layers is no super expert, as in the table and in the other pictures."""
+    """An expert in the last quarter of the layers is not a super expert, as in the table and in the other pictures."""
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     section = profile(layers=8).corpora["pocket"]
     late = [dataclasses.replace(row, output_max=5000.0) if row.key == (7, 3) else row for row in section.experts]

@@ -260,7 +260,7 @@ def test_command_finds_exactly_the_implanted_super_experts(tmp_path: Path) -> No
 def test_several_corpora_and_what_they_agree_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two files of one name, killed between them: the first is not run again, and each has pictures of its own."""
+    """Two files of one name, killed between them: the first is not run again, and each has separate pictures."""
     texts = list(documents("pocket"))
     for folder, part in (("a", texts[:100]), ("b", texts[100:200])):
         (tmp_path / folder).mkdir()

@@ -100,7 +100,7 @@ def test_streamed_equals_in_memory(tmp_path: Path, family: str, dtype: torch.dty
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_one_by_one_equal_the_bank(tmp_path: Path, family: str) -> None:
-    """The quick look's forward, whose experts come from the checkpoint one after the other."""
+    """The forward pass of the quick look, which reads experts from the checkpoint one by one."""
     model = saved(tmp_path, family)
     with streaming(tmp_path) as streamed:
         found = quick_look(streamed, IDS_SL, depth=1.0, statistic="all")
@@ -167,7 +167,7 @@ def test_depth_batches_and_spilled_activations_change_nothing(tmp_path: Path, mo
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2"])
 def test_fused_keys_are_read_as_well(tmp_path: Path, family: str) -> None:
-    """A checkpoint whose keys are the model's own: one tensor for all experts of a layer."""
+    """A checkpoint with the model's own keys: one tensor for all experts of a layer."""
     model = saved(tmp_path, family)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / SINGLE)
     with streaming(tmp_path) as streamed:

@@ -18,7 +18,7 @@ TASKS = default_benchmarks()
 
 
 def run(folder: Path) -> str:
-    """Runs the demo in a process of its own, without anybody's data, and returns what it says while it works."""
+    """Runs the demo in a separate process, without a data folder, and returns what it says while it works."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("SUPEREXPERTS_DATA", None)
     command = [sys.executable, "-m", "superexperts", "study", "--demo", "--out", str(folder)]

@@ -1,6 +1,6 @@
 """A tiny model of every family of transformers with swappable experts, its sizes set by the names of its settings.
 
-`families.FAMILIES` has those whose configuration a test needs to know; these need only be small.
+`families.FAMILIES` has families with a configuration that tests rely on; these need only be small.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "head_dim": 8,
     },
-    # a shared expert with a gate of its own, biases on q, k, v
+    # a shared expert with a gate, biases on q, k, v
     "qwen2_moe": {
         **_COMMON,
         "intermediate_size": 48,
@@ -173,7 +173,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v32": {**_DEEPSEEK, "q_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
 }
-"""Families that only the profile is tested on; one that does not work is doge, whose experts are rows of embeddings."""
+"""Families that only the profile is tested on; doge is left out, because its experts are rows of embeddings."""
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> nn.Module:

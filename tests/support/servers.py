@@ -1,4 +1,4 @@
-"""Real servers for tests, over HTTP on a free port: `transformers serve`, and one whose replies a test writes."""
+"""Real servers for tests, over HTTP on a free port: `transformers serve`, and one with replies that a test writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def transformers_server(log: Path) -> Iterator[str]:
-    """The base URL of a `transformers serve` of its own; a request's model is a checkpoint's folder."""
+    """The base URL of a new `transformers serve`; a request's model is a checkpoint's folder."""
     port = free_port()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     serve = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
@@ -61,7 +61,7 @@ Reply = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
 @dataclasses.dataclass
 class Scripted:
-    """A server whose replies are written by a function of (path, body)."""
+    """A server that replies with what a function of (path, body) returns."""
 
     base_url: str
     bodies: list[dict[str, Any]]

@@ -41,7 +41,7 @@ def found(a: Path, b: Path, **options: Any) -> dict[str, Any]:
 
 
 def one_ulp(folder: Path, key: str, index: int) -> None:
-    """Changes one element of a bfloat16 tensor to the next number, in a file of its own."""
+    """Changes one element of a bfloat16 tensor to the next number, in a copy of the file."""
     for file in folder.glob("*.safetensors"):
         weights = load_file(file)
         if key in weights:

@@ -65,7 +65,7 @@ def commands(tmp_path: Path, checkpoints: Path) -> Iterator[Callable[[Path], lis
 
 
 def copy_of(folder: Path, target: Path) -> Path:
-    """A copy whose files may be written to."""
+    """A copy with writable files."""
     shutil.copytree(folder, target)
     return target
 

@@ -1,4 +1,4 @@
-"""What headers and config.json alone tell of experts is what the model's structure tells, or nothing."""
+"""Experts found from headers and config.json alone are those of the model's structure, or none are found."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ ORDINARY = {
     "glm4_moe", "glm4_moe_lite", "hunyuan_v1_moe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
 }  # fmt: skip
 """Families of which no structure is needed. The others have banks that are fused on disk (gpt_oss, granitemoe,
-granitemoeshared), experts without a gate (nemotron_h), layers of several kinds (jamba, lfm2_moe, qwen3_next), or are
-no family of their own (gemma4_text)."""
+granitemoeshared), experts without a gate (nemotron_h), layers of several kinds (jamba, lfm2_moe, qwen3_next), or
+are not a separate family (gemma4_text)."""
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES | MORE_FAMILIES))
@@ -210,9 +210,9 @@ CHANGED_SETTINGS: dict[str, Any] = {
     "sizes of experts": {"moe_intermediate_size": 25},
     "sizes of dense layers": {"intermediate_size": 40},
     "the vocabulary's size": {"vocab_size": 98},
-    "heads that are no number": {"num_attention_heads": "four"},
+    "heads that are not a number": {"num_attention_heads": "four"},
     "heads below nothing": {"num_attention_heads": -4},
-    "rank that is no number": {"kv_lora_rank": 1.5},
+    "rank that is not a number": {"kv_lora_rank": 1.5},
     "quantization": {"quantization_config": {"quant_method": "fp8"}},
     "compression": {"compression_config": {}},
     "a model of several parts": {"text_config": {"hidden_size": 32}},

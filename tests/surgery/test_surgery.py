@@ -542,7 +542,7 @@ def test_one_file_is_a_checkpoint_as_well(tmp_path: Path) -> None:
 
 
 def edit(file: Path, offset: int) -> None:
-    """Turns one bit of one byte, in a file of its own."""
+    """Flips one bit of one byte in a copy of the file."""
     data = bytearray(file.read_bytes())
     data[offset] ^= 1
     file.unlink()

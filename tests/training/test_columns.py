@@ -94,7 +94,7 @@ def test_mixed_types_in_a_column_stay_as_they_are_written(tmp_path: Path) -> Non
         ({"question": "q", "choices": "x", "explain": "e", "answer": "A"}, "'choices' is \"x\"; write a list"),
         (
             {"messages": [{"role": "user", "content": "q"}]},
-            "'messages' is no conversation that ends",
+            "'messages' is not a conversation that ends",
         ),
         ({"messages": [{"text": "q"}, {"text": "a"}]}, "a message of 'messages' has no role and text"),
         ({"instruction": "q", "output": " "}, "'output' is empty"),

@@ -406,7 +406,7 @@ def test_what_is_written_must_be_what_was_trained(config: Any, tmp_path: Path, m
 
 def test_a_seed_gives_one_adapter(config: Any, tmp_path: Path) -> None:
     def adapter(name: str, **options: Any) -> bytes:
-        torch.rand(len(name))  # the global generator's state is no input
+        torch.rand(len(name))  # the global generator's state must not matter
         train.run(config(out=tmp_path / name, dropout=0.2, **options))
         return (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
 

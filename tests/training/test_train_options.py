@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_to_the_same_adapter(
         env={**os.environ, "TMPDIR": str(scratch)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not list(scratch.iterdir())  # what nobody would clear away
+    assert not list(scratch.iterdir())  # a killed process cannot remove its temporary files
     assert not killed.exists()
     assert (tmp_path / ".killed.checkpoints").is_dir()
     capsys.readouterr()

@@ -222,7 +222,7 @@ def own_layout(model: nn.Module, factors: Factors) -> tuple[LoraConfig, dict[str
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear maps by path, and other modules with a matrix `weight`, such as routers, which are no `nn.Linear`."""
+    """Path -> linear map, or another module with a matrix `weight`, such as a router that is not an `nn.Linear`."""
     found = dict(linears(model))
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)

@@ -56,7 +56,7 @@ ARC_CHALLENGE = Benchmark(
     title="ARC-C",
     read=read,
     size=1172,
-    original_name="arc",  # which rep/arc.py loads, whatever the table's ARC-E says
+    original_name="arc",  # rep/arc.py loads the challenge set, although the original's table calls it ARC-E
     hub=HubData(path="allenai/ai2_arc", config="ARC-Challenge", revision=_REVISION),
     file="arc_challenge_test",
     examples_file="arc_challenge_train",

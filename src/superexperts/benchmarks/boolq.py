@@ -17,7 +17,7 @@ def _read(row: Row, name: str) -> Item:
 
 
 def _harness_row(item: Item, row: Row) -> Row:
-    # The harness reads SuperGLUE's columns. Passages begin with a title there, those of google/boolq do not.
+    # The harness reads SuperGLUE's columns. Its passages begin with a title; those of google/boolq do not.
     return {"question": row["question"].rstrip("?"), "passage": row["passage"], "label": int(row["answer"])}
 
 

@@ -69,7 +69,7 @@ def load_benchmarks(
 
     `data_dir` is a folder of JSONL files, or `pocket` for the data of the pocket world. The default is the folder in
     the environment variable SUPEREXPERTS_DATA, and the Hub if that is not set. With the protocol `loglikelihood`,
-    `num_fewshot` examples stand before each question (None: the benchmark's default). `split="test"` asks the rows
+    `num_fewshot` examples precede each question (None: the benchmark's default). `split="test"` asks the rows
     without published gold answers. `DataError` names the file, the row and the field.
     """
     folder = local_data(data_dir)
@@ -167,7 +167,7 @@ def _local_cached(name: str, file: Path, sha: str) -> LoadedBenchmark:
     rows = [row for _, row in read_rows(file, "data_dir")]  # raises if a line is not a JSON object
     items = _items(benchmark, rows, str(file))
     try:
-        # Not by the JSON reader of `datasets`: where one row of a column is a number, it takes all texts for JSON.
+        # Not by the JSON reader of `datasets`: where one row of a column is a number, it parses all texts as JSON.
         dataset = datasets.Dataset.from_list(_one_type(rows))
         task = harness_task(name, {"custom_dataset": lambda **_: {benchmark.split: dataset}})
     except (DataError, *_UNREADABLE, TypeError, LookupError) as error:

@@ -38,7 +38,7 @@ def _harness_row(item: Item, row: Row) -> Row:
     return row
 
 
-# As in lm-evaluation-harness.
+# The same groups as in lm-evaluation-harness, so that averages are comparable.
 GROUPS = {
     "STEM": (
         *("abstract_algebra", "anatomy", "astronomy", "college_biology", "college_chemistry"),
@@ -70,7 +70,7 @@ MMLU = Benchmark(
     title="MMLU",
     read=_read,
     size=14042,
-    original_name="",  # raw_result_baseline.json is rep/mmlu.py's
+    original_name="",  # rep/mmlu.py writes raw_result_baseline.json, without a name
     hub=HubData(path="cais/mmlu", config="all", revision="c30699e8356da336a370243923dbaf21066bb9fe"),
     examples_split="dev",
     file="mmlu_all_test",

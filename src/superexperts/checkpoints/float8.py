@@ -62,7 +62,6 @@ class Float8Checkpoint(Checkpoint):
         """key -> the matrix and its scales as they are stored"""
         try:
             for key, entry in list(self._entries.items()):
-                # Only matrices are dequantized; a key that ends like a scale is taken for one.
                 if entry.dtype == torch.float8_e4m3fn and not key.endswith(SCALES):
                     self._quantized[key] = entry, self._scales_of(entry)
         except BaseException:

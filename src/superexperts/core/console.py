@@ -14,6 +14,7 @@ __all__ = ["is_main_process", "is_shown", "note", "progress", "stderr", "stdout"
 
 is_main_process = os.environ.get("RANK", "0") == "0"
 """Whether this is the only process, or the first of several that a launcher started. Only the main process prints."""
+# highlight=False: rich would colour numbers and paths in the output.
 stdout = Console(highlight=False, quiet=not is_main_process)
 stderr = Console(stderr=True, highlight=False, quiet=not is_main_process)
 

@@ -1,4 +1,4 @@
-"""A disk without room, whichever library met it."""
+"""Recognises a full disk in the errors of every library, and turns it into one message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["full_disk"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAID = re.compile("|".join(re.escape(os.strerror(number)) for number in _NO_ROOM), re.IGNORECASE)
-"""Libraries in Rust and C++ raise errors of their own types, with the system's words in the text."""
+"""Libraries in Rust and C++ raise other types of errors; only the text has the system's message for the number."""
 
 
 def full_disk(error: BaseException) -> OutputError | None:

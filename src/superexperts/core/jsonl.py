@@ -14,11 +14,11 @@ from superexperts.core.errors import DataError
 __all__ = ["OTHERS", "is_gzipped", "other_format", "read_rows", "require_text"]
 
 OTHERS = {".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet", ".arrow": "Arrow", ".xlsx": "Excel", ".zip": "ZIP"}
-"""Formats in which people have tables, by the ending of their files."""
+"""File suffix -> name of a format that is not read here, for messages that say how to convert it."""
 READERS = {"CSV": "read_csv({0!r})", "TSV": "read_csv({0!r}, sep='\\t')", "Parquet": "read_parquet({0!r})"}
-"""How pandas reads some of them."""
+"""Format -> the pandas call that reads it; `{0!r}` is the path."""
 MAGIC = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"PK\x03\x04": "ZIP"}
-"""First bytes of a file in such a format."""
+"""First bytes of a file -> name of its format."""
 
 
 def read_rows(file: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -67,12 +67,13 @@ def other_format(file: Path) -> str | None:
 
 
 def is_gzipped(file: Path) -> bool:
-    """Whether the file begins as gzip does, or is called so."""
+    """Whether the file begins with gzip's magic number, or its name ends in .gz."""
     with file.open("rb") as stream:
         return stream.read(2) == b"\x1f\x8b" or file.suffix == ".gz"
 
 
 def _open(file: Path) -> TextIO:
+    # utf-8-sig drops the byte order mark that Windows editors and Excel write, which is not JSON.
     if is_gzipped(file):
         return gzip.open(file, "rt", encoding="utf-8-sig")
     return file.open(encoding="utf-8-sig")

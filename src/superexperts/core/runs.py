@@ -225,7 +225,8 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _lock(handle: int) -> None:
-    # On a file system without locks `_settle` cannot lock either, and so removes nothing.
+    # Shared, because `_clear` asks for an exclusive lock, and so fails while any writer lives. The kernel frees a lock
+    # when its process dies. On a file system without locks `_settle` cannot lock either, and so removes nothing.
     with contextlib.suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_SH)
 
@@ -326,8 +327,8 @@ def completed(folder: Path, command: str, inputs: Mapping[str, Any], *, overwrit
 def differing_inputs(manifest: Any, command: str, inputs: Mapping[str, Any]) -> list[str]:
     """Names of the inputs and options that a command's manifest and `inputs` both have, with different values.
 
-    What only one of them has does not count: the versions of a stage can differ in it, and a new version is no reason
-    to refuse.
+    Names that only one of the two has are ignored: another version of the stage may have added or removed them, and a
+    new version alone must not make the command refuse to run.
     """
     if not isinstance(manifest, dict) or manifest.get("command") != command:
         return []

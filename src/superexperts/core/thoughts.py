@@ -49,7 +49,7 @@ _HEADINGS = (
 )
 _HEADED = tuple((re.compile(rf"\s*{a}", re.I), re.compile(b, re.I)) for a, b in _HEADINGS)
 _BEGINNINGS = frozenset(("", *"hH#aAfF"))
-"""What begins a response whose first words may be a mark."""
+"""First characters of responses that may begin with a mark in words, such as a heading."""
 _ANY_MARK = re.compile(r"[<\[◁][/|]?[A-Za-z|][\w:|/]{2}")
 _FIRST_LETTERS = frozenset("h#")
 
@@ -68,8 +68,8 @@ _ENDS = (
     *(("begin", "end"), ("START", "END"), ("start", "end"), ("<|channel>", "<channel|>"), ("unused94", "<unused95>")),
     *(("prefix", "suffix"), ("<|think|>", "<|content|>"), ("<|im_start|>think", "<|im_start|>answer")),
 )
-"""What a mark that opens thoughts holds, and what stands in its place, or in place of all of it, in the one that ends
-them; for all others the difference is a slash."""
+"""(part of an opening mark, its replacement in the closing mark). A replacement that begins with `<` is the whole
+closing mark. A mark without an entry is closed as in XML, with a slash."""
 
 _ANSWER_LINE = re.compile(
     r"\n\s{0,8}<answer>(?:(?!<answer>).){1,2000}</answer>\s*(?:<[|｜][\w▁]{1,30}[|｜]>\s*)?\Z"
@@ -77,7 +77,7 @@ _ANSWER_LINE = re.compile(
     r"\\boxed\{[^\n]{1,200}\Z",
     re.I | re.S,
 )
-"""What ends thoughts without their mark, with nothing behind it: the whole answer in a tag on lines of its own, or the
+"""What ends thoughts without a closing mark, at the end of the response: an answer in a tag on separate lines, or the
 last line "Therefore, the answer is \\boxed{34", which scripts that limit the length of thoughts put there."""
 _LAST_LETTERS = frozenset(">]▷tTkK")  # of what opens thoughts
 _WORD = re.compile(r"\w")
@@ -96,12 +96,13 @@ class Parts(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _pattern(own: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], frozenset[str]]:
-    """A pattern that finds every mark, of which group `o1`, `c1`, ... names the row and the side; its first letters."""
+    """Returns a pattern that finds every mark, and the first characters of marks. The name of the group that matched is
+    the side, `o` (opens) or `c` (closes), and the row of the table: `o1`, `c1`, ..."""
     rows = [*((re.escape(opens), re.escape(ends)) for opens, ends in own), *MARKS]
     sides = [f"(?P<{side}{i}>{row[at]})" for i, row in enumerate(rows) for at, side in enumerate("oc")]
     first = frozenset("<[◁") | {mark[:1] for row in own for mark in row}
     letters = "".join(map(re.escape, sorted(first)))
-    # That it looks for the first letter makes it ten times as fast.
+    # Looking ahead for the first character makes the search ten times as fast.
     return re.compile(rf"(?=[{letters}])(?:{'|'.join(sides)})", re.IGNORECASE), first
 
 
@@ -109,7 +110,7 @@ _WORD_OF_MARK = re.compile(rf"</?(?:[a-z]{{2,12}}[:_])?(?:({_THINK})|({_OTHER}))
 
 
 def _meaning(found: re.Match[str]) -> str:
-    """What is equal for a mark and the one that ends it: the row of the table or, of tags, the word in them.
+    """Returns what an opening mark and its closing mark have in common: the row of the table or, for tags, their word.
 
     All words for thinking are alike: `<think> ... </thinking>`.
     """
@@ -131,7 +132,7 @@ def split_thoughts(text: str, *, opened: bool = False, own: Sequence[tuple[str, 
     """
     plain = not (opened or own or text[:40].lstrip()[:1] in _BEGINNINGS or "assistant" in text)
     if plain and not _ANY_MARK.search(text):
-        return Parts("", text, True)  # as most
+        return Parts("", text, True)  # most responses, without the slower patterns
     if "<|channel|>" in text:
         return _channels(text)
     if (final := _last(_BARE_FINAL, text)) is not None:
@@ -227,7 +228,7 @@ def leaves_open(prompt: str, own: Sequence[tuple[str, str]] = ()) -> bool:
     """Whether a prompt ends inside thoughts, as where the template ends with `<think>`."""
     end = prompt[-200:].rstrip()
     if not own and end[-1:] not in _LAST_LETTERS:
-        return False  # as most
+        return False  # most prompts, without the slower patterns
     channel = list(_CHANNEL.finditer(end))
     if channel and not end[channel[-1].end() :].strip():
         return channel[-1][1].lower() != "final"
@@ -251,7 +252,7 @@ def end_for(text: str) -> str | None:
 
 
 def before_stop(text: str, stops: Sequence[str], *, opened: bool = False, own: Sequence[tuple[str, str]] = ()) -> str:
-    """A response up to the first stop text that stands outside thoughts; thoughts are never cut."""
+    """A response up to the first stop text outside thoughts; thoughts are never cut."""
     parts = split_thoughts(text, opened=opened, own=own)
     if not parts.text:
         return text

@@ -45,7 +45,7 @@ Message = dict[str, Any]
 """`role` and `content`."""
 
 DAY = datetime.datetime(2026, 1, 1)
-"""The day that templates see. Some write today's date into the prompt, which would be another one tomorrow."""
+"""The date that templates see. Some write today's date into the prompt, so that the prompt would change every day."""
 SWITCHES = ("enable_thinking", "thinking", "enable_reasoning", "reasoning")
 """Variables by which templates turn thinking on and off (Qwen, GLM, SmolLM; Granite, DeepSeek; others; Command)."""
 RECORD = "prompt.json"
@@ -196,7 +196,7 @@ def _with_parts(message: Message) -> Message:
 def _first_left_out(shown: str, messages: Sequence[Message]) -> str | None:
     """The role of the first message with a text that is not in what was made of it; None if all are there.
 
-    Blanks may differ, and the text may stand there as a JSON string. Templates leave out the thoughts of earlier turns.
+    White space is ignored, and the text may be a JSON string. Templates leave out the thoughts of earlier turns.
     """
     text = _dense(shown)
     for number, message in enumerate(messages, start=1):
@@ -214,8 +214,10 @@ def _dense(text: str) -> str:
 
 @contextlib.contextmanager
 def _fixed_day() -> Iterator[None]:
-    """Within the block templates see `DAY`. transformers makes plain data of all that a template is given, so that a
-    function for the date cannot be given to it."""
+    """Within the block templates see `DAY`.
+
+    Replaces the module's `datetime`, because transformers converts everything passed to a template to plain data, so a
+    date function cannot be passed in."""
 
     class Fixed(datetime.datetime):
         @classmethod

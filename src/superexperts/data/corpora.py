@@ -42,8 +42,8 @@ class Corpus:
     revision: str | None = None
     """Branch, tag or commit on the Hub; a commit makes a run repeatable."""
     stem: str | None = None
-    """Name, without .jsonl or .jsonl.gz, of the file in the folder of local data that is read instead; None where there
-    is no such file."""
+    """Name, without .jsonl or .jsonl.gz, of the file in the folder of local data that is read instead; None if there
+    is none."""
     text: tuple[str, ...] | Callable[[Mapping[str, Any]], str] = ("text",)
     """The columns that are joined by line breaks, or a function of a row."""
     language: str | None = None
@@ -91,15 +91,15 @@ FILE_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 PATH = ("/", "./", "../", "~")
 """Beginnings of a path that is not OWNER/NAME."""
 TABLES = tuple(OTHERS)
-"""Endings of files that are not read, and that no data set on the Hub has in its name."""
+"""Suffixes of files in other formats. A name with one of them is a file, never a data set on the Hub."""
 BLOCK = 2**20
-"""Characters of a .txt file that are read, and tokenized, at once."""
+"""Characters of a .txt file that are read and tokenized at a time."""
 WHOLE = 50_000_000
-"""Characters that a corpus may have where all of it is read in one piece."""
+"""Largest size, in characters, of a corpus that is read in one piece."""
 
 
 def named_corpus(text: str, column: str = "text") -> Corpus | None:
-    """The corpus that a name means: one of `CORPORA`, `multilingual-LANG` for any language of multilingual C4, or
+    """The corpus for a name: one of `CORPORA`, `multilingual-LANG` for any language of multilingual C4, or
     OWNER/NAME[:CONFIG[:SPLIT]] for any data set on the Hub, or a folder with one (split `train`).
 
     `@REVISION` at the end pins it. `column` holds the text of a data set that has no name in `CORPORA`. None for
@@ -145,7 +145,7 @@ def local_file(folder: Path, stem: str) -> Path:
 
 
 def require_corpus(corpus: str, field: str = "corpus") -> None:
-    """`DataError` about `field` for what can be neither a file, nor a named corpus, nor a data set on the Hub."""
+    """`DataError` about `field` unless `corpus` can be a file, a named corpus or a data set on the Hub."""
     found = named_corpus(corpus)
     file = Path(corpus if found is None else found.path)
     if corpus == "pocket" or (found is not None and found.stem is not None):
@@ -154,7 +154,7 @@ def require_corpus(corpus: str, field: str = "corpus") -> None:
         require_text(file, field)
         if not corpus.endswith(FILE_SUFFIXES):
             raise DataError(
-                f"{corpus} is none of the files that are read: {', '.join(FILE_SUFFIXES)}; convert it", field=field
+                f"{corpus} is not of a kind that is read ({', '.join(FILE_SUFFIXES)}); convert it", field=field
             )
     elif found is None or corpus.endswith(TABLES) or (corpus.startswith(PATH) and not file.exists()):
         names = ["pocket", *CORPORA]

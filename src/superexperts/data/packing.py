@@ -20,7 +20,8 @@ __all__ = ["bos_prefix", "corpus_sequences", "digest_ids", "pack", "reference_wi
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts in front of every text: [BOS] or nothing."""
+    """Token ids that the tokenizer puts before every text: [BOS] or []."""
+    # Encoding "" shows what is really added; some tokenizers name a BOS and add none, and some add EOS.
     return [token for token in tokenizer("").input_ids if token != tokenizer.eos_token_id][:1]
 
 
@@ -96,8 +97,8 @@ def reference_windows(
         size += len(text)
         if size > WHOLE:
             raise DataError(
-                f"{corpus} has over {WHOLE:,} characters, and all of a corpus is taken; give wikitext2 or a file, or "
-                "leave it out",
+                f"{corpus} has over {WHOLE:,} characters, but the windows take the whole corpus; give wikitext2 or "
+                "a smaller file, or leave it out",
                 field="reference_windows",
             )
     ids = tokenizer("\n\n".join(texts), verbose=False).input_ids
@@ -115,6 +116,6 @@ def digest_ids(ids_BL: Tensor) -> str:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: the tokenizer warns of texts longer than the model's context, and this one is cut up anyway.
+    # verbose=False: the tokenizer warns of texts longer than the model's context, but this one is cut into sequences.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids

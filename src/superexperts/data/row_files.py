@@ -1,7 +1,7 @@
-"""Files of rows: JSON, JSONL, CSV and Parquet, gzipped or not, and folders of them as the Hub has them.
+"""Files of rows: JSON, JSONL, CSV and Parquet, gzipped or not, and folders of such files in the Hub's layout.
 
-Values come as the file has them. JSON is read without `datasets`, which takes texts for numbers where one row of a
-column is a number.
+Values keep the types that they have in the file. JSON is not read with `datasets`, which gives a column one type: one
+number in a column of texts would change the texts.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["data_files", "raw_rows"]
 
 ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 NOT_ROWS = ("dataset_infos", "dataset_dict", "dataset_info", "state")
-"""Stems of JSON files that say something about a data set."""
+"""Stems of JSON files that describe a data set and hold no rows."""
 
 
 def data_files(path: Path, field: str) -> list[Path]:
-    """The file itself, or those of a folder that hold rows: of the split train if there are splits.
+    """`[path]` for a file; for a folder its files of rows, sorted, or only those of the split train if it has one.
 
     `DataError` if there is no such file, or if a folder has none.
     """
@@ -95,7 +95,8 @@ def _table(text: str, file: Path, field: str) -> Iterator[tuple[int, Any]]:
             if None in row or None in row.values():
                 columns = len(table.fieldnames or ())
                 raise DataError(
-                    f"{file} row {number} has not the {columns} columns of the header; put texts with commas in quotes",
+                    f"{file} row {number} does not have the {columns} columns of the header; put texts with commas in "
+                    "quotes",
                     field=field,
                 )
             yield number, row
@@ -104,7 +105,7 @@ def _table(text: str, file: Path, field: str) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet(data: bytes, file: Path, field: str) -> Iterator[tuple[int, Any]]:
-    import pyarrow  # takes a while
+    import pyarrow  # slow to import, and most files are not Parquet
     import pyarrow.parquet
 
     try:

@@ -84,7 +84,7 @@ class Generated(NamedTuple):
 def make_reply(generated: Generated, request: Request) -> Reply:
     """Splits off thoughts, then cuts what is said at the first stop text."""
     text = generated.text if generated.text.startswith(request.prefill) else request.prefill + generated.text
-    # Thoughts in a field of their own have ended, so the text does not go on with them.
+    # A server that returns thoughts in a separate field has already split them off the text.
     opened = request.opened and not generated.thoughts
     response = before_stop(text, request.stop, opened=opened)
     finish_reason = generated.finish_reason if response == text else "stop"

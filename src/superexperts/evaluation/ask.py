@@ -124,7 +124,6 @@ def ask_one(
 
     Each process asks its share, and every process returns all answers.
     """
-    # Decoding is greedy; the seed only fixes what a library may draw by chance.
     set_seed(seed)
     with quiet():
         if prompts.chat:

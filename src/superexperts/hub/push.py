@@ -42,8 +42,8 @@ WHAT_TO_DO = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PushConfig:
-    """Put an adapter or a finished study on the Hub, with its card, in one commit. Logs in as `hf auth login` does, or
-    with HF_TOKEN.
+    """Put an adapter or a finished study on the Hub, with its card, in one commit. Uses the
+    login of `hf auth login`, or HF_TOKEN.
 
     Example: superexperts push runs/lora --repo OWNER/NAME --dry-run
     """
@@ -51,19 +51,18 @@ class PushConfig:
     folder: Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
     """Folder of `train`, an adapter in it, or folder of `study`."""
     repo: str
-    """OWNER/NAME on the Hub; made where it is missing. A model repository, or a data set's for a study without
-    adapters."""
+    """OWNER/NAME on the Hub; created if it is missing. A model repository, or a data set repository for a study
+    without adapters."""
     private: bool = True
-    """Whether a repository that is made is private. One that is there stays as it is; a public one needs
-    --no-private."""
+    """Whether a new repository is private. One that exists keeps its setting; a public one needs --no-private."""
     revision: str | None = None
-    """Branch, made where it is missing; default: main."""
+    """Branch; created if it is missing. Default: main."""
     message: str | None = None
-    """Of the commit; default: what was uploaded, and the version."""
+    """Commit message; default: what is uploaded, and the version."""
     base_model: str | None = None
-    """OWNER/NAME of the base model on the Hub; needed where the adapter was trained from a local folder."""
+    """OWNER/NAME of the base model on the Hub; needed if the adapter was trained from a local folder."""
     license: str | None = None
-    """For the card, as the Hub names it, such as apache-2.0; without it the card names none."""
+    """Licence for the card, by the Hub's name for it, such as apache-2.0; default: none."""
     dataset: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """OWNER/NAME of training data on the Hub, for the card; may be given several times."""
     dry_run: Switch = False

@@ -229,7 +229,6 @@ def _measure(
         budget=int(config.activation_budget * 2**30),
         folder=config.out,
     ) as (model, profile_one):
-        # Past its trained context a model's activations are not those of normal use, so the peaks would mislead.
         context = getattr(text_config(model), "max_position_embeddings", None)  # a state-space model has no limit
         if context is not None and config.seq_len > context:
             raise OptionError(

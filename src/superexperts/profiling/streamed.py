@@ -88,7 +88,7 @@ def profile_streamed(
 
 
 def _put_away(now: Kept, before: Kept, batches: float, budget: int, folder: Path | None) -> Kept:
-    """Copies what a layer has made into buffers: those of what is no longer kept where they fit."""
+    """Copies a layer's outputs into buffers; a buffer that is free again is reused if its size fits."""
     free = [tensor for place, tensor in before.items() if place not in now]
     in_memory = sum(tensor.nbytes for tensor in now.values()) * batches <= budget
     away = {}

@@ -145,7 +145,7 @@ def _symbol(match: re.Match[str]) -> str:
 
 
 def script_safe(value: Any) -> str:
-    """JSON that is safe inside HTML: `<`, `>` and `&` are escaped."""
+    """JSON that is safe inside HTML: `<`, `>` and `&` are escaped, so that no text can end the `<script>` element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

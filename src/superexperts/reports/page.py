@@ -40,7 +40,7 @@ T = TypeVar("T")
 TEMPLATES = Path(__file__).parent / "templates"
 FIGURES = "figures"
 FINISHED = "the folder of a finished study"
-"""What a report is made of, for errors."""
+"""What to give instead, for errors."""
 MAX_PAGE, MAX_ANSWERS = 4_900_000, 2_000_000
 """Most bytes of the page, which must stay under 5 MB, and of the answers in it."""
 
@@ -133,6 +133,7 @@ def _page(content: dict[str, Any], shown: list[dict[str, Any]], browser: Any) ->
         **content,
         css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
         script=script,
+        # The content security policy allows only the script with this hash.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         sections=[(name, title) for name, title, present in sections if present],
         pictures=by_section,
@@ -170,9 +171,8 @@ def _plain(value: Any) -> str:
         return value
     text = " ".join(visible(str(value)).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_{}\[\]|#~!])", r"\\\1", text)
-    return (
-        text.replace("://", ":&#47;/").replace("@", "&#64;").replace("www.", "www&#46;")
-    )  # some renderers make links of these
+    # Some renderers turn these into links.
+    return text.replace("://", ":&#47;/").replace("@", "&#64;").replace("www.", "www&#46;")
 
 
 def _fenced(text: str, language: str = "") -> _Verbatim:

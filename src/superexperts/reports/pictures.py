@@ -264,7 +264,7 @@ def _weights(folder: Path, results: Results, profile: Profile) -> Picture | None
     banks = itertools.groupby((row for row in rows if row.expert != "shared"), key=lambda row: row.layer)
     sizes = {layer: 1 + max(int(row.expert) for row in bank) for layer, bank in banks}
     widest = max(sizes.values(), default=0)
-    # A profile ends at its depth. Assume that the layers below have as many experts as the others.
+    # The profile has no rows for layers past its depth. Assume that they have as many experts as the widest one.
     sizes |= dict.fromkeys(range(max(sizes, default=0) + 1, profile.num_layers), widest)
     shared = any(row.expert == "shared" for row in rows)
     said = "; ".join(f"{panel.title}: {_changes_spoken(panel)}" for panel in panels)

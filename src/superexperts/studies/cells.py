@@ -75,7 +75,7 @@ def cells(plan: Plan) -> tuple[Cell, ...]:
             before = (found[-1].name,)
         found.append(Cell(stage="evaluate", run=run.name, needs=before))
         found.append(Cell(stage="extract", run=run.name, needs=(found[-1].name,)))
-    if judged_here(plan):  # else model and judge, both large, would be loaded in turns
+    if judged_here(plan):  # extract last: otherwise model and judge, both large, would be loaded in turns
         found.sort(key=lambda cell: cell.stage == "extract")
     return tuple(found)
 

@@ -35,9 +35,9 @@ PER_LAYER, PER_EXPERT = 60, 10
 """Operations of a decoder layer's forward pass, and those of each expert in it: in a small model or batch, starting
 them takes longer than computing them."""
 TRAINING_SECONDS = 5.0
-"""What a training does beside its steps: it loads the model, counts tokens, checks the effect.
-Trainings of the pocket model on two cores took 12.4 s for 64 steps of one row and 9.2 s for 8 steps of 16 rows, where
-8.9 s and 7.0 s were estimated."""
+"""Seconds that a training takes besides its steps: loading the model, counting tokens, checking the effect.
+Trainings of the pocket model on two cores took 12.4 s for 64 steps of one row and 9.2 s for 8 steps of 16 rows; the estimates were
+8.9 s and 7.0 s."""
 
 
 class Size:
@@ -60,12 +60,11 @@ class Size:
         self.vocabulary: int = text["vocab_size"]
         heads = text["num_attention_heads"]
         head = text.get("head_dim") or self.hidden // heads
-        latent = (
-            text.get("kv_lora_rank") is not None
-        )  # transformers caches keys and values of every head, not the compressed latent
+        # With latent attention, transformers caches keys and values of every head, not the compressed latent.
+        latent = text.get("kv_lora_rank") is not None
         width = heads * (text["qk_nope_head_dim"] + text["qk_rope_head_dim"] + text["v_head_dim"]) if latent else 0
         self.cache = self.layers * (width or 2 * (text.get("num_key_value_heads") or heads) * head)
-        """Numbers in the cache of keys and values for each token."""
+        """Elements of the cache of keys and values for each token."""
 
 
 def size_of(plan: Plan) -> Size:
@@ -128,6 +127,7 @@ def _guess(
         return 2 * size.active * plan.depth * tokens / flops, (held + batch) / 2**30
     if cell.stage == "evaluate":
         batch = plan.evaluation.get("batch_size", 64)
+        # A decoding step reads every weight once, and costs two operations per active parameter and sequence.
         step = max(weights / bandwidth, 2 * size.active * batch / flops)
         batches = sum(math.ceil(count / batch) for count in items.values())
         prompts = sum(items.values()) * PROMPT_TOKENS * 2 * size.active / flops
@@ -135,6 +135,7 @@ def _guess(
         return prompts + batches * plan.max_new_tokens * step, (weights + cache) / 2**30
     if cell.stage == "train":
         options = plan.training_of(next(run for run in plan.runs if run.name == cell.run))
+        # A backward pass costs twice the forward pass; gradient checkpointing runs the forward pass once more.
         again = 4 if options.get("gradient_checkpointing") else 3
         rows_seen, tokens = (number * options.get("epochs", 2) for number in rows)
         steps = rows_seen / options.get("batch_size", 16)
@@ -178,11 +179,13 @@ def _speeds(device: torch.device, itemsize: int) -> tuple[float, float, float]:
 
 
 def _fastest(work: Any, device: torch.device) -> float:
+    """The least of five times in seconds."""
+    # The minimum: other processes can only make a measurement longer.
     best = math.inf
     for _ in range(5):
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
+        if device.type == "cuda":  # kernels run asynchronously
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)
     return best

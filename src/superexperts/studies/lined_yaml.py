@@ -43,7 +43,7 @@ class LinedYaml:
             return [self._value(loader, item, (*path, i)) for i, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
             return loader.construct_object(node, deep=True)
-        loader.flatten_mapping(node)
+        loader.flatten_mapping(node)  # resolves merge keys (`<<: *alias`), which SafeLoader does on constructing
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = loader.construct_object(key_node, deep=True)

@@ -218,7 +218,7 @@ class _Reader(LinedYaml):
         self, file: StudyFile, sections: Mapping[str, Mapping[str, Any]], variants: tuple[VariantPlan, ...]
     ) -> None:
         """The checks that the commands make of their settings."""
-        # A field with a wrong type has its default here, of which nothing is to be said.
+        # A field with a wrong type has its default here, which must not cause a second error.
         flat = {name: getattr(file, name) for name in SHARED if name in file.model_fields_set}
         servers = [name for name, engine in ENGINES.items() if engine.server]
         for name, command, fixed in (
@@ -253,7 +253,8 @@ class _Reader(LinedYaml):
     def _together(
         self, command: type, fixed: Mapping[str, Any], options: Mapping[str, Any], places: Mapping[str, Place]
     ) -> None:
-        """Note every error that a command finds in its options: each wrong option is left out, and the rest tried.
+        """Record every error that a command finds in its options. A command raises only the first one, so the wrong option
+        is left out and the rest is tried again.
 
         `places` has the place of each option that is in a section; the others are fields of the file.
         """

@@ -114,7 +114,7 @@ class _Processes:
 
     def __init__(self, plan: Plan, out: Path, device: str, size: int) -> None:
         self.size = size
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("spawn")  # a fork cannot use CUDA once its parent has
         self._settings = (plan, out, device)
         self._free: list[int] = list(range(size))
         self._workers = [self._start_worker(number) for number in range(size)]
@@ -164,7 +164,7 @@ class _Processes:
 
 def _serve(pipe: Any, number: int, plan: Plan, out: Path, device: str) -> None:
     """The main function of a worker process: runs cells until the pipe is closed."""
-    if torch.cuda.device_count() > 1:  # counting makes no CUDA context, so the choice below still counts
+    if torch.cuda.device_count() > 1:  # counting creates no CUDA context, so the variable set below still takes effect
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[number] if len(visible) > number else str(number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the study then ends its workers

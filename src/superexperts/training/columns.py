@@ -196,7 +196,7 @@ def _conversation(value: Any, name: str, wrong: Wrong) -> dict[str, Any]:
     messages = [_message(one, name, wrong) for one in value] if isinstance(value, list) else []
     roles = [message["role"] for message in messages]
     if len(messages) < 2 or roles[-1] != "assistant" or "user" not in roles:
-        raise wrong(f": {name!r} is no conversation that ends with the assistant's message; correct it")
+        raise wrong(f": {name!r} is not a conversation that ends with the assistant's message; correct it")
     *before, reply = messages
     question = next(message["content"] for message in reversed(before) if message["role"] == "user")
     return {"question": question, "reply": reply["content"], "messages": tuple(before)}

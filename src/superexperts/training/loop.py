@@ -148,7 +148,7 @@ def _trainer_settings(adapted: PeftModel, settings: LoopSettings, work: Path, *,
         eval_steps=settings.eval_steps or None,
         save_strategy="steps" if settings.checkpoint_steps else "no",
         save_steps=settings.checkpoint_steps or 500,
-        # Two: the newest may be cut off by a kill while it is written.
+        # Two, because a kill can cut off the newest while it is written; a resume then takes the one before.
         save_total_limit=2,
         logging_steps=1,
         report_to=[settings.report_to] if settings.report_to in ("trackio", "wandb") else [],

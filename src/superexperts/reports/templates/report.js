@@ -182,9 +182,9 @@ for (const plot of document.querySelectorAll(".plot")) {
     });
     for (const { run, seeds } of kinds.values()) {
       details.append(make("pre", "", item.texts[run[TEXT]]));
-      const whose = runs.length > 1 ? `${seeds.join(", ")}: ` : "";
+      const seedLabel = runs.length > 1 ? `${seeds.join(", ")}: ` : "";
       const reading = run[SAID] === null ? "nothing could be read" : `read as “${run[SAID]}” by ${run[HOW]}`;
-      details.append(make("p", "how", `${whose}${reading}`));
+      details.append(make("p", "how", `${seedLabel}${reading}`));
     }
     return details;
   };
