@@ -36,8 +36,8 @@ PER_LAYER, PER_EXPERT = 60, 10
 them takes longer than computing them."""
 TRAINING_SECONDS = 5.0
 """Seconds that a training takes besides its steps: loading the model, counting tokens, checking the effect.
-Trainings of the pocket model on two cores took 12.4 s for 64 steps of one row and 9.2 s for 8 steps of 16 rows; the estimates were
-8.9 s and 7.0 s."""
+Trainings of the pocket model on two cores took 12.4 s for 64 steps of one row and 9.2 s for 8 steps of 16 rows; the
+estimates were 8.9 s and 7.0 s."""
 
 
 class Size:

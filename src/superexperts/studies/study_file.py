@@ -253,8 +253,8 @@ class _Reader(LinedYaml):
     def _together(
         self, command: type, fixed: Mapping[str, Any], options: Mapping[str, Any], places: Mapping[str, Place]
     ) -> None:
-        """Record every error that a command finds in its options. A command raises only the first one, so the wrong option
-        is left out and the rest is tried again.
+        """Record every error that a command finds in its options. A command raises only the first one, so the wrong
+        option is left out and the rest is tried again.
 
         `places` has the place of each option that is in a section; the others are fields of the file.
         """
