@@ -163,7 +163,7 @@ def test_names_win_over_files_that_are_called_so(
     for name in ("math", "multilingual-vi", "pocket"):
         (tmp_path / name).write_text("mine")
         assert next(documents(name, data_dir=shared_data)) != "mine"
-        with pytest.raises(DataError, match=f"corpus: ./{name} is none of the files that are read: .txt, .jsonl, "):
+        with pytest.raises(DataError, match=rf"corpus: ./{name} is not of a kind that is read \(.txt, .jsonl, "):
             next(documents(f"./{name}"))
 
 
@@ -177,7 +177,7 @@ def test_what_local_rows_cannot_give_is_named(tmp_path: Path, shared_data: Path)
         list(documents(str(tmp_path / "rows.csv")))
     for name in ("notes.md",):
         (tmp_path / name).write_text("a,b")
-        with pytest.raises(DataError, match="none of the files that are read: .txt, .jsonl, .jsonl.gz"):
+        with pytest.raises(DataError, match=r"not of a kind that is read \(.txt, .jsonl, .jsonl.gz\)"):
             list(documents(str(tmp_path / name)))
 
 

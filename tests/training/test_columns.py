@@ -185,7 +185,7 @@ def test_files_and_folders_with_the_same_columns(name: str, data: str, tmp_path:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"a.csv": "question,explain,answer\nq,e\n"}, r"a\.csv row 1 has not the 3 columns of the header"),
+        ({"a.csv": "question,explain,answer\nq,e\n"}, r"a\.csv row 1 does not have the 3 columns of the header"),
         ({"a.parquet": "no"}, r"a\.parquet is not readable as Parquet"),
         ({"f/a.csv": "", "f/a.json": "[]"}, r"f has files of rows as \.csv and \.json; give one of them"),
         ({"f/a.md": ""}, "f has no file of rows; give JSON, JSONL, CSV or Parquet"),

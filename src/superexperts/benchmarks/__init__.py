@@ -47,10 +47,13 @@ def title_of(name: str) -> str:
 
 
 def default_shots() -> str:
-    """How many examples the few-shot protocol shows by default, such as `5 for mmlu and gsm8k, else 0`."""
+    """How many examples the few-shot protocol shows by default, such as `5 for mmlu, gsm8k and vmlu, else 0`."""
     shots: dict[int, list[str]] = {}
     for name, benchmark in BENCHMARKS.items():
         if benchmark.few_shot is not None and benchmark.few_shot.shots:
             shots.setdefault(benchmark.few_shot.shots, []).append(name)
-    parts = [f"{number} for {' and '.join(names)}" for number, names in shots.items()]
+    parts = [
+        f"{number} for {' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))}"
+        for number, names in shots.items()
+    ]
     return f"{', '.join(parts)}, else 0"

@@ -52,7 +52,7 @@ def typed(value: Any, hint: Any) -> Any:
         (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
     if get_origin(hint) is Literal:
         if isinstance(value, bool) and {"on", "off"} <= {*get_args(hint)}:
-            value = "on" if value else "off"  # YAML 1.1 takes the words for true and false
+            value = "on" if value else "off"  # YAML 1.1 reads these words as true and false
         if value not in get_args(hint):
             raise ValueError(f"{value!r} is unknown; choose from {', '.join(map(str, get_args(hint)))}")
         return value
@@ -95,6 +95,7 @@ def require_device(device: str) -> None:
 
 
 def require_seed(seed: int) -> None:
+    # np.random.seed, which the libraries' `set_seed` calls, takes 32 bits.
     require(0 <= seed < 2**32, "seed", seed, "is out of range; give 0 to 4294967295")
 
 
@@ -163,11 +164,11 @@ class ChatConfig:
     system_prompt: str | None = None
     """chat: text of the system's message; default: none."""
     thinking: str | None = None
-    """chat: `on`, `off`, or a number of tokens after which thoughts are ended; default: as the template has it."""
+    """chat: `on`, `off`, or a number of tokens after which thoughts are ended; default: the template's."""
     reasoning_effort: str | None = None
-    """chat: a word that the template knows, such as low; default: as the template has it."""
+    """chat: a word that the template knows, such as low; default: the template's."""
     prefill: str = ""
-    """Beginning of every answer, which the model goes on from."""
+    """First words of every answer, which the model continues."""
 
     def __post_init__(self) -> None:
         thinking_of(self.thinking)

@@ -1,4 +1,4 @@
-"""The cards that the Hub shows: an adapter's own with what was measured in its study, and a study's."""
+"""Model cards for the Hub: an adapter's, with the results of its study, and a study's."""
 
 from __future__ import annotations
 
@@ -48,10 +48,12 @@ def study_card(bundle: Bundle, facts: Mapping[str, Any]) -> str:
     cards = {adapter: ModelCard(bundle.text(f"{adapter}/{CARD}")) for adapter in bundle.adapters}
     bases = {card.data.get("base_model") for card in cards.values()}
     front = {
-        **({"library_name": "peft"} if cards else {"viewer": False}),  # the tables are the report's, no data set's
+        **(
+            {"library_name": "peft"} if cards else {"viewer": False}
+        ),  # the CSV is a report; the Hub's viewer would show it as a data set
         **({"base_model": next(iter(bases))} if len(bases) == 1 and None not in bases else {}),
         "tags": [*(["lora"] if cards else []), "superexperts", "mixture-of-experts"],
-        # The data that adapters were trained on; a repository of results has no model that they could belong to.
+        # The data that adapters were trained on; a repository of results alone has no model trained on them.
         **{name: value for name, value in facts.items() if value is not None and (cards or name == "license")},
     }
     manifests = {file.path: json.loads(bundle.text(file.path)) for file in bundle.files if _is_manifest(file.path)}
@@ -106,7 +108,7 @@ def _expert_sets(bundle: Bundle) -> list[str]:
 
 
 def _versions(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every version that the manifests name; two of one package where two were at work."""
+    """A table of the versions in the manifests; a package has several if the stages ran with different ones."""
     found: dict[str, set[str]] = {}
     for manifest in manifests:
         for name, version in manifest.get("versions", {}).items():
@@ -116,5 +118,5 @@ def _versions(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _text(value: object) -> str:
-    """A value from a file in one cell of a table, as text."""
+    """A value from a file as text for one cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")

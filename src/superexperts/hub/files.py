@@ -1,4 +1,4 @@
-"""What of an adapter's or a study's folder goes to the Hub: whole, of known kinds, and without this machine's paths."""
+"""Chooses the files of an adapter's or a study's folder that go to the Hub, checks them, and removes local paths."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BASE = "base_model_name_or_path"
 TEXT = (".json", ".yaml", ".md", ".html", ".csv", ".svg")
 PNG = b"\x89PNG\r\n\x1a\n"
 FINISHED = ("results.json", "result.csv", "report.html")
-"""Of a study: without one of them it is not finished."""
+"""Files of a study; if one is missing, the study is not finished."""
 OPTIONAL = ("report.md", "study.yaml")
 PATH = re.compile(r"(?<![\w./:-])/(?:[^/\s'\"<>|,;:()\[\]{}]+/)+[^/\s'\"<>|,;:()\[\]{}]+")
 """An absolute path of at least two names within a text; one with spaces is found only where it is a whole value."""
@@ -33,12 +33,12 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Upload:
-    """One file as it will lie in the repository."""
+    """One file of the repository."""
 
     path: str
-    """In the repository, with `/` between its parts."""
+    """Path in the repository, with `/` between its parts."""
     content: bytes | Path
-    """What is sent; weights are read from where they lie."""
+    """Bytes of a text or picture; for weights, the path of the local file."""
 
     @property
     def size(self) -> int:
@@ -59,10 +59,10 @@ class Bundle:
     files: tuple[Upload, ...]
     """In the order of their paths."""
     stripped: tuple[str, ...]
-    """Paths of this machine that the files hold, and that are not sent."""
+    """Local paths that were found in the files and are removed from what is sent."""
 
     def text(self, path: str) -> str:
-        """A text file as it is sent; KeyError where there is none of that path."""
+        """The text of a file as it is sent; `KeyError` if there is no file of that path."""
         content = {file.path: file.content for file in self.files}[path]
         assert isinstance(content, bytes)
         return content.decode()
@@ -71,10 +71,10 @@ class Bundle:
 def collect(folder: Path, base_model: str | None) -> Bundle:
     """Reads and checks what goes to the Hub, and writes nothing; `base_model` replaces what the adapters name.
 
-    An absolute path that one of the JSON and YAML files holds is cut in every text file: one in the folder to the part
-    below it, the base model's to `base_model` where that is given, any other to its last name. `DataError` where a file
-    is missing or is not what its manifest says, is of no kind that these commands write, is a link out of the
-    folder, names the user's or the current folder in another way, or holds a token.
+    Absolute paths found in the JSON and YAML files are shortened in every text file: a path in the folder to the part
+    below it, the base model's to `base_model` if that is given, any other to its last name. `DataError` if a file is
+    missing, differs from its manifest, is of a kind that these commands do not write, is a link out of the folder,
+    still names the user's or the current folder, or holds a token.
     """
     require_folder(folder, "folder", "the folder that `train` or `study` wrote")
     study = (folder / "results.json").is_file()
@@ -176,8 +176,8 @@ def _require_unchanged(folder: Path) -> None:
 
 
 def _read(file: Path, top: Path) -> bytes | Path:
-    """A text's or a picture's bytes, or the path of weights; `DataError` for any other kind, and for what is not of the
-    kind that its name says, such as a pickle by another name."""
+    """The bytes of a text or picture, or the path of weights. `DataError` for any other kind of file, and for content
+    that does not match the suffix, such as a renamed pickle."""
     if not file.resolve().is_relative_to(top.resolve()):
         raise DataError(f"{file} is a link out of {top}; put the file itself there", field="folder")
     try:
@@ -235,6 +235,7 @@ def _cut(path: str, top: Path) -> str:
 def _replaced(text: str, cuts: Mapping[str, str]) -> str:
     if not cuts:
         return text
+    # Longest first: a folder's path is also the beginning of the paths of the files in it.
     longest_first = "|".join(re.escape(path) for path in sorted(cuts, key=len, reverse=True))
     return re.sub(rf"(?<![\w.])(?:{longest_first})(?![\w-])", lambda found: cuts[found[0]], text)
 

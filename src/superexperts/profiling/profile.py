@@ -57,8 +57,9 @@ class ProfileConfig(ModelConfig):
     """
 
     corpus: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """`pocket`, one of the original's seven names, `multilingual-LANG`, a .txt / .jsonl / .jsonl.gz file, or a Hub
-    data set as OWNER/NAME[:CONFIG[:SPLIT]][@REVISION]; may be given several times. Default: pocket."""
+    """`pocket`, `math`, `medical`, `legal`, `wikitext2`, `c4`, `tinystories`, `multilingual`,
+    `multilingual-LANG`, a .txt / .jsonl / .jsonl.gz file, or a Hub data set as OWNER/NAME[:CONFIG[:SPLIT]][@REVISION];
+    may be given several times. Default: pocket."""
     column: str | None = None
     """Column of a .jsonl file or Hub data set that holds the text; default: text."""
     out: Path = Path("runs/profile")

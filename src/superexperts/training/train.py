@@ -118,7 +118,7 @@ class TrainConfig(SeededConfig):
     eval_data: Path | None = None
     """Rows to measure the loss on, not to train on."""
     eval_share: float = 0
-    """Or: share of --data to set aside for that, drawn by --seed."""
+    """Share of --data to set aside for that instead, drawn with --seed."""
     eval_steps: int = 0
     """Optimiser steps between evaluations; 0: once an epoch."""
     patience: int = 0
@@ -126,7 +126,7 @@ class TrainConfig(SeededConfig):
     checkpoint_steps: int = 50
     """Optimiser steps between checkpoints for --resume; 0: no checkpoints."""
     resume: Switch = False
-    """Go on from the last checkpoint of a killed run with the same settings."""
+    """Continue from the last checkpoint of a killed run with the same settings."""
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Log losses there as well; TensorBoard's files go into logs/ of --out."""
     load_in_4bit: Switch = False
