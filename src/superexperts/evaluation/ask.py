@@ -145,10 +145,10 @@ def ask_one(
     return [_answer(question, given[question.item.id], name, variant, seed) for question in questions]
 
 
-def whole_prompt(name: str, benchmark: LoadedBenchmark, prompts: Prompts) -> str:
-    """All that is sent to ask the first item of a benchmark: a text, or messages as JSON."""
+def whole_prompt(name: str, benchmark: LoadedBenchmark, number: int, prompts: Prompts) -> str:
+    """All that is sent to ask the item of a benchmark with this number: a text, or messages as JSON."""
     with quiet():
-        [question] = _questions(name, benchmark, [0], 1, prompts)
+        [question] = _questions(name, benchmark, [number], 1, prompts)
     sent = question.requests[0]
     sent = sent.prompt if isinstance(sent, Request) else sent.args[0]
     return sent if isinstance(sent, str) else json.dumps(sent, ensure_ascii=False, indent=1)

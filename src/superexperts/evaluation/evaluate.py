@@ -284,14 +284,16 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
     if source is None:
         answering.extra = chat_parameters(prompts.style)
     journals = answers_folder.open_folder(out, {name: answers_folder.answers_key(inputs, name) for name in benchmarks})
-    outputs, ended = [], {}
+    outputs, ended, asked = [], {}, {}
     with silenced(model, silent) if model is not None and silent else contextlib.nullcontext():
         for name, benchmark in benchmarks.items():
+            numbers = chosen_items(name, benchmark.items, config.limit, seed=config.seed, first=config.limit_first)
+            asked[name] = whole_prompt(name, benchmark, numbers[0], prompts)
             answers = ask_one(
                 answering,
                 name,
                 benchmark,
-                chosen_items(name, benchmark.items, config.limit, seed=config.seed, first=config.limit_first),
+                numbers,
                 variant=str(config.variant),
                 seed=config.seed,
                 max_new_tokens=config.max_new_tokens,
@@ -313,10 +315,8 @@ def _run(config: EvaluateConfig, load: Callable[[ModelSource], nn.Module]) -> di
         return {}
     if truncated:
         note(f"evaluate: {truncated} prompts are too long for the model and lost their beginning")
-    seconds = time.monotonic() - started
-    asked = {name: whole_prompt(name, benchmark, prompts) for name, benchmark in benchmarks.items()}
     reported: dict[str, Any] = {"truncated": truncated, "ended": ended, "chat": prompts.chat, "prompts": asked}
-    write_manifest(out, "evaluate", inputs, outputs, seconds, effect=effect, **reported)
+    write_manifest(out, "evaluate", inputs, outputs, time.monotonic() - started, effect=effect, **reported)
     answers_folder.clear_away(out)
     return _summary(config, reported)
 
