@@ -197,6 +197,31 @@ def test_a_limit_without_a_time_is_waited_for_over_a_minute(tmp_path: Path, data
     assert waits == [1, 2, 4, 8, 16, 32]
 
 
+@pytest.mark.parametrize("headers", [{}, {"Retry-After": "0"}])
+def test_each_limit_is_waited_for_from_the_beginning(
+    headers: dict[str, str], tmp_path: Path, data: Path, waits: list[float], capsys: Any
+) -> None:
+    """Three requests are refused in front of each answer: a limit per second must not cost a minute each time."""
+    count = iter(range(100))
+
+    def reply(*_: Any) -> Sent:
+        return said("yes") if next(count) % 4 == 3 else (429, b"slow down", headers)
+
+    ask(tmp_path, data, reply, retries=0)
+    assert waits == [1, 2, 4] * 4
+    assert capsys.readouterr().err.count("limits the rate") == 1
+
+
+def test_an_unreadable_reply_among_answers_is_no_reason_for_another_server(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(
+        OptionError, match=r"completion \(JSONDecodeError\); see its log, .* kept; 1 of 4 prompts failed"
+    ):
+        ask(tmp_path, data, lambda _, number: (200, b'{"choices": [{"mess') if number == 2 else said("yes"))
+    page = b"<html><head><style>a{}</style><title>Blocked</title></head><body>by the gateway</body></html>"
+    with pytest.raises(OptionError, match=r"answers 403 \('Blocked by the gateway'\); check the URL"):
+        ask(tmp_path, data, lambda *_: (403, page))
+
+
 @pytest.mark.parametrize("headers", [{}, {"Retry-After": "86400"}])
 def test_a_limit_that_does_not_end(headers: dict[str, str], tmp_path: Path, data: Path) -> None:
     with pytest.raises(OptionError, match=r"limits the rate of requests, .*429 \('slow down'\); lower concurrency"):

@@ -71,6 +71,7 @@ class Client:
         self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
         self._not_before = self._last_answer = 0.0
         self._pauses = self._answered = self._in_a_row = 0
+        self._was_limited = False
 
     def ask(self, bodies: Mapping[int, dict[str, Any]], keep: Callable[[int, Generated], None]) -> None:
         """Posts each body and hands its reply to `keep`, with the number of the request.
@@ -107,7 +108,8 @@ class Client:
                         raise
                     continue
                 if isinstance(answer, Generated):
-                    self._answered, self._in_a_row, self._last_answer = self._answered + 1, 0, time.monotonic()
+                    self._answered, self._in_a_row, self._pauses = self._answered + 1, 0, 0
+                    self._last_answer = time.monotonic()
                     keep(number, answer)
                     continue
                 refused[number] = answer
@@ -174,9 +176,10 @@ class Client:
                 failed = _because(error, f"cannot be reached ({type(error).__name__}); {what_to_do}")
             except (aiohttp.ClientError, *_UNREADABLE) as error:
                 name = type(error).__name__
-                failed = _because(
-                    error, f"does not answer with a completion ({name}); give an OpenAI-compatible server"
-                )
+                advice = "see its log, the answers so far are kept"
+                if not self._answered:
+                    advice = "give an OpenAI-compatible server"
+                failed = _because(error, f"does not answer with a completion ({name}); {advice}")
             attempt += 1
             if attempt > self._retries:
                 raise failed
@@ -206,7 +209,7 @@ class Client:
         if now < self._not_before:  # another request has met the same limit
             return
         wait = problem.retry_after
-        if wait is None:
+        if not wait:  # also where a server says 0, and refuses again at once
             wait = min(2.0**self._pauses, LONGEST_WAIT)
         if now + wait > self._last_answer + PATIENCE:
             seconds = f"asks to wait {wait:.0f} s more" if problem.retry_after else f"for over {PATIENCE:.0f} s"
@@ -215,8 +218,9 @@ class Client:
                 *(Field("concurrency"), " or run again later, the answers so far are kept"),
                 ends=True,
             )
-        if not self._pauses:
+        if not self._was_limited:
             note(f"api: the server limits the rate of requests: {problem}; waiting {wait:.0f} s")
+        self._was_limited = True
         self._pauses += 1
         self._not_before = now + wait
 

@@ -55,6 +55,7 @@ _WAIT = re.compile(
     r"(?:again|retry|wait)\D{0,20}(?=\d)(?:(\d+)\s?m(?:in\w*)?(?![a-z])\s?)?(?:(\d+(?:\.\d+)?)\s?(ms|s))?",
     re.IGNORECASE,
 )
+_TAGS = re.compile(r"<(style|script)\b.*?</\1>|<[^<>]*>", re.IGNORECASE | re.DOTALL)
 _INTERRUPTED = frozenset(("error", "abort", "cancelled", "insufficient_system_resource"))
 """Reasons for which a server ends a reply that is not the model's whole answer (of providers in general, vLLM and
 SGLang, others, DeepSeek)."""
@@ -208,6 +209,8 @@ def _clean(text: str, longest: int = 200) -> str:
     """A server's words, which may be anything, as one short line to print."""
     if key := os.environ.get("OPENAI_API_KEY"):
         text = text.replace(key, "***")
+    if text.lstrip()[:1] == "<":  # a page of a gateway
+        text = _TAGS.sub(" ", text[:4000])
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text[:4000]).split())
     return line if len(line) <= longest else f"{line[:longest]}..."
 
