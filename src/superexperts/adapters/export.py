@@ -13,10 +13,10 @@ from tyro.conf import Positional
 from superexperts.adapters.formats import FORMATS, writable
 from superexperts.checkpoints.source import ModelSource, adapter_folder, local_folder, resolve
 from superexperts.core.console import note, stdout
-from superexperts.core.errors import ModelError, OptionError, OutputError
+from superexperts.core.errors import Field, ModelError, OptionError, OutputError
 from superexperts.core.identity import identity
 from superexperts.core.runs import completed, fingerprint, new_folder, read_json, write_manifest
-from superexperts.core.settings import Switch
+from superexperts.core.settings import Switch, require_unused
 
 __all__ = ["ExportConfig", "run", "show"]
 
@@ -52,6 +52,11 @@ class ExportConfig:
     """Replace a finished result of other settings or files in --out; the old one stays until the new one is whole."""
     json: Switch = False
     """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        if not FORMATS[self.format].links:
+            linking = ", ".join(name for name, entry in FORMATS.items() if entry.links)
+            require_unused(self, ["copy"], "without ", Field("format"), f" {linking}")
 
 
 def check(config: ExportConfig) -> None:

@@ -31,6 +31,9 @@ class Format:
     synced: bool = True
     """Whether `export` waits until the files are on disk; not for links and copies of whole checkpoints."""
 
+    links: bool = False
+    """Whether `copy` makes a difference: the writer links to files of the base model unless it is true."""
+
     def write(self) -> Any:
         """The function that writes the layout."""
         assert self.writer is not None
@@ -44,7 +47,9 @@ class Format:
 
 FORMATS = {
     "mlx-lm": Format(title="as mlx-lm writes it", reader="superexperts.adapters.mlx"),
-    "merged": Format(title="a checkpoint with the adapter inside", writer="superexperts.adapters.merge", synced=False),
+    "merged": Format(
+        title="a checkpoint with the adapter inside", writer="superexperts.adapters.merge", synced=False, links=True
+    ),
     "peft": Format(title="PEFT's fused layout, loaded by PEFT alone", writer="superexperts.adapters.fused"),
     "vllm": Format(
         title="one key for each expert, as serving engines read them", writer="superexperts.adapters.per_expert"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,6 +16,7 @@ from tyro.conf import Positional
 from superexperts.core.errors import Field, OptionError
 
 __all__ = [
+    "SERVER_OPTIONS",
     "ChatConfig",
     "CheckpointConfig",
     "ModelConfig",
@@ -25,10 +27,14 @@ __all__ = [
     "require_device",
     "require_positive",
     "require_sequences",
+    "require_unused",
     "require_url",
     "thinking_of",
     "typed",
 ]
+
+SERVER_OPTIONS = ("concurrency", "timeout", "retries")
+"""The settings of `ServerConfig`, which do nothing where no server is asked."""
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 """An option without a value: --json, with no --no-json beside it."""
@@ -39,6 +45,19 @@ def require(condition: bool, field: str, value: object, *what_to_do: str) -> Non
     if not condition:
         shown = "" if value is True else f"{value!r} "  # a switch has no value that a user has typed
         raise OptionError(shown, *what_to_do, field=field)
+
+
+def require_unused(config: Any, names: Iterable[str], *why: str) -> None:
+    """Raises `OptionError` for the first of these settings that is not at its default, since it would do nothing.
+
+    `why` says when, such as `"without ", Field("perplexity")`. The value of a default is never an error, even if it was
+    given.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        value = getattr(config, name)
+        shown = str(value) if isinstance(value, Path) else value
+        require(value == defaults[name], name, shown, "does nothing ", *why, "; leave it out")
 
 
 def typed(value: Any, hint: Any) -> Any:

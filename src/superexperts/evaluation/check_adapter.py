@@ -14,6 +14,7 @@ from superexperts.checkpoints.source import adapter_folder, local_folder, resolv
 from superexperts.core.console import stdout
 from superexperts.core.errors import DataError, Field
 from superexperts.core.settings import (
+    SERVER_OPTIONS,
     SeededConfig,
     ServerConfig,
     Switch,
@@ -21,6 +22,7 @@ from superexperts.core.settings import (
     require_device,
     require_seed,
     require_sequences,
+    require_unused,
     require_url,
 )
 from superexperts.data.corpora import local_data, require_corpus
@@ -69,8 +71,13 @@ class CheckAdapterConfig(ServerConfig, SeededConfig):
         require_seed(self.seed)
         require(self.prompts > 0, "prompts", self.prompts, "is not positive; give at least 1")
         require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "is not positive; give at least 1")
-        if self.base_url is not None:
+        if self.base_url is None:
+            of_a_server = ["prompts", "max_new_tokens", *SERVER_OPTIONS]
+            require_unused(self, of_a_server, "without ", Field("base_url"))
+        else:
             require_url("base_url", self.base_url)
+            of_loading = ["tokens", "seq_len", "revision", "trust_remote_code", "dtype"]
+            require_unused(self, of_loading, "with ", Field("base_url"), ", where the server runs the model")
             adapter = str(self.adapter)
             require(
                 adapter != self.model,

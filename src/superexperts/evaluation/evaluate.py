@@ -18,7 +18,7 @@ import tyro
 from superexperts.benchmarks import BENCHMARKS, default_benchmarks, default_shots
 from superexperts.checkpoints.source import ModelSource, adapter_folder, local_folder, resolve
 from superexperts.core.console import is_main_process, is_shown, note, stdout
-from superexperts.core.errors import Field, OptionError
+from superexperts.core.errors import Field
 from superexperts.core.identity import identity
 from superexperts.core.runs import completed, fingerprint, read_json, versions, write_manifest
 from superexperts.core.settings import (
@@ -30,12 +30,13 @@ from superexperts.core.settings import (
     require_device,
     require_seed,
     require_sequences,
-    require_url,
+    require_unused,
     thinking_of,
 )
 from superexperts.core.types import ExpertSet, chosen_experts
 from superexperts.data.corpora import local_data, require_corpus
-from superexperts.engines import ENGINES, Opening, in_process_engines, open_engine
+from superexperts.engines import ENGINES, Opening, open_engine
+from superexperts.evaluation.checks import check_engine, check_tasks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,51 +131,16 @@ class EvaluateConfig(ChatConfig, ServerConfig, SeededConfig):
         why = ("does nothing without ", Field("perplexity"), "; name a corpus there")
         require(self.perplexity is not None or not self.reference_windows, "reference_windows", True, *why)
         require(self.perplexity is not None or self.column is None, "column", self.column, *why)
+        if self.perplexity is None:
+            require_unused(self, ["tokens", "seq_len"], "without ", Field("perplexity"))
+        if self.reference_windows:
+            require_unused(self, ["tokens"], "with ", Field("reference_windows"), ", which reads the whole corpus")
         require_device(self.device)
         both = self.adapter is not None and self.silence is not None
         merge = ("excludes ", Field("adapter"), "; merge the adapter into a checkpoint first")
         require(not both, "silence", self.silence, *merge)
-        self._check_tasks()
-        self._check_engine()
-
-    def _check_tasks(self) -> None:
-        known = ",".join(BENCHMARKS)
-        unknown = [name for name in self.task_names if name not in BENCHMARKS]
-        require(not unknown, "tasks", ",".join(unknown), f"is unknown; choose from {known}")
-        require(bool(self.task_names), "tasks", self.tasks, f"names no benchmark; choose from {known}")
-        if self.protocol == "generative":
-            why = ("does nothing for ", Field("protocol"), " generative, which shows no examples; leave it out")
-            require(self.num_fewshot is None, "num_fewshot", self.num_fewshot, *why)
-        else:
-            fits = self.num_fewshot is None or self.num_fewshot >= 0
-            require(fits, "num_fewshot", self.num_fewshot, "is negative; give 0 or more")
-            without = [name for name in self.task_names if BENCHMARKS[name].few_shot is None]
-            why = ("has no few-shot task; leave it out, or give ", Field("protocol"), " generative")
-            require(not without, "tasks", ",".join(without), *why)
-        if self.split == "test":
-            withheld = [name for name, benchmark in BENCHMARKS.items() if benchmark.withheld is not None]
-            others = [name for name in self.task_names if name not in withheld]
-            fits_only = f"is for {','.join(withheld)} only; ask {', '.join(others)} in another run, without "
-            require(not others, "split", self.split, fits_only, Field("split"))
-
-    def _check_engine(self) -> None:
-        engine = ENGINES[self.engine]
-        able = ", ".join(name for name, one in ENGINES.items() if one.loglikelihood)
-        why = ("needs ", Field("engine"), f" {able}; a server does not return the log-probabilities of a prompt")
-        require(self.protocol == "generative" or engine.loglikelihood, "protocol", self.protocol, *why)
-        if engine.server and self.base_url is None:
-            raise OptionError(
-                "missing for ", Field("engine"), f" {self.engine}; give the server's URL", field="base_url"
-            )
-        if self.base_url is not None:
-            why = ("excludes ", Field("engine"), f" {self.engine}; give api")
-            require(engine.server, "base_url", self.base_url, *why)
-            require_url("base_url", self.base_url)
-        if not engine.in_process:
-            why = ("needs ", Field("engine"), f" {' or '.join(in_process_engines())}, not {self.engine}; ")
-            require(self.silence is None, "silence", self.silence, *why, "or prune and serve that checkpoint")
-            require(self.adapter is None, "adapter", str(self.adapter), *why, "or merge it into a checkpoint")
-            require(self.perplexity is None, "perplexity", self.perplexity, *why, "leave it out")
+        check_tasks(self)
+        check_engine(self)
 
     @property
     def task_names(self) -> tuple[str, ...]:

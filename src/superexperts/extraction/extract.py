@@ -19,7 +19,7 @@ from superexperts.core.errors import Field, OptionError
 from superexperts.core.jsonl import require_text
 from superexperts.core.paths import require_file, require_folder
 from superexperts.core.runs import read_json
-from superexperts.core.settings import ServerConfig, Switch, require, require_url
+from superexperts.core.settings import SERVER_OPTIONS, ServerConfig, Switch, require, require_unused, require_url
 from superexperts.engines import ENGINES
 
 if TYPE_CHECKING:
@@ -98,7 +98,13 @@ class ExtractConfig(ServerConfig):
                 "needs a judge; name one with ",
                 Field("judge"),
             )
-        if self.judge_base_url is not None:
+        if self.judge == "off":
+            require_unused(self, ["batch_size", "dtype"], "without ", Field("judge"))
+        if self.judge_base_url is None:
+            require_unused(self, SERVER_OPTIONS, "without ", Field("judge_base_url"))
+        else:
+            of_loading = ["batch_size", "dtype"]
+            require_unused(self, of_loading, "with ", Field("judge_base_url"), ", where the server decides")
             require_url("judge_base_url", self.judge_base_url)
             why = ("excludes ", Field("judge_base_url"), ", the server that runs the judge; leave one of the two out")
             require(self.judge_engine == "hf", "judge_engine", self.judge_engine, *why)

@@ -212,6 +212,10 @@ class Worker:
         options: dict[str, Any] = {**plan.asking, "perplexity": plan.perplexity}
         takes = plan.perplexity is not None and takes_column(plan.perplexity)
         options["column"] = plan.perplexity_column if takes else None
+        if plan.perplexity is not None:
+            options["seq_len"] = plan.seq_len
+            if not options.get("reference_windows"):
+                options["tokens"] = plan.tokens
         evaluate.run(
             EvaluateConfig(
                 overwrite=True,
@@ -225,8 +229,6 @@ class Worker:
                 max_new_tokens=plan.max_new_tokens,
                 variant=run.name,
                 data_dir=self.data_dir,
-                tokens=plan.tokens,
-                seq_len=plan.seq_len,
                 seed=plan.seed,
                 device=self.device,
                 **options,

@@ -17,7 +17,7 @@ from tyro.conf import Positional
 from superexperts.core.console import stdout
 from superexperts.core.errors import Field, OptionError, OutputError
 from superexperts.core.runs import write_text
-from superexperts.core.settings import Switch, require, require_device
+from superexperts.core.settings import Switch, require, require_device, require_unused
 from superexperts.results.tables import print_table
 from superexperts.studies.progress import duration
 
@@ -57,10 +57,17 @@ class StudyConfig:
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        if (self.study is None) != self.demo:
-            raise OptionError("give either a study file or ", Field("demo"), field="study")
+        if self.study is not None and self.demo:
+            excluded = "excludes ", Field("study"), f" {self.study}; give one of the two"
+            raise OptionError(*excluded, field="demo")
+        if self.study is None and not self.demo:
+            raise OptionError("missing; give a study file, or ", Field("demo"), field="study")
         alone = not (self.init and (self.demo or self.dry_run))
         require(alone, "init", True, "excludes ", Field("demo"), " and ", Field("dry_run"), "; leave them out")
+        if self.init:
+            require_unused(self, ["out", "workers", "ray"], "with ", Field("init"), ", which runs nothing")
+        if self.dry_run:
+            require_unused(self, ["workers"], "with ", Field("dry_run"), ", which runs nothing")
         require_device(self.device)
         require(self.workers is None or self.workers > 0, "workers", self.workers, "is not positive; give at least 1")
 

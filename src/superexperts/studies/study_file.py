@@ -221,16 +221,24 @@ class _Reader(LinedYaml):
         # A field with a wrong type has its default here, which must not cause a second error.
         flat = {name: getattr(file, name) for name in SHARED if name in file.model_fields_set}
         servers = [name for name, engine in ENGINES.items() if engine.server]
-        for name, command, fixed in (
+        commands: tuple[tuple[str, type, dict[str, Any]], ...] = (
             ("profile", ProfileConfig, {}),
             ("evaluation", EvaluateConfig, {}),
             ("extraction", ExtractConfig, {"folder": Path("x")}),
-        ):
+        )
+        for name, command, fixed in commands:
             options = {key: flat[key] for key in FLAT.get(name, ()) if key in flat} | dict(sections[name])
             if name == "evaluation":
                 options["tasks"] = ",".join(file.tasks)
                 if options.get("engine") in servers:
                     del options["engine"]  # this module reports it, below
+                # As `Plan.perplexity`: measured on the first corpus unless the file says otherwise.
+                in_process = ENGINES[options.get("engine", "hf")].in_process
+                measured = in_process and options.get("perplexity", "") is not None
+                fixed = {"perplexity": "pocket"} if measured else {}
+                for key in ("tokens", "seq_len"):
+                    if not measured or (key == "tokens" and options.get("reference_windows")):
+                        options.pop(key, None)
             self._together(command, fixed, options, dict.fromkeys(sections[name], (name,)))
         rows, training = {"data": Path("rows"), "attention": True}, sections["training"]
         self._together(TrainConfig, rows, training, dict.fromkeys(training, ("training",)))

@@ -22,7 +22,7 @@ from superexperts.core.console import note, stdout
 from superexperts.core.errors import Field, ModelError, OutputError
 from superexperts.core.identity import identity
 from superexperts.core.runs import completed, new_folder, write_manifest, write_text
-from superexperts.core.settings import CheckpointConfig, Switch, require, require_sequences
+from superexperts.core.settings import CheckpointConfig, Switch, require, require_sequences, require_unused
 from superexperts.core.types import ExpertKey, chosen_experts, key_name
 from superexperts.surgery.locate_by_shape import DownProjection, locate_by_shape
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["PruneConfig", "run", "show"]
+
+OF_THE_MEAN = ("corpus", "column", "tokens", "seq_len", "batch_size", "data_dir")
+"""Settings that only mode `mean` reads. `device` is not one: scripts give it to every command."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +73,8 @@ class PruneConfig(CheckpointConfig):
     def __post_init__(self) -> None:
         require_sequences(self.tokens, self.seq_len)
         require(self.batch_size >= 1, "batch_size", self.batch_size, "is not positive; give at least 1")
-        why = ("does nothing without ", Field("mode"), " mean; leave it out")
-        require(self.mode == "mean" or self.column is None, "column", self.column, *why)
+        if self.mode != "mean":
+            require_unused(self, OF_THE_MEAN, "without ", Field("mode"), " mean")
 
 
 def run(config: PruneConfig) -> dict[str, Any]:

@@ -13,7 +13,14 @@ from superexperts.core.console import is_main_process, note
 from superexperts.core.errors import DataError, Field, OptionError, SuperExpertsError
 from superexperts.core.runs import read_json, write_json
 
-__all__ = ["COMPLETE", "checkpoint_to_resume", "checkpoints_folder", "kept_when_killed", "last_checkpoint"]
+__all__ = [
+    "COMPLETE",
+    "checkpoint_to_resume",
+    "checkpoints_folder",
+    "kept_when_killed",
+    "last_checkpoint",
+    "require_something_to_resume",
+]
 
 COMPLETE = "complete.json"
 """Written into a checkpoint last of all: a checkpoint without it was cut off by a kill."""
@@ -22,6 +29,15 @@ COMPLETE = "complete.json"
 def checkpoints_folder(out: Path) -> Path:
     """Where a training into `out` keeps its checkpoints. The folder exists while it runs, and after it was killed."""
     return out.with_name(f".{out.name}.checkpoints")
+
+
+def require_something_to_resume(out: Path) -> None:
+    """`OptionError` if no training into `out` was killed. One killed before its first checkpoint can be resumed."""
+    if not checkpoints_folder(out).is_dir():
+        raise OptionError(
+            "nothing to resume: no unfinished training into ", Field("out"), f" {out} was found; leave it out to start "
+            "a new one", field="resume",
+        )  # fmt: skip
 
 
 def checkpoint_to_resume(work: Path, key: str, *, resume: bool) -> Path | None:

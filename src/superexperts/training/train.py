@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
-import re
 import shutil
 import sys
 import tempfile
@@ -19,14 +17,21 @@ import tyro
 
 from superexperts.checkpoints.source import local_folder
 from superexperts.core.console import is_main_process, note, stdout
-from superexperts.core.errors import Field, OptionError
+from superexperts.core.errors import Field
 from superexperts.core.identity import identity
-from superexperts.core.runs import completed, fingerprint, input_key, new_folder, read_json, write_manifest
-from superexperts.core.settings import SeededConfig, Switch, require, require_device, require_positive, require_seed
+from superexperts.core.runs import MANIFEST, completed, fingerprint, input_key, new_folder, read_json, write_manifest
+from superexperts.core.settings import (
+    SeededConfig,
+    Switch,
+    require,
+    require_unused,
+)
 from superexperts.core.types import ExpertKey, ExpertSet, chosen_experts, key_name
 from superexperts.data.row_files import data_files
 from superexperts.training.by_expert import values_by_expert
+from superexperts.training.checks import check_settings
 from superexperts.training.recipe import read_recipe
+from superexperts.training.resume import require_something_to_resume
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainConfig", "defaults", "recipe_settings", "run", "show", "train"]
 
-PROJECTIONS = ("gate", "up", "down")
 NOT_IN_RECIPE = (
     "recipe",
     "out",
@@ -141,48 +145,7 @@ class TrainConfig(SeededConfig):
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        if self.experts is None and not self.attention and self.target is None:
-            what_to_do = (Field("attention"), ", or ", Field("target"), " with a regular expression")
-            raise OptionError("missing; give an expert set, ", *what_to_do, field="experts")
-        require_device(self.device)
-        require_seed(self.seed)
-        for name in ("r", "alpha", "learning_rate", "epochs", "batch_size", "accumulation", "max_length"):
-            value = getattr(self, name)
-            require_positive(name, value)
-        for name in ("eval_steps", "patience", "checkpoint_steps"):
-            value = getattr(self, name)
-            require(value >= 0, name, value, "is negative; give 0 or more")
-        for name in ("dropout", "warmup", "eval_share"):
-            value = getattr(self, name)
-            require(0 <= value < 1, name, value, "is out of range; give a share from 0 to below 1")
-        parts = self.projections.split(",")
-        odd = ",".join(part for part in parts if part not in PROJECTIONS)
-        require(set(parts) <= set(PROJECTIONS), "projections", odd, f"is unknown; choose from {','.join(PROJECTIONS)}")
-        require(len(set(parts)) == len(parts), "projections", self.projections, "names one twice; give each once")
-        if self.target is not None:
-            try:
-                re.compile(self.target)
-            except re.error as error:
-                raise OptionError(
-                    f"{self.target!r} is not a regular expression ({error}); fix it", field="target"
-                ) from error
-        values_by_expert(self.ranks, "ranks")
-        values_by_expert(self.alphas, "alphas")
-        self._check_evaluation()
-        if self.resume and not self.checkpoint_steps:
-            raise OptionError("needs ", Field("checkpoint_steps"), " over 0", field="resume")
-        if self.report_to != "none":
-            installed = importlib.util.find_spec(self.report_to) is not None
-            require(installed, "report_to", self.report_to, f"is not installed; run pip install {self.report_to}")
-
-    def _check_evaluation(self) -> None:
-        both = self.eval_data is not None and self.eval_share > 0
-        clash = ("cannot be combined with ", Field("eval_data"), "; give one of the two")
-        require(not both, "eval_share", self.eval_share, *clash)
-        if self.eval_data is None and not self.eval_share:
-            for name in ("eval_steps", "patience"):
-                what_to_do = ("needs rows to evaluate; give ", Field("eval_data"), " or ", Field("eval_share"))
-                require(not getattr(self, name), name, getattr(self, name), *what_to_do)
+        check_settings(self)
 
 
 # ---- recipes ------------------------------------------------------------------------------------------------------
@@ -222,8 +185,12 @@ def check(config: TrainConfig) -> None:
     why = ("is for experts; give ", Field("experts"), ", or leave it out")
     fits = config.experts is not None or config.projections == TrainConfig.projections
     require(fits, "projections", config.projections, *why)
+    if config.prompt == "plain":
+        require_unused(config, ["system_prompt"], "with ", Field("prompt"), " plain")
     _data_files(config)
     local_folder(config.model)
+    if config.resume and not (config.out / MANIFEST).is_file():
+        require_something_to_resume(config.out)
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -268,6 +235,8 @@ def train(
     if completed(config.out, "train", inputs, overwrite=config.overwrite):
         note(f"train: {config.out} is up to date, nothing to do")
         return {"out": str(config.out), **read_json(config.out / "training.json", "training")}
+    if config.resume:
+        require_something_to_resume(config.out)
     work = checkpoints_folder(config.out)
     # Weights on disk lie in the temporary output folder: what a killed training leaves is cleared away with it.
     with _output_folder(config.out) as temporary, tempfile.TemporaryDirectory(prefix="weights-", dir=temporary) as disk:
