@@ -54,6 +54,8 @@ def test_only_command_files_hold_settings() -> None:
     commands = {f"superexperts.{command.module}" for command in COMMANDS.values()}
     # These read settings as a whole: the recipe of a training, and a study file, with its sections for commands.
     commands |= {"superexperts.training.recipe", "superexperts.studies.study_file"}
+    # What checks the settings of a command, in a file beside it.
+    commands |= {"superexperts.training.checks", "superexperts.evaluation.checks"}
     found = []
     for file in SOURCES.rglob("*.py"):
         module = ".".join(["superexperts", *file.relative_to(SOURCES).with_suffix("").parts]).removesuffix(".__init__")

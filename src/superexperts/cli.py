@@ -67,7 +67,11 @@ COMMANDS = {
         work="adapters.effect",
     ),
     "evaluate": Command(
-        "ask a model the questions of benchmarks", "evaluation.evaluate", "EvaluateConfig", work="evaluation.ask"
+        "ask a model the questions of benchmarks",
+        "evaluation.evaluate",
+        "EvaluateConfig",
+        work="evaluation.ask",
+        rewrite="rewrite_arguments",
     ),
     "extract": Command("read which answer each response commits to", "extraction.extract", "ExtractConfig"),
     "study": Command(

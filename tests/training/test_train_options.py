@@ -400,7 +400,7 @@ def test_the_saved_recipe_trains_the_same_adapter_again(config: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("r: [", "is not valid YAML"),
+        ("r: [", "line 1: not valid YAML: "),
         ("- r", "is not a mapping of settings"),
         ("rank: 16", "'rank' is not a setting of a recipe; did you mean 'ranks'?"),
         ("trust_remote_code: true", "'trust_remote_code' is not a setting of a recipe"),
@@ -519,3 +519,26 @@ def test_a_tracker_that_is_not_installed_is_named(config: Any, monkeypatch: pyte
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(OptionError, match="report_to: 'wandb' is not installed; run pip install wandb"):
         config(report_to="wandb")
+
+
+def test_there_must_be_something_to_resume(config: Any, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="resume: nothing to resume: no unfinished training into out .* was found"):
+        train.run(config(resume=True))
+    assert not (tmp_path / "out").exists()
+    train.run(config())
+    assert train.run(config(resume=True)) == train.run(config())  # finished meanwhile: nothing to do
+    with pytest.raises(OptionError, match="resume: nothing to resume"):
+        train.run(config(resume=True, overwrite=True, seed=7))
+    assert (tmp_path / "out" / WEIGHTS).is_file()
+
+
+def test_a_systems_message_needs_a_chat(config: Any) -> None:
+    with pytest.raises(OptionError, match="system_prompt: 'Be short.' does nothing with prompt plain; leave it out"):
+        train.run(config(prompt="plain", system_prompt="Be short."))
+
+
+def test_a_recipe_that_is_not_yaml_has_its_line(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("r: 4\nalpha: [1\n")
+    with pytest.raises(OptionError, match=r"recipe\.yaml: line 3: not valid YAML: .*; correct the file") as caught:
+        train.recipe_settings(tmp_path / "recipe.yaml")
+    assert "\n" not in str(caught.value)

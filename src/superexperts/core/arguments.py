@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -11,8 +12,13 @@ import tyro
 from tyro import _errors as refusals  # the only way to learn what was wrong without parsing the box that tyro prints
 
 from superexperts.core.errors import OptionError
+from superexperts.core.settings import plain_number
 
-__all__ = ["read_arguments", "speller"]
+__all__ = ["joined", "read_arguments", "speller"]
+
+EXPERTS = re.compile(r"(L\d+(E\d+|shared)(=[\d.]+)?[,;]?)+", re.IGNORECASE)
+"""Experts, with their ranks or alphas; several in a row are one value, since nothing else that a command takes looks
+like them."""
 
 Settings = TypeVar("Settings")
 
@@ -45,10 +51,38 @@ def read_arguments(
     def refuse(event: refusals.ParseErrorEvent) -> None:
         raise _refusal(event, kind, prog, arguments)
 
+    arguments = _plain_numbers(kind, joined(arguments, lambda word: EXPERTS.fullmatch(word) is not None))
     with refusals.on_parse_error(refuse):
         if default is None:
             return tyro.cli(kind, prog=prog, args=list(arguments))
         return tyro.cli(kind, prog=prog, args=list(arguments), default=default)
+
+
+def joined(words: Sequence[str], is_item: Callable[[str], bool]) -> list[str]:
+    """The words, with a comma between items that follow each other: `--tasks mmlu gsm8k` -> `--tasks mmlu,gsm8k`."""
+    found: list[str] = []
+    before = False
+    for word in words:
+        if (now := is_item(word)) and before:
+            found[-1] = f"{found[-1].rstrip(',')},{word}"
+        else:
+            found.append(word)
+        before = now
+    return found
+
+
+def _plain_numbers(kind: type, words: Sequence[str]) -> list[str]:
+    """The words, with `10k` and `1M` written out where an option takes a whole number."""
+    spell = speller(kind)
+    whole = {spell(name) for name, hint in get_type_hints(kind).items() if int in (hint, *get_args(hint))}
+    found = list(words)
+    for i, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in whole and equals:
+            found[i] = f"{option}={plain_number(value)}"
+        elif word in whole and i + 1 < len(words):
+            found[i + 1] = plain_number(words[i + 1])
+    return found
 
 
 def _refusal(event: refusals.ParseErrorEvent, kind: type, prog: str, arguments: Sequence[str]) -> OptionError:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -23,6 +24,7 @@ __all__ = [
     "SeededConfig",
     "ServerConfig",
     "Switch",
+    "plain_number",
     "require",
     "require_device",
     "require_positive",
@@ -90,9 +92,18 @@ def typed(value: Any, hint: Any) -> Any:
     raise ValueError(f"{value!r} is not {expected}; {what_to_do}")
 
 
+def plain_number(text: str) -> str:
+    """`10k` -> `10000`, `1.5M` -> `1500000`; any other text is returned as it is."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM])", text.strip())
+    if found is None:
+        return text
+    number = Decimal(found[1]) * (1000 if found[2] in "kK" else 1000000)
+    return str(int(number)) if number == int(number) else text
+
+
 def _number(value: Any) -> Any:
     try:
-        return float(value) if isinstance(value, str) else value
+        return float(plain_number(value)) if isinstance(value, str) else value
     except ValueError:
         return value
 

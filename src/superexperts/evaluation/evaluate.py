@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ import tyro
 
 from superexperts.benchmarks import BENCHMARKS, default_benchmarks, default_shots
 from superexperts.checkpoints.source import ModelSource, adapter_folder, local_folder, resolve
+from superexperts.core.arguments import joined
 from superexperts.core.console import is_main_process, is_shown, note, stdout
 from superexperts.core.errors import Field
 from superexperts.core.identity import identity
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 else:
     EngineName = Literal[tuple(ENGINES)]
 
-__all__ = ["EvaluateConfig", "run", "show"]
+__all__ = ["EvaluateConfig", "rewrite_arguments", "run", "show"]
 
 PROBES = 16
 """Number of prompts on which the effect of an adapter is measured first."""
@@ -116,6 +118,8 @@ class EvaluateConfig(ChatConfig, ServerConfig, SeededConfig):
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
+        # Results are compared by their settings: one spelling for each list.
+        object.__setattr__(self, "tasks", ",".join(re.findall(r"[^\s,;]+", self.tasks.lower())))
         ServerConfig.__post_init__(self)
         ChatConfig.__post_init__(self)
         require_seed(self.seed)
@@ -145,7 +149,12 @@ class EvaluateConfig(ChatConfig, ServerConfig, SeededConfig):
     @property
     def task_names(self) -> tuple[str, ...]:
         """The benchmarks, in the order given, each once."""
-        return tuple(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
+        return tuple(dict.fromkeys(self.tasks.split(","))) if self.tasks else ()
+
+
+def rewrite_arguments(words: Sequence[str]) -> list[str]:
+    """Joins benchmarks that are given as several words."""
+    return joined(words, lambda word: {*re.split("[,;]", word.lower())} <= {*BENCHMARKS, ""})
 
 
 def check(config: EvaluateConfig) -> None:

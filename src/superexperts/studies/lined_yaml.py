@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import yaml
 
 from superexperts.core.errors import OptionError
+from superexperts.core.yaml_errors import yaml_error
 
 __all__ = ["LinedYaml", "Place", "together"]
 
@@ -30,8 +31,8 @@ class LinedYaml:
             node = loader.get_single_node()
             self.value: Any = None if node is None else self._value(loader, node, ())
         except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            self.error((), f"not valid YAML ({' '.join(str(error).split())}); repair the file", mark and mark.line + 1)
+            line, what = yaml_error(error, text)
+            self.error((), f"not valid YAML: {what}; correct the file", line)
             self.stop()
         except RecursionError:
             self.error((), "an alias contains itself; write the values out")

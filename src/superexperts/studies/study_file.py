@@ -5,6 +5,7 @@ Pydantic checks the fields of the file; the options in its sections are checked 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -80,7 +81,12 @@ class _Reader(LinedYaml):
     # ---- fields ----
 
     def plan(self) -> Plan:
-        if not isinstance(self.value, dict) or "name" not in self.value:
+        if not isinstance(self.value, dict):
+            kinds = {list: "a list", type(None): "empty", str: "a text"}
+            what = kinds.get(type(self.value), "a single value")
+            self.error((), f"the file is {what}, not a mapping; write `name: NAME` and the other fields in lines")
+            self.stop()
+        if "name" not in self.value:
             self.error((), "the file has no `name:`; a study is a mapping with at least a name")
             self.stop()
         file = self._file()
@@ -102,7 +108,9 @@ class _Reader(LinedYaml):
                 name = error["loc"][0]
                 if error["type"] == "extra_forbidden":
                     fields = ", ".join(sorted(StudyFile.model_fields))
-                    self.error((name,), f"{name!r} is not a field of a study; choose from {fields}")
+                    near = difflib.get_close_matches(str(name), StudyFile.model_fields, n=1)
+                    what_to_do = f"did you mean {near[0]}?" if near else f"choose from {fields}"
+                    self.error((name,), f"{name!r} is not a field of a study; {what_to_do}")
                     continue
                 context = error.get("ctx", {})
                 reason = context.get("error") or REASONS.get(error["type"], error["msg"])
@@ -123,7 +131,9 @@ class _Reader(LinedYaml):
         for key, setting in value.items():
             if key not in free:
                 aside = f"set by the study itself, not in {where}" if key in hints else f"not an option of {where}"
-                self.error((*path, key), f"{key!r} is {aside}; choose from {', '.join(sorted(free))}")
+                near = difflib.get_close_matches(str(key), free, n=1)
+                what_to_do = f"did you mean {near[0]}?" if near else f"choose from {', '.join(sorted(free))}"
+                self.error((*path, key), f"{key!r} is {aside}; {what_to_do}")
                 continue
             try:
                 found[key] = typed(setting, hints[key])

@@ -11,6 +11,7 @@ import yaml
 
 from superexperts.core.errors import DataError, OptionError
 from superexperts.core.settings import typed
+from superexperts.core.yaml_errors import yaml_error
 
 __all__ = ["read_recipe", "recipe_text"]
 
@@ -27,14 +28,17 @@ def read_recipe(file: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     `DataError` for a file that cannot be read; `OptionError` for one that is not a mapping in YAML, that holds a name
     missing from `kinds`, or a value of another type.
     """
+    text = ""
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        value = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"cannot read {file} ({why}); check the path", field="recipe") from error
     except yaml.YAMLError as error:
-        why = " ".join(str(error).split())
-        raise OptionError(f"{file} is not valid YAML ({why}); fix it there", field="recipe") from error
+        line, what = yaml_error(error, text)
+        where = f"line {line}: " if line else ""
+        raise OptionError(f"{file}: {where}not valid YAML: {what}; correct the file", field="recipe") from error
     if not isinstance(value, Mapping):
         raise OptionError(f"{file} is not a mapping of settings; write lines like `r: 16`", field="recipe")
     settings: dict[str, Any] = {}
