@@ -105,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     spell: Callable[[str], str] = str
     try:
-        with no_interrupt_lost():
+        stopping = f"superexperts: stopping {name}, after what cannot be left half done; Ctrl-C again ends it at once"
+        with no_interrupt_lost(stopping if own_process and is_main_process else ""):
             command = _command(name)
             with importing_once() if own_process else nullcontext():
                 module = _imported(command.module)

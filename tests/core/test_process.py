@@ -1,10 +1,11 @@
-"""The C library's allocator keeps what a computation frees, unless the user has said otherwise."""
+"""What a command changes about its process: memory that is kept, and interrupts."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from superexperts.core import process
+from superexperts.core.process import no_interrupt_lost
 
 CODE = """
 import resource
@@ -71,3 +73,48 @@ def test_an_older_glibc_gets_the_most_that_it_takes(
         monkeypatch.delenv(name, raising=False)
     process.keep_memory()
     assert done == set_
+
+
+SLOW_TO_END = """
+import os, signal, sys, time
+from superexperts.core.process import SAME_INTERRUPT, no_interrupt_lost
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+with no_interrupt_lost("stopping"):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by the program that started this one
+        print("ending", flush=True)
+        time.sleep(2 * SAME_INTERRUPT)
+        if "again" in sys.argv:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("words", "code", "printed"), [([], 1, "ending\nended\n"), (["again"], 130, "ending\n")])
+def test_the_second_interrupt_ends_the_process_at_once(words: list[str], code: int, printed: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_TO_END, *words], capture_output=True, text=True, timeout=50, check=False
+    )
+    # An interrupt that Python itself reports ends the process by the signal.
+    assert (done.returncode == 130) is (code == 130)
+    assert done.stdout == printed
+    assert done.stderr.splitlines()[0] == "stopping"
+    assert done.stderr.count("stopping") == 1
+
+
+def test_the_handler_of_interrupts_is_put_back() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with no_interrupt_lost("stopping"):
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup
+        with no_interrupt_lost("stopping"):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -23,7 +23,7 @@ from superexperts.core.errors import DataError, OptionError, OutputError
 from superexperts.core.jsonl import read_rows
 from superexperts.core.types import Extraction
 from superexperts.studies import study, workflow
-from superexperts.studies.cells import Cell, cells
+from superexperts.studies.cell_list import Cell, cells
 from superexperts.studies.progress import LOG
 from superexperts.studies.status import StatusConfig
 from superexperts.studies.status import run as status

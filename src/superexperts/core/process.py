@@ -10,8 +10,9 @@ import platform
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -26,6 +27,9 @@ KEPT_BEFORE_2_35 = 2**25
 """The largest value that glibc before 2.35 accepts on 64-bit machines."""
 UNTRIMMED = 2**31 - 1
 """Free bytes at the end of the heap that are not returned to the kernel; the largest int."""
+SAME_INTERRUPT = 0.3
+"""Seconds within which a second interrupt is the first one once more: programs that start a command, such as `uv run`,
+pass on what the terminal has sent to the command as well."""
 SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 """Environment variables with which users set the same thresholds."""
 
@@ -62,14 +66,31 @@ def importing_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_interrupt_lost() -> Iterator[None]:
+def no_interrupt_lost(said_first: str = "") -> Iterator[None]:
     """Within the block, an interrupt that arrives during a callback (such as that of a weak reference) is raised again.
 
     Python prints such an exception as "ignored" and continues. The interrupt is sent again after 0.1 s, because one
     that has already arrived cannot end a wait that begins later, and at the latest when the block ends.
+
+    With `said_first`, the first interrupt prints that line, and a second one ends the process at once: what is open is
+    not closed, as after a kill. Only for the main thread of a process that does nothing else.
     """
     before = sys.unraisablehook
     again: list[threading.Timer] = []
+    seen: list[float] = []
+    handler_before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(*_: Any) -> None:
+        now = time.monotonic()
+        if not seen:
+            os.write(2, f"{said_first}\n".encode())  # `print` may be what was interrupted
+        elif not again and now - seen[0] < SAME_INTERRUPT:
+            return
+        elif not again:
+            os._exit(130)
+        again.clear()
+        seen.append(now)
+        raise KeyboardInterrupt
 
     def hook(unraisable: UnraisableHookArgs) -> None:
         if unraisable.exc_type is KeyboardInterrupt:
@@ -79,10 +100,15 @@ def no_interrupt_lost() -> Iterator[None]:
             before(unraisable)
 
     sys.unraisablehook = hook
+    installed = bool(said_first) and handler_before is signal.default_int_handler  # a shell may have it ignored
+    if installed:
+        signal.signal(signal.SIGINT, interrupted)
     try:
         yield
     finally:
         sys.unraisablehook = before
+        if installed:
+            signal.signal(signal.SIGINT, handler_before)
         pending = [timer for timer in again if timer.is_alive()]
         for timer in pending:
             timer.cancel()

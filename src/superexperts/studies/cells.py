@@ -1,4 +1,4 @@
-"""The cells of a study: which ones there are, which others each one needs, and how a cell is run.
+"""How a cell of a study is run.
 
 A cell is one command with its settings and its own folder. Every command knows from the hashes of its inputs whether
 its result is up to date, so running a finished cell again only costs that check. This is the one module of a study that
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from superexperts.adapters import export
 from superexperts.adapters.borrow import ModelCache
@@ -19,7 +19,6 @@ from superexperts.core.errors import OptionError
 from superexperts.core.runs import completed, new_folder, write_json, write_manifest
 from superexperts.core.types import ExpertSet
 from superexperts.data.corpora import takes_column
-from superexperts.engines import ENGINES
 from superexperts.evaluation import evaluate
 from superexperts.evaluation.evaluate import EvaluateConfig
 from superexperts.extraction import extract
@@ -30,6 +29,7 @@ from superexperts.profiling import profile, select
 from superexperts.profiling.profile import ProfileConfig
 from superexperts.profiling.select import SelectConfig
 from superexperts.results.variants import Run
+from superexperts.studies.cell_list import Cell, judged_here, needs_checkpoints
 from superexperts.studies.plan import Plan, expert_files, reads
 from superexperts.surgery import prune
 from superexperts.surgery.prune import PruneConfig
@@ -37,62 +37,12 @@ from superexperts.training import train
 from superexperts.training.resume import checkpoints_folder
 from superexperts.training.train import TrainConfig
 
-__all__ = ["Cell", "Worker", "cells", "extraction_settings"]
-
-Stage = Literal["data", "profile", "select", "train", "checkpoint", "evaluate", "extract"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One command of the study."""
-
-    stage: Stage
-    run: str | None = None
-    """Name of the run that it belongs to; None for a cell that all runs share."""
-    needs: tuple[str, ...] = ()
-    """Names of the cells that must be done first."""
-
-    @property
-    def name(self) -> str:
-        """Such as `train lora-super-s1`."""
-        return self.stage if self.run is None else f"{self.stage} {self.run}"
-
-
-def cells(plan: Plan) -> tuple[Cell, ...]:
-    """All cells, each after those that it needs; runs that need no training come first."""
-    shared = [Cell(stage="data")] if plan.data_dir == "pocket" else []
-    data = tuple(cell.name for cell in shared)
-    shared += [Cell(stage="profile", needs=data), Cell(stage="select", needs=("profile",))]
-    trained = [run for run in plan.runs if run.kind == "lora"]
-    found = [*shared]
-    for run in [*(run for run in plan.runs if run.kind != "lora"), *trained]:
-        before = data if run.kind == "base" else ("select",)
-        if run.kind == "lora":
-            found.append(Cell(stage="train", run=run.name, needs=before))
-            before = (found[-1].name,)
-        if run.kind != "base" and needs_checkpoints(plan):
-            found.append(Cell(stage="checkpoint", run=run.name, needs=before))
-            before = (found[-1].name,)
-        found.append(Cell(stage="evaluate", run=run.name, needs=before))
-        found.append(Cell(stage="extract", run=run.name, needs=(found[-1].name,)))
-    if judged_here(plan):  # extract last: otherwise model and judge, both large, would be loaded in turns
-        found.sort(key=lambda cell: cell.stage == "extract")
-    return tuple(found)
-
-
-def judged_here(plan: Plan) -> bool:
-    """Whether the processes of the study load a judge."""
-    return plan.extraction.get("judge", "off") != "off" and plan.extraction.get("judge_base_url") is None
+__all__ = ["Worker", "extraction_settings"]
 
 
 def extraction_settings(plan: Plan, folder: Path, device: str = "auto") -> ExtractConfig:
     """The settings of `extract` for the run in `folder`."""
     return ExtractConfig(folder=folder, device=device, **plan.extraction)
-
-
-def needs_checkpoints(plan: Plan) -> bool:
-    """Whether the answers come from an engine that needs every variant as a separate checkpoint."""
-    return not ENGINES[plan.engine].in_process
 
 
 class Worker:

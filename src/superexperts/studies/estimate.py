@@ -19,7 +19,7 @@ from superexperts.benchmarks.loading import load_benchmarks
 from superexperts.data.corpora import local_data
 from superexperts.models.banks import find_banks
 from superexperts.models.loading import pick_device, structure_of
-from superexperts.studies.cells import Cell, cells
+from superexperts.studies.cell_list import Cell, cells
 from superexperts.studies.check import settings_of_plan
 from superexperts.studies.plan import Plan
 from superexperts.studies.progress import cell_states

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from superexperts.studies.cells import Cell
+    from superexperts.studies.cell_list import Cell
 
 __all__ = ["LOCK", "LOG", "cell_states", "duration", "is_running", "write_event"]
 

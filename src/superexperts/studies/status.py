@@ -42,7 +42,7 @@ def run(config: StatusConfig) -> dict[str, Any]:
     """The command: the state of every cell, and the scores of the runs that were evaluated and extracted."""
     file = require_inside(config.folder, "study.yaml", "folder", "the folder of a study")
     # A study's plan knows the settings of every command, which takes seconds to import; --help does not need it.
-    from superexperts.studies.cells import cells
+    from superexperts.studies.cell_list import cells
     from superexperts.studies.study_file import parse
 
     plan = parse(file.read_text(encoding="utf-8"), str(file))

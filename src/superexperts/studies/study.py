@@ -82,19 +82,28 @@ def rewrite_arguments(words: Sequence[str]) -> list[str]:
     return words
 
 
+def check(config: StudyConfig) -> None:
+    """What is wrong in the study file by itself, before any library is imported."""
+    if not config.init:
+        from superexperts.studies.study_file import read_study  # here, since --help needs no other command's settings
+
+        read_study(config.study)
+
+
 def run(config: StudyConfig) -> dict[str, Any]:
     """The command: runs the cells that are not done, then writes results.json, result.csv and the report."""
     # All commands and what they need take seconds to import; --help and --init do not need them.
     if config.init:
         assert config.study is not None
         return {"written": str(_write_template(config.study))}
-    from superexperts.studies.check import check
+    from superexperts.studies.check import check as check_plan
     from superexperts.studies.estimate import estimate
-    from superexperts.studies.workflow import read_study, run_study
+    from superexperts.studies.study_file import read_study
+    from superexperts.studies.workflow import run_study
 
     text, plan = read_study(config.study)
     out = config.out or Path("runs") / plan.name
-    check(plan, text, str(config.study or "STUDY"), device=config.device, here=config.ray is None)
+    check_plan(plan, text, str(config.study or "STUDY"), device=config.device, here=config.ray is None)
     if config.dry_run:
         return {"plan": estimate(plan, out, config.device), "out": str(out)}
     results = run_study(plan, text, out, device=config.device, workers=config.workers, ray=config.ray)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from pydantic import ValidationError
 
-from superexperts.core.errors import DataError, ExpertsError, OptionError
+from superexperts.core.errors import DataError, ExpertsError, Field, OptionError
 from superexperts.core.settings import typed
 from superexperts.core.types import ExpertSet
 from superexperts.engines import ENGINES
@@ -26,7 +27,7 @@ from superexperts.studies.lined_yaml import LinedYaml, Place
 from superexperts.studies.plan import Plan, StudyFile, VariantPlan, reads
 from superexperts.training.train import TrainConfig
 
-__all__ = ["line_of", "parse"]
+__all__ = ["line_of", "parse", "read_study"]
 
 PER_RUN = {"out", "overwrite", "json", "device", "trust_remote_code"}
 """Options that say where and how a study is run, not what it is."""
@@ -61,6 +62,23 @@ REASONS = {
 def parse(text: str, name: str = "STUDY") -> Plan:
     """Read a study file; `OptionError` lists all errors with their lines. `name` is the name of the file."""
     return _Reader(text, name).plan()
+
+
+def read_study(path: Path | None) -> tuple[str, Plan]:
+    """The text of a study file (by default the demo's) and its plan."""
+    if path is None:
+        text = (files("superexperts.pocket") / "study.yaml").read_text(encoding="utf-8")
+        return text, parse(text)
+    if not path.is_file():
+        raise OptionError(
+            f"{str(path)!r} is not a file; give a study file, write one with ",
+            Field("init"),
+            ", or use ",
+            Field("demo"),
+            field="study",
+        )
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text, parse(text, str(path))
 
 
 def line_of(text: str, place: Place) -> int | None:

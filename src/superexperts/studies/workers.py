@@ -27,7 +27,8 @@ from typing import Any, Protocol
 import torch
 
 from superexperts.core.errors import OptionError, OutputError, SuperExpertsError
-from superexperts.studies.cells import Cell, Worker
+from superexperts.studies.cell_list import Cell
+from superexperts.studies.cells import Worker
 from superexperts.studies.plan import Plan
 from superexperts.studies.progress import LOCK, write_event
 

@@ -7,14 +7,13 @@ it stopped, and a finished one does no work.
 from __future__ import annotations
 
 import time
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from superexperts.benchmarks.loading import LoadedBenchmark, load_benchmarks
 from superexperts.checkpoints.source import resolve
 from superexperts.core.console import note, stderr
-from superexperts.core.errors import DataError, Field, OptionError
+from superexperts.core.errors import DataError
 from superexperts.core.runs import (
     completed,
     fingerprint,
@@ -28,13 +27,12 @@ from superexperts.data.corpora import local_data, local_file, named_corpus
 from superexperts.reports.report import write_report
 from superexperts.results.conclude import conclude
 from superexperts.results.tables import write_csv
-from superexperts.studies.cells import Cell, cells
+from superexperts.studies.cell_list import Cell, cells
 from superexperts.studies.check import given_experts, row_files
 from superexperts.studies.plan import Plan
-from superexperts.studies.study_file import parse
 from superexperts.studies.workers import locked, open_workers, schedule
 
-__all__ = ["STUDY", "read_study", "run_study"]
+__all__ = ["STUDY", "run_study"]
 
 STUDY = "study.yaml"
 """The study file, as it was run, in the study's folder."""
@@ -67,23 +65,6 @@ def run_study(
         if not (out / "report.html").is_file():
             write_report(out)  # after the manifest, which it shows
     return read_json(out / "results.json", "study")
-
-
-def read_study(path: Path | None) -> tuple[str, Plan]:
-    """The text of a study file (by default the demo's) and its plan."""
-    if path is None:
-        text = (files("superexperts.pocket") / STUDY).read_text(encoding="utf-8")
-        return text, parse(text)
-    if not path.is_file():
-        raise OptionError(
-            f"{str(path)!r} is not a file; give a study file, write one with ",
-            Field("init"),
-            ", or use ",
-            Field("demo"),
-            field="study",
-        )
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return text, parse(text, str(path))
 
 
 def _run_cells(plan: Plan, out: Path, device: str, workers: int | None, ray: str | None) -> None:
