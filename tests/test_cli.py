@@ -207,7 +207,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "--dtype: 'float32' does nothing with --engine api, where the server decides; leave it out",
         ),
         (["evaluate", "--base-url", "http://h/v1"], "--base-url: 'http://h/v1' needs --engine api, not hf; give that"),
-        (["evaluate", "--tasks", "MMLU", "nope"], "MODEL: 'nope'"),
         (["evaluate", "--tasks", "MMLU, nope"], "--tasks: 'nope' is unknown"),
         (["export", "x", "--format", "peft", "--copy"], "--copy: does nothing without --format merged; leave it out"),
         (["check-adapter", "pocket", "x", "--prompts", "8"], "--prompts: 8 does nothing without --base-url; leave it"),
@@ -219,6 +218,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["extract", "x", "--judge", "all", "--timeout", "9"], "--timeout: 9.0 does nothing without --judge-base-url"),
         (["study", "x.yaml", "--demo"], "--demo: excludes STUDY x.yaml; give one of the two"),
         (["study", "x.yaml", "--init", "--workers", "2"], "--workers: 2 does nothing with --init, which runs nothing"),
+        (
+            ["push", "x", "--repo", "a/b", "--private", "--no-private"],
+            "--private: excludes --no-private; give one of the two",
+        ),
         (["restore"], "DIR"),
         (["restore", "nowhere"], "DIR: 'nowhere' does not exist; give the checkpoint folder that `prune` wrote"),
         (["compare", "pocket"], "B"),

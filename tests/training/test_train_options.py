@@ -475,7 +475,7 @@ def test_every_loss_goes_to_the_tracker_that_was_asked_for(
         add_hparams = flush = close = add_text
 
     there = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name))
-    monkeypatch.setattr("superexperts.training.train.importlib", there)
+    monkeypatch.setattr("superexperts.training.checks.importlib", there)
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
     for name in ("wandb", "trackio"):
         other = Callback if name == tracker else TrainerCallback

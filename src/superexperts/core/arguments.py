@@ -11,7 +11,7 @@ from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 from tyro import _errors as refusals  # the only way to learn what was wrong without parsing the box that tyro prints
 
-from superexperts.core.errors import OptionError
+from superexperts.core.errors import Field, OptionError
 from superexperts.core.settings import plain_number
 
 __all__ = ["joined", "read_arguments", "speller"]
@@ -51,6 +51,9 @@ def read_arguments(
     def refuse(event: refusals.ParseErrorEvent) -> None:
         raise _refusal(event, kind, prog, arguments)
 
+    for name in get_type_hints(kind):
+        if {speller(kind)(name), speller(kind)(f"no_{name}")} <= {*arguments}:
+            raise OptionError("excludes ", Field(f"no_{name}"), "; give one of the two", field=name)
     arguments = _plain_numbers(kind, joined(arguments, lambda word: EXPERTS.fullmatch(word) is not None))
     with refusals.on_parse_error(refuse):
         if default is None:
