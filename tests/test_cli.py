@@ -419,3 +419,12 @@ def test_a_reader_that_stops_early_is_no_traceback(words: list[str], tmp_path: P
         process.stdout = None
         _, said = process.communicate(b"\n", timeout=60)
     assert (process.returncode, said) == (1, b"")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_no_none(name: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    said = capsys.readouterr().out
+    assert "None" not in said
+    assert "--json" in said

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Sequence
 from types import NoneType
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro import _errors as refusals  # the only way to learn what was wrong without parsing the box that tyro prints
@@ -56,9 +57,20 @@ def read_arguments(
             raise OptionError("excludes ", Field(f"no_{name}"), "; give one of the two", field=name)
     arguments = _plain_numbers(kind, joined(arguments, lambda word: EXPERTS.fullmatch(word) is not None))
     with refusals.on_parse_error(refuse):
+        _without_none(kind)
+        plain = (tyro.conf.DisallowNone,)  # an option whose default is None is left out; the word None is a value
         if default is None:
-            return tyro.cli(kind, prog=prog, args=list(arguments))
-        return tyro.cli(kind, prog=prog, args=list(arguments), default=default)
+            return tyro.cli(kind, prog=prog, args=list(arguments), config=plain)
+        return tyro.cli(kind, prog=prog, args=list(arguments), default=default, config=plain)
+
+
+def _without_none(kind: Any) -> None:
+    """Keeps "(default: None)" and a switch's "(default: False)" out of the help of a command."""
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        done = not isinstance(kind.__annotations__.get(name, ""), str)  # by an earlier call
+        if not done and any(defaults.get(name, ...) is nothing for nothing in (None, False)):
+            kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
 
 
 def joined(words: Sequence[str], is_item: Callable[[str], bool]) -> list[str]:

@@ -107,7 +107,7 @@ class EvaluateConfig(ChatConfig, ServerConfig, SeededConfig):
     """perplexity: tokens per sequence."""
     reference_windows: Switch = False
     """perplexity: the whole corpus, cut into windows as in the paper's code (there with --seq-len 2048), with one BOS
-    before the first; --tokens is ignored."""
+    before the first; not with --tokens."""
     variant: str | None = None
     """Name of this variant in the answers; default: that of the adapter's folder, or base without an adapter."""
     data_dir: Path | None = None
