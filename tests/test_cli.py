@@ -222,6 +222,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ["push", "x", "--repo", "a/b", "--private", "--no-private"],
             "--private: excludes --no-private; give one of the two",
         ),
+        (
+            ["prune", "pocket", "L2E5"],
+            "'L2E5' is one argument too many; give it with --experts, see superexperts prune",
+        ),
+        (
+            ["prune", "--experts", "L2E5", "--tokens", "ten"],
+            "--tokens: 'ten' is not a whole number; give one like 4096",
+        ),
         (["restore"], "DIR"),
         (["restore", "nowhere"], "DIR: 'nowhere' does not exist; give the checkpoint folder that `prune` wrote"),
         (["compare", "pocket"], "B"),

@@ -23,7 +23,7 @@ like them."""
 
 Settings = TypeVar("Settings")
 
-NUMBERS = {int: "a whole number", float: "a number"}
+NUMBERS = {int: "a whole number; give one like 4096 or 4k", float: "a number; give one like 0.5"}
 
 
 def speller(kind: type) -> Callable[[str], str]:
@@ -136,7 +136,8 @@ def _unknown(tokens: Sequence[str], kind: type) -> str:
     known = [name for name in map(spell, get_type_hints(kind)) if len(name) > len("--r")]
     options = [token for token in tokens if token.startswith("-")]
     if not options:
-        return f"{tokens[0]!r} is one argument too many; "
+        option = "give it with --experts, " if EXPERTS.fullmatch(tokens[0]) and "--experts" in known else ""
+        return f"{tokens[0]!r} is one argument too many; {option}"
     near = difflib.get_close_matches(options[0].partition("=")[0], known, n=1)
     return f"there is no option {options[0]}; " + (f"did you mean {near[0]}? " if near else "")
 
