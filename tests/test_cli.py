@@ -224,11 +224,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             ["prune", "pocket", "L2E5"],
-            "'L2E5' is one argument too many; give it with --experts, see superexperts prune",
+            "'L2E5' is one argument too many; give it with --experts, see",
         ),
         (
             ["prune", "--experts", "L2E5", "--tokens", "ten"],
-            "--tokens: 'ten' is not a whole number; give one like 4096",
+            "--tokens: 'ten' is not a whole number; give one",
         ),
         (["restore"], "DIR"),
         (["restore", "nowhere"], "DIR: 'nowhere' does not exist; give the checkpoint folder that `prune` wrote"),

@@ -112,16 +112,15 @@ def _refusal(event: refusals.ParseErrorEvent, kind: type, prog: str, arguments: 
     if isinstance(event, refusals.InvalidChoice):
         field = event.argument.field.intern_name
         # As declared: tyro gives the choices of an option that may be left out in any order, and None among them.
-        kind_of_field = event.argument.field.type
+        kind_of_field = get_type_hints(kind)[field]
         literals = [hint for hint in (kind_of_field, *get_args(kind_of_field)) if get_origin(hint) is Literal]
         choices = [str(choice) for literal in literals for choice in get_args(literal)] or event.choices
         return OptionError(f"{event.value!r} is unknown; choose from {', '.join(choices)}", field=field)
     if isinstance(event, refusals.BadValue):
         return OptionError(f"needs a value; {see}", field=event.argument.field.intern_name)
     if isinstance(event, refusals.InstantiationFailure) and event.argument is not None:
-        types = [
-            hint for hint in (event.argument.field.type, *get_args(event.argument.field.type)) if hint is not NoneType
-        ]
+        hint = get_type_hints(kind).get(event.argument.field.intern_name)
+        types = [each for each in (hint, *get_args(hint)) if each is not NoneType]
         expected = next((NUMBERS[hint] for hint in types if hint in NUMBERS), None)
         if expected is not None:
             value = _value_of(event.argument.display_name(), arguments)
