@@ -271,7 +271,7 @@ def test_no_answer_stands_for_another_adapters(tmp_path: Path, capsys: pytest.Ca
     for factor in (1, 2):
         weights = {name: tensor * factor for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
         save_file(weights, adapter / "adapter_model.safetensors")
-        evaluate.run(dataclasses.replace(config, adapter=adapter))
+        evaluate.run(dataclasses.replace(config, adapter=adapter, overwrite=True))
         effects.append(json.loads((tmp_path / "out" / "manifest.json").read_text())["effect"]["max_logit_change"])
     assert 0 < effects[0] < effects[1]
     said = capsys.readouterr().err
