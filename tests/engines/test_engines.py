@@ -202,7 +202,7 @@ def test_an_answer_of_null_is_empty(tmp_path: Path, data: Path) -> None:
         ({"engine": "api"}, "base_url: missing for engine api; give the server's URL"),
         ({"engine": "api", "base_url": "localhost:8000"}, "base_url: 'localhost:8000' is not a URL"),
         ({"engine": "api", "base_url": "http://me:secret@host/v1"}, "base_url: 'host/v1' holds a password"),
-        ({"base_url": "http://host/v1"}, "base_url: 'http://host/v1' excludes engine hf"),
+        ({"base_url": "http://host/v1"}, "base_url: 'http://host/v1' needs engine api, not hf; give that as well"),
         ({"engine": "vllm", "silence": "L1E1"}, "silence: 'L1E1' needs engine hf, not vllm"),
         ({"engine": "vllm", "adapter": Path("a")}, "adapter: 'a' needs engine hf, not vllm"),
         ({"engine": "sglang", "perplexity": "c4"}, "perplexity: 'c4' needs engine hf, not sglang"),
