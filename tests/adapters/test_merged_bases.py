@@ -27,9 +27,9 @@ from tests.support.families import tiny_model
 from tests.training.test_train import byte_tokenizer
 
 
-def mxfp4(plain: Path, quantized: Path) -> None:
+def mxfp4(plain: Path, quantized: Path, **sizes: int) -> None:
     """gpt_oss with its experts in MXFP4, and the ordinary numbers that these stand for."""
-    tiny_model("gpt_oss", torch.bfloat16, intermediate_size=32).save_pretrained(quantized)
+    tiny_model("gpt_oss", torch.bfloat16, intermediate_size=32, **sizes).save_pretrained(quantized)
     weights, generator = load_file(quantized / "model.safetensors"), torch.Generator().manual_seed(0)
     meant = dict(weights)
     for key in [key for key in weights if key.endswith("_proj") and ".experts." in key]:
@@ -39,17 +39,17 @@ def mxfp4(plain: Path, quantized: Path) -> None:
         scales = torch.randint(120, 124, shape, dtype=torch.uint8, generator=generator)
         weights |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
         meant[key] = convert_moe_packed_tensors(blocks, scales).contiguous()
-    tiny_model("gpt_oss", torch.bfloat16, intermediate_size=32).save_pretrained(plain)
+    tiny_model("gpt_oss", torch.bfloat16, intermediate_size=32, **sizes).save_pretrained(plain)
     save_file(meant, plain / "model.safetensors", metadata={"format": "pt"})
     save_file(weights, quantized / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((quantized / "config.json").read_text())
     (quantized / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "mxfp4"}}))
 
 
-def float8(plain: Path, quantized: Path) -> None:
+def float8(plain: Path, quantized: Path, **sizes: int) -> None:
     """Qwen3-MoE with float8 projections, and the ordinary numbers that these stand for."""
     for folder in (plain, quantized):
-        tiny_model("qwen3_moe", torch.bfloat16).save_pretrained(folder)
+        tiny_model("qwen3_moe", torch.bfloat16, **sizes).save_pretrained(folder)
     meant = quantize(quantized, (128, 128))
     save_file(load_file(plain / "model.safetensors") | meant, plain / "model.safetensors", metadata={"format": "pt"})
 

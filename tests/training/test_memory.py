@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import nn
 
-from superexperts.checkpoints.source import ModelSource, resolve
+from superexperts.checkpoints.source import resolve
 from superexperts.core.errors import OptionError
 from superexperts.models.loading import load_structure
 from superexperts.training import memory, train
@@ -57,12 +57,6 @@ def test_layers_on_disk_train_the_same_adapter(config: Any, tmp_path: Path, caps
     assert (tmp_path / "away" / WEIGHTS).read_bytes() == (tmp_path / "here" / WEIGHTS).read_bytes()
 
 
-def quantized(source: ModelSource) -> Any:
-    model: Any = load_structure(source)
-    model.config.quantization_config = {"quant_method": "fp8"}
-    return model
-
-
 def test_what_cannot_be_offloaded_or_quantized(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OptionError, match="offload: layer 0 carries an adapter"):
@@ -76,7 +70,7 @@ def test_what_cannot_be_offloaded_or_quantized(config: Any, tmp_path: Path, monk
     with pytest.raises(OptionError, match="load_in_4bit: no linear map of a suitable size lies outside"):
         train.run(config("c", load_in_4bit=True))  # its maps are 32 wide
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "load_structure", quantized)
+        patch.setattr(memory, "is_quantized", lambda settings: True)
         with pytest.raises(OptionError, match="load_in_4bit: the model is quantized already; leave it out"):
             train.run(config("d", load_in_4bit=True))
     assert sorted(tmp_path.iterdir()) == before

@@ -13,19 +13,14 @@ from typing import Any, cast
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import FineGrainedFP8Config, Mxfp4Config
 
 from superexperts.adapters.files import one_line
 from superexperts.adapters.lora import load_adapter, quiet
-from superexperts.checkpoints.float8 import is_quantized
 from superexperts.checkpoints.source import ModelSource
-from superexperts.core.errors import DataError, Field, ModelError
-from superexperts.models.loading import load_as_stored, settings_of
+from superexperts.core.errors import DataError, Field
+from superexperts.models.loading import load_unquantized
 
-__all__ = ["load_unquantized", "merge_in_memory"]
-
-DEQUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
-"""Quantization -> the settings by which transformers loads it as ordinary numbers."""
+__all__ = ["merge_in_memory"]
 
 
 def merge_in_memory(adapter: Path, source: ModelSource, out: Path) -> None:
@@ -51,36 +46,6 @@ def merge_in_memory(adapter: Path, source: ModelSource, out: Path) -> None:
         )
     _tie_again(merged, tied)
     merged.save_pretrained(out)
-
-
-def load_unquantized(source: ModelSource) -> nn.Module:
-    """The model on the CPU in the checkpoint's own dtype, or in bfloat16 where that is quantized.
-
-    `ModelError` for a quantization that cannot be undone.
-    """
-    settings = settings_of(source)
-    if not is_quantized(settings):
-        return load_as_stored(source)
-    said = settings.quantization_config
-    method = said.get("quant_method") if isinstance(said, Mapping) else getattr(said, "quant_method", None)
-    method = str(getattr(method, "value", method))
-    if method not in DEQUANTIZED:
-        raise ModelError(
-            f"{source.name!r} is quantized by {method}, which cannot be undone here; give its bfloat16 checkpoint",
-            field=source.field,
-        )
-    model: Any = load_as_stored(source, quantization_config=DEQUANTIZED[method](dequantize=True))
-    if any(parameter.dtype.itemsize == 1 for parameter in model.parameters()):
-        raise ModelError(
-            f"{source.name!r} is quantized by {method} and loads so; give its bfloat16 checkpoint", field=source.field
-        )
-    # What is saved is no longer quantized; with the old settings it would load as other numbers.
-    for config in (model.config, model.config.get_text_config()):
-        vars(config).pop("quantization_config", None)
-    model.hf_quantizer = None
-    model.is_quantized = False
-    model._weight_conversions = None  # how the quantized form was read, which saving would undo
-    return cast(nn.Module, model)
 
 
 def _require_biases(adapted: PeftModel, adapter: Path) -> None:

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from superexperts.adapters.effect import without_adapter
 from superexperts.adapters.lora import load_adapter
-from superexperts.adapters.merge_loaded import load_unquantized
 from superexperts.checkpoints.float8 import is_quantized
 from superexperts.checkpoints.reader import Checkpoint
 from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import note
 from superexperts.core.errors import DataError
-from superexperts.models.loading import fits_in_memory, load_model, settings_of
+from superexperts.models.loading import fits_in_memory, load_model, load_unquantized, settings_of
 
 __all__ = ["compared_logits"]
 

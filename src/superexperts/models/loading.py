@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import EllipsisType
 from typing import Any, cast
 
 import psutil
@@ -15,11 +16,15 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoTokenizer,
+    FineGrainedFP8Config,
+    GenerationConfig,
+    Mxfp4Config,
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.utils.logging import disable_progress_bar
 
+from superexperts.checkpoints import float8
 from superexperts.checkpoints.reader import Checkpoint
 from superexperts.checkpoints.source import ModelSource
 from superexperts.core.console import stderr
@@ -36,10 +41,14 @@ __all__ = [
     "load_model",
     "load_structure",
     "load_tokenizer",
+    "load_unquantized",
     "pick_device",
     "settings_of",
     "structure_of",
 ]
+
+DEQUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+"""Quantization -> the settings by which transformers loads it as ordinary numbers."""
 
 MAX_LAYERS = 1000
 """More than any model has; a structure is built layer by layer, and a hostile number would take hours."""
@@ -60,10 +69,13 @@ def pick_device(device: str) -> torch.device:
 def load_model(source: ModelSource, *, device: str = "auto", dtype: str = "auto", spread: bool = False) -> nn.Module:
     """The causal language model in evaluation mode on its device, or `spread` over all GPUs by Accelerate.
 
-    It is an error if the checkpoint lacks weights of the model, or holds keys that no parameter takes.
+    On a CPU, whose kernels do not compute in them, float8 and MXFP4 weights are loaded as ordinary numbers. It is an
+    error if the checkpoint lacks weights of the model, or holds keys that no parameter takes.
     """
     place = pick_device(device)
     dtype = "float32" if dtype == "auto" and place.type == "cpu" else dtype
+    if place.type == "cpu" and _quantization(settings_of(source)) in DEQUANTIZED:
+        return load_unquantized(source, dtype)
     if spread:
         return load_as_stored(source, dtype, device_map="auto")
     return load_as_stored(source, dtype).to(place)
@@ -100,8 +112,11 @@ def load_as_stored(
     if not stderr.is_terminal:
         disable_progress_bar()  # in a log, a bar of 65 tensors is 65 lines
     try:
-        model, info = auto_class(settings_of(source)).from_pretrained(
-            source.folder,
+        # The class itself where the tensors are given: transformers' choice among classes needs a folder.
+        given = "state_dict" in more
+        kind: Any = type(structure_of(more["config"], source)) if given else auto_class(settings_of(source))
+        model, info = kind.from_pretrained(
+            None if given else source.folder,
             dtype=dtype,
             trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
@@ -122,6 +137,82 @@ def load_as_stored(
                 f"{source.name!r} has {len(info[what])} {what} ({some}); repair the checkpoint", field=source.field
             )
     return cast(nn.Module, model.eval())
+
+
+def load_unquantized(source: ModelSource, dtype: str = "auto") -> nn.Module:
+    """As `load_as_stored`, with quantized weights as the bfloat16 numbers that they stand for, in `dtype`.
+
+    `ModelError` for a quantization that cannot be undone.
+    """
+    settings = settings_of(source)
+    method = _quantization(settings)
+    if method is None:
+        return load_as_stored(source, dtype)
+    if method not in DEQUANTIZED:
+        raise ModelError(
+            f"{source.name!r} is quantized by {method}, which cannot be undone here; give its bfloat16 checkpoint",
+            field=source.field,
+        )
+    if _in_blocks(source, settings):
+        return _from_blocks(source, settings, dtype)
+    model: Any = load_as_stored(source, dtype, quantization_config=DEQUANTIZED[method](dequantize=True))
+    if any(parameter.dtype.itemsize == 1 for parameter in model.parameters()):
+        raise ModelError(
+            f"{source.name!r} is quantized by {method} and loads so; give its bfloat16 checkpoint", field=source.field
+        )
+    # What is saved is no longer quantized; with the old settings it would load as other numbers.
+    for config in (model.config, model.config.get_text_config()):
+        vars(config).pop("quantization_config", None)
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model._weight_conversions = None  # how the quantized form was read, which saving would undo
+    return cast(nn.Module, model)
+
+
+class _Unread:
+    """A tensor that is read when transformers asks for `[...]`, as it does of its own slices of a file."""
+
+    def __init__(self, checkpoint: Checkpoint, key: str) -> None:
+        self._checkpoint, self._key = checkpoint, key
+
+    def __getitem__(self, everything: EllipsisType) -> torch.Tensor:
+        return self._checkpoint.read(self._checkpoint[self._key])
+
+
+def _in_blocks(source: ModelSource, settings: Any) -> bool:
+    """Whether the weights are float8 with scales as `checkpoints.float8` reads them."""
+    if not isinstance(settings.quantization_config.get("weight_block_size"), list):
+        return False
+    with Checkpoint(source.folder, source.field) as checkpoint:
+        return not any(key.endswith(".scale") for key in checkpoint)  # DeepSeek-V4's, some of them for 4-bit weights
+
+
+def _from_blocks(source: ModelSource, settings: Any, dtype: str) -> nn.Module:
+    """The model with float8 blocks read as `profile` reads them.
+
+    Not by transformers, which takes the block's size from the number of blocks: wrong, or an error, where the last
+    block of a matrix is smaller than the others (576 rows of DeepSeek-V3).
+    """
+    with float8.opened(source.folder, settings, source.field) as checkpoint:
+        for config in (settings, settings.get_text_config()):
+            vars(config).pop("quantization_config", None)
+        if dtype == "auto":
+            dtype = str(settings.get_text_config().dtype or torch.bfloat16).removeprefix("torch.")
+        tensors = {key: _Unread(checkpoint, key) for key in checkpoint}
+        model: Any = load_as_stored(source, dtype, config=settings, state_dict=tensors)
+    model.config._name_or_path = model.name_or_path = str(source.folder)
+    with contextlib.suppress(OSError):  # without the file, what config.json says
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return cast(nn.Module, model)
+
+
+def _quantization(settings: Any) -> str | None:
+    """The method by which config.json says that the weights are quantized; None where they are not."""
+    if not float8.is_quantized(settings):
+        return None
+    said = settings.quantization_config
+    method = said.get("quant_method") if isinstance(said, Mapping) else getattr(said, "quant_method", None)
+    return str(getattr(method, "value", method))
 
 
 def empty_model(source: ModelSource, *, device: str = "auto", dtype: str = "auto") -> nn.Module:

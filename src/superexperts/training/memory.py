@@ -22,7 +22,7 @@ from superexperts.core.console import note
 from superexperts.core.distributed import is_distributed
 from superexperts.core.errors import ModelError, OptionError
 from superexperts.models.decoder import decoder_layers, layer_number
-from superexperts.models.loading import load_as_stored, load_model, load_structure, pick_device
+from superexperts.models.loading import load_as_stored, load_model, load_structure, pick_device, settings_of
 
 __all__ = ["load_to_train"]
 
@@ -45,6 +45,10 @@ def load_to_train(
     """
     if not load_in_4bit and not offload:
         return load_model(source, device=device, dtype=dtype)
+    if is_quantized(settings_of(source)):
+        raise OptionError(
+            "the model is quantized already; leave it out", field="load_in_4bit" if load_in_4bit else "offload"
+        )
     # The adapter is attached to an empty copy first: which layers it adapts decides how the real weights are loaded.
     structure = load_structure(source)
     attach(structure)
@@ -95,8 +99,6 @@ def require_bitsandbytes() -> None:
 
 def _four_bits(model: nn.Module, skipped: list[str], device: torch.device) -> BitsAndBytesConfig:
     require_bitsandbytes()
-    if is_quantized(model.config):
-        raise OptionError("the model is quantized already; leave it out", field="load_in_4bit")
     head = next((name for name, module in model.named_modules() if module is _head(model)), "lm_head")
     kept = [re.escape(path) for path in (*skipped, head)]
     outside = {
