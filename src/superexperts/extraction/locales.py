@@ -11,25 +11,38 @@ from collections.abc import Callable
 from decimal import Decimal
 from functools import partial
 
+from superexperts.extraction.cued import strange
+
 __all__ = ["english_numbers"]
 
-# Most texts hold none of these. That it begins with a set of characters makes it fast.
-_GATE = re.compile(
-    r"\d(?:[\u00a0\u202f\u2009 '’_]\d{3}(?!\d)|,(?!\d{3}(?!\d))\d|\.\d{3}(?!\d)|\s?[kKmMbB]n?\b"
-    r"|\s?(?:ngh|ng[àa]n|tri|t[ỷỉ]|lakh|crore|万|亿))"
-)
+
+def _signs(gaps: str, scales: str, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
+    """What stands behind a figure where a number may need to be rewritten; most texts hold none.
+
+    That the pattern begins with two sets of characters makes it fast.
+    """
+    return re.compile(
+        rf"\d(?=[\s{gaps},.kKmMbBntlc万亿])(?=(?P<gap>[{gaps}]\d{{3}}(?!\d))|(?P<blank> \d{{3}}(?!\d))"
+        r"|(?P<comma>,(?!\d{3}(?!\d))\d)|(?P<point>\.\d{3}(?!\d))|(?P<suffix>\s?[kKmMbB]n?\b)"
+        rf"|(?P<scale>\s?(?:{scales})))",
+        flags,
+    )
+
+
+_SIGNS = _signs("\u00a0\u202f\u2009'’_", "ngh|ng[àa]n|tri|t[ỷỉ]|lakh|crore|万|亿")
+_ASCII_SIGNS = _signs("'_", "ngh|ngan|tri|lakh|crore", re.ASCII)
 _GAPS = re.compile(r"(?<![\d.,])\d{1,3}(?:[\u00a0\u202f\u2009'’_]\d{3}){1,6}(?![\d'’_])")
 _BLANKS = re.compile(r"(?<![\d.,])(?<!\d )(\d{1,3})((?: \d{3}){1,6})(?! ?\d)")
 _INDIAN = re.compile(r"(?<![\d,.])\d{1,2}(?:,\d{2}){1,5},\d{3}(?![\d,])")
 _POINTS_AND_COMMA = re.compile(r"(?<![\d,.])(\d{1,3}(?:\.\d{3})+),(\d{1,4})(?![\d,])")
 _POINTS = re.compile(r"(?<![\d,.])(?!0\.)(\d{1,3}(?:\.\d{3})+)(?![\d,]|\.\d)")
 _COMMA = re.compile(r"(?<![\d,.])(\d+),(\d{1,2}|\d{4,})(?![\d,])")
-_AMBIGUOUS = re.compile(r"\d(?:\.\d{3}(?!\d)|,(?!\d{3}(?!\d))\d)")
 _POINT_MONEY = re.compile(
     r"(?<![\d,.])(?!0\.)(\d{1,3}(?:\.\d{3})+)(?=\s?(?:đồng|đ\b|VNĐ|VND|₫|€|euros?\b|EUR|Rp\b|rupiah|pesos?\b|reais\b))"
 )
 _COMMA_MONEY = re.compile(r"(?<![\d,.])(\d+),(\d{1,2})(?=\s?(?:đồng|đ\b|VNĐ|VND|₫|€|euros?\b|EUR|reais\b))")
-_VIETNAMESE = re.compile(r"[ăđơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ]", re.IGNORECASE)
+_VIETNAMESE_LETTERS = "ăđơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ"
+_VIETNAMESE = re.compile(f"[{_VIETNAMESE_LETTERS}{_VIETNAMESE_LETTERS.upper()}]")
 _OTHERS = (
     frozenset(
         ("die", "der", "das", "ist", "und", "sind", "antwort", "lösung", "beträgt", "ergebnis", "insgesamt", "euro")
@@ -55,16 +68,21 @@ def english_numbers(text: str, question: str = "") -> str:
     """The text with its numbers written as in English: 12345, 22.8, 20000."""
     if "dozen" in text:
         text = _DOZEN.sub(_dozens, text)
-    if not _GATE.search(text):
+    signs = {found.lastgroup for found in (_ASCII_SIGNS if text.isascii() else _SIGNS).finditer(text)}
+    if not signs:
         return text
-    for sign, rewrite in _REWRITES:  # a sign that begins with a figure is found faster than the whole pattern
-        if sign.search(text):
-            text = rewrite(text)
-    if _AMBIGUOUS.search(text) and _writes_commas(text, question):
+    text = _rewritten(text, _REWRITES, signs)
+    if ("point" in signs or "comma" in signs) and _writes_commas(text, question):
         text = _POINTS.sub(lambda found: found[1].replace(".", ""), text)
         text = _COMMA.sub(r"\1.\2", text)
-    for sign, rewrite in _SCALINGS:
-        if sign.search(text):
+    if "scale" in signs:
+        signs.add("suffix")  # once "nghìn" is gone, what followed it stands behind the figure
+    return _rewritten(text, _SCALINGS, signs)
+
+
+def _rewritten(text: str, rewrites: _Rewrites, signs: set[str | None]) -> str:
+    for sign, begins, rewrite in rewrites:  # what begins with a figure is found faster than the whole pattern
+        if sign in signs and begins.search(text):
             text = rewrite(text)
     return text
 
@@ -78,9 +96,7 @@ def _without_blanks(found: re.Match[str]) -> str:
 
 def _writes_commas(text: str, question: str) -> bool:
     """Whether the language of a text writes 22,8 for twenty-two and eight tenths."""
-    if not text.isascii() and len(_VIETNAMESE.findall(text[-2000:])) > 1:
-        return True
-    if not question.isascii() and len(_VIETNAMESE.findall(question)) > 1:
+    if any(len(_VIETNAMESE.findall(strange(part))) > 1 for part in (text[-2000:], question)):
         return True
     said = {word.strip(".,:;!?*()") for word in text[-2000:].lower().split()}
     return any(len(words & said) > 2 for words in _OTHERS)
@@ -98,26 +114,34 @@ def _dozens(found: re.Match[str]) -> str:
     return _times(str(_WORDS.index(word) + 1) if word in _WORDS else word, 12)
 
 
-_Rewrites = tuple[tuple[re.Pattern[str], Callable[[str], str]], ...]
+_Rewrites = tuple[tuple[str, re.Pattern[str], Callable[[str], str]], ...]
+"""(group of `_SIGNS`, how a match begins, what rewrites all matches)"""
 _REWRITES: _Rewrites = (
-    (re.compile(r"\d[\u00a0\u202f\u2009'’_]\d{3}"), partial(_GAPS.sub, lambda found: re.sub(r"\D", "", found[0]))),
-    (re.compile(r"\d \d{3}"), partial(_BLANKS.sub, _without_blanks)),
-    (re.compile(r"\d,\d{2},"), partial(_INDIAN.sub, lambda found: found[0].replace(",", ""))),
     (
+        "gap",
+        re.compile(r"\d[\u00a0\u202f\u2009'’_]\d{3}"),
+        partial(_GAPS.sub, lambda found: re.sub(r"\D", "", found[0])),
+    ),
+    ("blank", re.compile(r"\d \d{3}"), partial(_BLANKS.sub, _without_blanks)),
+    ("comma", re.compile(r"\d,\d{2},"), partial(_INDIAN.sub, lambda found: found[0].replace(",", ""))),
+    (
+        "point",
         re.compile(r"\d\.\d{3},\d"),
         partial(_POINTS_AND_COMMA.sub, lambda found: f"{found[1].replace('.', '')}.{found[2]}"),
     ),
-    (re.compile(r"\d,\d{1,2}(?!\d)"), partial(_COMMA_MONEY.sub, r"\1.\2")),
-    (re.compile(r"\d\.\d{3}(?!\d)"), partial(_POINT_MONEY.sub, lambda found: found[1].replace(".", ""))),
+    ("comma", re.compile(r"\d,\d{1,2}(?!\d)"), partial(_COMMA_MONEY.sub, r"\1.\2")),
+    ("point", re.compile(r"\d\.\d{3}(?!\d)"), partial(_POINT_MONEY.sub, lambda found: found[1].replace(".", ""))),
 )
 _SCALINGS: _Rewrites = (
     (
+        "scale",
         re.compile(r"\d\s?(?:ngh|ng[àa]n|tri|t[ỷỉ]|lakh|crore|万|亿)"),
         partial(_SCALED.sub, lambda found: _times(found[1], _SCALES[found[2].lower()])),
     ),
     (
-        re.compile(r"\d\s?[kKmMbB]n?\b"),
+        "suffix",
+        re.compile(r"[$€£₹¥]\s?\d"),
         partial(_MONEY_SUFFIX.sub, lambda found: _times(found[1], _SUFFIXES[found[2].lower()])),
     ),
-    (re.compile(r"\d[kK]\b"), partial(_K.sub, lambda found: _times(found[1], 1000))),
+    ("suffix", re.compile(r"\d[kK]\b"), partial(_K.sub, lambda found: _times(found[1], 1000))),
 )

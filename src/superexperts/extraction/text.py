@@ -34,11 +34,10 @@ _CJK_BEFORE = re.compile(rf"[{_CJK}](?=[A-Za-z0-9$\\(])")
 _CJK_AFTER = re.compile(rf"[{_CJK}](?<=[A-Za-z0-9%)].)")
 # Full-width letters, figures and brackets; full-width stops and colons are known to the patterns.
 _FULL_WIDTH = {
-    code: code - 0xFEE0
-    for code in range(0xFF01, 0xFF5F)
-    if (wide := chr(code - 0xFEE0)).isalnum() or wide in "()[]{}%$+-=./*#"
+    chr(ord(narrow) + 0xFEE0): narrow
+    for narrow in map(chr, range(0x21, 0x7F))
+    if narrow.isalnum() or narrow in "()[]{}%$+-=./*#"
 }
-_ANY_FULL_WIDTH = re.compile("[\uff01-\uff5e]")
 _BLANKS = re.compile(r"\s\s{19,}")  # that it begins with a set of characters makes it fast
 _SIX_BLANKS = re.compile(r"\s\s{5}")
 LONGEST = 200_000  # characters; a reasoning model's 32,768 tokens are about 130,000
@@ -99,8 +98,8 @@ def plain(text: str) -> str:
             # Word by word: composing takes time with the square of a run of marks.
             text = "".join(unicodedata.normalize("NFC", part) for part in re.findall(r"\s+|\S{1,200}", text))
             others = strange(text)
-        if _ANY_FULL_WIDTH.search(others):
-            text = text.translate(_FULL_WIDTH)
+        for wide in _FULL_WIDTH.keys() & set(others):
+            text = text.replace(wide, _FULL_WIDTH[wide])
         if _ANY_CJK.search(others):
             text = spaced(text)
         if _VULGAR.search(others):
