@@ -41,13 +41,16 @@ def _lists(reading: Reading) -> bool:
     return len(labels) > 2 and len(set(map(str.upper, labels))) > 2
 
 
-_OPTION_LINE = re.compile(r"(?:^|\n)[\s*_>-]{0,6}\(?([A-Z])[.):\]]{1,2}[*_]{0,3}\s([^\n]{1,300})(?=\n|$)")
+_OPTION_LINE = re.compile(r"\n[\s*_>-]{0,6}\(?([A-Z])[.):\]]{1,2}[*_]{0,3}\s([^\n]{1,300})(?=\n|$)")
 
 
 def option_line(reading: Reading) -> str | None:
     """The only line that is an option, label and text, and nothing else."""
     if reading.text.count("\n") < 1:
         return None
+    lines = _OPTION_LINE.findall(f"\n{reading.text}")
+    if not lines:
+        return None
     options = dict(reading.options)
-    named = {label for label, text in _OPTION_LINE.findall(reading.text) if normalise(text) == options.get(label)}
+    named = {label for label, text in lines if normalise(text) == options.get(label)}
     return named.pop() if len(named) == 1 and not lists_options(reading) else None

@@ -153,11 +153,10 @@ _VERDICT = re.compile(
 )
 _GOOD_WORDS = frozenset(("correct", "right", "true", "yes", "best", "đúng", "có", "正确", "对"))
 _ROW_LABEL = re.compile(r"[\s|*_\-•(\[>]{0,10}(?:option\s)?([A-Z]|\d)(?:\s?[.):\]|*]|\s[-–—]\s|\s\()", re.IGNORECASE)
-_ROWS = re.compile(
-    r"\n[\s|*_\-•(\[>]{0,10}(?:(?:option\s)?(?-i:[A-Z]|\d|[a-h])\s?[.):\]|*(–—-]|[^\n]{0,200}[✅✔✓☑🟢👍❌✗✘✖🔴❎☒|])",
-    re.I,
-)
-"""A line below the first that may be an option's."""
+_ROW_BEGINS = r"\n[\s|*_\-•(\[>]{0,10}"
+_LABEL_ROW = re.compile(_ROW_BEGINS + r"(?:option\s)?(?-i:[A-Z]|\d|[a-h])\s?[.):\]|*(–—-]", re.IGNORECASE)
+_SIGN_ROW = re.compile(rf"{_ROW_BEGINS}[^\n]{{0,200}}[{_SIGNS}|]")
+"""A line below the first that may be an option's: it begins with a label, or holds a sign or a table's bar."""
 _ASKS_FOR_WRONG = re.compile(
     r"\b(?:NOT|EXCEPT|not|except|false|incorrect|wrong|least|không|sai|ngoại trừ|trừ)\b|不正确|错误|不属于|不是"
 )
@@ -169,8 +168,8 @@ def marked_option(reading: Reading) -> str | None:
     `NONE` for a table that goes through the options without a verdict.
     """
     text = reading.text
-    if not _ROWS.search(text):  # as most
-        return None
+    if not _LABEL_ROW.search(text) and (("|" not in text and text.isascii()) or not _SIGN_ROW.search(text)):
+        return None  # as most
     known = dict(reading.choices)
     good: list[str] = []
     bad: list[str] = []
