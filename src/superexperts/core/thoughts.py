@@ -48,8 +48,8 @@ _HEADINGS = (
     (r"\#\#\s?thinking\b", r"\n\#\#\s?final\sresponse\b"),  # HuatuoGPT-o1
 )
 _HEADED = tuple((re.compile(rf"\s*{a}", re.I), re.compile(b, re.I)) for a, b in _HEADINGS)
-_BEGINNINGS = frozenset(("", *"hH#aAfF"))
-"""What begins a response whose first words may be a mark."""
+_WORDS_BEGIN = re.compile(r"\s*(?:here|\#\#|a(?:ssistant|nalysis)|final)", re.IGNORECASE)
+"""What begins a response of which the first words may be a mark."""
 _ANY_MARK = re.compile(r"[<\[◁](?=[/|]?[A-Za-z|][\w:|/]{2})")
 _FIRST_LETTERS = frozenset("h#")
 
@@ -141,9 +141,8 @@ def split_thoughts(text: str, *, opened: bool = False, own: Sequence[tuple[str, 
 
     A mark that ends thoughts without one that opens them ends thoughts too: templates open them in the prompt.
     """
-    plain = not (opened or own or text[:40].lstrip()[:1] in _BEGINNINGS or "assistant" in text)
-    if plain and not _ANY_MARK.search(text):
-        return Parts("", text, True)  # most responses, without the slower patterns
+    if not (opened or own or "assistant" in text or _ANY_MARK.search(text) or _WORDS_BEGIN.match(text)):
+        return Parts("", text, True)  # as most
     if "<|channel|>" in text:
         return _channels(text)
     if (final := _last(_BARE_FINAL, text)) is not None:

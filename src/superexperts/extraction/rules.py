@@ -211,7 +211,7 @@ def said(parts: Parts) -> str:
     """
     if not parts.finished:
         return ""
-    return parts.text if _WORD.search(parts.text) else parts.thoughts or parts.text
+    return parts.thoughts if parts.thoughts and not _WORD.search(parts.text) else parts.text
 
 
 def read(kind: Kind, response: str, question: str, choices: Choices) -> tuple[str | None, str]:

@@ -154,7 +154,6 @@ _STATES = (
         "réponse",
         "résultat",
         "respuesta",
-        "resultado",
         "resposta",
         "risposta",
         "ответ",

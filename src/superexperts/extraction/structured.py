@@ -119,8 +119,8 @@ def _leaf(value: Any) -> Any:
 # ---- tags -----------------------------------------------------------------------------------------------------------
 
 _TAG = re.compile(
-    r"<(/?)(?:(?:final|correct|my|the|selected)[_\s-]?)?(?:answer|choice|option|solution)(?:[_\s-]?(?:choice|letter|option|final))?\s?>"
-    r"|(?-i:\[(/?)(?:FINAL[_ ])?ANSWER\])",
+    r"[<\[](?:(?<=<)(/?)(?:(?:final|correct|my|the|selected)[_\s-]?)?(?:answer|choice|option|solution)"
+    r"(?:[_\s-]?(?:choice|letter|option|final))?\s?>|(?<=\[)(?-i:(/?)(?:FINAL[_ ])?ANSWER\]))",
     re.IGNORECASE,
 )
 
@@ -194,7 +194,7 @@ def marked_option(reading: Reading) -> str | None:
 def _row_option(reading: Reading, line: str, known: dict[str, str]) -> str | None:
     if (found := _ROW_LABEL.match(line)) and found[1].upper() in known:
         return found[1].upper()
-    if not (_SIGN.search(line) or line.lstrip().startswith("|")):
+    if not (line.lstrip().startswith("|") or (not line.isascii() and _SIGN.search(line))):
         return None
     words = normalise(line)
     same = [label for label, text in reading.options if text in words]
@@ -203,7 +203,7 @@ def _row_option(reading: Reading, line: str, known: dict[str, str]) -> str | Non
 
 def _verdict(line: str) -> bool | None:
     """Whether a line accepts or rejects what it names; None if it says neither, or both."""
-    signs = {sign in _GOOD_SIGNS for sign in _SIGN.findall(line)}
+    signs = set() if line.isascii() else {sign in _GOOD_SIGNS for sign in _SIGN.findall(line)}
     if signs:
         return signs.pop() if len(signs) == 1 else None
     found = list(_VERDICT.finditer(line))
