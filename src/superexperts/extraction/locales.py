@@ -40,6 +40,7 @@ _COMMA = re.compile(r"(?<![\d,.])(\d+),(\d{1,2}|\d{4,})(?![\d,])")
 _POINT_MONEY = re.compile(
     r"(?<![\d,.])(?!0\.)(\d{1,3}(?:\.\d{3})+)(?=\s?(?:đồng|đ\b|VNĐ|VND|₫|€|euros?\b|EUR|Rp\b|rupiah|pesos?\b|reais\b))"
 )
+_POINT_CURRENCY = re.compile(r"đ|VN[ĐD]|₫|€|euro|EUR|Rp|rupiah|peso|reais")
 _COMMA_MONEY = re.compile(r"(?<![\d,.])(\d+),(\d{1,2})(?=\s?(?:đồng|đ\b|VNĐ|VND|₫|€|euros?\b|EUR|reais\b))")
 _VIETNAMESE_LETTERS = "ăđơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ"
 _VIETNAMESE = re.compile(f"[{_VIETNAMESE_LETTERS}{_VIETNAMESE_LETTERS.upper()}]")
@@ -81,8 +82,8 @@ def english_numbers(text: str, question: str = "") -> str:
 
 
 def _rewritten(text: str, rewrites: _Rewrites, signs: set[str | None]) -> str:
-    for sign, begins, rewrite in rewrites:  # what begins with a figure is found faster than the whole pattern
-        if sign in signs and begins.search(text):
+    for sign, part, rewrite in rewrites:  # a part is found faster than the whole pattern
+        if sign in signs and part.search(text):
             text = rewrite(text)
     return text
 
@@ -115,7 +116,7 @@ def _dozens(found: re.Match[str]) -> str:
 
 
 _Rewrites = tuple[tuple[str, re.Pattern[str], Callable[[str], str]], ...]
-"""(group of `_SIGNS`, how a match begins, what rewrites all matches)"""
+"""(group of `_SIGNS`, what every match holds, what rewrites all matches)"""
 _REWRITES: _Rewrites = (
     (
         "gap",
@@ -129,8 +130,8 @@ _REWRITES: _Rewrites = (
         re.compile(r"\d\.\d{3},\d"),
         partial(_POINTS_AND_COMMA.sub, lambda found: f"{found[1].replace('.', '')}.{found[2]}"),
     ),
-    ("comma", re.compile(r"\d,\d{1,2}(?!\d)"), partial(_COMMA_MONEY.sub, r"\1.\2")),
-    ("point", re.compile(r"\d\.\d{3}(?!\d)"), partial(_POINT_MONEY.sub, lambda found: found[1].replace(".", ""))),
+    ("comma", _POINT_CURRENCY, partial(_COMMA_MONEY.sub, r"\1.\2")),
+    ("point", _POINT_CURRENCY, partial(_POINT_MONEY.sub, lambda found: found[1].replace(".", ""))),
 )
 _SCALINGS: _Rewrites = (
     (
