@@ -49,7 +49,7 @@ _HEADINGS = (
 )
 _HEADED = tuple((re.compile(rf"\s*{a}", re.I), re.compile(b, re.I)) for a, b in _HEADINGS)
 _WORDS_BEGIN = re.compile(r"\s*(?:here|\#\#|a(?:ssistant|nalysis)|final)", re.IGNORECASE)
-"""What begins a response of which the first words may be a mark."""
+"""Matches responses that may begin with a mark in words, such as a heading."""
 _ANY_MARK = re.compile(r"[<\[◁](?=[/|]?[A-Za-z|][\w:|/]{2})")
 _FIRST_LETTERS = frozenset("h#")
 
@@ -96,9 +96,10 @@ class Parts(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _pattern(own: tuple[tuple[str, str], ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """A pattern that matches every mark, of which group `o1`, `c1`, ... names the row and the side; and its beginning.
+    """Returns a pattern that matches every mark, and one that finds where marks may begin. The name of the group that
+    matched is the side, `o` (opens) or `c` (closes), and the row of the table: `o1`, `c1`, ...
 
-    To look for beginnings first is several times as fast.
+    Looking for beginnings first is several times as fast.
     """
     rows = [*((re.escape(opens), re.escape(ends)) for opens, ends in own), *MARKS]
     sides = [f"(?P<{side}{i}>{row[at]})" for i, row in enumerate(rows) for at, side in enumerate("oc")]
