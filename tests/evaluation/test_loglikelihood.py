@@ -161,7 +161,8 @@ def test_it_is_what_the_harness_itself_does(
     lm = HFLM(pretrained=cast(Any, model), tokenizer=cast(Any, tokenizer), batch_size=7)
     theirs = _harness(task, config, lm, 7, shots, "mmlu/default" if task == "mmlu" else None)
     ours = ask(
-        model, tokenizer, tasks=[task], data_dir=data, limit=7, max_new_tokens=40, protocol="loglikelihood",
+        model, tokenizer, tasks=[task], data_dir=data, limit=7, limit_first=True, max_new_tokens=40,
+        protocol="loglikelihood",
         num_fewshot=shots,
     )[task]  # fmt: skip
     assert [answer.prompt for answer in ours] == [sample["arguments"][0][0] for sample in theirs["samples"]]

@@ -85,7 +85,7 @@ def test_the_file_to_submit(tmp_path: Path, data: Path, capsys: pytest.CaptureFi
     [entry] = scores["ungraded"]
     assert (scores["scores"], entry["items"], entry["unparsed"]) == ([], 30, unparsed)
 
-    evaluate.run(EvaluateConfig(data_dir=data, **settings))
+    evaluate.run(EvaluateConfig(data_dir=data, overwrite=True, **settings))
     [score] = extract_folder(out)
     assert score.items == 30
     assert not file.exists()
