@@ -286,6 +286,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["profile", "--corpus", "x@y"], "--corpus: 'x@y' is neither a file nor one of"),
         (["study"], "STUDY"),
         (["study", "nowhere.yaml"], "STUDY: 'nowhere.yaml' is not a file"),
+        (["study", "."], "STUDY: '.' is a folder; give a study file"),
         (["report", "nowhere"], "nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -94,6 +94,7 @@ def test_upstream_report(tmp_path: Path) -> None:
         ([{"layer_index": 1, "expert_index": 2, "output_max": 1}] * 2, "L1E2 is named twice"),
         ({"schema": "superexperts/profile/1"}, "expected a file of schema"),
         ("text", "expected a file of schema"),
+        ({}, "found none"),
     ],
 )
 def test_expert_files_that_cannot_be_read(value: Any, message: str) -> None:

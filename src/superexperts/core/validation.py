@@ -31,7 +31,8 @@ def check_schema(value: Any, schema: str, field: str, advice: str = "give the ri
     """`DataError` unless `value` is a JSON object with this schema."""
     found = value.get("schema") if isinstance(value, dict) else type(value).__name__
     if found != schema:
-        raise DataError(f"expected a file of schema {schema!r}, found {found!r}; {advice}", field=field)
+        what = "none" if found is None else repr(found)
+        raise DataError(f"expected a file of schema {schema!r}, found {what}; {advice}", field=field)
 
 
 @functools.cache

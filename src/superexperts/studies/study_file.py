@@ -71,7 +71,7 @@ def read_study(path: Path | None) -> tuple[str, Plan]:
         return text, parse(text)
     if not path.is_file():
         raise OptionError(
-            f"{str(path)!r} is not a file; give a study file, write one with ",
+            f"{str(path)!r} {'is a folder' if path.is_dir() else 'is not a file'}; give a study file, write one with ",
             Field("init"),
             ", or use ",
             Field("demo"),
