@@ -45,7 +45,7 @@ MLX_WEIGHTS_FILE = "adapters.safetensors"
 MLX = "lora_parameters"
 """The field of adapter_config.json that only mlx-lm writes."""
 SHOWN = 2
-"""Keys that a message names, of those that are missing or have no place."""
+"""Most keys that a message names."""
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ Expression = Annotated[str, AfterValidator(_expression)]
 
 
 class _Fields(BaseModel, strict=True):
-    """What may stand in the fields of adapter_config.json that matter here. PEFT accepts anything and fails later."""
+    """The accepted values of the fields of adapter_config.json that are used here. PEFT accepts anything and fails later."""
 
     r: PositiveInt = 1
     lora_alpha: FiniteFloat = 1

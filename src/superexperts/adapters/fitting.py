@@ -115,7 +115,7 @@ def stored_by(model: nn.Module, key_mapping: KeyMapping) -> Stored:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Beyond:
-    """Something in an adapter that scaling * B A at linear maps cannot say."""
+    """Something in an adapter that scaling * B A at linear maps cannot express."""
 
     words: str
     """What it is, for a message."""
@@ -160,7 +160,7 @@ BEYOND = (
         instead="use it as it is, with PEFT",
     ),
 )  # fmt: skip
-"""What is asked in turn. A new kind of adapter is one entry."""
+"""Checked in this order. A new kind of adapter is one entry."""
 VARIANTS = (
     "alora_invocation_tokens", "use_qalora", "velora_config", "monteclora_config", "use_bdlora", "arrow_config",
     "kasa_config",

@@ -25,10 +25,10 @@ __all__ = ["compared_logits"]
 
 SEQUENCES, LENGTH = 4, 32
 SHARE = 0.25
-"""Of the adapter's mean effect that the mean error may be, where weights are rounded to half precision; in float32 a
+"""Largest mean error as a share of the adapter's mean effect, if weights are rounded to half precision; in float32 a
 hundredth of it."""
 ROUNDING = {torch.float32: 1e-5, torch.float16: 5e-3}
-"""Of the mean logit that the mean error may be, whatever the effect."""
+"""Largest mean error as a share of the mean logit, whatever the effect, by dtype."""
 BFLOAT16_ROUNDING = 2e-2
 
 

@@ -19,7 +19,7 @@ from superexperts.models.banks import find_banks
 __all__ = ["PREFIX", "base_weights", "fit_prefix", "plain_keys"]
 
 PREFIX = "base_model.model."
-"""In front of every key of a PEFT file."""
+"""Prefix of every key of a PEFT file."""
 
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _NAMED = (
@@ -32,7 +32,7 @@ _NAMED = (
 _BASE = re.compile(r"\.(?:original_module|(?:token_adapter\.)?base_layer)\.(weight|bias)$")
 """Weights of the base model in a file; PEFT saves them with LoRA on the embeddings and the output head."""
 _AROUND = {"base_model", "model", "module", "language_model", "text_model", "thinker", "transformer", "decoder"}
-"""Names of what a decoder is inside of."""
+"""Names of modules that contain a decoder."""
 
 
 def plain_keys(tensors: Mapping[str, Tensor], file: str, field: str) -> dict[str, Tensor]:

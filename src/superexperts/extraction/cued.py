@@ -41,7 +41,7 @@ class Gated:
         self._ascii = tuple(filter(str.isascii, words))
 
     def search(self, text: str) -> re.Match[str] | None:
-        """What the pattern's `search` gives."""
+        """As the pattern's `search`."""
         lower = lowered(text)
         if lower is None:
             return self._search(text)
@@ -77,12 +77,12 @@ class Cued:
         self._ascii = tuple(filter(str.isascii, words))
         self._where = tuple((sign, tuple(cues)) for sign, cues in (where or {}).items())
         self._marks = None if marks is None else re.compile(marks, re.VERBOSE)
-        # With nothing else to look for, ASCII is searched twice as fast.
+        # Without the other characters in the pattern, ASCII text is searched twice as fast.
         ascii_marks = "".join(filter(str.isascii, marks or ""))
         self._ascii_marks = None if marks is None else re.compile(ascii_marks, re.VERBOSE | re.ASCII)
 
     def matches(self, text: str) -> list[re.Match[str]]:
-        """All that a pattern's `finditer` gives; what is found is in lower case."""
+        """As a pattern's `finditer`, in a list; the text of the matches is in lower case."""
         lower = lowered(text)
         return list(self._anywhere.finditer(text)) if lower is None else self.matches_lower(lower)
 

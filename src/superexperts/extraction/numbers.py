@@ -86,7 +86,7 @@ _NUMBER = Cued(
 def find_numbers(text: str) -> Iterator[Quantity]:
     """Every number of a text in order: digits with commas, signs, decimals, fractions, and English number words."""
     for found in _NUMBER.matches(text):
-        if found.lastgroup == "whole":  # as most
+        if found.lastgroup == "whole":  # most numbers
             yield found.start(), found.end(), found[0].lstrip("$0") or "0"
             continue
         if found.lastgroup == "digits":  # most are no more than that, and the rest takes longer

@@ -23,7 +23,7 @@ _KEY = re.compile(
 _LABEL_KEYS = ("label", "letter", "option", "key", "id", "value", "answer", "choice", "text")
 _SUBMITS = re.compile(r"answer|submit|final|choose|select|respond", re.IGNORECASE)
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
-# Where it is no valid JSON: cut, in Python's form, or with line ends in its texts.
+# For text that is not valid JSON: cut off, in Python's syntax, or with line ends inside strings.
 _LOOSE = re.compile(
     rf"[\"'](?P<key>{_KEY.pattern})[\"']\s?:\s?(?:\"(?P<a>[^\"\n]{{0,400}})\"|'(?P<b>[^'\n]{{0,400}})'|(?P<c>[\w.+-]{{1,40}}))(?=\s*[,}}\]\n])",
     re.IGNORECASE,

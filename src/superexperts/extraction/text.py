@@ -104,7 +104,7 @@ def plain(text: str) -> str:
             text = spaced(text)
         if _VULGAR.search(others):
             text = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("\u2044", "/"), text)
-    # Of twenty blanks in a row, six of every third character are blank too.
+    # A cheap test on every third character: a run of twenty blanks leaves at least six blanks in a row there.
     if others.isprintable():  # no other blanks then
         if "      " not in text[::3].replace("\n", " "):
             return text
@@ -160,7 +160,7 @@ def own_span(text: str, lower: str | None, question: str, choices: Sequence[tupl
 
 
 def _before(marker: re.Pattern[str], text: str, start: int, end: int, question: str) -> int:
-    """Where a marker stands between two places, behind something and not with the question's words; else the end."""
+    """The place of a marker between `start` and `end` that follows some text and does not repeat the question; else `end`."""
     later = marker.search(text, start, end)
     if later and text[start : later.start()].strip() and not _repeats(later[0], question):
         return later.start()
