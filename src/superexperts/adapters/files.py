@@ -69,7 +69,7 @@ Expression = Annotated[str, AfterValidator(_expression)]
 
 
 class _Fields(BaseModel, strict=True):
-    """The accepted values of the fields of adapter_config.json that are used here. PEFT accepts anything and fails later."""
+    """Accepted values of the fields of adapter_config.json that are used here. PEFT takes anything and fails later."""
 
     r: PositiveInt = 1
     lora_alpha: FiniteFloat = 1

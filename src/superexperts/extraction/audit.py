@@ -25,8 +25,8 @@ KINDS: dict[str, Literal["choice", "number", "yesno"]] = {"mcq": "choice", "nume
 AUDIT_SCHEMA = "superexperts/audit/1"
 
 Outcome = Literal["right", "empty", "wrong", "missed", "invented"]
-"""right: the labelled answer was read. empty: none was read, and there is none. wrong: another one was read. missed: none
-was read, but there is one. invented: one was read, but there is none. The first two are correct."""
+"""right: the labelled answer was read. empty: none was read, and there is none. wrong: another one was read. missed:
+none was read, but there is one. invented: one was read, but there is none. The first two are correct."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

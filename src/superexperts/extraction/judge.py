@@ -91,7 +91,7 @@ _OWN_VERDICT = re.compile(r"(verdict[\s*_]{0,8})[:：=]", re.IGNORECASE)
 
 
 def neutral(text: str, longest: int) -> str:
-    """Makes untrusted text harmless in a prompt: no terminal codes, no tags, no verdict; long text is cut in the middle."""
+    """Makes untrusted text harmless in a prompt: no terminal codes, tags or verdict; long text is cut in the middle."""
     shown = _INVISIBLE.sub("", plain(text))
     shown = _OWN_VERDICT.sub(r"\1-", _INSTRUCTION.sub(r"(\1)", shown.translate(_BRACKETS)))
     if len(shown) > longest:

@@ -160,7 +160,7 @@ def own_span(text: str, lower: str | None, question: str, choices: Sequence[tupl
 
 
 def _before(marker: re.Pattern[str], text: str, start: int, end: int, question: str) -> int:
-    """The place of a marker between `start` and `end` that follows some text and does not repeat the question; else `end`."""
+    """Index of a marker in `start` to `end` that follows some text and does not repeat the question; else `end`."""
     later = marker.search(text, start, end)
     if later and text[start : later.start()].strip() and not _repeats(later[0], question):
         return later.start()
