@@ -289,5 +289,5 @@ def test_a_corpus_is_added_by_one_entry(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(documents("sums")) == ["1 + 1?\n2"]
     assert asked == {"place": ("owner/sums", None), "split": "test", "revision": "abc", "streaming": True}
     assert not takes_column("sums")
-    with pytest.raises(DataError, match=r"one of pocket, math, .*, multilingual, sums, multilingual-LANG"):
+    with pytest.raises(DataError, match=r"one of pocket, math, .*, multilingual, .*sums, multilingual-LANG"):
         list(documents("nope"))
