@@ -42,13 +42,10 @@ def first_not_finite(model: nn.Module, ids_L: Tensor) -> str:
     layers = decoder_layers(model, banks[0].path)
     inputs: dict[int, bool] = {}
 
-    def note(what: str) -> None:
-        found.append(what)
-
     def tap(call: BankCall) -> None:
         broken = [(call.layer, one.expert) for one in call.each() if not _finite(one.output_ND)]
         if not found and broken and inputs.get(call.layer, True):
-            note(f"they arise first in layer {call.layer}, in the output of expert {key_name(broken[0])}")
+            found.append(f"they arise first in layer {call.layer}, in the output of expert {key_name(broken[0])}")
 
     device = next(model.parameters()).device
     with contextlib.ExitStack() as stack:

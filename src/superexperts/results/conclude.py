@@ -168,8 +168,7 @@ def _row(
         "target": variant.first.target,
         "random": variant.random,
         "runs": rows,
-        # Benchmarks count equally in the mean; the test over all items counts items equally. docs/statistics.md says
-        # why.
+        # Benchmarks count equally in the mean, items equally in the test over all items (docs/statistics.md).
         "mean": sum(score["accuracy"] for score in scores) / len(scores),
         "perplexity": sum(perplexities) / len(perplexities) if perplexities else None,
         "scores": scores,
